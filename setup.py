@@ -1,0 +1,82 @@
+"""Installs the project and compiles its two C++ libraries.
+
+`dynamic_batching._ops` holds the custom TensorFlow ops and is built against the TensorFlow that is
+installed; `dynamic_batching._actor_client` is what actor processes load and knows nothing of it.
+"""
+
+import glob
+import shutil
+import sys
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
+OP_SOURCES = sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - set(CLIENT_SOURCES))
+OPTIMIZE = ['-O3', '-fvisibility=hidden', '-Wall', '-Wno-sign-compare']
+
+
+class BuildWithTensorFlow(build_ext):
+    """Adds the installed TensorFlow's compile and link flags to the op library."""
+
+    def build_extensions(self):
+        if shutil.which('g++') is None:
+            sys.exit(
+                'A C++ compiler is needed to build the TensorFlow ops and g++ was not found; '
+                'install it (Debian, Ubuntu: apt-get install g++ make) and run this again.'
+            )
+        for extension in self.extensions:
+            if extension.name == 'dynamic_batching._ops':
+                import tensorflow as tf
+
+                extension.extra_compile_args += tf.sysconfig.get_compile_flags()
+                extension.extra_link_args += tf.sysconfig.get_link_flags()
+        super().build_extensions()
+
+
+setup(
+    name='impala',
+    version='0.1.0',
+    description='Scalable distributed deep RL with importance-weighted actor-learner architectures',
+    license='Apache-2.0',
+    python_requires='>=3.10,<3.14',
+    packages=['impala', 'dynamic_batching'],
+    py_modules=['experiment', 'vtrace', 'environments'],
+    ext_modules=[
+        Extension(
+            'dynamic_batching._ops',
+            OP_SOURCES,
+            depends=glob.glob('dynamic_batching/cc/*.h'),
+            language='c++',
+            extra_compile_args=[*OPTIMIZE],
+        ),
+        Extension(
+            'dynamic_batching._actor_client',
+            CLIENT_SOURCES,
+            depends=glob.glob('dynamic_batching/cc/*.h'),
+            language='c++',
+            extra_compile_args=[*OPTIMIZE, '-std=c++17'],
+        ),
+    ],
+    cmdclass={'build_ext': BuildWithTensorFlow},
+    install_requires=[
+        'tensorflow==2.21.*',
+        'dm-sonnet>=2.0.2,<3',
+        'tensorflow-probability>=0.25,<0.26',
+        'tf-keras==2.21.*',
+        'numpy>=1.26',
+        'absl-py>=2.1',
+        'gymnasium>=1.1,<2',
+        'ale-py>=0.11',
+        'opencv-python-headless>=4.10',
+        'matplotlib>=3.8',
+        'tqdm>=4.66',
+        'tabulate>=0.9',
+    ],
+    extras_require={
+        'vizdoom': ['vizdoom>=1.2.4'],
+        'minigrid': ['minigrid>=3'],
+        'gpu': ['tensorflow[and-cuda]==2.21.*'],
+        'dev': ['pytest>=8', 'ruff>=0.6', 'mypy>=1.11', 'psutil>=6'],
+    },
+)
