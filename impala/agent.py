@@ -1,0 +1,201 @@
+"""The agent: observation, last reward and action in, policy and baseline out (paper, Figure 3).
+
+Letters: T unroll length, B batch size, A number of actions, L instruction length, N rows (merged
+time and batch).
+"""
+
+import dataclasses
+from typing import Any
+
+import sonnet as snt
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from impala import lstm, torsos
+from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, StepOutput
+
+INSTRUCTION_BUCKETS = 1000
+
+_EMBEDDING_SIZE = 20
+_INSTRUCTION_LSTM_SIZE = 64
+_DTYPES = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """What shapes the network.
+
+    Attributes:
+      torso: `'deep'`, `'shallow'` (both for images) or `'mlp'` (for vectors).
+      use_lstm: whether a recurrent core follows the torso.
+      core_size: units of that core.
+      compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
+        follows the torso, are float32 either way.
+      max_reward_input: the last reward, as an input, is clipped to plus or minus this.
+    """
+
+    torso: str = 'deep'
+    use_lstm: bool = True
+    core_size: int = 256
+    compute_dtype: str = 'float32'
+    max_reward_input: float = 1.0
+
+
+class Agent(snt.Module):
+    """The policy, the baseline and, with `use_lstm`, their memory.
+
+    All variables exist once it is constructed.
+
+    Args:
+      config: shapes the network.
+      spec: of the environment.
+
+    Raises:
+      ValueError: the configuration is unknown or does not suit the environment's frames.
+    """
+
+    def __init__(self, config: AgentConfig, spec: EnvironmentSpec, name: str = 'agent'):
+        super().__init__(name)
+        if config.compute_dtype not in _DTYPES:
+            raise ValueError(
+                f'Unknown compute_dtype {config.compute_dtype!r}; choose one of '
+                f'{", ".join(_DTYPES)}.'
+            )
+        self._num_actions = spec.num_actions
+        self._max_reward_input = config.max_reward_input
+        self._torso = torsos.create_torso(
+            config.torso, spec.observation['frame'], _DTYPES[config.compute_dtype]
+        )
+        size = self._torso.output_size + 1 + spec.num_actions
+        self._instruction = None
+        if 'instruction' in spec.observation:
+            self._instruction = InstructionEncoder()
+            size += self._instruction.output_size
+        self._core = None
+        if config.use_lstm:
+            self._core = lstm.LSTM(size, config.core_size, name='core')
+            size = config.core_size
+        self._policy = torsos.Linear(size, spec.num_actions, name='policy')
+        self._baseline = torsos.Linear(size, 1, name='baseline')
+
+    @property
+    def state_spec(self) -> Any:
+        """Nest of `ArraySpec` of the recurrent state of one row; `()` without a core."""
+        if self._core is None:
+            return ()
+        spec = ArraySpec((self._core.hidden_size,), 'float32')
+        return snt.LSTMState(hidden=spec, cell=spec)
+
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
+        """Returns the recurrent state at the start of an episode, a nest of f32 `[B, ...]`."""
+        if self._core is None:
+            return ()
+        return self._core.initial_state(batch_size)
+
+    def step(
+        self, prev_action: tf.Tensor, env_output: StepOutput, state: Any
+    ) -> tuple[AgentOutput, Any]:
+        """Acts once.
+
+        Args:
+          prev_action: i32 `[B]`, the action that led to `env_output`.
+          env_output: `StepOutput` of `[B, ...]`.
+          state: nest of f32 `[B, ...]`, recurrent state before this row; where `env_output.done`
+            the initial state is taken instead.
+
+        Returns:
+          `AgentOutput` of `[B, ...]`, its action sampled from the policy, and the state after it.
+        """
+        x = self._inputs(prev_action, env_output)
+        if self._core is not None:
+            keep = tf.cast(tf.logical_not(env_output.done), tf.float32)[:, tf.newaxis]
+            state = tf.nest.map_structure(lambda s: s * keep, state)
+            state = self._core.step(self._core.project(x), state)
+            x = state.hidden
+        logits, baseline = self._heads(x)
+        action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
+        return AgentOutput(action, logits, baseline), state
+
+    def unroll(
+        self, prev_actions: tf.Tensor, env_outputs: StepOutput, state: Any
+    ) -> tuple[AgentOutput, Any]:
+        """Runs over T+1 rows at once; only the core's own recurrence goes step by step.
+
+        Args:
+          prev_actions: i32 `[T+1, B]`, the actions that led to `env_outputs`.
+          env_outputs: `StepOutput` of `[T+1, B, ...]`; T must be known where there is a core.
+          state: nest of f32 `[B, ...]`, recurrent state before row 0; the initial state is taken
+            instead before every row that is `done`.
+
+        Returns:
+          `AgentOutput` of `[T+1, B, ...]` and the state after the last row. No action is sampled:
+          `action` is the policy's most probable one, for a learner knows what was done.
+        """
+        x = self._inputs(*tf.nest.map_structure(_merge, (prev_actions, env_outputs)))
+        if self._core is not None:
+            projected = self._core.project(x)
+            projected = tf.reshape(projected, [*_dims(prev_actions), projected.shape[-1]])
+            x, state = self._core.unroll(projected, env_outputs.done, state)
+            x = tf.reshape(x, [-1, self._core.hidden_size])
+        logits, baseline = self._heads(x)
+        outputs = AgentOutput(
+            action=tf.argmax(logits, -1, tf.int32), policy_logits=logits, baseline=baseline
+        )
+        dims = _dims(prev_actions)
+        return tf.nest.map_structure(lambda t: tf.reshape(t, [*dims, *t.shape[1:]]), outputs), state
+
+    def _inputs(self, prev_action: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        """Returns what core and heads see, f32 `[N, ...]`, of `[N]` rows."""
+        limit = self._max_reward_input
+        parts = [
+            self._torso(env_output.observation['frame']),
+            tf.clip_by_value(env_output.reward, -limit, limit)[:, tf.newaxis],
+            tf.one_hot(prev_action, self._num_actions),
+        ]
+        if self._instruction is not None:
+            parts.append(self._instruction(env_output.observation['instruction']))
+        return tf.concat(parts, -1)
+
+    def _heads(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns policy logits f32 `[N, A]` and baseline f32 `[N]`."""
+        return self._policy(x), tf.squeeze(self._baseline(x), -1)
+
+
+class InstructionEncoder(snt.Module):
+    """The paper's instruction channel: an embedding of 20 and an LSTM of 64 over the words."""
+
+    def __init__(self, name: str | None = None):
+        super().__init__(name)
+        self._embedding = snt.Embed(INSTRUCTION_BUCKETS, _EMBEDDING_SIZE)
+        self._lstm = lstm.LSTM(_EMBEDDING_SIZE, _INSTRUCTION_LSTM_SIZE)
+        self.output_size = _INSTRUCTION_LSTM_SIZE
+
+    def __call__(self, instruction: tf.Tensor) -> tf.Tensor:
+        """Encodes instructions.
+
+        Args:
+          instruction: i32 `[N, L]`, words as buckets 1 to 999, then zeros.
+
+        Returns:
+          f32 `[N, 64]`, the LSTM's output at the last word; zeros where there is no word.
+        """
+        # Projecting the table instead of the words costs the same for any number of rows.
+        table = self._lstm.project(tf.convert_to_tensor(self._embedding.embeddings))
+        is_word = tf.cast(instruction != 0, tf.float32)[..., tf.newaxis]
+        state = self._lstm.initial_state(tf.shape(instruction)[0])
+        for t in tf.range(tf.reduce_max(tf.math.count_nonzero(instruction, -1, dtype=tf.int32))):
+            new = self._lstm.step(tf.gather(table, instruction[:, t]), state)
+            valid = is_word[:, t]
+            state = tf.nest.map_structure(lambda n, s, v=valid: s + v * (n - s), new, state)
+        return state.hidden
+
+
+def _merge(t: tf.Tensor) -> tf.Tensor:
+    """Returns `[T, B, ...]` as `[T * B, ...]`."""
+    return tf.reshape(t, [-1, *t.shape[2:]])
+
+
+def _dims(t: tf.Tensor) -> list[int | tf.Tensor]:
+    """Returns T and B of `[T, B]`, as numbers where known."""
+    dynamic = tf.shape(t)
+    return [dynamic[i] if d is None else d for i, d in enumerate(t.shape)]
