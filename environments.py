@@ -1,0 +1,579 @@
+"""Level name -> environment, behind one small interface.
+
+`create_environment` understands four kinds of names:
+
+* `ALE/Pong-v5` (and the older Gymnasium ids of Atari games, `PongNoFrameskip-v4`): an Atari game
+  with the preprocessing of the paper (Table G.1): 84x84 grey, every action repeated 4 times, the
+  maximum of the last two frames, a stack of 4, up to 30 no-ops, a limit of 108,000 frames. The
+  id selects the game only; everything else comes from `EnvironmentConfig`.
+* any other Gymnasium id (`CartPole-v1`, `VizdoomBasic-v1`, `BabyAI-GoToRedBall-v0`); an id that is
+  registered by a module of one's own is written as for Gymnasium, `my_package:MyGame-v0`.
+* `my_package.my_module:make`: a callable of one's own, called with `(seed, config)`, that returns
+  an `Environment`. It is the way to bring an environment without Gymnasium.
+* a DeepMind Lab level: one of DMLab-30 by its bare name (`explore_goal_locations_small`), any other
+  by its full one (`contributed/dmlab30/...`, `tests/...`, `seekavoid_arena_01`).
+
+Actor processes import this module, and there are many of them: it never imports TensorFlow, and
+every package is imported only when a level needs it.
+"""
+
+import abc
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.machinery
+import importlib.util
+import io
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+INSTRUCTION_LENGTH = 32
+NUM_INSTRUCTION_BUCKETS = 1000
+
+ATARI_FRAME_SIZE = 84
+ATARI_MAX_EPISODE_FRAMES = 108_000
+# The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
+ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
+
+# Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
+MIN_IMAGE_SIDE = 32
+
+Observation = dict[str, np.ndarray]
+
+
+class LevelError(Exception):
+    """A level that cannot be played; its text is one sentence for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvironmentConfig:
+    """What shapes an environment besides its level and seed; `dataclasses.asdict` is its JSON form.
+
+    Attributes:
+      width: of the frames of DeepMind Lab and of resized images, pixels. Atari is 84x84 and
+        MiniGrid 56x56 whatever it says.
+      height: see `width`.
+      num_action_repeats: frames per agent step; None is 4 for Atari, DeepMind Lab and VizDoom and 1
+        for everything else.
+      full_action_set: Atari: all 18 actions, not the game's minimal set.
+      sticky_actions: Atari: probability that a frame repeats the action of the one before
+        (Machado et al., 2018, use .25).
+      end_episode_on_life_loss: Atari: report a lost life as `EpisodeEnd.LIFE_LOST`.
+      max_noops: Atari: an episode starts with 1 to this many no-ops, uniformly; 0 for none.
+      frame_stack: Atari: number of frames in the stack, the newest last.
+      dataset_path: DeepMind Lab: folder with the Brady-Konkle-Oliva images that two levels need.
+      level_cache_dir: DeepMind Lab: folder of compiled maps, shared by all processes; None compiles
+        every map anew, which takes seconds at each episode.
+      temp_folder: existing folder for what an environment writes; None is the system's. A killed
+        process leaves its files there, so a parent does well to remove it.
+      is_test: DeepMind Lab: allow the hold-out levels, which are for testing only.
+    """
+
+    width: int = 96
+    height: int = 72
+    num_action_repeats: int | None = None
+    full_action_set: bool = False
+    sticky_actions: float = 0.0
+    end_episode_on_life_loss: bool = False
+    max_noops: int = 30
+    frame_stack: int = 4
+    dataset_path: str = ''
+    level_cache_dir: str | None = None
+    temp_folder: str | None = None
+    is_test: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ('width', 'height', 'frame_stack'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}.')
+        if self.num_action_repeats is not None and self.num_action_repeats < 1:
+            raise ValueError(
+                f'num_action_repeats must be at least 1, not {self.num_action_repeats}.'
+            )
+        if not 0 <= self.sticky_actions < 1:
+            raise ValueError(f'sticky_actions must be in [0, 1), not {self.sticky_actions}.')
+        if self.max_noops < 0:
+            raise ValueError(f'max_noops must not be negative, but is {self.max_noops}.')
+
+
+class Environment(abc.ABC):
+    """One level, played over and over.
+
+    Observations are dicts of C-contiguous arrays with exactly the shapes and dtypes of
+    `spec.observation`. They may be buffers that the next call overwrites: the caller copies.
+    """
+
+    spec: EnvironmentSpec
+
+    @abc.abstractmethod
+    def reset(self) -> Observation:
+        """Starts an episode and returns its first observation."""
+
+    @abc.abstractmethod
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        """Acts for `spec.num_action_repeats` frames, or until the episode ends.
+
+        Args:
+          action: in `[0, spec.num_actions)`.
+
+        Returns:
+          The reward summed over those frames, unclipped; how the episode ended, if it did; and the
+          observation. An episode that ends is reset in the same step: where the end is TERMINATED
+          or TRUNCATED, the observation is the first one of the next episode. After LIFE_LOST the
+          game goes on.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Frees what the environment holds. May be called twice; nothing else may follow."""
+
+
+def create_environment(
+    level_name: str, seed: int, config: EnvironmentConfig | None = None
+) -> Environment:
+    """Makes the environment of a level.
+
+    Args:
+      level_name: see the module's description.
+      seed: not negative. It decides everything random in the environment: with the same actions,
+        two environments made with one seed play the same episodes.
+      config: None for the defaults.
+
+    Raises:
+      LevelError: the level is unknown, its package is not installed, or its observation or action
+        space is one that the agent cannot be given.
+    """
+    config = config or EnvironmentConfig()
+    if level_name.startswith('ALE/'):
+        return AtariEnvironment(_atari_game(level_name), seed, config)
+    if _is_gymnasium_id(level_name):
+        return _create_gymnasium_environment(level_name, seed, config)
+    if ':' in level_name:
+        return _create_by_callable(level_name, seed, config)
+    raise LevelError(_unknown_level(level_name))
+
+
+def hash_instruction(instruction: str) -> np.ndarray:
+    """Hashes the words of an instruction, the same way in every process and on every machine.
+
+    Args:
+      instruction: words are its longest runs of letters and digits, in whatever case.
+
+    Returns:
+      int32 `[INSTRUCTION_LENGTH]`: a bucket in `[1, 999]` for each word, 0 behind the last one.
+      Words beyond `INSTRUCTION_LENGTH` are dropped.
+    """
+    buckets = np.zeros(INSTRUCTION_LENGTH, np.int32)
+    words = re.findall(r'[^\W_]+', instruction.lower())[:INSTRUCTION_LENGTH]
+    for i, word in enumerate(words):
+        buckets[i] = zlib.crc32(word.encode()) % (NUM_INSTRUCTION_BUCKETS - 1) + 1
+    return buckets
+
+
+class AtariEnvironment(Environment):
+    """An Atari game, straight through the Arcade Learning Environment and OpenCV.
+
+    Frames, rewards and no-ops are those of Gymnasium's `AtariPreprocessing` and
+    `FrameStackObservation` for the same seed, at about half their cost. The stack of a new episode
+    holds its first frame `frame_stack` times. FIRE is not pressed for the agent at a reset: the
+    paper does not do it.
+    """
+
+    def __init__(self, game: str, seed: int, config: EnvironmentConfig) -> None:
+        """Loads a game.
+
+        Args:
+          game: file name of the ROM without its ending, for instance `space_invaders`.
+          seed: see `create_environment`.
+          config: see `EnvironmentConfig`.
+        """
+        import cv2
+
+        # With one environment a process there are more processes than cores already.
+        cv2.setNumThreads(1)
+        self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
+
+        library, rom_folder = _load_ale()
+        library.ALEInterface.setLoggerMode(library.LoggerMode.Error)
+        ale = library.ALEInterface()
+        # The derivation of both seeds is that of ale_py's own Gymnasium environment.
+        noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
+        self._noop_random = np.random.default_rng(int(noop_seed))
+        ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
+        ale.setInt('max_num_frames_per_episode', ATARI_MAX_EPISODE_FRAMES)
+        ale.setFloat('repeat_action_probability', config.sticky_actions)
+        ale.loadROM(os.path.join(rom_folder, game + '.bin'))
+        self._ale = ale
+
+        full = config.full_action_set
+        actions = ale.getLegalActionSet() if full else ale.getMinimalActionSet()
+        self._actions = [action.value for action in actions]
+        self._max_noops = config.max_noops
+        self._lives_count = config.end_episode_on_life_loss
+        self._lives = 0
+
+        screen_shape = ale.getScreenDims()
+        self._screen = np.zeros(screen_shape, np.uint8)
+        self._previous_screen = np.zeros(screen_shape, np.uint8)
+        size = ATARI_FRAME_SIZE
+        self._small = np.zeros((size, size), np.uint8)
+        self._stack = np.zeros((size, size, config.frame_stack), np.uint8)
+        self._newest = self._stack[..., -1]
+        # Moving the whole stack one byte forward moves each channel of each pixel to the channel
+        # before. Only the newest channel is wrong then, and that is the one to be written.
+        self._shifted_from = self._stack.reshape(-1)[1:]
+        self._shifted_to = self._stack.reshape(-1)[:-1]
+        self._observation = {'frame': self._stack}
+
+        repeats = config.num_action_repeats or 4
+        self._unseen_frames = range(max(repeats - 2, 0))
+        self._pool_two_frames = repeats > 1
+        self.spec = EnvironmentSpec(
+            {'frame': ArraySpec((size, size, config.frame_stack), 'uint8')},
+            len(actions),
+            repeats,
+        )
+
+    def reset(self) -> Observation:
+        ale = self._ale
+        ale.reset_game()
+        if self._max_noops:
+            for _ in range(self._noop_random.integers(1, self._max_noops + 1)):
+                ale.act(0)
+                if ale.game_over():
+                    ale.reset_game()
+        self._lives = ale.lives()
+        ale.getScreenGrayscale(self._screen)
+        self._shrink_screen()
+        self._stack[...] = self._small[..., np.newaxis]
+        return self._observation
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        ale = self._ale
+        act = ale.act
+        action = self._actions[action]
+        reward = 0
+        # A game that is over ignores actions and gives no reward, so one look at the end is enough.
+        for _ in self._unseen_frames:
+            reward += act(action)
+        if self._pool_two_frames:
+            reward += act(action)
+            ale.getScreenGrayscale(self._previous_screen)
+        reward += act(action)
+
+        if ale.game_over():
+            end = EpisodeEnd.TRUNCATED if ale.game_truncated() else EpisodeEnd.TERMINATED
+            return float(reward), end, self.reset()
+
+        ale.getScreenGrayscale(self._screen)
+        if self._pool_two_frames:
+            np.maximum(self._screen, self._previous_screen, out=self._screen)
+        self._shrink_screen()
+        self._shifted_to[...] = self._shifted_from
+        self._newest[...] = self._small
+
+        end = EpisodeEnd.NOT_ENDED
+        if self._lives_count:
+            lives = ale.lives()
+            # Some games show 0 lives for a while before they are over: that end is still to come.
+            if 0 < lives < self._lives:
+                end = EpisodeEnd.LIFE_LOST
+            self._lives = lives
+        return float(reward), end, self._observation
+
+    def _shrink_screen(self) -> None:
+        self._resize(self._screen, (ATARI_FRAME_SIZE, ATARI_FRAME_SIZE), self._small)
+
+
+def _load_ale() -> tuple[Any, str]:
+    """Returns ale_py's extension module and the folder of its ROMs.
+
+    Importing the package itself would import Gymnasium and register hundreds of ids, which costs an
+    actor memory and time and is of no use to it.
+    """
+    package = importlib.util.find_spec('ale_py')
+    if package is None or not package.submodule_search_locations:
+        raise LevelError('Atari games need the package ale_py: pip install ale-py.')
+    folder = package.submodule_search_locations[0]
+    name = 'ale_py._ale_py'
+    if name not in sys.modules:
+        spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+        if spec is None or spec.loader is None:
+            raise LevelError(
+                f'The package ale_py in {folder} has no extension module: reinstall it.'
+            )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        # An extension module cannot be loaded twice, should someone import the package later.
+        sys.modules[name] = module
+    return sys.modules[name], os.path.join(folder, 'roms')
+
+
+def _atari_games() -> dict[str, str]:
+    """Returns name in a Gymnasium id -> ROM, for instance 'SpaceInvaders' -> 'space_invaders'."""
+    _, folder = _load_ale()
+    roms = sorted(file[:-4] for file in os.listdir(folder) if file.endswith('.bin'))
+    return {rom.title().replace('_', ''): rom for rom in roms if rom not in ATARI_MULTI_PLAYER_ONLY}
+
+
+def _atari_game(level_name: str) -> str:
+    games = _atari_games()
+    match = re.fullmatch(r'ALE/(.+)-v5', level_name)
+    if match and match[1] in games:
+        return games[match[1]]
+    wanted = level_name.removeprefix('ALE/').split('-')[0]
+    close = difflib.get_close_matches(wanted, games, n=3, cutoff=0.6)
+    known = ', '.join(f'ALE/{game}-v5' for game in close or ('Pong', 'Breakout', 'SpaceInvaders'))
+    raise LevelError(
+        f'There is no Atari game {level_name!r}: {len(games)} games are known, such as {known}.'
+    )
+
+
+def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
+    module_name, _, attribute = level_name.partition(':')
+    try:
+        make: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + '.').startswith(error.name + '.'):
+            raise
+        raise LevelError(
+            f'{level_name!r} asks for the Python module {module_name!r}, which cannot be found.'
+        ) from error
+    except AttributeError as error:
+        raise LevelError(
+            f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
+        ) from error
+    environment = make(seed, config)
+    if not isinstance(getattr(environment, 'spec', None), EnvironmentSpec):
+        raise LevelError(
+            f'{level_name!r} made a {type(environment).__name__} without an EnvironmentSpec as its '
+            "attribute 'spec'."
+        )
+    return environment
+
+
+def _is_gymnasium_id(level_name: str) -> bool:
+    return re.search(r'-v\d+$', level_name) is not None
+
+
+def _import_registrations(level_name: str) -> None:
+    """Imports the package that registers an id with Gymnasium, if it is one that we know."""
+    if level_name.startswith('Vizdoom'):
+        module, extra = 'vizdoom.gymnasium_wrapper', 'vizdoom'
+    elif level_name.startswith(('MiniGrid', 'BabyAI')):
+        module, extra = 'minigrid', 'minigrid'
+    else:
+        # The older ids of Atari games have no prefix of their own.
+        module, extra = 'ale_py', ''
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition('.')[0]
+        install = f"pip install 'impala[{extra}]'" if extra else 'pip install ale-py'
+        raise LevelError(
+            f'{level_name!r} needs the package {package}, which cannot be imported ({error}): '
+            f'{install}.'
+        ) from error
+
+
+def _unknown_level(level_name: str) -> str:
+    return f'{level_name!r} is unknown.{_suggestion(level_name)}'
+
+
+def _suggestion(level_name: str) -> str:
+    import gymnasium
+
+    for prefix in ('', 'Vizdoom', 'MiniGrid'):
+        with contextlib.suppress(LevelError):
+            _import_registrations(prefix)
+    close = difflib.get_close_matches(level_name, gymnasium.registry, n=1)
+    return f' Did you mean {close[0]!r}?' if close else ''
+
+
+def _create_gymnasium_environment(
+    level_name: str, seed: int, config: EnvironmentConfig
+) -> Environment:
+    import gymnasium
+
+    module, _, plain_id = level_name.rpartition(':')
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise LevelError(
+                f'{level_name!r} asks for the Python module {module!r}, which cannot be imported '
+                f'({error}).'
+            ) from error
+    elif plain_id not in gymnasium.registry:
+        _import_registrations(plain_id)
+    if plain_id not in gymnasium.registry:
+        raise LevelError(f'Gymnasium has no {plain_id!r}.{_suggestion(plain_id)}')
+
+    registered = gymnasium.registry[plain_id]
+    if str(registered.entry_point).startswith('ale_py.'):
+        return AtariEnvironment(registered.kwargs['game'], seed, config)
+    return GymnasiumEnvironment(plain_id, seed, config)
+
+
+class GymnasiumEnvironment(Environment):
+    """Any environment of Gymnasium with discrete actions.
+
+    What becomes of its observation:
+
+    * uint8 images with sides of at least 32 pixels are resized to `config.width` x `config.height`;
+    * Box observations of up to two dimensions are flattened to a float32 vector, Discrete ones
+      become a one-hot float32 vector;
+    * of a Dict, `screen` (VizDoom) or `image` is the frame and `mission` is the instruction;
+    * MiniGrid's and BabyAI's 7x7x3 symbols, which are no picture, are replaced by the picture
+      of the same 7x7 cells that the agent sees, 56x56 pixels (8 a cell), not resized. What the
+      direction says the picture shows too: it is turned the agent's way.
+    """
+
+    def __init__(self, level_name: str, seed: int, config: EnvironmentConfig) -> None:
+        import gymnasium
+
+        self._level_name = level_name
+        self._is_vizdoom = level_name.startswith('Vizdoom')
+        repeats = config.num_action_repeats or (4 if self._is_vizdoom else 1)
+        # VizDoom repeats by itself and renders the last frame only.
+        self._repeats = 1 if self._is_vizdoom else repeats
+        options = {'frame_skip': repeats} if self._is_vizdoom else {}
+        try:
+            env = gymnasium.make(level_name, disable_env_checker=True, **options)
+        except gymnasium.error.Error as error:
+            raise LevelError(f'{level_name!r} cannot be made: {error}') from error
+        self._env: Any = env
+        if 'minigrid' in sys.modules:
+            from minigrid.minigrid_env import MiniGridEnv
+            from minigrid.wrappers import RGBImgPartialObsWrapper
+
+            if isinstance(env.unwrapped, MiniGridEnv):
+                self._env = RGBImgPartialObsWrapper(env)
+
+        try:
+            self._spec_of_spaces(repeats, config)
+        except LevelError:
+            env.close()
+            raise
+        self._seed: int | None = seed
+
+    def _spec_of_spaces(self, repeats: int, config: EnvironmentConfig) -> None:
+        from gymnasium import spaces
+
+        action_space = self._env.action_space
+        if not isinstance(action_space, spaces.Discrete):
+            raise LevelError(
+                f'{self._level_name!r} has the action space {action_space}, and only Discrete ones '
+                'can be played.'
+            )
+        self._first_action = int(action_space.start)
+
+        space = self._env.observation_space
+        self._frame_key: str | None = None
+        self._speaks = False
+        self._instruction = ''
+        if isinstance(space, spaces.Dict):
+            self._frame_key = next(
+                (key for key in ('screen', 'image') if key in space.spaces), None
+            )
+            self._speaks = 'mission' in space.spaces
+            if self._frame_key is None:
+                raise self._unsupported_observation()
+            space = space[self._frame_key]
+
+        self._one_hot = isinstance(space, spaces.Discrete)
+        self._resize_to: tuple[int, int] | None = None
+        if isinstance(space, spaces.Discrete):
+            self._first_observation = int(space.start)
+            frame = ArraySpec((int(space.n),), 'float32')
+        elif not isinstance(space, spaces.Box):
+            raise self._unsupported_observation()
+        elif _is_image(space.shape, space.dtype):
+            height, width = space.shape[:2]
+            channels = space.shape[2] if len(space.shape) == 3 else 1
+            if self._resizable() and (height, width) != (config.height, config.width):
+                height, width = config.height, config.width
+                self._resize_to = (width, height)
+            frame = ArraySpec((height, width, channels), 'uint8')
+        elif len(space.shape) <= 2 and np.dtype(space.dtype).kind in 'biuf':
+            frame = ArraySpec((int(np.prod(space.shape)),), 'float32')
+        else:
+            raise self._unsupported_observation()
+
+        self._frame = np.zeros(frame.shape, frame.dtype)
+        self._observation = {'frame': self._frame}
+        observation = {'frame': frame}
+        if self._speaks:
+            observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
+            self._observation['instruction'] = hash_instruction('')
+        self.spec = EnvironmentSpec(observation, int(action_space.n), repeats)
+
+        if self._resize_to is not None:
+            import cv2
+
+            cv2.setNumThreads(1)
+            self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
+
+    def _resizable(self) -> bool:
+        return type(self._env).__name__ != 'RGBImgPartialObsWrapper'
+
+    def _unsupported_observation(self) -> LevelError:
+        return LevelError(
+            f'{self._level_name!r} has the observation space {self._env.observation_space}, which '
+            'is neither an image, nor numbers of at most two dimensions, nor Discrete, nor a Dict '
+            "with one of them as 'screen' or 'image'."
+        )
+
+    def reset(self) -> Observation:
+        # MiniGrid prints to stdout when it has to draw a level anew.
+        with contextlib.redirect_stdout(io.StringIO()):
+            observation, _ = self._env.reset(seed=self._seed)
+        self._seed = None
+        return self._convert(observation)
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        action = int(action) + self._first_action
+        total_reward = 0.0
+        for _ in range(self._repeats):
+            observation, reward, terminated, truncated, _ = self._env.step(action)
+            total_reward += float(reward)
+            if terminated or truncated:
+                # An episode that reaches its goal with its last step has reached it. But VizDoom
+                # calls an episode that ran out of time terminated as well.
+                timeout = truncated and (self._is_vizdoom or not terminated)
+                end = EpisodeEnd.TRUNCATED if timeout else EpisodeEnd.TERMINATED
+                return total_reward, end, self.reset()
+        return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _convert(self, observation: Any) -> Observation:
+        if self._speaks and observation['mission'] != self._instruction:
+            self._instruction = observation['mission']
+            self._observation['instruction'] = hash_instruction(self._instruction)
+        frame = observation if self._frame_key is None else observation[self._frame_key]
+        if self._resize_to is not None:
+            resized = self._resize(frame, self._resize_to)
+            self._frame[...] = resized.reshape(self._frame.shape)
+        elif self._one_hot:
+            self._frame[...] = 0
+            self._frame[int(frame) - self._first_observation] = 1
+        else:
+            self._frame[...] = np.reshape(frame, self._frame.shape)
+        return self._observation
+
+
+def _is_image(shape: tuple[int, ...], dtype: Any) -> bool:
+    if np.dtype(dtype) != np.uint8 or min(shape[:2], default=0) < MIN_IMAGE_SIDE:
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] <= 4)
