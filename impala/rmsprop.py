@@ -1,0 +1,117 @@
+"""RMSProp as in TensorFlow 1, which the paper's results were obtained with.
+
+It differs from Sonnet 2's: the running mean of squares starts at ones, not at zeros, which keeps
+the first steps small, and epsilon is added inside the square root.
+"""
+
+from collections.abc import Sequence
+
+import sonnet as snt
+import tensorflow as tf
+
+
+class RMSProp(snt.Module):
+    """RMSProp with the arithmetic of `tf.compat.v1.train.RMSPropOptimizer`, bit for bit.
+
+    For gradient g of a parameter:
+
+        mean_square <- decay * mean_square + (1 - decay) * g^2
+        step        <- momentum * step + learning_rate * g / sqrt(mean_square + epsilon)
+        parameter   <- parameter - step
+
+    Attributes:
+      mean_squares: f32 variables, one per parameter and shaped like it; start at ones.
+      steps: f32 variables, one per parameter and shaped like it; start at zeros.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tf.Variable],
+        decay: float = 0.99,
+        momentum: float = 0.0,
+        epsilon: float = 0.1,
+        name: str | None = None,
+    ):
+        """Makes the slots.
+
+        They are made here, not at the first update, so that a checkpoint restored before that
+        finds its variables.
+
+        Args:
+          parameters: all variables that `apply` will ever be given.
+          decay: of the running mean of squared gradients, per update.
+          momentum: 0 for none.
+          epsilon: added to the mean square, inside the root.
+          name: of the module.
+        """
+        super().__init__(name=name)
+        self._decay = decay
+        self._momentum = momentum
+        self._epsilon = epsilon
+        self._indices = {parameter.ref(): i for i, parameter in enumerate(parameters)}
+        self.mean_squares = [
+            tf.Variable(tf.ones_like(p), trainable=False, name='mean_square') for p in parameters
+        ]
+        self.steps = [
+            tf.Variable(tf.zeros_like(p), trainable=False, name='step') for p in parameters
+        ]
+
+    def apply(
+        self,
+        updates: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        parameters: Sequence[tf.Variable],
+        learning_rate: tf.Tensor | float,
+    ) -> None:
+        """Takes one step.
+
+        The rows that an `IndexedSlices` does not mention stay as they are, slots included, as in
+        TensorFlow 1.
+
+        Args:
+          updates: gradients, shaped like `parameters`; where None, the parameter is left alone.
+            In `IndexedSlices` no index may stand twice: see `sum_duplicates`.
+          parameters: variables, some or all of those given at construction.
+          learning_rate: f32 scalar.
+
+        Raises:
+          ValueError: the sequences differ in length, or a parameter was not given at construction.
+        """
+        if len(updates) != len(parameters):
+            raise ValueError(f'{len(updates)} updates for {len(parameters)} parameters')
+        for update, parameter in zip(updates, parameters, strict=True):
+            index = self._indices.get(parameter.ref())
+            if index is None:
+                raise ValueError(f'the optimizer has no slots for the parameter {parameter.name}')
+            if update is None:
+                continue
+            arguments = {
+                'var': parameter.handle,
+                'ms': self.mean_squares[index].handle,
+                'mom': self.steps[index].handle,
+                'lr': learning_rate,
+                'rho': self._decay,
+                'momentum': self._momentum,
+                'epsilon': self._epsilon,
+            }
+            if isinstance(update, tf.IndexedSlices):
+                tf.raw_ops.ResourceSparseApplyRMSProp(
+                    grad=update.values, indices=update.indices, **arguments
+                )
+            else:
+                tf.raw_ops.ResourceApplyRMSProp(grad=update, **arguments)
+
+
+def sum_duplicates(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
+    """Sums the slices that have the same index, so that each index stands once.
+
+    Until then neither the norm nor the square of such a gradient is that of the dense one.
+
+    Args:
+      gradient: values `[N, ...]`, indices integer `[N]`.
+
+    Returns:
+      The same gradient with values `[M, ...]` and indices `[M]`, M <= N.
+    """
+    indices, positions = tf.unique(gradient.indices)
+    values = tf.math.unsorted_segment_sum(gradient.values, positions, tf.size(indices))
+    return tf.IndexedSlices(values, indices, gradient.dense_shape)
