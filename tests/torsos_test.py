@@ -1,0 +1,218 @@
+"""Tests of the torsos against the same networks written with Sonnet's own layers."""
+
+import math
+
+import numpy as np
+import pytest
+import sonnet as snt
+import tensorflow as tf
+
+from impala import torsos
+from impala.trajectory import ArraySpec
+
+
+class SonnetShallow(snt.Module):
+    """The paper's shallow network in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [
+            snt.Conv2D(16, 8, 4, padding='VALID'),
+            snt.Conv2D(32, 4, 2, padding='VALID'),
+            snt.Linear(256),
+        ]
+
+    def __call__(self, x):
+        conv_1, conv_2, linear = self.layers
+        x = tf.nn.relu(conv_2(tf.nn.relu(conv_1(x))))
+        return tf.nn.relu(linear(snt.Flatten()(x)))
+
+
+class SonnetDeep(snt.Module):
+    """The paper's deep network in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [snt.Conv2D(c, 3) for c in (16, 32, 32) for _ in range(5)]
+        self.layers.append(snt.Linear(256))
+
+    def __call__(self, x):
+        for section in range(3):
+            first, *residual = self.layers[5 * section : 5 * section + 5]
+            x = tf.nn.max_pool2d(first(x), 3, 2, 'SAME')
+            for block in range(2):
+                y = residual[2 * block](tf.nn.relu(x))
+                x += residual[2 * block + 1](tf.nn.relu(y))
+        return tf.nn.relu(self.layers[-1](snt.Flatten()(tf.nn.relu(x))))
+
+
+class SonnetMLP(snt.Module):
+    """Two linear layers of 64."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [snt.Linear(64), snt.Linear(64)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = tf.nn.relu(layer(x))
+        return x
+
+
+REFERENCES = {'shallow': SonnetShallow, 'deep': SonnetDeep, 'mlp': SonnetMLP}
+
+
+def random_frames(shape, rows=3, dtype='uint8'):
+    rng = np.random.default_rng(1)
+    if dtype == 'uint8':
+        return tf.constant(rng.integers(0, 256, (rows, *shape), dtype=np.uint8))
+    return tf.constant(rng.normal(size=(rows, *shape)).astype(np.float32))
+
+
+def torso_and_reference(name, shape, dtype='uint8', compute_dtype=tf.float32):
+    """Returns a torso with random biases and Sonnet's version of it with the same weights."""
+    torso = torsos.create_torso(name, ArraySpec(shape, dtype), compute_dtype)
+    reference = REFERENCES[name]()
+    reference(tf.zeros([1, *shape]))
+    # Variables of equal shape occur in the same order in both, by name and by construction.
+    own = [v for layer in own_layers(torso) for v in (layer.w, layer.b)]
+    theirs = [v for layer in reference.layers for v in (layer.w, layer.b)]
+    assert [v.shape for v in own] == [v.shape for v in theirs]
+    for mine, other in zip(own, theirs, strict=True):
+        if mine.shape.rank == 1:
+            mine.assign(tf.random.stateless_uniform(mine.shape, [1, 2], -0.1, 0.1))
+        other.assign(mine)
+    return torso, reference, own, theirs
+
+
+def own_layers(torso):
+    layers = [m for m in torso.submodules if isinstance(m, torsos.Convolution | torsos.Linear)]
+    # A torso applies its layers in the order of their names, but for a section's first convolution.
+    order = {'section': 0, 'block': 1}
+
+    def key(layer):
+        words = layer.name.split('_')
+        if words[0] in order:
+            return ('a', words[1], order[words[0]], *words[2:])
+        return ('conv' if words[0] == 'conv' else 'linear', *words[1:])
+
+    return sorted(layers, key=key)
+
+
+CASES = [
+    ('shallow', (84, 84, 4), 'uint8'),
+    ('shallow', (72, 96, 3), 'uint8'),
+    ('shallow', (56, 56, 3), 'uint8'),
+    ('shallow', (37, 50, 1), 'uint8'),
+    ('shallow', (20, 20, 3), 'uint8'),
+    ('deep', (72, 96, 3), 'uint8'),
+    ('deep', (56, 56, 3), 'uint8'),
+    ('deep', (7, 5, 3), 'uint8'),
+    ('mlp', (4,), 'float32'),
+    ('mlp', (16,), 'uint8'),
+]
+
+
+@pytest.mark.parametrize(('name', 'shape', 'dtype'), CASES)
+def test_equals_the_same_network_of_sonnet_layers(name, shape, dtype):
+    torso, reference, own, theirs = torso_and_reference(name, shape, dtype)
+    frames = random_frames(shape, dtype=dtype)
+    scaled = tf.cast(frames, tf.float32) / (255 if dtype == 'uint8' else 1)
+
+    @tf.function
+    def features_and_gradients(network, inputs, variables):
+        with tf.GradientTape() as tape:
+            features = network(inputs)
+            loss = tf.reduce_sum(tf.sin(features))
+        return features, tape.gradient(loss, variables)
+
+    features, gradients = features_and_gradients(torso, frames, own)
+    expected, expected_gradients = features_and_gradients(reference, scaled, theirs)
+    assert features.dtype == tf.float32
+    assert features.shape == (3, torso.output_size)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        scale = np.abs(expected_gradient).max()
+        assert scale > 0
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize('name', ['shallow', 'deep'])
+def test_bfloat16_is_close_to_float32_with_float32_variables(name):
+    shape = (56, 56, 3)
+    torso, reference, own, theirs = torso_and_reference(name, shape, compute_dtype=tf.bfloat16)
+    assert {v.dtype for v in own} == {tf.float32}
+    frames = random_frames(shape, rows=8)
+    with tf.GradientTape(persistent=True) as tape:
+        features = torso(frames)
+        expected = reference(tf.cast(frames, tf.float32) / 255)
+        loss, expected_loss = tf.reduce_sum(features**2), tf.reduce_sum(expected**2)
+    assert features.dtype == tf.float32
+    # Equality would mean that nothing was computed in bfloat16.
+    error = np.linalg.norm(features - expected) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.03
+    gradients = tape.gradient(loss, own)
+    expected_gradients = tape.gradient(expected_loss, theirs)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == tf.float32
+        cosine = np.vdot(gradient, expected_gradient) / (
+            np.linalg.norm(gradient) * np.linalg.norm(expected_gradient)
+        )
+        assert cosine > 0.98
+
+
+def test_initial_weights_are_distributed_as_sonnets():
+    torso = torsos.create_torso('deep', ArraySpec((24, 24, 3), 'uint8'), tf.float32)
+    for layer in own_layers(torso):
+        fan_in = math.prod(layer.w.shape[:-1])
+        # Cut off at two deviations, a normal distribution's own deviation is .88 of what it was.
+        assert np.std(layer.w) == pytest.approx(0.88 / math.sqrt(fan_in), rel=0.15)
+        assert np.abs(layer.w).max() <= 2 / math.sqrt(fan_in)
+        assert not np.any(layer.b)
+
+
+@pytest.mark.parametrize('name', ['shallow', 'deep'])
+def test_no_gradient_of_the_frames_is_computed(name):
+    shape = (24, 24, 3)
+    torso = torsos.create_torso(name, ArraySpec(shape, 'uint8'), tf.float32)
+
+    @tf.function
+    def gradients(frames):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(torso(frames))
+        return tape.gradient(loss, torso.trainable_variables)
+
+    graph = gradients.get_concrete_function(tf.TensorSpec([None, *shape], tf.uint8)).graph
+    needed = {op.name for op in reachable(graph.outputs)}
+    kinds = [op.type for op in graph.get_operations() if op.name in needed]
+    convolutions = kinds.count('Conv2D')
+    assert convolutions == (2 if name == 'shallow' else 15)
+    assert kinds.count('Conv2DBackpropFilter') == convolutions
+    assert kinds.count('Conv2DBackpropInput') == convolutions - 1
+
+
+def reachable(outputs):
+    """Returns the operations that `outputs` depend on: what is left of a graph after pruning."""
+    todo, seen = [t.op for t in outputs], set()
+    while todo:
+        op = todo.pop()
+        if op not in seen:
+            seen.add(op)
+            todo += [t.op for t in op.inputs] + list(op.control_inputs)
+    return seen
+
+
+@pytest.mark.parametrize('name', ['shallow', 'deep'])
+def test_frames_that_are_no_images_are_refused(name):
+    with pytest.raises(ValueError, match=rf'{name} torso needs uint8 frames .* float32 \[4\]'):
+        torsos.create_torso(name, ArraySpec((4,), 'float32'), tf.float32)
+
+
+def test_too_small_frames_are_refused_by_the_shallow_torso():
+    with pytest.raises(ValueError, match='at least 20x20 pixels, got 20x19'):
+        torsos.create_torso('shallow', ArraySpec((20, 19, 3), 'uint8'), tf.float32)
+
+
+def test_an_unknown_torso_is_refused():
+    with pytest.raises(ValueError, match="Unknown torso 'wide'.*deep, shallow, mlp"):
+        torsos.create_torso('wide', ArraySpec((4,), 'float32'), tf.float32)
