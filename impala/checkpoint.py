@@ -1,0 +1,400 @@
+"""What survives a run in its `--logdir`: checkpoints, the flag file and the shape of the network.
+
+Everything here fails with a `LogdirError`, whose text is one sentence for the user.
+"""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+import tqdm
+
+CHECKPOINT_FOLDER = 'checkpoints'
+FLAG_FILE = 'flags.txt'
+NETWORK_FILE = 'network.json'
+
+_PREFIX = 'ckpt'
+
+
+class LogdirError(Exception):
+    """What lies in the log directory cannot be used, or nothing can be written there."""
+
+
+def report_to_stderr(text: str) -> None:
+    """Prints a line to stderr without tearing a progress bar that stands there."""
+    with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def lock_logdir(logdir: str) -> int:
+    """Makes this process the only run that writes to a log directory, until it ends in any way.
+
+    Two runs that share a directory, easily done with a default one, would delete each other's
+    checkpoints and mix their logs.
+
+    Args:
+      logdir: the directory; created if missing.
+
+    Returns:
+      The file descriptor that holds the lock; `os.close` releases it.
+
+    Raises:
+      LogdirError: if another run holds it, or the directory cannot be made.
+    """
+    try:
+        os.makedirs(logdir, exist_ok=True)
+        descriptor = os.open(logdir, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise LogdirError(f'Cannot use {logdir} as log directory: {error.strerror}.') from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LogdirError(
+            f'Another run is writing to {logdir}: stop it, or give this one another --logdir.'
+        ) from None
+    except OSError:
+        # Some network file systems cannot lock directories; that is no reason not to train there.
+        pass
+    return descriptor
+
+
+def write_flags(logdir: str, text: str) -> str:
+    """Writes the flag file that restores the run.
+
+    Args:
+      logdir: the log directory; created if missing.
+      text: what absl's `flags_into_string` returns.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      LogdirError: if it cannot be written; a file from before is left as it was.
+    """
+    path = os.path.join(logdir, FLAG_FILE)
+    _write_atomically(path, text)
+    return path
+
+
+def network_settings(logdir: str) -> dict[str, Any] | None:
+    """Returns the settings that `check_same_network` stored, None if there are none.
+
+    Raises:
+      LogdirError: if the file cannot be read.
+    """
+    path = os.path.join(logdir, NETWORK_FILE)
+    try:
+        with open(path, encoding='utf-8') as file:
+            settings = json.load(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LogdirError(f'Cannot read {path}: {error.strerror}.') from error
+    except ValueError as error:
+        settings = error
+    if not isinstance(settings, dict):
+        raise LogdirError(
+            f'{path} is damaged: remove it if the flags are those the run was started with.'
+        )
+    return settings
+
+
+def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
+    """Stores the settings that shape the network, or compares them with those of the run before.
+
+    As long as there is no checkpoint nothing depends on them, and they are simply replaced.
+
+    Args:
+      logdir: the log directory; created if missing.
+      settings: flag name -> JSON-serialisable value.
+
+    Raises:
+      LogdirError: if the run was started with other values; names each flag with both. Also if
+        the file cannot be read or written.
+    """
+    settings = json.loads(json.dumps(settings))
+    stored = network_settings(logdir) if _checkpoint_paths(logdir) else None
+    if stored is None:
+        text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
+        _write_atomically(os.path.join(logdir, NETWORK_FILE), text)
+        return
+    different = [
+        f'--{name} was {_shown(stored, name)} and is now {_shown(settings, name)}'
+        for name in sorted({*stored, *settings})
+        if name not in stored or name not in settings or stored[name] != settings[name]
+    ]
+    if different:
+        raise LogdirError(
+            f'The run in {logdir} has another network: {", ".join(different)}; '
+            'set them back, or give another --logdir.'
+        )
+
+
+class Checkpointer:
+    """Saves and restores a learner under `<logdir>/checkpoints`.
+
+    A checkpoint holds all variables of the learner (weights, optimizer, counters of updates and
+    agent steps) and the seconds spent training. Checkpoints are found by their files, not by
+    TensorFlow's state file, so that a lost or damaged state file does not make a run start anew.
+    """
+
+    def __init__(
+        self,
+        logdir: str,
+        learner: tf.Module,
+        save_secs: float = 600.0,
+        max_to_keep: int = 3,
+        report: Callable[[str], None] = report_to_stderr,
+    ):
+        """Makes nothing on disk.
+
+        Args:
+          logdir: the log directory.
+          learner: what is saved; its variables exist already. To restore an agent alone, give a
+            module that has it under the learner's attribute name.
+          save_secs: seconds of training between checkpoints of `maybe_save`.
+          max_to_keep: how many checkpoints stay; at least 2, so that there is one to fall back to.
+          report: takes a line for the user about what went wrong without ending the run.
+
+        Raises:
+          LogdirError: if TensorFlow cannot restore from a directory of this name.
+        """
+        if max_to_keep < 2:
+            raise ValueError(f'max_to_keep must be at least 2, not {max_to_keep}.')
+        if re.search(r'[][*?\\]', logdir):
+            # TensorFlow would save there, but takes the path for a pattern when it restores.
+            raise LogdirError(
+                f'{logdir} cannot be a log directory: none of *, ?, [, ] and \\ may be in it.'
+            )
+        self._logdir = logdir
+        self._folder = os.path.join(logdir, CHECKPOINT_FOLDER)
+        self._save_secs = save_secs
+        self._max_to_keep = max_to_keep
+        self._report = report
+        with tf.device('/cpu:0'):
+            self._wall_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        self._checkpoint = tf.train.Checkpoint(learner=learner, wall_seconds=self._wall_seconds)
+        self._manager: tf.train.CheckpointManager | None = None
+        self._last_attempt = 0.0
+        self._latest: str | None = None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of training behind the checkpoint saved or restored last; 0 if there is none."""
+        return float(self._wall_seconds.numpy())
+
+    @property
+    def latest(self) -> str | None:
+        """Path of the checkpoint saved or restored last, without file extension."""
+        return self._latest
+
+    def restore(self) -> bool:
+        """Restores the newest intact checkpoint.
+
+        Damaged newer ones are reported and passed over: at most some minutes of training are
+        lost, where refusing would stop a run that restarts unattended.
+
+        Returns:
+          Whether there was a checkpoint.
+
+        Raises:
+          LogdirError: if there are checkpoints and all are damaged, or if the one restored does
+            not fit the learner.
+        """
+        damaged = []
+        for path in reversed(_checkpoint_paths(self._logdir)):
+            fault = _fault(path)
+            if fault:
+                damaged.append(f'{path} ({fault})')
+                continue
+            if damaged:
+                self._report(
+                    f'WARNING: damaged checkpoint {", ".join(damaged)}: going on from the newest '
+                    f'intact one, {path}.'
+                )
+            self._read(path)
+            return True
+        if damaged:
+            raise LogdirError(
+                f'No checkpoint in {self._folder} is intact: {", ".join(damaged)}; put an intact '
+                'copy there, or remove the folder to start the training anew.'
+            )
+        return False
+
+    def maybe_save(self, wall_seconds: float) -> bool:
+        """Saves if `save_secs` of training have passed since the last attempt.
+
+        A failure is reported, and tried again after the next `save_secs`.
+
+        Args:
+          wall_seconds: seconds of training so far, over all resumptions.
+
+        Returns:
+          Whether a checkpoint was written.
+        """
+        if wall_seconds - self._last_attempt < self._save_secs:
+            return False
+        try:
+            self.save(wall_seconds)
+        except LogdirError as error:
+            self._report(
+                f'WARNING: {error} Training goes on, next attempt in {self._save_secs:.0f} s.'
+            )
+            return False
+        return True
+
+    def save(self, wall_seconds: float) -> str:
+        """Saves now.
+
+        Args:
+          wall_seconds: seconds of training so far, over all resumptions.
+
+        Returns:
+          The path of the checkpoint, without file extension.
+
+        Raises:
+          LogdirError: if it cannot be written; the checkpoints from before are untouched and
+            nothing of the new one stays.
+        """
+        self._last_attempt = wall_seconds
+        before = _checkpoint_paths(self._logdir)
+        number = _number(before[-1]) if before else 0
+        path = os.path.join(self._folder, f'{_PREFIX}-{number + 1}')
+        self._wall_seconds.assign(wall_seconds)
+        try:
+            if self._manager is None:
+                self._manager = self._create_manager(before)
+            # A failed attempt has counted already.
+            self._checkpoint.save_counter.assign(number)
+            self._manager.save()
+        except (OSError, tf.errors.OpError) as error:
+            # The last thing written is TensorFlow's state file, which nothing depends on.
+            if _fault(path):
+                _remove_checkpoint(path)
+                raise LogdirError(
+                    f'Cannot save a checkpoint in {self._folder}: {_reason(error)}; '
+                    + (f'the previous one is {before[-1]}.' if before else 'there is none yet.')
+                ) from error
+        self._latest = path
+        return path
+
+    def _create_manager(self, paths: list[str]) -> tf.train.CheckpointManager:
+        os.makedirs(self._folder, exist_ok=True)
+        for leftover in glob.glob(os.path.join(glob.escape(self._folder), f'{_PREFIX}-*_temp')):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if paths:
+            # The manager deletes old checkpoints by the state file, which may be lost or damaged.
+            # It takes only those into its care that are newer than what it has preserved for good.
+            tf.compat.v1.train.update_checkpoint_state(
+                self._folder,
+                paths[-1],
+                list(paths),
+                all_model_checkpoint_timestamps=[1.0] * len(paths),
+                last_preserved_timestamp=0.0,
+            )
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self._folder, 'checkpoint'))
+        return tf.train.CheckpointManager(
+            self._checkpoint, self._folder, self._max_to_keep, checkpoint_name=_PREFIX
+        )
+
+    def _read(self, path: str) -> None:
+        try:
+            status = self._checkpoint.restore(path).expect_partial()
+            status.assert_existing_objects_matched()
+        except (AssertionError, ValueError, tf.errors.OpError) as error:
+            first_line = (str(error).strip().splitlines() or [''])[0]
+            raise LogdirError(
+                f'The checkpoint {path} does not fit the network of this run ({first_line}): '
+                'use the flags it was trained with, or another --logdir.'
+            ) from error
+        self._last_attempt = self.wall_seconds
+        self._latest = path
+
+
+def _checkpoint_paths(logdir: str) -> list[str]:
+    """Returns the checkpoints, oldest first; one that lacks a file is listed too."""
+    folder = os.path.join(logdir, CHECKPOINT_FOLDER)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise LogdirError(f'Cannot read {folder}: {error.strerror}.') from error
+    pattern = re.compile(rf'{_PREFIX}-(\d+)\.(index|data-\d+-of-\d+)')
+    numbers = {int(match[1]) for match in map(pattern.fullmatch, names) if match}
+    return [os.path.join(folder, f'{_PREFIX}-{number}') for number in sorted(numbers)]
+
+
+def _number(path: str) -> int:
+    return int(path.rpartition('-')[2])
+
+
+def _fault(path: str) -> str:
+    """Reads all of a checkpoint; returns what is wrong with it, '' if nothing is.
+
+    TensorFlow keeps a checksum of every block of the index and of every tensor, and compares it
+    only when that tensor is read.
+    """
+    if not os.path.exists(f'{path}.index'):
+        return 'its .index file is missing'
+    try:
+        reader = tf.train.load_checkpoint(path)
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)
+    except Exception as error:
+        # Which type of exception comes depends on where the damage lies; IndexError is among them.
+        return _reason(error)
+    return ''
+
+
+def _reason(error: Exception) -> str:
+    """Returns the operating system's or TensorFlow's reason without names of ops and devices."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = getattr(error, 'message', None) or str(error)
+    text = (text.strip().splitlines() or [type(error).__name__])[0]
+    text = re.sub(r'^(\{\{.*?\}\}\s*)+', '', text)
+    text = re.sub(r'\s*\[Op:\w+\].*$', '', text)
+    return text.rpartition('; ')[2].rstrip('.')
+
+
+def _remove_checkpoint(path: str) -> None:
+    for name in glob.glob(f'{glob.escape(path)}.*'):
+        with contextlib.suppress(OSError):
+            os.remove(name)
+    shutil.rmtree(f'{path}_temp', ignore_errors=True)
+    state = os.path.join(glob.escape(os.path.dirname(path)), 'checkpoint.tmp*')
+    for name in glob.glob(state):
+        with contextlib.suppress(OSError):
+            os.remove(name)
+
+
+def _write_atomically(path: str, text: str) -> None:
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+    except OSError as error:
+        raise LogdirError(f'Cannot write {path}: {error.strerror}.') from error
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    return json.dumps(settings[name]) if name in settings else 'not set'
