@@ -22,15 +22,21 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
 import io
+import logging
 import os
 import re
+import shlex
+import shutil
 import sys
+import tempfile
+import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,6 +53,57 @@ ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'
 
 # Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
 MIN_IMAGE_SIDE = 32
+
+DMLAB30_LEVELS = frozenset(
+    {
+        'rooms_collect_good_objects_train',
+        'rooms_collect_good_objects_test',
+        'rooms_exploit_deferred_effects_train',
+        'rooms_exploit_deferred_effects_test',
+        'rooms_select_nonmatching_object',
+        'rooms_watermaze',
+        'rooms_keys_doors_puzzle',
+        'language_select_described_object',
+        'language_select_located_object',
+        'language_execute_random_task',
+        'language_answer_quantitative_question',
+        'lasertag_one_opponent_small',
+        'lasertag_three_opponents_small',
+        'lasertag_one_opponent_large',
+        'lasertag_three_opponents_large',
+        'natlab_fixed_large_map',
+        'natlab_varying_map_regrowth',
+        'natlab_varying_map_randomized',
+        'skymaze_irreversible_path_hard',
+        'skymaze_irreversible_path_varied',
+        'psychlab_arbitrary_visuomotor_mapping',
+        'psychlab_continuous_recognition',
+        'psychlab_sequential_comparison',
+        'psychlab_visual_search',
+        'explore_object_locations_small',
+        'explore_object_locations_large',
+        'explore_obstructed_goals_small',
+        'explore_obstructed_goals_large',
+        'explore_goal_locations_small',
+        'explore_goal_locations_large',
+        'explore_object_rewards_few',
+        'explore_object_rewards_many',
+    }
+)
+# Look left-right and down-up (pixels per frame), strafe left-right, move back-forward, fire, jump,
+# crouch.
+DEEPMIND_LAB_ACTIONS = (
+    (0, 0, 0, 1, 0, 0, 0),  # forward
+    (0, 0, 0, -1, 0, 0, 0),  # backward
+    (0, 0, -1, 0, 0, 0, 0),  # strafe left
+    (0, 0, 1, 0, 0, 0, 0),  # strafe right
+    (-20, 0, 0, 0, 0, 0, 0),  # look left
+    (20, 0, 0, 0, 0, 0, 0),  # look right
+    (-20, 0, 0, 1, 0, 0, 0),  # look left and forward
+    (20, 0, 0, 1, 0, 0, 0),  # look right and forward
+    (0, 0, 0, 0, 1, 0, 0),  # fire
+)
+DEEPMIND_LAB_BUILD_GUIDE = 'https://github.com/google-deepmind/lab/blob/master/docs/users/build.md'
 
 Observation = dict[str, np.ndarray]
 
@@ -144,22 +201,25 @@ def create_environment(
 
     Args:
       level_name: see the module's description.
-      seed: not negative. It decides everything random in the environment: with the same actions,
+      seed: in `[0, 2**31)`. It decides everything random in the environment: with the same actions,
         two environments made with one seed play the same episodes.
       config: None for the defaults.
 
     Raises:
       LevelError: the level is unknown, its package is not installed, or its observation or action
         space is one that the agent cannot be given.
+      ValueError: the seed is out of range.
     """
     config = config or EnvironmentConfig()
+    if not 0 <= seed < 2**31:
+        raise ValueError(f'The seed must be in [0, 2**31), not {seed}.')
     if level_name.startswith('ALE/'):
         return AtariEnvironment(_atari_game(level_name), seed, config)
     if _is_gymnasium_id(level_name):
         return _create_gymnasium_environment(level_name, seed, config)
     if ':' in level_name:
         return _create_by_callable(level_name, seed, config)
-    raise LevelError(_unknown_level(level_name))
+    return DeepMindLabEnvironment(level_name, seed, config)
 
 
 def hash_instruction(instruction: str) -> np.ndarray:
@@ -385,18 +445,20 @@ def _import_registrations(level_name: str) -> None:
         ) from error
 
 
-def _unknown_level(level_name: str) -> str:
-    return f'{level_name!r} is unknown.{_suggestion(level_name)}'
-
-
 def _suggestion(level_name: str) -> str:
+    """Returns a question to end an error with, or nothing if no known level has such a name."""
     import gymnasium
 
     for prefix in ('', 'Vizdoom', 'MiniGrid'):
         with contextlib.suppress(LevelError):
             _import_registrations(prefix)
-    close = difflib.get_close_matches(level_name, gymnasium.registry, n=1)
-    return f' Did you mean {close[0]!r}?' if close else ''
+    # A name is often the id without what stands around it: 'Pong' for 'ALE/Pong-v5'.
+    names: dict[str, str] = {}
+    for known in [*gymnasium.registry, *sorted(DMLAB30_LEVELS)]:
+        names[known.lower()] = known
+        names[re.sub(r'^ALE/|-v\d+$', '', known).lower()] = known
+    close = difflib.get_close_matches(level_name.lower(), names, n=1, cutoff=0.75)
+    return f' Did you mean {names[close[0]]!r}?' if close else ''
 
 
 def _create_gymnasium_environment(
@@ -419,9 +481,25 @@ def _create_gymnasium_environment(
         raise LevelError(f'Gymnasium has no {plain_id!r}.{_suggestion(plain_id)}')
 
     registered = gymnasium.registry[plain_id]
-    if str(registered.entry_point).startswith('ale_py.'):
+    entry_point = str(registered.entry_point)
+    if entry_point.startswith('ale_py.'):
         return AtariEnvironment(registered.kwargs['game'], seed, config)
-    return GymnasiumEnvironment(plain_id, seed, config)
+
+    is_vizdoom = entry_point.startswith('vizdoom.')
+    repeats = config.num_action_repeats or (4 if is_vizdoom else 1)
+    # VizDoom repeats by itself and renders the last frame only.
+    options = {'frame_skip': repeats} if is_vizdoom else {}
+    try:
+        env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise LevelError(f'{level_name!r} cannot be made: {_one_line(error)}') from error
+    if is_vizdoom:
+        return VizdoomEnvironment(level_name, env, repeats, seed, config)
+    return GymnasiumEnvironment(level_name, env, repeats, seed, config)
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())
 
 
 class GymnasiumEnvironment(Environment):
@@ -438,33 +516,38 @@ class GymnasiumEnvironment(Environment):
       direction says the picture shows too: it is turned the agent's way.
     """
 
-    def __init__(self, level_name: str, seed: int, config: EnvironmentConfig) -> None:
-        import gymnasium
+    def __init__(
+        self, level_name: str, env: Any, repeats: int, seed: int, config: EnvironmentConfig
+    ) -> None:
+        """Takes over a Gymnasium environment.
 
+        Args:
+          level_name: for error messages.
+          env: a `gymnasium.Env`; it is closed if it cannot be served.
+          repeats: frames per agent step.
+          seed: of the first reset; later ones go on from there.
+          config: see `EnvironmentConfig`.
+
+        Raises:
+          LevelError: its observation or action space is not supported.
+        """
         self._level_name = level_name
-        self._is_vizdoom = level_name.startswith('Vizdoom')
-        repeats = config.num_action_repeats or (4 if self._is_vizdoom else 1)
-        # VizDoom repeats by itself and renders the last frame only.
-        self._repeats = 1 if self._is_vizdoom else repeats
-        options = {'frame_skip': repeats} if self._is_vizdoom else {}
-        try:
-            env = gymnasium.make(level_name, disable_env_checker=True, **options)
-        except gymnasium.error.Error as error:
-            raise LevelError(f'{level_name!r} cannot be made: {error}') from error
-        self._env: Any = env
+        self._env = env
+        self._repeats = repeats
+        self._seed: int | None = seed
+        self._keep_size = False
         if 'minigrid' in sys.modules:
             from minigrid.minigrid_env import MiniGridEnv
             from minigrid.wrappers import RGBImgPartialObsWrapper
 
             if isinstance(env.unwrapped, MiniGridEnv):
                 self._env = RGBImgPartialObsWrapper(env)
-
+                self._keep_size = True
         try:
             self._spec_of_spaces(repeats, config)
         except LevelError:
             env.close()
             raise
-        self._seed: int | None = seed
 
     def _spec_of_spaces(self, repeats: int, config: EnvironmentConfig) -> None:
         from gymnasium import spaces
@@ -500,7 +583,7 @@ class GymnasiumEnvironment(Environment):
         elif _is_image(space.shape, space.dtype):
             height, width = space.shape[:2]
             channels = space.shape[2] if len(space.shape) == 3 else 1
-            if self._resizable() and (height, width) != (config.height, config.width):
+            if not self._keep_size and (height, width) != (config.height, config.width):
                 height, width = config.height, config.width
                 self._resize_to = (width, height)
             frame = ArraySpec((height, width, channels), 'uint8')
@@ -523,9 +606,6 @@ class GymnasiumEnvironment(Environment):
             cv2.setNumThreads(1)
             self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
 
-    def _resizable(self) -> bool:
-        return type(self._env).__name__ != 'RGBImgPartialObsWrapper'
-
     def _unsupported_observation(self) -> LevelError:
         return LevelError(
             f'{self._level_name!r} has the observation space {self._env.observation_space}, which '
@@ -547,15 +627,15 @@ class GymnasiumEnvironment(Environment):
             observation, reward, terminated, truncated, _ = self._env.step(action)
             total_reward += float(reward)
             if terminated or truncated:
-                # An episode that reaches its goal with its last step has reached it. But VizDoom
-                # calls an episode that ran out of time terminated as well.
-                timeout = truncated and (self._is_vizdoom or not terminated)
-                end = EpisodeEnd.TRUNCATED if timeout else EpisodeEnd.TERMINATED
-                return total_reward, end, self.reset()
+                return total_reward, self._end(terminated, truncated), self.reset()
         return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation)
 
     def close(self) -> None:
         self._env.close()
+
+    def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
+        # An episode that reaches its goal with the last step of its time has reached it.
+        return EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
 
     def _convert(self, observation: Any) -> Observation:
         if self._speaks and observation['mission'] != self._instruction:
@@ -577,3 +657,281 @@ def _is_image(shape: tuple[int, ...], dtype: Any) -> bool:
     if np.dtype(dtype) != np.uint8 or min(shape[:2], default=0) < MIN_IMAGE_SIDE:
         return False
     return len(shape) == 2 or (len(shape) == 3 and shape[2] <= 4)
+
+
+class VizdoomEnvironment(GymnasiumEnvironment):
+    """A ViZDoom environment of Gymnasium, which plays in a process of its own.
+
+    Left to itself, that process outlives an actor that is killed, as do its shared memory objects,
+    and it writes its settings to the current folder. Here it runs in a temporary folder, ends with
+    the process that started it (where `setpriv` of util-linux is installed) and the names of its
+    shared memory are removed as soon as both sides have it open.
+    """
+
+    def __init__(
+        self, level_name: str, env: Any, repeats: int, seed: int, config: EnvironmentConfig
+    ) -> None:
+        """Takes over a ViZDoom environment made with `frame_skip=repeats`.
+
+        Args, Raises: see `GymnasiumEnvironment`.
+        """
+        super().__init__(level_name, env, repeats, seed, config)
+        self._repeats = 1
+        self._folder = tempfile.mkdtemp(prefix='vizdoom_', dir=config.temp_folder)
+        self._fresh = True
+
+        import vizdoom
+
+        program = os.path.join(os.path.dirname(vizdoom.__file__), 'vizdoom')
+        launcher = os.path.join(self._folder, 'vizdoom')
+        die_with_parent = 'setpriv --pdeathsig KILL' if shutil.which('setpriv') else ''
+        with open(launcher, 'w', encoding='utf-8') as file:
+            # Ctrl-C reaches the whole group of processes, and it is ours to end this one.
+            file.write(
+                f"#!/bin/sh\ntrap '' INT\ncd {shlex.quote(self._folder)} || exit\n"
+                f'exec {die_with_parent} {shlex.quote(program)} "$@"\n'
+            )
+        os.chmod(launcher, 0o700)
+        # The folder may be on a file system from which nothing may be executed.
+        if os.access(program, os.X_OK) and os.access(launcher, os.X_OK):
+            env.unwrapped.game.set_vizdoom_path(launcher)
+
+    def reset(self) -> Observation:
+        observation = super().reset()
+        if self._fresh:
+            self._fresh = False
+            with open('/proc/self/maps', encoding='utf-8') as file:
+                paths = {line.split()[-1] for line in file if '/dev/shm/ViZDoom' in line}
+            for path in paths:
+                # Those of other environments in this process are gone already.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        return observation
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
+        # ViZDoom calls an episode that ran out of time both.
+        return EpisodeEnd.TRUNCATED if truncated else EpisodeEnd.TERMINATED
+
+
+class DeepMindLabEnvironment(Environment):
+    """A DeepMind Lab level with the nine actions of the paper's released agent.
+
+    The instruction is part of the observation on every level, as in the released agent; it is all
+    zeros where the level does not speak. The end of an episode is always TERMINATED: the length of
+    an episode is one of the rules of a level, and Lab does not say which of them ended it.
+    """
+
+    def __init__(self, level_name: str, seed: int, config: EnvironmentConfig) -> None:
+        """Makes the Lab. The map is compiled by the first reset, which may take many seconds.
+
+        Args:
+          level_name: a DMLab-30 level by its bare name, or any name that Lab knows.
+          seed: see `create_environment`.
+          config: see `EnvironmentConfig`.
+
+        Raises:
+          LevelError: Lab is not installed or does not know the level, the level is a hold-out one
+            and this is not a test, or the width is not one that Lab can render.
+        """
+        # Mesa renders with threads of its own otherwise: more threads than cores, and a process
+        # that can no longer fork.
+        os.environ.setdefault('LP_NUM_THREADS', '0')
+        try:
+            deepmind_lab: Any = importlib.import_module('deepmind_lab')
+        except ImportError as error:
+            raise LevelError(
+                f'{level_name!r} is not a Gymnasium id, so it must be a DeepMind Lab level, but '
+                f'the module deepmind_lab cannot be imported ({error}): build its wheel as '
+                f'{DEEPMIND_LAB_BUILD_GUIDE} says and install it, or choose a level that runs '
+                f"without it, for instance 'ALE/Pong-v5'.{_suggestion(level_name)}"
+            ) from error
+        if config.width % 4:
+            raise LevelError(
+                f'DeepMind Lab renders widths that are multiples of 4 only, not {config.width}.'
+            )
+
+        self._level_name = level_name
+        is_dmlab30 = level_name in DMLAB30_LEVELS
+        path = f'contributed/dmlab30/{level_name}' if is_dmlab30 else level_name
+        settings = {
+            'width': str(config.width),
+            'height': str(config.height),
+            # Lab's log lines go to stdout, among those that the user is to read.
+            'logLevel': 'NEVER',
+        }
+        if config.dataset_path:
+            settings['datasetPath'] = config.dataset_path
+        if config.is_test:
+            settings['allowHoldOutLevels'] = 'true'
+        cache = LevelCache(config.level_cache_dir) if config.level_cache_dir else None
+
+        self._folder = tempfile.mkdtemp(prefix='deepmind_lab_', dir=config.temp_folder)
+        self._lab: Any = None
+        try:
+            self._lab = deepmind_lab.Lab(
+                path,
+                ['RGB_INTERLEAVED', 'INSTR'],
+                settings,
+                level_cache=cache,
+                temp_folder=self._folder,
+            )
+        except RuntimeError as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if level_name.endswith('_test') and not config.is_test:
+                reason = 'it is a hold-out level, which is for testing only'
+            else:
+                reason = _one_line(error)
+            raise LevelError(
+                f'DeepMind Lab cannot make the level {level_name!r}: {reason}.'
+                f'{"" if is_dmlab30 else _suggestion(level_name)}'
+            ) from error
+
+        self._actions = [np.array(action, np.intc) for action in DEEPMIND_LAB_ACTIONS]
+        self._episode_seeds = np.random.RandomState(seed)
+        self._fresh = True
+        self._instruction = ''
+        self._hashed_instruction = hash_instruction('')
+        self.spec = EnvironmentSpec(
+            {
+                'frame': ArraySpec((config.height, config.width, 3), 'uint8'),
+                'instruction': ArraySpec((INSTRUCTION_LENGTH,), 'int32'),
+            },
+            len(self._actions),
+            config.num_action_repeats or 4,
+        )
+
+    def reset(self) -> Observation:
+        """Starts an episode and returns its first observation.
+
+        Raises:
+          LevelError: the level needs the Brady-Konkle-Oliva images and they are not there.
+          RuntimeError: the environment is closed.
+        """
+        lab = self._open_lab()
+        seed = int(self._episode_seeds.randint(2**31, dtype=np.int64))
+        try:
+            if self._fresh:
+                # The first reset of a Lab plays differently from all later ones with that seed.
+                # With a cache the map is compiled once all the same.
+                lab.reset(seed=seed)
+                self._fresh = False
+            lab.reset(seed=seed)
+        except RuntimeError as error:
+            if 'brady_konkle_oliva2008' not in str(error):
+                raise
+            raise LevelError(
+                f'{self._level_name!r} needs the Brady-Konkle-Oliva images: give the folder with '
+                'brady_konkle_oliva2008 in it as the dataset path.'
+            ) from error
+        return self._observe(lab)
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        lab = self._open_lab()
+        reward = lab.step(self._actions[action], num_steps=self.spec.num_action_repeats)
+        if lab.is_running():
+            return reward, EpisodeEnd.NOT_ENDED, self._observe(lab)
+        return reward, EpisodeEnd.TERMINATED, self.reset()
+
+    def close(self) -> None:
+        if self._lab is not None:
+            self._lab.close()
+            self._lab = None
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open_lab(self) -> Any:
+        # A closed Lab takes the whole process down when it is reset.
+        if self._lab is None:
+            raise RuntimeError('The environment is closed.')
+        return self._lab
+
+    def _observe(self, lab: Any) -> Observation:
+        observations = lab.observations()
+        if observations['INSTR'] != self._instruction:
+            self._instruction = observations['INSTR']
+            self._hashed_instruction = hash_instruction(self._instruction)
+        return {
+            'frame': observations['RGB_INTERLEAVED'],
+            'instruction': self._hashed_instruction,
+        }
+
+
+class LevelCache:
+    """Compiled DeepMind Lab maps in a folder that any number of processes share.
+
+    Lab ends the process when it is given a broken map, and its environment when the cache raises.
+    So maps appear under their names only when they are complete, are checked before they are handed
+    out, and whatever goes wrong counts as a map that is not there.
+    """
+
+    def __init__(self, folder: str) -> None:
+        """Uses a folder, which is made when the first map is written."""
+        self._folder = folder
+        self._warned = False
+
+    def fetch(self, key: str, pk3_path: str) -> bool:
+        """Copies the map of a key to `pk3_path`, over whatever is there; False if it has none."""
+        cached = self._path(key)
+        try:
+            if not os.path.exists(cached):
+                return False
+            with _replacing(pk3_path) as copy:
+                shutil.copyfile(cached, copy)
+                if not _is_intact(copy):
+                    # Removed, so that the map is compiled and written anew.
+                    os.unlink(cached)
+                    raise zipfile.BadZipFile(f'{cached} is not an intact map')
+            return True
+        except Exception as error:  # noqa: BLE001
+            self._warn(error)
+            return False
+
+    def write(self, key: str, pk3_path: str) -> None:
+        """Keeps the map at `pk3_path` under a key, if it can."""
+        try:
+            os.makedirs(self._folder, exist_ok=True)
+            with _replacing(self._path(key)) as copy:
+                shutil.copyfile(pk3_path, copy)
+                if not _is_intact(copy):
+                    raise zipfile.BadZipFile(f'{pk3_path} is not an intact map')
+        except Exception as error:  # noqa: BLE001
+            self._warn(error)
+
+    def _path(self, key: str) -> str:
+        # Nothing is known of the characters in a key.
+        return os.path.join(self._folder, hashlib.sha256(key.encode()).hexdigest() + '.pk3')
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                'The level cache in %s fails, and each failure costs seconds: %s',
+                self._folder,
+                error,
+            )
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """Gives the path of a temporary file that takes the place of `path` if nothing is raised."""
+    descriptor, temporary = tempfile.mkstemp(suffix='.tmp', dir=os.path.dirname(path) or '.')
+    os.close(descriptor)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _is_intact(path: str) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # noqa: BLE001
+        # A damaged archive makes zipfile raise about anything.
+        return False
