@@ -1,0 +1,129 @@
+"""The learning curve of a run: returns of its episodes over agent steps and over time, as a PNG."""
+
+import collections
+import contextlib
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+WINDOW = 100
+MAX_POINTS = 8192
+
+
+class LearningCurve:
+    """Returns of one level's episodes and their mean over the last `WINDOW` episodes.
+
+    Memory does not grow with the run: when `MAX_POINTS` episodes are held, every other one is
+    thrown away, and from then on every other one is taken. The mean is over all episodes.
+    """
+
+    def __init__(self) -> None:
+        self.num_episodes = 0
+        self._window: collections.deque[float] = collections.deque(maxlen=WINDOW)
+        self._points: list[tuple[float, float, float, float]] = []
+        self._stride = 1
+
+    def add(self, agent_steps: int, wall_seconds: float, episode_return: float) -> None:
+        """Adds the episode that came next; one whose return is not finite does not count."""
+        if not math.isfinite(episode_return):
+            return
+        self._window.append(episode_return)
+        if self.num_episodes % self._stride == 0:
+            self._points.append((agent_steps, wall_seconds, episode_return, self.mean))
+            if len(self._points) == MAX_POINTS:
+                self._points = self._points[::2]
+                self._stride *= 2
+        self.num_episodes += 1
+
+    @property
+    def mean(self) -> float:
+        """Mean return of the last `WINDOW` episodes, of fewer at the start; NaN without any."""
+        return sum(self._window) / len(self._window) if self._window else math.nan
+
+    def points(self) -> np.ndarray:
+        """Returns f64 `[N, 4]`: agent steps, wall seconds, return, mean return up to there."""
+        return np.array(self._points, dtype=np.float64).reshape(-1, 4)
+
+
+def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> None:
+    """Draws the curves of all levels, left over agent steps and right over wall time.
+
+    Args:
+      path: of the PNG file; replaced as a whole.
+      curves: level name -> its curve.
+      title: stands above.
+
+    Raises:
+      OSError: if it cannot be written; a file from before is left as it was.
+    """
+    # Matplotlib takes a while to import, and only a run that ends needs it.
+    import matplotlib
+    import matplotlib.ticker
+    from matplotlib.figure import Figure
+
+    drawn = {name: curve.points() for name, curve in curves.items() if curve.num_episodes}
+    palette = matplotlib.colormaps['tab10' if len(drawn) <= 10 else 'turbo']
+    colors = [palette(i if len(drawn) <= 10 else i / (len(drawn) - 1)) for i in range(len(drawn))]
+    longest = max((points[-1, 1] for points in drawn.values()), default=0.0)
+    seconds, unit = next(
+        u for u in ((3600, 'h'), (60, 'min'), (1, 's')) if longest >= 2 * u[0] or u[0] == 1
+    )
+
+    style: dict[Any, Any] = {
+        'font.size': 9,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+        'axes.grid': True,
+        'grid.color': '0.9',
+        'grid.linewidth': 0.6,
+        'axes.axisbelow': True,
+        'axes.titlesize': 10,
+        'legend.frameon': False,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(7.2, 3.0), dpi=200, layout='constrained')
+        by_steps, by_time = figure.subplots(1, 2, sharey=True)
+        for (name, points), color in zip(drawn.items(), colors, strict=True):
+            for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
+                axes.plot(
+                    x,
+                    points[:, 2],
+                    linestyle='none',
+                    marker='o',
+                    markersize=2.4,
+                    markeredgewidth=0,
+                    color=color,
+                    alpha=0.25 if len(points) < 2000 else 0.1,
+                    rasterized=True,
+                )
+            for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
+                axes.plot(x, points[:, 3], color=color, linewidth=1.6, label=name)
+        by_steps.set_xlabel('agent steps')
+        by_steps.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
+        by_time.set_xlabel(f'wall time ({unit})')
+        by_steps.set_ylabel('episode return')
+        for axes in (by_steps, by_time):
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+        if drawn:
+            figure.legend(
+                handles=by_steps.get_lines()[1::2],
+                loc='outside lower center',
+                ncols=min(len(drawn), 4),
+                title=f'dots: episodes, line: mean of the last {WINDOW}',
+                title_fontsize=8,
+                fontsize=8,
+            )
+        if title:
+            figure.suptitle(title, fontsize=10)
+        temporary = f'{path}.{os.getpid()}.tmp'
+        try:
+            figure.savefig(temporary, format='png')
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise

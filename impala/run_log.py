@@ -1,0 +1,646 @@
+"""What a run tells while it trains: `metrics.jsonl`, `episodes.csv`, TensorBoard, the terminal.
+
+Counters are totals of the whole run, over all resumptions; `wall_seconds` is time spent training,
+not time of the calendar. A run that was killed goes on from its last checkpoint, so rows written
+after that checkpoint tell of weights that are lost: when the run is resumed they are moved to
+`metrics.dropped.jsonl` and `episodes.dropped.csv`, and the curve is that of the weights that
+survived.
+
+A full disk does not end a run: rows that cannot be written are kept and tried again.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+import tensorflow as tf
+import tqdm
+
+from impala import learning_curve
+from impala.checkpoint import LogdirError
+from impala.trajectory import EpisodeEnd
+
+METRICS_FILE = 'metrics.jsonl'
+EPISODES_FILE = 'episodes.csv'
+CURVE_FILE = 'learning_curve.png'
+SUMMARIES_FOLDER = 'summaries'
+EPISODES_HEADER = (
+    'wall_seconds',
+    'frames',
+    'agent_steps',
+    'level',
+    'episode_return',
+    'episode_frames',
+    'ended_by',
+)
+
+_CURVE_SECS = 300.0
+_MAX_UNWRITTEN_BYTES = 16 << 20
+_ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncated'}
+
+
+class RunLog:
+    """Collects what happens in a run and writes it down every `log_secs`.
+
+    A context manager: leaving it writes the last line and draws the curve. Used by one thread.
+    """
+
+    def __init__(
+        self,
+        logdir: str,
+        level_names: Sequence[str],
+        num_action_repeats: int,
+        total_frames: int,
+        log_secs: float = 10.0,
+        *,
+        frames: int = 0,
+        agent_steps: int = 0,
+        updates: int = 0,
+        wall_seconds: float = 0.0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Goes on with the files in `logdir`.
+
+        Args:
+          logdir: the log directory; created if missing.
+          level_names: names that level ids stand for.
+          num_action_repeats: frames per agent step.
+          total_frames: frames at which the run will end.
+          log_secs: seconds between lines.
+          frames: of the checkpoint that the run goes on from, as the next three; 0 at the start.
+          agent_steps: see `frames`; rows of more agent steps are moved away.
+          updates: see `frames`.
+          wall_seconds: see `frames`.
+          stream: where progress is shown, stderr by default: a bar on a terminal, else plain lines.
+          clock: returns seconds.
+
+        Raises:
+          LogdirError: if the directory or files in it cannot be written or read.
+        """
+        self._logdir = logdir
+        self._level_names = list(level_names)
+        self._num_action_repeats = num_action_repeats
+        self._total_frames = total_frames
+        self._log_secs = log_secs
+        self._clock = clock
+        self._curves = {name: learning_curve.LearningCurve() for name in self._level_names}
+        self._all_levels = learning_curve.LearningCurve()
+        self._terminal = _Terminal(
+            sys.stderr if stream is None else stream, frames, total_frames, num_action_repeats
+        )
+        self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
+        self._episodes: list[tuple[str, float, int, str]] = []
+        self._stage_seconds: dict[str, float] = {}
+        self._reported_stage_seconds: dict[str, float] = {}
+        self._clear_interval()
+        try:
+            os.makedirs(logdir, exist_ok=True)
+            last_wall_seconds = self._read_back(agent_steps)
+            self._metrics_file = _RowFile(self._path(METRICS_FILE))
+            self._episodes_file = _RowFile(self._path(EPISODES_FILE))
+        except OSError as error:
+            self._terminal.close()
+            raise LogdirError(f'Cannot use the logs in {logdir}: {error.strerror}.') from error
+        if not self._episodes_file.size:
+            self._append(self._episodes_file, _csv_text([EPISODES_HEADER]))
+        self._summaries: tf.summary.SummaryWriter | None = None
+        self._wall_seconds_before = max(wall_seconds, last_wall_seconds)
+        self._started = clock()
+        self._line_wall_seconds = self._wall_seconds_before
+        self._line_frames, self._line_agent_steps = frames, agent_steps
+        self._curve_wall_seconds = -math.inf
+        self._closed = False
+
+    def __enter__(self) -> 'RunLog':
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds spent training so far, over all resumptions."""
+        return self._wall_seconds_before + self._clock() - self._started
+
+    @property
+    def mean_return(self) -> float:
+        """Mean return of the last 100 episodes of any level; NaN before the first."""
+        return self._all_levels.mean
+
+    def record_update(self, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of one update of the learner.
+
+        Args:
+          metrics: name -> scalar. The next line has the mean over updates, except of names that
+            end in `_max` (their maximum), `learning_rate` (the last one) and `skipped` (their sum,
+            as `updates_skipped`). Values that are not finite are left out and counted.
+        """
+        for name, value in metrics.items():
+            value = float(value)
+            if not math.isfinite(value):
+                self._num_non_finite += 1
+            elif name == 'skipped':
+                self._updates_skipped += int(value)
+            elif name == 'learning_rate':
+                self._values[name] = [value]
+            elif name.endswith('_max'):
+                self._values[name] = [max([value, *self._values.get(name, ())])]
+            else:
+                self._values.setdefault(name, []).append(value)
+
+    def record_episodes(
+        self, level_ids: np.ndarray, returns: np.ndarray, steps: np.ndarray, ends: np.ndarray
+    ) -> None:
+        """Takes the episodes of one batch; they are written by the next `maybe_write`.
+
+        All have the same shape or are broadcast to it, so that rows of a whole batch `[T, B]` may
+        be given with level ids `[B]`: only those that ended by `TERMINATED` or `TRUNCATED` count.
+
+        Args:
+          level_ids: integer `[N]`, index into the level names.
+          returns: f32 `[N]`, undiscounted and unclipped.
+          steps: i32 `[N]`, lengths in agent steps.
+          ends: integer `[N]`, values of `EpisodeEnd`.
+        """
+        ends = np.asarray(ends)
+        is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
+        if not is_end.any():
+            return
+        columns = np.broadcast_arrays(level_ids, returns, steps, ends, is_end)
+        chosen = [column[columns[-1]] for column in columns[:-1]]
+        for level_id, episode_return, length, end in zip(*chosen, strict=True):
+            # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
+            self._episodes.append(
+                (
+                    self._level_names[level_id],
+                    float(str(episode_return)),
+                    int(length) * self._num_action_repeats,
+                    _ENDED_BY[EpisodeEnd(int(end))],
+                )
+            )
+
+    def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Takes how long each stage has worked or waited; lines have the time since the last line.
+
+        Args:
+          seconds: stage -> seconds in total since the process started, summed over its threads or
+            actors. A stage that restarts may go back to zero.
+        """
+        self._stage_seconds.update(seconds)
+
+    def record_actor_restart(self, count: int = 1) -> None:
+        """Counts actors that died and were started again."""
+        self._actor_restarts += count
+
+    def message(self, text: str) -> None:
+        """Shows a line without tearing the progress bar."""
+        self._terminal.print(text)
+
+    def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
+        """Writes the episodes recorded, and a line if `log_secs` have passed. Call every update.
+
+        Args:
+          frames: of the whole run, as the next two.
+          agent_steps: see `frames`.
+          updates: of the learner.
+
+        Returns:
+          Whether a line was written.
+        """
+        self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
+        wall_seconds = self.wall_seconds
+        self._write_episodes(wall_seconds)
+        self._terminal.advance(frames, self.mean_return)
+        if wall_seconds - self._line_wall_seconds < self._log_secs:
+            return False
+        self._write_line(wall_seconds)
+        if self._all_levels.num_episodes and wall_seconds - self._curve_wall_seconds >= _CURVE_SECS:
+            self._draw_curve()
+        return True
+
+    def close(self) -> None:
+        """Writes what is left, draws the learning curve, ends the progress bar. Safe to repeat."""
+        if self._closed:
+            return
+        self._closed = True
+        wall_seconds = self.wall_seconds
+        self._write_episodes(wall_seconds)
+        if self._agent_steps > self._line_agent_steps:
+            self._write_line(wall_seconds)
+        self._draw_curve()
+        self._terminal.close()
+        for file in (self._episodes_file, self._metrics_file):
+            lost = file.close()
+            if lost:
+                self.message(f'WARNING: {lost} bytes could not be written to {file.path}.')
+        if self._summaries is not None:
+            with contextlib.suppress(tf.errors.OpError):
+                self._summaries.close()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._logdir, name)
+
+    def _clear_interval(self) -> None:
+        self._values: dict[str, list[float]] = {}
+        self._level_returns: dict[str, list[float]] = {}
+        self._level_frames: dict[str, list[int]] = {}
+        self._num_non_finite = 0
+        self._updates_skipped = 0
+        self._actor_restarts = 0
+
+    def _read_back(self, agent_steps: int) -> float:
+        """Repairs the files, takes over their episodes; returns the last row's wall seconds."""
+        wall_seconds = 0.0
+        num_dropped = 0
+        path = self._path(EPISODES_FILE)
+        num_dropped += _keep_rows(
+            path, lambda line: _is_header(line) or _in(_episode, line, agent_steps)
+        )
+        for row in _rows(path, _episode):
+            self._take_episode(row['level'], row['agent_steps'], row['wall_seconds'], row['return'])
+            wall_seconds = max(wall_seconds, row['wall_seconds'])
+        path = self._path(METRICS_FILE)
+        num_dropped += _keep_rows(path, lambda line: _in(_metrics, line, agent_steps))
+        for row in _rows(path, _metrics):
+            wall_seconds = max(wall_seconds, row['wall_seconds'])
+        if num_dropped:
+            self.message(
+                f'Moved {num_dropped} rows of the logs that lie behind agent step {agent_steps:,}, '
+                'where this run goes on, to files *.dropped.*'
+            )
+        return wall_seconds
+
+    def _take_episode(
+        self, level: str, agent_steps: int, wall_seconds: float, episode_return: float
+    ) -> None:
+        curve = self._curves.setdefault(level, learning_curve.LearningCurve())
+        for each in (curve, self._all_levels):
+            each.add(agent_steps, wall_seconds, episode_return)
+
+    def _write_episodes(self, wall_seconds: float) -> None:
+        if not self._episodes:
+            return
+        rows = []
+        for level, episode_return, episode_frames, ended_by in self._episodes:
+            rows.append(
+                (
+                    round(wall_seconds, 3),
+                    self._frames,
+                    self._agent_steps,
+                    level,
+                    episode_return,
+                    episode_frames,
+                    ended_by,
+                )
+            )
+            self._take_episode(level, self._agent_steps, wall_seconds, episode_return)
+            self._level_frames.setdefault(level, []).append(episode_frames)
+            if math.isfinite(episode_return):
+                self._level_returns.setdefault(level, []).append(episode_return)
+            else:
+                self._num_non_finite += 1
+        self._episodes.clear()
+        self._append(self._episodes_file, _csv_text(rows))
+
+    def _write_line(self, wall_seconds: float) -> None:
+        # Two lines within the clock's resolution still have finite speeds.
+        seconds = max(wall_seconds - self._line_wall_seconds, 1e-9)
+        means: dict[str, float] = {
+            'frames_per_second': (self._frames - self._line_frames) / seconds,
+            'agent_steps_per_second': (self._agent_steps - self._line_agent_steps) / seconds,
+        }
+        for name, values in self._values.items():
+            means[name] = _mean(values)
+        for level, returns in self._level_returns.items():
+            means[f'episode_return/{level}'] = _mean(returns)
+        for level, lengths in self._level_frames.items():
+            means[f'episode_frames/{level}'] = _mean(lengths)
+        for stage, total in self._stage_seconds.items():
+            before = self._reported_stage_seconds.get(stage, 0.0)
+            means[f'stage_seconds/{stage}'] = total - before if total >= before else total
+        line: dict[str, float] = {
+            'wall_seconds': round(wall_seconds, 3),
+            'frames': self._frames,
+            'agent_steps': self._agent_steps,
+            'updates': self._updates,
+            'updates_skipped': self._updates_skipped,
+            'actor_restarts': self._actor_restarts,
+        }
+        for name, value in means.items():
+            if math.isfinite(value):
+                line[name] = float(f'{value:.7g}')
+            else:
+                self._num_non_finite += 1
+        line['non_finite_values'] = self._num_non_finite
+        self._append(self._metrics_file, json.dumps(line, allow_nan=False) + '\n')
+        self._write_summaries(line)
+        self._terminal.line(line, self.mean_return)
+        self._line_wall_seconds = wall_seconds
+        self._line_frames, self._line_agent_steps = self._frames, self._agent_steps
+        self._reported_stage_seconds = dict(self._stage_seconds)
+        self._clear_interval()
+
+    def _write_summaries(self, line: Mapping[str, float]) -> None:
+        # tf.summary.scalar exists only where TensorBoard is installed, which a machine that trains
+        # does not need; this is the same record.
+        metadata = tf.compat.v1.SummaryMetadata(
+            plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name='scalars'),
+            data_class='DATA_CLASS_SCALAR',
+        )
+        try:
+            if self._summaries is None:
+                self._summaries = tf.summary.create_file_writer(self._path(SUMMARIES_FOLDER))
+            with self._summaries.as_default(step=self._agent_steps), tf.device('/cpu:0'):
+                for name, value in line.items():
+                    tf.summary.write(name, tf.constant(value, tf.float32), metadata=metadata)
+            self._summaries.flush()
+        except (OSError, tf.errors.OpError):
+            # The same numbers are in metrics.jsonl; a new file is begun when there is space again.
+            self._summaries = None
+
+    def _draw_curve(self) -> None:
+        try:
+            learning_curve.draw(self._path(CURVE_FILE), self._curves)
+        except OSError as error:
+            self.message(f'WARNING: cannot write {self._path(CURVE_FILE)}: {error.strerror}.')
+        self._curve_wall_seconds = self.wall_seconds
+
+    def _append(self, file: '_RowFile', text: str) -> None:
+        was_failing = file.num_unwritten > 0
+        try:
+            file.append(text)
+        except OSError as error:
+            if not was_failing:
+                self.message(
+                    f'WARNING: cannot write {file.path}: {error.strerror}. Training goes on; what '
+                    'is missing will be written when that is possible again.'
+                )
+
+
+def read_summary(logdir: str) -> dict[str, Any]:
+    """Sums up a run from its files.
+
+    Args:
+      logdir: the log directory.
+
+    Returns:
+      JSON-serialisable: `wall_seconds`, `frames`, `agent_steps`, `updates` and
+      `agent_steps_per_second` over the whole run; `episodes`; `mean_return_last_100` over episodes
+      of any level, None without any; `levels`: name -> its `episodes` and `mean_return_last_100`.
+
+    Raises:
+      LogdirError: if there is no run there.
+    """
+    curves: dict[str, learning_curve.LearningCurve] = {}
+    together = learning_curve.LearningCurve()
+    line: dict[str, Any] = {}
+    try:
+        for row in _rows(os.path.join(logdir, EPISODES_FILE), _episode, missing_ok=False):
+            curve = curves.setdefault(row['level'], learning_curve.LearningCurve())
+            for each in (curve, together):
+                each.add(row['agent_steps'], row['wall_seconds'], row['return'])
+        for row in _rows(os.path.join(logdir, METRICS_FILE), _metrics):
+            line = row
+    except OSError as error:
+        raise LogdirError(
+            f'Cannot read the logs of a run in {logdir}: {error.strerror}.'
+        ) from error
+    wall_seconds = line.get('wall_seconds', 0.0)
+    return {
+        'wall_seconds': wall_seconds,
+        'frames': line.get('frames', 0),
+        'agent_steps': line.get('agent_steps', 0),
+        'updates': line.get('updates', 0),
+        'agent_steps_per_second': line['agent_steps'] / wall_seconds if wall_seconds else 0.0,
+        'episodes': together.num_episodes,
+        'mean_return_last_100': together.mean if together.num_episodes else None,
+        'levels': {
+            level: {'episodes': curve.num_episodes, 'mean_return_last_100': curve.mean}
+            for level, curve in curves.items()
+        },
+    }
+
+
+class _Terminal:
+    """Shows progress: a bar where somebody looks at it, plain lines in a file or pipe.
+
+    A terminal that goes away does not end the run.
+    """
+
+    def __init__(self, stream: TextIO, frames: int, total_frames: int, num_action_repeats: int):
+        self._stream = stream
+        self._total_frames = total_frames
+        self._num_action_repeats = num_action_repeats
+        self._bar: tqdm.tqdm | None = None
+        if _has_width(stream):
+            self._bar = _Bar(
+                total=total_frames,
+                initial=min(frames, total_frames),
+                unit=' frames',
+                unit_scale=True,
+                file=stream,
+                dynamic_ncols=True,
+                mininterval=0.5,
+                miniters=1,
+                smoothing=0.05,
+                bar_format='{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} frames, '
+                '{rate_noinv_fmt}{postfix}, {remaining} left',
+            )
+
+    def print(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
+
+    def advance(self, frames: int, mean_return: float) -> None:
+        """Moves the bar; it redraws itself twice a second at most."""
+        if self._bar is None:
+            return
+        parts = []
+        rate = self._bar.format_dict['rate']
+        if rate and self._num_action_repeats > 1:
+            parts.append(f'{rate / self._num_action_repeats:,.0f} steps/s')
+        if math.isfinite(mean_return):
+            parts.append(f'return {mean_return:.4g}')
+        self._bar.set_postfix_str(', '.join(parts), refresh=False)
+        self._bar.update(min(frames, self._total_frames) - self._bar.n)
+
+    def line(self, line: Mapping[str, float], mean_return: float) -> None:
+        """Prints the plain line that belongs to a line of metrics, unless there is a bar."""
+        if self._bar is not None:
+            return
+        frames, speed = int(line['frames']), line['frames_per_second']
+        parts = [
+            f'{frames:,} of {self._total_frames:,} frames '
+            f'({100 * frames / max(self._total_frames, 1):.1f}%)',
+            f'{speed:,.0f} frames/s',
+            f'{line["agent_steps_per_second"]:,.0f} steps/s',
+        ]
+        if math.isfinite(mean_return):
+            parts.append(f'return {mean_return:.4g}')
+        if 'loss/total' in line:
+            parts.append(f'loss {line["loss/total"]:.4g}')
+        if speed > 0:
+            left = max(self._total_frames - frames, 0) / speed
+            parts.append(f'{tqdm.tqdm.format_interval(left)} left')
+        self.print(', '.join(parts))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Returns whether a stream is a terminal that has columns; some in containers have none."""
+    try:
+        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
+
+
+class _Bar(tqdm.tqdm):
+    """A progress bar without tqdm's watching thread, which would outlive the run."""
+
+    monitor_interval = 0
+
+
+class _RowFile:
+    """A file to which whole rows are appended: of every call all bytes get there, or none.
+
+    What cannot be written is kept and goes first with the next call.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._unwritten = b''
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    @property
+    def num_unwritten(self) -> int:
+        return len(self._unwritten)
+
+    def append(self, text: str) -> None:
+        # On a disk that stays full for days the newest rows are given up, not the memory.
+        if len(self._unwritten) < _MAX_UNWRITTEN_BYTES:
+            self._unwritten += text.encode()
+        size = self.size
+        rest = memoryview(self._unwritten)
+        try:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError:
+            os.ftruncate(self._descriptor, size)
+            raise
+        self._unwritten = b''
+
+    def close(self) -> int:
+        """Tries once more what is unwritten; returns how many bytes are lost."""
+        with contextlib.suppress(OSError):
+            self.append('')
+        os.close(self._descriptor)
+        return len(self._unwritten)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator='\n').writerows(rows)
+    return buffer.getvalue()
+
+
+def _is_header(line: bytes) -> bool:
+    return line == _csv_text([EPISODES_HEADER]).encode()
+
+
+def _episode(line: bytes) -> dict[str, Any]:
+    """Parses a row of episodes.csv; raises ValueError if it is none."""
+    (fields,) = csv.reader([line.decode()])
+    wall_seconds, _, agent_steps, level, episode_return, _, _ = fields
+    return {
+        'wall_seconds': float(wall_seconds),
+        'agent_steps': int(agent_steps),
+        'level': level,
+        'return': float(episode_return),
+    }
+
+
+def _metrics(line: bytes) -> dict[str, Any]:
+    """Parses a line of metrics.jsonl; raises ValueError if it is none."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or not {'agent_steps', 'wall_seconds'} <= row.keys():
+        raise ValueError('not a line of metrics')
+    return row
+
+
+def _in(parse: Callable[[bytes], dict[str, Any]], line: bytes, agent_steps: int) -> bool:
+    """Returns whether a line is whole and not beyond `agent_steps`."""
+    try:
+        return line.endswith(b'\n') and parse(line)['agent_steps'] <= agent_steps
+    except ValueError:
+        return False
+
+
+def _rows(
+    path: str, parse: Callable[[bytes], dict[str, Any]], missing_ok: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file; skips lines that are none, like the header or a cut last one."""
+    if missing_ok and not os.path.exists(path):
+        return
+    with open(path, 'rb') as file:
+        for line in file:
+            if line.endswith(b'\n'):
+                with contextlib.suppress(ValueError):
+                    yield parse(line)
+
+
+def _keep_rows(path: str, keep: Callable[[bytes], bool]) -> int:
+    """Moves the lines that are not to be kept to `<stem>.dropped<extension>`; returns how many.
+
+    A last line without its end, of a run that was killed while writing it, is just removed. The
+    file is replaced as a whole, and only if something is to be moved.
+    """
+    if not os.path.exists(path):
+        return 0
+    with open(path, 'rb') as file:
+        if all(map(keep, file)):
+            return 0
+    temporary = f'{path}.{os.getpid()}.tmp'
+    stem, extension = os.path.splitext(path)
+    num_dropped = 0
+    try:
+        with (
+            open(path, 'rb') as file,
+            open(temporary, 'wb') as kept,
+            open(f'{stem}.dropped{extension}', 'ab') as dropped,
+        ):
+            for line in file:
+                if keep(line):
+                    kept.write(line)
+                elif line.endswith(b'\n'):
+                    dropped.write(line)
+                    num_dropped += 1
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+    return num_dropped
