@@ -1,0 +1,864 @@
+"""Tests environments against the packages themselves; only DeepMind Lab has a stand-in."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+
+import ale_py
+import cv2
+import gymnasium
+import numpy as np
+import pytest
+
+import environments
+from environments import EnvironmentConfig, LevelCache, LevelError, create_environment
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+gymnasium.register_envs(ale_py)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STAND_IN = os.path.join(ROOT, 'tests', 'deepmind_lab_stand_in')
+
+# The Atari-57 suite as in Table C.1 of the paper.
+ATARI_57 = re.findall(
+    r'\w+',
+    """
+    Alien Amidar Assault Asterix Asteroids Atlantis BankHeist BattleZone BeamRider Berzerk Bowling
+    Boxing Breakout Centipede ChopperCommand CrazyClimber Defender DemonAttack DoubleDunk Enduro
+    FishingDerby Freeway Frostbite Gopher Gravitar Hero IceHockey Jamesbond Kangaroo Krull
+    KungFuMaster MontezumaRevenge MsPacman NameThisGame Phoenix Pitfall Pong PrivateEye Qbert
+    Riverraid RoadRunner Robotank Seaquest Skiing Solaris SpaceInvaders StarGunner Surround Tennis
+    TimePilot Tutankham UpNDown Venture VideoPinball WizardOfWor YarsRevenge Zaxxon
+""",
+)
+
+
+@pytest.fixture
+def make():
+    """Makes environments and closes them, also when the test fails."""
+    made = []
+
+    def make_one(level_name, seed=1, **config):
+        made.append(create_environment(level_name, seed, EnvironmentConfig(**config)))
+        return made[-1]
+
+    yield make_one
+    for environment in made:
+        environment.close()
+
+
+@pytest.fixture
+def deepmind_lab(monkeypatch):
+    monkeypatch.syspath_prepend(STAND_IN)
+    monkeypatch.delitem(sys.modules, 'deepmind_lab', raising=False)
+    yield
+    sys.modules.pop('deepmind_lab', None)
+
+
+def run_python(code, *arguments):
+    variables = {**os.environ, 'PYTHONPATH': os.pathsep.join((ROOT, STAND_IN))}
+    # Set by every DeepMind Lab environment, also by those of the tests before.
+    variables.pop('LP_NUM_THREADS', None)
+    return subprocess.run(
+        [sys.executable, '-c', code, *arguments],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def random_actions(environment, count, seed=0):
+    actions = np.random.RandomState(seed).randint(environment.spec.num_actions, size=count)
+    return [int(action) for action in actions]
+
+
+def play(environment, actions):
+    """Returns `(reward, end, observation)` of a reset and of each action, copied."""
+
+    def copy(observation):
+        return {name: array.copy() for name, array in observation.items()}
+
+    rows = [(0.0, EpisodeEnd.NOT_ENDED, copy(environment.reset()))]
+    for action in actions:
+        reward, end, observation = environment.step(action)
+        rows.append((reward, end, copy(observation)))
+    return rows
+
+
+def same(rows, other_rows):
+    return all(
+        reward == other_reward
+        and end == other_end
+        and all(np.array_equal(observation[name], other[name]) for name in observation)
+        for (reward, end, observation), (other_reward, other_end, other) in zip(
+            rows, other_rows, strict=True
+        )
+    )
+
+
+# What every environment promises.
+
+
+@pytest.mark.parametrize(
+    'level_name',
+    [
+        'ALE/Pong-v5',
+        'CartPole-v1',
+        'FrozenLake-v1',
+        'VizdoomMyWayHome-v1',
+        'BabyAI-GoToRedBall-v0',
+        'language_select_described_object',
+    ],
+)
+def test_observations_fit_the_spec_and_the_seed_decides_them(level_name, make, deepmind_lab):
+    environment = make(level_name, seed=5)
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(environment.spec.to_json()))) == (
+        environment.spec
+    )
+    actions = random_actions(environment, 60)
+    rows = play(environment, actions)
+    for reward, end, observation in rows:
+        assert isinstance(reward, float)
+        assert isinstance(end, EpisodeEnd)
+        specs = {name: ArraySpec(x.shape, x.dtype.name) for name, x in observation.items()}
+        assert specs == environment.spec.observation
+    for array in environment.step(0)[2].values():
+        assert array.flags.c_contiguous
+
+    assert same(rows, play(make(level_name, seed=5), actions))
+    assert not same(rows, play(make(level_name, seed=6), actions))
+    environment.close()
+    environment.close()
+
+
+def test_config_survives_json_and_refuses_nonsense():
+    config = EnvironmentConfig(width=64, num_action_repeats=2, sticky_actions=0.25)
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert EnvironmentConfig(**values) == config
+    for wrong in (
+        {'width': 0},
+        {'num_action_repeats': 0},
+        {'sticky_actions': 1.5},
+        {'max_noops': -1},
+        {'frame_stack': 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            EnvironmentConfig(**wrong)
+    with pytest.raises(ValueError, match='seed'):
+        create_environment('CartPole-v1', -1)
+
+
+@pytest.mark.parametrize(
+    'level_name, free_of_gymnasium',
+    [('ALE/Pong-v5', True), ('explore_goal_locations_small', True), ('VizdoomBasic-v1', False)],
+)
+def test_an_actor_process_does_not_load_what_it_does_not_need(level_name, free_of_gymnasium):
+    result = run_python(
+        'import sys, environments\n'
+        'environment = environments.create_environment(sys.argv[1], 1)\n'
+        'environment.reset(); environment.step(0); environment.close()\n'
+        'print(*(n for n in ("tensorflow", "gymnasium", "matplotlib") if n in sys.modules))',
+        level_name,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ([] if free_of_gymnasium else ['gymnasium'])
+    assert result.stderr == ''
+
+
+# Atari.
+
+
+def gymnasium_atari(game, frame_skip=4, noop_max=30, **options):
+    env = gymnasium.make(
+        f'ALE/{game}-v5',
+        frameskip=1,
+        disable_env_checker=True,
+        **{'repeat_action_probability': 0.0, **options},
+    )
+    env = gymnasium.wrappers.AtariPreprocessing(env, noop_max=noop_max, frame_skip=frame_skip)
+    return gymnasium.wrappers.FrameStackObservation(env, 4)
+
+
+@pytest.mark.parametrize(
+    'game, seed, config, options',
+    [
+        ('Pong', 1, {}, {}),
+        ('Breakout', 2, {}, {}),
+        ('Boxing', 3, {'sticky_actions': 0.25}, {'repeat_action_probability': 0.25}),
+        ('Seaquest', 4, {'num_action_repeats': 2}, {'frame_skip': 2}),
+        ('Breakout', 5, {'num_action_repeats': 1}, {'frame_skip': 1}),
+        ('Breakout', 6, {'full_action_set': True}, {'full_action_space': True}),
+        ('MsPacman', 7, {'max_noops': 0}, {'noop_max': 0}),
+        ('Pong', 8, {}, {'max_num_frames_per_episode': 300}),
+    ],
+)
+def test_atari_plays_as_gymnasium_does(game, seed, config, options, make, monkeypatch):
+    limit = options.get('max_num_frames_per_episode')
+    if limit:
+        monkeypatch.setattr(environments, 'ATARI_MAX_EPISODE_FRAMES', limit)
+    environment = make(f'ALE/{game}-v5', seed, **config)
+    truth = gymnasium_atari(game, **options)
+    assert environment.spec.num_actions == truth.action_space.n
+
+    expected, _ = truth.reset(seed=seed)
+    np.testing.assert_array_equal(environment.reset()['frame'], np.moveaxis(expected, 0, -1))
+    ends = []
+    for action in random_actions(environment, 500, seed):
+        reward, end, observation = environment.step(action)
+        expected, expected_reward, terminated, truncated, _ = truth.step(action)
+        assert reward == expected_reward
+        assert end == (
+            EpisodeEnd.TERMINATED
+            if terminated
+            else EpisodeEnd.TRUNCATED
+            if truncated
+            else EpisodeEnd.NOT_ENDED
+        )
+        if end:
+            ends.append(end)
+            expected, _ = truth.reset()
+        np.testing.assert_array_equal(observation['frame'], np.moveaxis(expected, 0, -1))
+    truth.close()
+    if limit:
+        assert len(ends) > 4 and set(ends) == {EpisodeEnd.TRUNCATED}
+    elif game == 'Breakout' and not config:
+        assert EpisodeEnd.TERMINATED in ends
+
+
+def test_atari_plays_as_the_vector_environment_of_ale_does(make):
+    environment = make('ALE/Pong-v5', max_noops=0)
+    truth = ale_py.AtariVectorEnv(
+        'pong', 1, num_threads=1, noop_max=0, use_fire_reset=False, reward_clipping=False
+    )
+    environment.reset()
+    truth.reset(seed=1)
+    rewards = 0
+    for action in random_actions(environment, 300):
+        reward, end, observation = environment.step(action)
+        expected, expected_rewards, _, _, _ = truth.step(np.array([action]))
+        assert reward == expected_rewards[0] and not end
+        np.testing.assert_array_equal(observation['frame'][..., -1], expected[0, -1])
+        rewards += abs(reward)
+    truth.close()
+    assert rewards > 0
+
+
+def test_atari_limit_is_half_an_hour_of_play():
+    assert environments.ATARI_MAX_EPISODE_FRAMES == 30 * 60 * 60
+
+
+def test_atari_reports_lost_lives_and_the_game_goes_on(make):
+    environment = make('ALE/Breakout-v5', 3, end_episode_on_life_loss=True)
+    undisturbed = make('ALE/Breakout-v5', 3)
+    raw = gymnasium.make('ALE/Breakout-v5', frameskip=4, repeat_action_probability=0.0)
+    raw.reset(seed=3)
+    for _ in range(raw.unwrapped.np_random.integers(1, 31)):
+        raw.unwrapped.ale.act(0)
+
+    actions = random_actions(environment, 400)
+    rows = play(environment, actions)
+    undisturbed_rows = play(undisturbed, actions)
+    lives = 5
+    losses = 0
+    for t, action in enumerate(actions, start=1):
+        _, _, terminated, _, info = raw.step(action)
+        np.testing.assert_array_equal(rows[t][2]['frame'], undisturbed_rows[t][2]['frame'])
+        assert rows[t][0] == undisturbed_rows[t][0]
+        if terminated:
+            assert rows[t][1] == EpisodeEnd.TERMINATED
+            break
+        assert rows[t][1] == (EpisodeEnd.LIFE_LOST if info['lives'] < lives else 0)
+        losses += info['lives'] < lives
+        lives = info['lives']
+    raw.close()
+    assert losses == 4 and terminated
+
+
+@pytest.mark.parametrize('frame_stack', [1, 3])
+def test_atari_stack_holds_the_newest_frames_with_the_newest_last(frame_stack, make):
+    environment = make('ALE/Pong-v5', frame_stack=frame_stack)
+    whole = make('ALE/Pong-v5', frame_stack=8)
+    actions = random_actions(environment, 30)
+    for row, whole_row in zip(play(environment, actions), play(whole, actions), strict=True):
+        np.testing.assert_array_equal(row[2]['frame'], whole_row[2]['frame'][..., -frame_stack:])
+
+
+def test_every_atari_id_of_gymnasium_is_known(make):
+    registered = {
+        name: spec.kwargs['game']
+        for name, spec in gymnasium.registry.items()
+        if str(spec.entry_point).startswith('ale_py')
+    }
+    ours = {f'ALE/{name}-v5': rom for name, rom in environments._atari_games().items()}
+    assert ours == {name: rom for name, rom in registered.items() if name.startswith('ALE/')}
+    assert {f'ALE/{game}-v5' for game in ATARI_57} <= set(ours) and len(ATARI_57) == 57
+
+    np.testing.assert_array_equal(
+        make('PongNoFrameskip-v4').reset()['frame'], make('ALE/Pong-v5').reset()['frame']
+    )
+    assert make('SpaceInvaders-v0').spec.num_action_repeats == 4
+
+
+@pytest.mark.parametrize('game', ATARI_57[::4])
+def test_atari_games_start(game, make):
+    environment = make(f'ALE/{game}-v5')
+    frames = [row[2]['frame'] for row in play(environment, random_actions(environment, 150))]
+    assert any((frame != frames[0]).any() for frame in frames)
+
+
+# Gymnasium.
+
+
+class Toy(gymnasium.Env):
+    """Two steps an episode; says at their end what it is told to say."""
+
+    def __init__(self, observation_space, action_space=None, end=(True, False)):
+        self.observation_space = observation_space
+        self.action_space = action_space or gymnasium.spaces.Discrete(3, start=-1)
+        self.end = end
+        self.actions = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.steps = 0
+        self.observation = self.observation_space.sample()
+        return self.observation, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.actions.append(action)
+        self.steps += 1
+        self.observation = self.observation_space.sample()
+        return self.observation, 1.0, *(self.end if self.steps == 2 else (False, False)), {}
+
+
+@pytest.fixture
+def register_toy():
+    def register(**options):
+        gymnasium.register('EnvironmentsTest/Toy-v0', Toy, kwargs=options)
+        return 'EnvironmentsTest/Toy-v0'
+
+    yield register
+    gymnasium.registry.pop('EnvironmentsTest/Toy-v0', None)
+
+
+def image_space(*shape, dtype=np.uint8):
+    return gymnasium.spaces.Box(0, 255, shape, dtype)
+
+
+def toy_of(environment):
+    return environment._env.unwrapped
+
+
+@pytest.mark.parametrize('level_name, end', [('CartPole-v1', 1), ('MountainCar-v0', 2)])
+def test_gymnasium_vectors_rewards_and_ends(level_name, end, make):
+    environment = make(level_name, 9)
+    truth = gymnasium.make(level_name)
+    expected, _ = truth.reset(seed=9)
+    np.testing.assert_array_equal(environment.reset()['frame'], expected)
+    ends = set()
+    for action in random_actions(environment, 450):
+        reward, ours, observation = environment.step(action)
+        expected, expected_reward, terminated, truncated, _ = truth.step(action)
+        assert reward == expected_reward
+        assert (ours != EpisodeEnd.NOT_ENDED) == (terminated or truncated)
+        ends.add(ours)
+        if terminated or truncated:
+            expected, _ = truth.reset()
+        np.testing.assert_array_equal(observation['frame'], expected)
+    assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd(end)}
+
+
+def test_gymnasium_repeats_stop_where_the_episode_does(register_toy, make):
+    level_name = register_toy(observation_space=image_space(3))
+    environment = make(level_name, num_action_repeats=3)
+    environment.reset()
+    assert environment.spec.num_action_repeats == 3
+    reward, end, _ = environment.step(2)
+    assert (reward, end) == (2.0, EpisodeEnd.TERMINATED)
+    assert toy_of(environment).actions == [1, 1]
+    assert toy_of(environment).steps == 0
+
+
+@pytest.mark.parametrize(
+    'end, expected',
+    [
+        ((True, False), EpisodeEnd.TERMINATED),
+        ((False, True), EpisodeEnd.TRUNCATED),
+        ((True, True), EpisodeEnd.TERMINATED),
+    ],
+)
+def test_gymnasium_ends(end, expected, register_toy, make):
+    environment = make(register_toy(observation_space=image_space(3), end=end))
+    environment.reset()
+    assert environment.step(0)[1] == EpisodeEnd.NOT_ENDED
+    assert environment.step(0)[1] == expected
+
+
+@pytest.mark.parametrize('shape', [(120, 160, 3), (100, 50), (40, 40, 1), (72, 96, 3)])
+def test_gymnasium_images_are_resized(shape, register_toy, make):
+    environment = make(register_toy(observation_space=image_space(*shape)))
+    frame = environment.reset()['frame']
+    expected = cv2.resize(
+        toy_of(environment).observation, (96, 72), interpolation=cv2.INTER_AREA
+    ).reshape(72, 96, -1)
+    np.testing.assert_array_equal(frame, expected)
+
+
+def test_gymnasium_discrete_observations_become_one_hot(register_toy, make):
+    space = gymnasium.spaces.Discrete(5, start=10)
+    environment = make(register_toy(observation_space=space))
+    for _ in range(5):
+        frame = environment.reset()['frame']
+        np.testing.assert_array_equal(frame, np.eye(5)[toy_of(environment).observation - 10])
+
+
+@pytest.mark.parametrize(
+    'spaces',
+    [
+        {'observation_space': gymnasium.spaces.Tuple([image_space(64, 64, 3)])},
+        {'observation_space': gymnasium.spaces.Dict(depth=image_space(64, 64, 1))},
+        {'observation_space': image_space(64, 64, 3, dtype=np.float32)},
+        {'observation_space': image_space(7, 7, 3)},
+        {'observation_space': image_space(3), 'action_space': gymnasium.spaces.MultiBinary(3)},
+        {'observation_space': image_space(3), 'action_space': image_space(2)},
+        {
+            'observation_space': image_space(3),
+            'action_space': gymnasium.spaces.MultiDiscrete([2, 2]),
+        },
+    ],
+    ids=str,
+)
+def test_gymnasium_spaces_that_cannot_be_served_are_named(spaces, register_toy):
+    level_name = register_toy(**spaces)
+    with pytest.raises(LevelError) as error:
+        create_environment(level_name, 1)
+    assert level_name in str(error.value)
+    assert str(list(spaces.values())[-1]) in str(error.value)
+
+
+def test_vizdoom_plays_as_gymnasium_does(make, tmp_path, monkeypatch):
+    import vizdoom.gymnasium_wrapper  # noqa: F401
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'temporary'
+    folder.mkdir()
+    environment = make('VizdoomBasic-v1', 4, temp_folder=str(folder))
+    assert environment.spec.num_action_repeats == 4
+    rows = play(environment, random_actions(environment, 250))
+    environment.close()
+    assert os.listdir(tmp_path) == ['temporary'] and not os.listdir(folder)
+
+    truth = gymnasium.make('VizdoomBasic-v1', frame_skip=4)
+    expected, _ = truth.reset(seed=4)
+    ends = set()
+    for t, action in enumerate([None, *random_actions(environment, 250)]):
+        if action is not None:
+            expected, reward, terminated, truncated, _ = truth.step(action)
+            assert rows[t][0] == reward
+            assert (rows[t][1] == EpisodeEnd.TRUNCATED) == truncated
+            assert (rows[t][1] != EpisodeEnd.NOT_ENDED) == terminated
+            ends.add(rows[t][1])
+            if terminated:
+                expected, _ = truth.reset()
+        frame = cv2.resize(expected['screen'], (96, 72), interpolation=cv2.INTER_AREA)
+        np.testing.assert_array_equal(rows[t][2]['frame'], frame)
+    truth.close()
+    assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED}
+
+    with pytest.raises(LevelError, match=r'VizdoomBasic-MultiBinary-v1.*MultiBinary\(3\)'):
+        create_environment('VizdoomBasic-MultiBinary-v1', 1)
+
+
+def test_nothing_of_vizdoom_outlives_an_actor_that_is_killed(tmp_path):
+    before = set(os.listdir('/dev/shm'))
+    actor = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            'import glob, sys, time, environments as e\n'
+            'config = e.EnvironmentConfig(temp_folder=sys.argv[1])\n'
+            'environment = e.create_environment("VizdoomBasic-v1", 1, config)\n'
+            'environment.reset(); environment.step(0)\n'
+            'children = [open(f).read() for f in glob.glob("/proc/self/task/*/children")]\n'
+            'print(*children, flush=True); time.sleep(60)',
+            str(tmp_path),
+        ],
+        env={**os.environ, 'PYTHONPATH': ROOT},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        children = [int(child) for child in actor.stdout.readline().split()]
+        assert len(children) == 1
+        assert not {name for name in set(os.listdir('/dev/shm')) - before if 'ViZDoom' in name}
+    finally:
+        actor.send_signal(signal.SIGKILL)
+        actor.communicate()
+    deadline = time.monotonic() + 20
+    while is_running(children[0]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_running(children[0])
+
+
+def is_running(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+def test_babyai_shows_the_picture_of_what_the_agent_sees_and_the_mission(make, capfd):
+    import minigrid  # noqa: F401
+    from minigrid.wrappers import RGBImgPartialObsWrapper
+
+    environment = make('BabyAI-GoToObj-v0', 3)
+    assert environment.spec.observation == {
+        'frame': ArraySpec((56, 56, 3), 'uint8'),
+        'instruction': ArraySpec((32,), 'int32'),
+    }
+    actions = random_actions(environment, 150)
+    rows = play(environment, actions)
+    # It draws levels until one can be solved, and says so on stdout.
+    make('BabyAI-GoToRedBall-v0', 1).reset()
+    assert capfd.readouterr().out == ''
+
+    truth = RGBImgPartialObsWrapper(gymnasium.make('BabyAI-GoToObj-v0'))
+    expected, _ = truth.reset(seed=3)
+    missions = set()
+    for t, action in enumerate([None, *actions]):
+        if action is not None:
+            expected, reward, terminated, truncated, _ = truth.step(action)
+            end = EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
+            assert rows[t][:2] == (reward, end if terminated or truncated else 0)
+            if terminated or truncated:
+                expected, _ = truth.reset()
+        missions.add(expected['mission'])
+        np.testing.assert_array_equal(rows[t][2]['frame'], expected['image'])
+        words = [zlib.crc32(word.encode()) % 999 + 1 for word in expected['mission'].split()]
+        assert rows[t][2]['instruction'].tolist() == words + [0] * (32 - len(words))
+    truth.close()
+    assert len(missions) > 1
+
+
+def test_instruction_hash():
+    # The check value of the catalogue of CRC algorithms for CRC-32/ISO-HDLC.
+    bucket = 0xCBF43926 % 999 + 1
+    hashed = environments.hash_instruction('  123456789, "123456789"')
+    assert hashed.dtype == np.int32
+    assert hashed.tolist() == [bucket, bucket] + [0] * 30
+    assert (environments.hash_instruction('Go TO the_ball!') > 0).sum() == 4
+    np.testing.assert_array_equal(
+        environments.hash_instruction('GO to'), environments.hash_instruction('go TO')
+    )
+    assert not environments.hash_instruction('').any()
+    many = environments.hash_instruction(' '.join(f'w{i}' for i in range(5000)))
+    assert many.shape == (32,) and many.min() >= 1
+    buckets = {int(environments.hash_instruction(f'w{i}')[0]) for i in range(20_000)}
+    assert buckets == set(range(1, 1000))
+
+
+# Environments of one's own.
+
+
+def test_a_callable_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / 'own_environments_for_test.py').write_text(
+        'import numpy as np\n'
+        'from environments import Environment\n'
+        'from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd\n'
+        'class Fixed(Environment):\n'
+        '    def __init__(self, seed, config):\n'
+        '        self.seed, self.config = seed, config\n'
+        '        frame = ArraySpec((2,), "float32")\n'
+        '        self.spec = EnvironmentSpec({"frame": frame}, 2, 1)\n'
+        '    def reset(self):\n'
+        '        return {"frame": np.zeros(2, np.float32)}\n'
+        '    def step(self, action):\n'
+        '        return 0.0, EpisodeEnd.NOT_ENDED, self.reset()\n'
+        'def wrong(seed, config):\n'
+        '    return 5\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = EnvironmentConfig(width=4)
+    environment = create_environment('own_environments_for_test:Fixed', 7, config)
+    assert (environment.seed, environment.config) == (7, config)
+    environment.close()
+    for name, part in (
+        ('own_environments_for_test:nothing', "'nothing'"),
+        ('own_environments_that_are_not_there:make', "'own_environments_that_are_not_there'"),
+        ('own_environments_for_test:wrong', 'int'),
+    ):
+        with pytest.raises(LevelError, match=part):
+            create_environment(name, 1)
+
+    (tmp_path / 'own_registration_for_test.py').write_text(
+        'import gymnasium\n'
+        'gymnasium.register("Own-v3", "gymnasium.envs.classic_control:CartPoleEnv")\n'
+    )
+    environment = create_environment('own_registration_for_test:Own-v3', 7)
+    assert environment.spec.num_actions == 2
+    environment.close()
+    gymnasium.registry.pop('Own-v3')
+
+
+# Names that cannot be played.
+
+
+@pytest.mark.parametrize(
+    'level_name, parts',
+    [
+        ('ALE/Pnog-v5', ['ALE/Pong-v5']),
+        ('ALE/Nonsense-v5', ['ALE/Pong-v5', 'ALE/Breakout-v5']),
+        ('ALE/Pong-v6', ['ALE/Pong-v5']),
+        ('CartPol-v1', ["Did you mean 'CartPole-v1'?"]),
+        ('cartpole', ["Did you mean 'CartPole-v1'?"]),
+        ('VizdoomBasics-v1', ["Did you mean 'VizdoomBasic-v1'?"]),
+        ('explore_goal_locations_small', ['deepmind_lab', 'build.md', 'ALE/Pong-v5']),
+        ('my_own_maze', ['deepmind_lab', 'ALE/Pong-v5']),
+    ],
+)
+def test_unknown_levels(level_name, parts):
+    with pytest.raises(LevelError) as error:
+        create_environment(level_name, 1)
+    for part in [level_name, *parts]:
+        assert part in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'level_name, module, install',
+    [
+        ('VizdoomBasic-v1', 'vizdoom', "pip install 'impala[vizdoom]'"),
+        ('BabyAI-GoToObj-v0', 'minigrid', "pip install 'impala[minigrid]'"),
+    ],
+)
+def test_missing_packages(level_name, module, install):
+    result = run_python(
+        'import sys, environments\n'
+        'sys.modules[sys.argv[2]] = None\n'
+        'try:\n'
+        '    environments.create_environment(sys.argv[1], 1)\n'
+        'except environments.LevelError as error:\n'
+        '    print(error)',
+        level_name,
+        module,
+    )
+    assert level_name in result.stdout and install in result.stdout, result.stderr
+
+
+# DeepMind Lab.
+
+
+def first_pixels(rows):
+    return [row[2]['frame'][0, 0].tolist() for row in rows]
+
+
+def digest_pixel(digest):
+    return [digest & 255, digest >> 8 & 255, digest >> 16 & 255]
+
+
+def test_deepmind_lab_actions_seeds_and_throw_away_reset(make, deepmind_lab):
+    # Look left-right, look down-up, strafe, move, fire, jump, crouch.
+    expected_actions = [
+        [0, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, -1, 0, 0, 0],
+        [0, 0, -1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0],
+        [-20, 0, 0, 0, 0, 0, 0],
+        [20, 0, 0, 0, 0, 0, 0],
+        [-20, 0, 0, 1, 0, 0, 0],
+        [20, 0, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0],
+    ]
+    environment = make('explore_goal_locations_small', 11)
+    assert environment.spec == EnvironmentSpec(
+        {
+            'frame': ArraySpec((72, 96, 3), 'uint8'),
+            'instruction': ArraySpec((32,), 'int32'),
+        },
+        9,
+        4,
+    )
+    rows = play(environment, range(9))
+    seed = np.random.RandomState(11).randint(2**31, dtype=np.int64)
+    # The stand-in's frames carry what it was told: the level, the seed, whether this is the first
+    # episode of its Lab, and the actions.
+    text = f'contributed/dmlab30/explore_goal_locations_small {seed} False'
+    digest = zlib.crc32(text.encode())
+    assert first_pixels(rows)[0] == digest_pixel(digest)
+    for t, action in enumerate(expected_actions, start=1):
+        digest = zlib.crc32(np.array(action, np.intc).tobytes(), digest)
+        assert first_pixels(rows)[t] == digest_pixel(digest)
+        assert rows[t][0] == 4 * action[3]
+
+
+def test_deepmind_lab_episodes_end_and_begin_in_one_step(make, deepmind_lab):
+    environment = make('rooms_select_nonmatching_object', 2, num_action_repeats=7)
+    rows = play(environment, [0] * 250)
+    ends = [t for t, row in enumerate(rows) if row[1]]
+    # 720 frames are 102 steps of 7 frames and one of 6.
+    assert ends == [103, 206]
+    assert rows[103][1] == EpisodeEnd.TERMINATED
+    assert [rows[102][0], rows[103][0], rows[104][0]] == [7, 6, 7]
+    assert not np.array_equal(rows[0][2]['frame'], rows[103][2]['frame'])
+
+
+def test_deepmind_lab_speaks(make, deepmind_lab):
+    environment = make('language_select_described_object', 2)
+    instructions = {tuple(environment.reset()['instruction'].tolist()) for _ in range(20)}
+    assert instructions == {
+        tuple(zlib.crc32(word.encode()) % 999 + 1 for word in ('get', 'the', colour, 'hat'))
+        + (0,) * 28
+        for colour in ('red', 'green', 'blue')
+    }
+    silent = make('seekavoid_arena_01', 2)
+    assert not silent.reset()['instruction'].any()
+
+
+def test_deepmind_lab_keeps_quiet_and_its_files_to_itself(make, deepmind_lab, tmp_path, capfd):
+    environment = make('contributed/dmlab30/rooms_watermaze', temp_folder=str(tmp_path))
+    environment.reset()
+    assert os.environ['LP_NUM_THREADS'] == '0'
+    assert capfd.readouterr().out == ''
+    assert len(os.listdir(tmp_path)) == 1
+    environment.close()
+    environment.close()
+    assert not os.listdir(tmp_path)
+    # The real Lab would take this process with it.
+    with pytest.raises(RuntimeError, match='closed'):
+        environment.reset()
+    with pytest.raises(RuntimeError, match='closed'):
+        environment.step(0)
+
+
+def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
+    for level_name, config, parts in (
+        ('explore_goal_location_small', {}, ["Did you mean 'explore_goal_locations_small'?"]),
+        ('rooms_collect_good_objects_test', {}, ['hold-out']),
+        ('rooms_watermaze', {'width': 98}, ['98', 'multiples of 4']),
+    ):
+        with pytest.raises(LevelError) as error:
+            create_environment(level_name, 1, EnvironmentConfig(temp_folder=tmp_path, **config))
+        for part in parts:
+            assert part in str(error.value)
+        assert not os.listdir(tmp_path)
+    make('rooms_collect_good_objects_test', is_test=True).reset()
+
+    level_name = 'psychlab_continuous_recognition'
+    with pytest.raises(LevelError, match=f'{level_name}.*dataset path'):
+        make(level_name).reset()
+    (tmp_path / 'brady_konkle_oliva2008').mkdir()
+    make(level_name, dataset_path=str(tmp_path)).reset()
+
+
+def test_deepmind_lab_compiles_a_map_once_for_all_environments(make, deepmind_lab, tmp_path):
+    folder = tmp_path / 'not' / 'there' / 'yet'
+    rows = play(make('rooms_watermaze', level_cache_dir=str(folder)), [])
+    (name,) = os.listdir(folder)
+    written = (folder / name).stat()
+    again = play(make('rooms_watermaze', level_cache_dir=str(folder)), [])
+    assert same(rows, again)
+    assert (folder / name).stat().st_mtime_ns == written.st_mtime_ns
+
+    # A broken map would end the process; it is thrown away and compiled anew.
+    (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+    assert same(rows, play(make('rooms_watermaze', level_cache_dir=str(folder)), []))
+    with zipfile.ZipFile(folder / name) as archive:
+        assert archive.testzip() is None
+
+
+def write_map(path, text):
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('map', text)
+
+
+def test_level_cache(tmp_path, caplog):
+    folder = tmp_path / 'cache'
+    cache = LevelCache(str(folder))
+    path = tmp_path / 'map.pk3'
+    assert not cache.fetch('some/../key', str(path)) and not path.exists()
+    write_map(path, 'one')
+    cache.write('some/../key', str(path))
+    first = path.read_bytes()
+    write_map(path, 'another')
+    # What stands at the path from an earlier episode is replaced.
+    assert LevelCache(str(folder)).fetch('some/../key', str(path))
+    assert path.read_bytes() == first
+    assert not cache.fetch('other', str(path))
+    assert len(os.listdir(folder)) == 1 and not caplog.records
+
+    # A map that was not written to its end is not kept.
+    path.write_bytes(first[:-1])
+    cache.write('broken', str(path))
+    assert len(os.listdir(folder)) == 1 and len(caplog.records) == 1
+    # A flipped bit inside a map that looks whole from the outside.
+    (name,) = os.listdir(folder)
+    spoilt = bytearray(first)
+    spoilt[first.index(b'one')] ^= 1
+    (folder / name).write_bytes(spoilt)
+    assert not cache.fetch('some/../key', str(path))
+    assert not os.listdir(folder)
+    assert sorted(os.listdir(tmp_path)) == ['cache', 'map.pk3']
+
+
+def test_level_cache_never_raises(tmp_path, caplog):
+    path = tmp_path / 'map.pk3'
+    write_map(path, 'one')
+    (tmp_path / 'file').write_text('')
+    for folder in (tmp_path / 'file', tmp_path / 'file' / 'below'):
+        cache = LevelCache(str(folder))
+        cache.write('key', str(path))
+        assert not cache.fetch('key', str(path))
+    cache = LevelCache(str(tmp_path / 'cache'))
+    cache.write('key', str(tmp_path / 'nothing.pk3'))
+    cache.write('key', str(path))
+    assert not cache.fetch('key', str(tmp_path / 'nowhere' / 'map.pk3'))
+    assert len(caplog.records) == 3
+
+
+@pytest.mark.parametrize(
+    'code, exit_code, message',
+    [
+        ('lab.close(); lab.reset()', 139, 'reset of a closed Lab'),
+        ('lab.close(); lab.observation_spec()', 139, 'observation_spec of a closed Lab'),
+        ('lab = Lab(LEVEL, [], level_cache=Liar()); lab.reset()', 1, 'without a valid map'),
+        ('lab.step(FORWARD)', 1, 'RuntimeError'),
+        ('lab.reset(seed=np.int64(3))', 1, 'ValueError'),
+        ('lab.reset(); lab.step(np.zeros(7))', 1, 'ValueError'),
+        ('lab.reset(); lab.step(np.zeros((7, 2), np.intc)[:, 0])', 1, 'MisuseError'),
+        ('lab.reset(); lab.step(FORWARD, 999999); lab.observations()', 1, 'RuntimeError'),
+        ('Lab(LEVEL, ())', 1, 'TypeError'),
+        ('Lab(LEVEL, [], {"with": "96"})', 1, 'MisuseError'),
+        ('Lab(LEVEL, [], {"width": "98"})', 1, 'multiple of 4'),
+        ('Lab(LEVEL, [], {"width": 96})', 1, 'TypeError'),
+        ('Lab("no_such_level", [])', 1, 'Level not found'),
+        ('lab.name = 3', 1, 'AttributeError'),
+        ('class Mine(Lab): pass', 1, 'TypeError'),
+        ('lab.reset(); assert os.fork() or os._exit(0); sys.exit(os.wait()[1] >> 8)', 139, 'fork'),
+        ('lab.reset(); lab.step(FORWARD); lab.close() and sys.exit(lab.close())', 0, 'Lua log'),
+    ],
+)
+def test_the_stand_in_is_as_strict_as_the_real_module(code, exit_code, message):
+    result = run_python(
+        'import os, sys, numpy as np\n'
+        'from deepmind_lab import Lab\n'
+        'class Liar:\n'
+        '    def fetch(self, key, path): return True\n'
+        '    def write(self, key, path): pass\n'
+        'LEVEL = "seekavoid_arena_01"\n'
+        'FORWARD = np.array([0, 0, 0, 1, 0, 0, 0], np.intc)\n'
+        'lab = Lab(LEVEL, ["RGB_INTERLEAVED"], {"width": "96", "height": "72"})\n' + code
+    )
+    assert result.returncode == exit_code, result.stderr
+    assert message in result.stdout + result.stderr
