@@ -1,0 +1,358 @@
+"""Tests of impala/learner.py."""
+
+import numpy as np
+import pytest
+import sonnet as snt
+import tensorflow as tf
+
+from impala.agent import Agent, AgentConfig
+from impala.learner import Learner, LearnerConfig
+from impala.losses import vtrace_loss
+from impala.trajectory import (
+    ActorOutput,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+    StepOutputInfo,
+)
+
+_OBSERVATION_SIZE = 4
+_NUM_ACTIONS = 3
+_SPEC = EnvironmentSpec(
+    {'frame': ArraySpec((_OBSERVATION_SIZE,), 'float32')},
+    num_actions=_NUM_ACTIONS,
+    num_action_repeats=1,
+)
+
+
+def _agent(use_lstm=True):
+    tf.random.set_seed(0)
+    return Agent(AgentConfig(torso='mlp', use_lstm=use_lstm, core_size=8), _SPEC)
+
+
+class EmbeddingAgent(snt.Module):
+    """Looks logits and baseline up by the last action; one variable of its own is never used."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.table = tf.Variable(rows, dtype=tf.float32)
+        self.unused = tf.Variable([1.0, 2.0])
+
+    def unroll(self, prev_actions, env_outputs, state):
+        rows = tf.gather(self.table, prev_actions)
+        return AgentOutput(prev_actions, rows[..., :-1], self.value(rows[..., -1])), state
+
+    def value(self, x):
+        return x
+
+
+class InfiniteSlopeAgent(EmbeddingAgent):
+    """Its baseline is finite at 0, the slope of its baseline is not."""
+
+    def value(self, x):
+        return tf.sqrt(x)
+
+
+def _config(**kwargs):
+    return LearnerConfig(**{'batch_size': 3, 'unroll_length': 5, **kwargs})
+
+
+def _batch(config, state=(), seed=0):
+    rng = np.random.default_rng(seed)
+    rows = (config.unroll_length + 1, config.batch_size)
+    frames = rng.normal(size=(*rows, _OBSERVATION_SIZE)).astype(np.float32)
+    batch = ActorOutput(
+        level_id=np.zeros(config.batch_size, np.int32),
+        policy_version=np.zeros(config.batch_size, np.int64),
+        agent_state=state,
+        env_outputs=StepOutput(
+            reward=rng.normal(size=rows).astype(np.float32),
+            info=StepOutputInfo(np.zeros(rows, np.float32), np.zeros(rows, np.int32)),
+            done=rng.random(rows) < 0.2,
+            observation={'frame': frames},
+        ),
+        agent_outputs=AgentOutput(
+            action=rng.integers(_NUM_ACTIONS, size=rows, dtype=np.int32),
+            policy_logits=rng.normal(size=(*rows, _NUM_ACTIONS)).astype(np.float32),
+            baseline=rng.normal(size=rows).astype(np.float32),
+        ),
+    )
+    return tf.nest.map_structure(tf.convert_to_tensor, batch)
+
+
+def _with_reward(batch, reward):
+    rewards = batch.env_outputs.reward.numpy()
+    rewards[2, 1] = reward
+    return batch._replace(env_outputs=batch.env_outputs._replace(reward=tf.constant(rewards)))
+
+
+def _values(variables):
+    return [variable.numpy() for variable in variables]
+
+
+def _assert_equal(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _gradients(agent, batch, config):
+    with tf.GradientTape() as tape:
+        outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
+        total, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+    return _values(tape.gradient(total, agent.trainable_variables))
+
+
+def _global_norm(gradients):
+    return np.sqrt(sum(np.sum(np.square(np.float64(g))) for g in gradients))
+
+
+def test_steps_follow_rmsprop_down_the_gradient_of_the_loss():
+    config = _config(
+        learning_rate=0.01, decay=0.9, momentum=0.5, epsilon=0.2, total_agent_steps=150
+    )
+    agent = _agent()
+    learner = Learner(agent, config)
+    weights = [np.float64(v) for v in _values(agent.trainable_variables)]
+    squares = [np.ones_like(w) for w in weights]
+    steps = [np.zeros_like(w) for w in weights]
+    for update in range(4):
+        batch = _batch(config, agent.initial_state(3), seed=update)
+        gradients = _gradients(agent, batch, config)
+        metrics = learner.step(batch)
+        rate = 0.01 * (1 - update * 15 / 150)
+        np.testing.assert_allclose(metrics['learning_rate'], rate, rtol=1e-6)
+        np.testing.assert_allclose(metrics['gradient_norm'], _global_norm(gradients), rtol=1e-4)
+        for i, g in enumerate(gradients):
+            squares[i] = 0.9 * squares[i] + 0.1 * g**2
+            steps[i] = 0.5 * steps[i] + rate * g / np.sqrt(squares[i] + 0.2)
+            weights[i] -= steps[i]
+        for actual, expected in zip(agent.trainable_variables, weights, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
+    assert learner.updates.numpy() == 4
+    assert learner.agent_steps.numpy() == 60
+
+
+def test_metrics_are_the_scalars_promised():
+    config = _config()
+    agent = _agent()
+    batch = _batch(config, agent.initial_state(3))
+    outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
+    total, parts = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+    metrics = Learner(agent, config).step(batch)
+    assert {name: value.dtype for name, value in metrics.items()} == {
+        'loss/total': tf.float32,
+        'loss/policy_gradient': tf.float32,
+        'loss/baseline': tf.float32,
+        'loss/entropy': tf.float32,
+        'gradient_norm': tf.float32,
+        'learning_rate': tf.float32,
+        'policy_lag_mean': tf.float32,
+        'policy_lag_max': tf.int64,
+        'skipped': tf.bool,
+    }
+    assert all(value.shape == [] for value in metrics.values())
+    np.testing.assert_allclose(metrics['loss/total'], total, rtol=1e-4)
+    for name, part in parts.items():
+        np.testing.assert_allclose(metrics[f'loss/{name}'], part, rtol=1e-4)
+    assert not metrics['skipped']
+
+
+def test_learning_rate_falls_linearly_to_zero_and_stays_there():
+    config = _config(learning_rate=0.5, total_agent_steps=60)
+    agent = _agent()
+    learner = Learner(agent, config)
+    batch = _batch(config, agent.initial_state(3))
+    rates = [float(learner.step(batch)['learning_rate']) for _ in range(4)]
+    np.testing.assert_allclose(rates, [0.5, 0.375, 0.25, 0.125], rtol=1e-6)
+    before = _values(agent.trainable_variables)
+    assert [float(learner.step(batch)['learning_rate']) for _ in range(2)] == [0.0, 0.0]
+    _assert_equal(_values(agent.trainable_variables), before)
+
+
+@pytest.mark.parametrize('bad', ['nan', 'infinite_reward', 'nan_behaviour'])
+def test_loss_that_is_not_finite_changes_nothing(bad):
+    config = _config(reward_clipping='none', momentum=0.9, learning_rate=0.01)
+    agent = _agent()
+    learner = Learner(agent, config)
+    good = _batch(config, agent.initial_state(3))
+    learner.step(good)
+    if bad == 'nan_behaviour':
+        logits = good.agent_outputs.policy_logits * np.nan
+        poisoned = good._replace(agent_outputs=good.agent_outputs._replace(policy_logits=logits))
+    else:
+        poisoned = _with_reward(good, np.nan if bad == 'nan' else np.inf)
+    everything = [*agent.variables, *learner.optimizer.variables]
+    assert len(everything) == 3 * len(agent.trainable_variables)
+    before = _values(everything)
+    metrics = learner.step(poisoned)
+    assert metrics['skipped']
+    assert not np.isfinite(metrics['loss/total'])
+    _assert_equal(_values(everything), before)
+    assert learner.updates.numpy() == 1
+    assert learner.agent_steps.numpy() == 30
+
+    assert not learner.step(good)['skipped']
+    assert learner.updates.numpy() == 2
+    assert not np.array_equal(agent.trainable_variables[0], before[0])
+    assert all(np.all(np.isfinite(v)) for v in everything)
+
+
+def test_gradient_that_is_not_finite_changes_nothing():
+    config = _config()
+    agent = InfiniteSlopeAgent(np.zeros((_NUM_ACTIONS, _NUM_ACTIONS + 1)))
+    learner = Learner(agent, config)
+    before = _values(learner.variables)
+    metrics = learner.step(_batch(config))
+    assert np.isfinite(metrics['loss/total'])
+    assert not np.isfinite(metrics['gradient_norm'])
+    assert metrics['skipped']
+    assert learner.updates.numpy() == 0
+    learner.agent_steps.assign(0)
+    _assert_equal(_values(learner.variables), before)
+
+
+@pytest.mark.parametrize(('clip_norm', 'scaled'), [(0.25, True), (1e6, False)])
+def test_gradients_are_clipped_to_their_global_norm(clip_norm, scaled):
+    config = _config(gradient_clip_norm=clip_norm, learning_rate=0.1, decay=0.9, epsilon=0.1)
+    agent = _agent()
+    learner = Learner(agent, config)
+    batch = _batch(config, agent.initial_state(3))
+    before = _values(agent.trainable_variables)
+    gradients = _gradients(agent, batch, config)
+    norm = _global_norm(gradients)
+    assert (norm > clip_norm) == scaled
+    metrics = learner.step(batch)
+    np.testing.assert_allclose(metrics['gradient_norm'], norm, rtol=1e-4)
+    for old, new, g in zip(before, agent.trainable_variables, gradients, strict=True):
+        clipped = g * (clip_norm / norm if scaled else 1.0)
+        expected = old - 0.1 * clipped / np.sqrt(0.9 + 0.1 * clipped**2 + 0.1)
+        np.testing.assert_allclose(new, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_of_embeddings_count_like_dense_ones():
+    config = _config(learning_rate=0.1, decay=0.9, epsilon=0.1)
+    table = np.random.default_rng(0).normal(size=(_NUM_ACTIONS, _NUM_ACTIONS + 1))
+    agent = EmbeddingAgent(table)
+    learner = Learner(agent, config)
+    batch = _batch(config)
+    rows = tf.one_hot(batch.agent_outputs.action, _NUM_ACTIONS)
+    dense = tf.constant(table, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(dense)
+        looked_up = tf.einsum('tba,ac->tbc', rows, dense)
+        outputs = AgentOutput(None, looked_up[..., :-1], looked_up[..., -1])
+        total, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+    gradient = tape.gradient(total, dense).numpy()
+    metrics = learner.step(batch)
+    np.testing.assert_allclose(metrics['gradient_norm'], _global_norm([gradient]), rtol=1e-4)
+    expected = table - 0.1 * gradient / np.sqrt(0.9 + 0.1 * gradient**2 + 0.1)
+    np.testing.assert_allclose(agent.table, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(agent.unused, [1.0, 2.0])
+
+
+def test_policy_lag_counts_updates_since_the_weights_that_acted():
+    config = _config()
+    agent = _agent()
+    learner = Learner(agent, config)
+    learner.updates.assign(10)
+    batch = _batch(config, agent.initial_state(3))
+    metrics = learner.step(batch._replace(policy_version=tf.constant([10, 4, 9], tf.int64)))
+    np.testing.assert_allclose(metrics['policy_lag_mean'], 7 / 3, rtol=1e-6)
+    assert metrics['policy_lag_max'].numpy() == 6
+    metrics = learner.step(batch._replace(policy_version=tf.constant([11, 11, 11], tf.int64)))
+    assert metrics['policy_lag_max'].numpy() == 0
+
+
+def test_agent_state_of_the_batch_is_used():
+    config = _config()
+    losses = []
+    for offset in (0.0, 1.0):
+        agent = _agent()
+        state = tf.nest.map_structure(lambda s, o=offset: s + o, agent.initial_state(3))
+        batch = _batch(config, state)
+        not_done = tf.zeros_like(batch.env_outputs.done)
+        batch = batch._replace(env_outputs=batch.env_outputs._replace(done=not_done))
+        losses.append(float(Learner(agent, config).step(batch)['loss/total']))
+    assert losses[0] != losses[1]
+
+
+def test_checkpoint_holds_all_that_the_next_steps_depend_on(tmp_path):
+    config = _config(momentum=0.9, learning_rate=0.01, total_agent_steps=1000)
+    learner = Learner(_agent(), config)
+    state = learner.agent.initial_state(3)
+    learner.step(_batch(config, state, seed=0))
+    path = tf.train.Checkpoint(learner=learner).save(str(tmp_path / 'checkpoint'))
+
+    tf.random.set_seed(1)
+    restored = Learner(Agent(AgentConfig('mlp', True, 8), _SPEC), config)
+    tf.train.Checkpoint(learner=restored).restore(path).assert_consumed()
+    for seed in (1, 2):
+        expected = learner.step(_batch(config, state, seed))
+        actual = restored.step(_batch(config, state, seed))
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, err_msg=name)
+    for a, b in zip(restored.variables, learner.variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert restored.agent_steps.numpy() == 45
+
+
+def test_step_is_traced_once():
+    config = _config()
+    agent = _agent()
+    learner = Learner(agent, config)
+    for seed in range(3):
+        learner.step(_batch(config, agent.initial_state(3), seed))
+    assert learner._step.experimental_get_tracing_count() == 1
+
+
+def test_batches_of_another_shape_are_refused():
+    agent = _agent()
+    learner = Learner(agent, _config())
+    for other in (_config(batch_size=2), _config(unroll_length=4)):
+        batch = _batch(other, agent.initial_state(other.batch_size))
+        with pytest.raises(ValueError, match='unroll_length 5 and batch_size 3'):
+            learner.step(batch)
+
+
+def test_learns_to_choose_what_is_rewarded():
+    """In episodes of one step, the frame shows which action earns 1; the others earn 0."""
+    config = LearnerConfig(
+        batch_size=32, unroll_length=4, learning_rate=0.02, total_agent_steps=10**6
+    )
+    agent = _agent(use_lstm=False)
+    learner = Learner(agent, config)
+    rng = np.random.default_rng(0)
+    rows = (config.unroll_length + 1, config.batch_size)
+    zeros = np.zeros(rows, np.int32)
+    policy = tf.function(lambda action, outputs: agent.unroll(action, outputs, ())[0])
+
+    def episodes():
+        best = rng.integers(_NUM_ACTIONS, size=rows)
+        env_outputs = StepOutput(
+            reward=np.zeros(rows, np.float32),
+            info=StepOutputInfo(np.zeros(rows, np.float32), zeros),
+            done=np.ones(rows, bool),
+            observation={'frame': np.eye(_OBSERVATION_SIZE, dtype=np.float32)[best]},
+        )
+        # Neither reward nor action of the step before tells anything here, so the agent sees none.
+        logits = policy(zeros, env_outputs).policy_logits.numpy()
+        chosen = np.argmax(logits + rng.gumbel(size=logits.shape), -1).astype(np.int32)
+        rewards = np.float32(chosen == best)
+        # What was decided in row t stands in row t + 1.
+        later = [np.roll(x, 1, axis=0) for x in (rewards, chosen, logits)]
+        batch = ActorOutput(
+            level_id=np.zeros(config.batch_size, np.int32),
+            policy_version=np.full(config.batch_size, learner.updates.numpy()),
+            agent_state=(),
+            env_outputs=env_outputs._replace(reward=later[0]),
+            agent_outputs=AgentOutput(later[1], later[2], np.zeros(rows, np.float32)),
+        )
+        return tf.nest.map_structure(tf.convert_to_tensor, batch), rewards.mean()
+
+    first = np.mean([episodes()[1] for _ in range(10)])
+    for _ in range(100):
+        learner.step(episodes()[0])
+    last = np.mean([episodes()[1] for _ in range(10)])
+    assert first < 0.55
+    assert last > 0.9
