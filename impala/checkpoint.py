@@ -183,6 +183,8 @@ class Checkpointer:
         with tf.device('/cpu:0'):
             self._wall_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self._checkpoint = tf.train.Checkpoint(learner=learner, wall_seconds=self._wall_seconds)
+        # Made on first use; one that is missing while restoring leads to warnings of TensorFlow.
+        self._save_counter = self._checkpoint.save_counter
         self._manager: tf.train.CheckpointManager | None = None
         self._last_attempt = 0.0
         self._latest: str | None = None
@@ -274,7 +276,7 @@ class Checkpointer:
             if self._manager is None:
                 self._manager = self._create_manager(before)
             # A failed attempt has counted already.
-            self._checkpoint.save_counter.assign(number)
+            self._save_counter.assign(number)
             self._manager.save()
         except (OSError, tf.errors.OpError) as error:
             # The last thing written is TensorFlow's state file, which nothing depends on.

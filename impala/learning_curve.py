@@ -12,6 +12,8 @@ import numpy as np
 WINDOW = 100
 MAX_POINTS = 8192
 
+_MAX_LEVELS_WITH_DOTS = 4
+
 
 class LearningCurve:
     """Returns of one level's episodes and their mean over the last `WINDOW` episodes.
@@ -61,8 +63,8 @@ def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> Non
     """
     # Matplotlib takes a while to import, and only a run that ends needs it.
     import matplotlib
-    import matplotlib.ticker
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     drawn = {name: curve.points() for name, curve in curves.items() if curve.num_episodes}
     palette = matplotlib.colormaps['tab10' if len(drawn) <= 10 else 'turbo']
@@ -83,40 +85,49 @@ def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> Non
         'axes.titlesize': 10,
         'legend.frameon': False,
     }
+    # About 100 characters of the legend fit side by side.
+    columns = max(1, min(4, len(drawn), 100 // (8 + max(map(len, drawn), default=0))))
+    height = 2.8 + 0.17 * math.ceil(len(drawn) / columns)
+    with_dots = len(drawn) <= _MAX_LEVELS_WITH_DOTS
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(7.2, 3.0), dpi=200, layout='constrained')
+        figure = Figure(figsize=(7.2, height), dpi=200, layout='constrained')
         by_steps, by_time = figure.subplots(1, 2, sharey=True)
+        lines = []
         for (name, points), color in zip(drawn.items(), colors, strict=True):
             for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
-                axes.plot(
-                    x,
-                    points[:, 2],
-                    linestyle='none',
-                    marker='o',
-                    markersize=2.4,
-                    markeredgewidth=0,
-                    color=color,
-                    alpha=0.25 if len(points) < 2000 else 0.1,
-                    rasterized=True,
-                )
-            for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
-                axes.plot(x, points[:, 3], color=color, linewidth=1.6, label=name)
+                if with_dots:
+                    axes.plot(
+                        x,
+                        points[:, 2],
+                        linestyle='none',
+                        marker='o',
+                        markersize=2.4,
+                        markeredgewidth=0,
+                        color=color,
+                        alpha=0.25 if len(points) < 2000 else 0.1,
+                    )
+                lines += axes.plot(x, points[:, 3], color=color, linewidth=1.6, label=name)
         by_steps.set_xlabel('agent steps')
-        by_steps.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=''))
         by_time.set_xlabel(f'wall time ({unit})')
         by_steps.set_ylabel('episode return')
         for axes in (by_steps, by_time):
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        by_steps.xaxis.set_major_formatter(EngFormatter(sep=''))
         if drawn:
             figure.legend(
-                handles=by_steps.get_lines()[1::2],
+                handles=lines[::2],
                 loc='outside lower center',
-                ncols=min(len(drawn), 4),
-                title=f'dots: episodes, line: mean of the last {WINDOW}',
+                ncols=columns,
+                title=('dots: episodes, ' if with_dots else '')
+                + f'line: mean of the last {WINDOW} episodes',
                 title_fontsize=8,
                 fontsize=8,
             )
+        else:
+            for axes in (by_steps, by_time):
+                axes.set(xticks=[], yticks=[])
+                axes.text(0.5, 0.5, 'no episode has ended', ha='center')
         if title:
             figure.suptitle(title, fontsize=10)
         temporary = f'{path}.{os.getpid()}.tmp'

@@ -43,6 +43,7 @@ EPISODES_HEADER = (
 )
 
 _CURVE_SECS = 300.0
+_SUMMARIES_RETRY_SECS = 300.0
 _MAX_UNWRITTEN_BYTES = 16 << 20
 _ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncated'}
 
@@ -113,6 +114,7 @@ class RunLog:
         if not self._episodes_file.size:
             self._append(self._episodes_file, _csv_text([EPISODES_HEADER]))
         self._summaries: tf.summary.SummaryWriter | None = None
+        self._summaries_not_before = -math.inf
         self._wall_seconds_before = max(wall_seconds, last_wall_seconds)
         self._started = clock()
         self._line_wall_seconds = self._wall_seconds_before
@@ -358,14 +360,18 @@ class RunLog:
         )
         try:
             if self._summaries is None:
+                if line['wall_seconds'] < self._summaries_not_before:
+                    return
                 self._summaries = tf.summary.create_file_writer(self._path(SUMMARIES_FOLDER))
             with self._summaries.as_default(step=self._agent_steps), tf.device('/cpu:0'):
                 for name, value in line.items():
                     tf.summary.write(name, tf.constant(value, tf.float32), metadata=metadata)
             self._summaries.flush()
         except (OSError, tf.errors.OpError):
-            # The same numbers are in metrics.jsonl; a new file is begun when there is space again.
+            # The same numbers are in metrics.jsonl. The file may be cut in a record, so a new one
+            # is begun, though not at every line as long as the disk is full.
             self._summaries = None
+            self._summaries_not_before = line['wall_seconds'] + _SUMMARIES_RETRY_SECS
 
     def _draw_curve(self) -> None:
         try:

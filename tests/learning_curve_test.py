@@ -56,7 +56,7 @@ def test_draws_a_png(tmp_path, num_levels):
     content = path.read_bytes()
     assert content.startswith(b'\x89PNG\r\n')
     width, height = struct.unpack('>II', content[16:24])
-    assert width >= 1400 and height >= 600
+    assert width >= 1400 and height >= 560
     assert os.listdir(tmp_path) == ['curve.png']
 
 

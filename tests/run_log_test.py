@@ -363,6 +363,23 @@ def test_full_disk_loses_no_row_and_never_cuts_one(logdir, clock):
     expected = list(range(10, agent_steps + 1, 10))
     assert [line['agent_steps'] for line in metrics(logdir)] == expected
     assert [int(row['agent_steps']) for row in episodes(logdir)] == expected
+    assert len(os.listdir(os.path.join(logdir, 'summaries'))) == 1
+
+
+def test_summaries_are_tried_again_in_a_new_file(logdir, clock):
+    with create(logdir, clock, log_secs=1) as log:
+        for i in range(1, 10):
+            clock.now += 100
+            with file_size_limit(1 << 40 if i > 2 else 0):
+                write(log, 10 * i, i)
+    folder = os.path.join(logdir, 'summaries')
+    steps = set()
+    for name in os.listdir(folder):
+        for record_ in tf.data.TFRecordDataset(os.path.join(folder, name)):
+            event = tf.compat.v1.Event.FromString(record_.numpy())
+            steps.update([event.step] * len(event.summary.value))
+    assert steps == {40, 50, 60, 70, 80, 90}
+    assert len(os.listdir(folder)) <= 2
 
 
 def test_closing_on_a_full_disk_says_what_is_lost(logdir, clock):
