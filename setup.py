@@ -5,6 +5,7 @@ installed; `dynamic_batching._actor_client` is what actor processes load and kno
 """
 
 import glob
+import os
 import shutil
 import sys
 
@@ -27,9 +28,14 @@ class BuildWithTensorFlow(build_ext):
             )
         for extension in self.extensions:
             if extension.name == 'dynamic_batching._ops':
+                os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
                 import tensorflow as tf
 
-                extension.extra_compile_args += tf.sysconfig.get_compile_flags()
+                # As system headers, since TensorFlow's own warn about each other.
+                extension.extra_compile_args += [
+                    flag.replace('-I', '-isystem', 1) if flag.startswith('-I') else flag
+                    for flag in tf.sysconfig.get_compile_flags()
+                ]
                 extension.extra_link_args += tf.sysconfig.get_link_flags()
         super().build_extensions()
 

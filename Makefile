@@ -1,0 +1,36 @@
+# `make train` learns Atari Pong, `make test` runs all checks and tests. Each makes the virtual
+# environment it needs; the second time that takes a moment only.
+
+PYTHON ?= python3
+VENV ?= .venv
+LOGDIR ?= runs/pong
+INSTALLED = $(VENV)/.installed
+SOURCES = setup.py pyproject.toml $(wildcard dynamic_batching/cc/*)
+
+.PHONY: train test install clean
+
+train: $(INSTALLED)
+	$(VENV)/bin/python experiment.py --flagfile=configs/pong_quick.flags --logdir=$(LOGDIR)
+
+test: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest
+
+install: $(INSTALLED)
+
+$(INSTALLED): $(SOURCES)
+	@command -v g++ >/dev/null || { echo 'A C++ compiler is needed to build the TensorFlow ops and' \
+	  'g++ was not found; install it (Debian, Ubuntu: apt-get install g++).' >&2; exit 2; }
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo 'Python cannot make a' \
+	  'virtual environment; install its venv module (Debian, Ubuntu: apt-get install python3-venv).' \
+	  >&2; rm -rf $(VENV); exit 2; }
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=70' wheel \
+	  'tensorflow==2.21.*'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  -e '.[dev,vizdoom,minigrid]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info dynamic_batching/*.so

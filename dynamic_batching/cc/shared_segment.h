@@ -1,0 +1,132 @@
+// The memory that actor processes share with the batcher: its layout, and how the two sides wake
+// each other. Knows nothing of TensorFlow, because actor processes load it.
+//
+// A segment holds one block per actor and a number of unrolls. An unroll stores `rows` rows of each
+// input field, field after field, so that a row is contiguous and a whole unroll can be copied into
+// a time-major batch row by row. Outputs and recurrent state stay in the batcher's own memory: an
+// actor process needs nothing but its next action, and cannot damage what it cannot see.
+//
+// Who writes what. The batcher owns every decision: which unroll and row an actor writes to stands
+// in its block together with the action. The actor only writes that row and then moves `state` from
+// kAnswered to kRequested. An actor that is killed, at any instruction, therefore leaves behind
+// nothing but a half-written row that was never requested.
+
+#ifndef DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
+#define DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace dynamic_batching {
+
+// Changes whenever the layout does: an actor process of another build must refuse the segment.
+constexpr uint64_t kSegmentMagic = 0x494d50414c410003;
+constexpr int kMaxFields = 16;
+
+// The fields that every row starts with; those of the observation follow.
+enum FixedField : int { kReward, kEpisodeReturn, kEpisodeStep, kEnd, kFirstObservation };
+
+// How an episode ended: the values of impala.trajectory.EpisodeEnd. At a lost life the episode ends
+// for the agent, while the game goes on and with it its return and its steps.
+enum EpisodeEnd : uint8_t { kNotEnded, kTerminated, kTruncated, kLifeLost };
+
+enum RequestState : uint32_t {
+  kIdle,       // Nobody is connected, or the process was replaced.
+  kRequested,  // A row is written, its action is not there yet.
+  kSleeping,   // As kRequested, and the actor sleeps on `state`.
+  kAnswered,   // `action`, `unroll` and `row` are valid.
+};
+
+struct FieldLayout {
+  uint64_t row_bytes;
+  uint64_t offset;  // From the start of an unroll.
+};
+
+struct SegmentHeader {
+  uint64_t magic;
+  uint64_t segment_bytes;
+  uint64_t unrolls_offset;
+  uint64_t unroll_bytes;
+  uint32_t num_actors;
+  uint32_t num_unrolls;
+  uint32_t rows;
+  uint32_t num_fields;
+  FieldLayout fields[kMaxFields];
+  // Counts requests; the batcher sleeps on it until it reaches `wake_at`.
+  alignas(64) std::atomic<uint32_t> doorbell;
+  alignas(64) std::atomic<uint32_t> wake_at;
+  alignas(64) std::atomic<uint32_t> closed;
+};
+
+struct alignas(128) ActorBlock {
+  std::atomic<uint32_t> state;
+  uint32_t unroll;
+  uint32_t row;
+  int32_t action;
+  // Written by the actor, read for the stage timers: a torn or stale value costs nothing.
+  std::atomic<uint64_t> environment_nanoseconds;
+  std::atomic<uint64_t> waiting_nanoseconds;
+};
+
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "futex words must be plain memory");
+static_assert(std::atomic<uint64_t>::is_always_lock_free, "timers must be plain memory");
+
+constexpr uint64_t kAlignment = 64;
+inline uint64_t AlignUp(uint64_t bytes) { return (bytes + kAlignment - 1) & ~(kAlignment - 1); }
+
+inline ActorBlock* GetActorBlock(void* segment, uint32_t actor) {
+  return reinterpret_cast<ActorBlock*>(static_cast<char*>(segment) +
+                                       AlignUp(sizeof(SegmentHeader))) +
+         actor;
+}
+
+inline char* GetRow(void* segment, uint32_t unroll, int field, uint32_t row) {
+  const auto* header = static_cast<const SegmentHeader*>(segment);
+  const FieldLayout& layout = header->fields[field];
+  return static_cast<char*>(segment) + header->unrolls_offset + unroll * header->unroll_bytes +
+         layout.offset + row * layout.row_bytes;
+}
+
+// Fills in every offset and size from `num_actors`, `num_unrolls`, `rows`, `num_fields` and the
+// fields' `row_bytes`.
+inline void ComputeLayout(SegmentHeader* header) {
+  uint64_t offset = 0;
+  for (uint32_t i = 0; i < header->num_fields; ++i) {
+    header->fields[i].offset = offset;
+    offset = AlignUp(offset + header->fields[i].row_bytes * header->rows);
+  }
+  header->unroll_bytes = offset;
+  header->unrolls_offset =
+      AlignUp(AlignUp(sizeof(SegmentHeader)) + header->num_actors * sizeof(ActorBlock));
+  header->segment_bytes = header->unrolls_offset + header->num_unrolls * header->unroll_bytes;
+}
+
+inline uint64_t NowNanoseconds() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1000000000 + now.tv_nsec;
+}
+
+// Sleeps while `*word == expected`, at most `timeout_nanoseconds`. Wakes up spuriously, too.
+inline void FutexWait(std::atomic<uint32_t>* word, uint32_t expected,
+                      uint64_t timeout_nanoseconds) {
+  timespec timeout;
+  timeout.tv_sec = timeout_nanoseconds / 1000000000;
+  timeout.tv_nsec = timeout_nanoseconds % 1000000000;
+  syscall(SYS_futex, word, FUTEX_WAIT, expected, &timeout, nullptr, 0);
+}
+
+inline void FutexWake(std::atomic<uint32_t>* word) {
+  syscall(SYS_futex, word, FUTEX_WAKE, 1, nullptr, nullptr, 0);
+}
+
+}  // namespace dynamic_batching
+
+#endif  // DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_

@@ -1,0 +1,208 @@
+"""The dynamic batcher for callers in other processes, which never load TensorFlow.
+
+Actor processes write their rows into shared memory and sleep until their action is there; the
+batcher gathers the rows of all that wait into one batch of tensors, scatters the results back, and
+hands over full unrolls, first in, first out. `dynamic_batching/cc/shared_segment.h` says who writes
+what; the actors' end is `dynamic_batching._actor_client.ActorClient`.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import tensorflow as tf
+
+from dynamic_batching.op_library import ops
+
+
+class ArraySpec(Protocol):
+    """Anything that has a shape and the name of a NumPy dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one array, without time and batch dimensions."""
+
+    @property
+    def dtype(self) -> str:
+        """For instance `'float32'`."""
+
+
+class Requests(NamedTuple):
+    """One batch of rows that wait for an action; N is the number of actors in it.
+
+    Attributes:
+      tickets: what `set_outputs` must be given back: actors i32 `[N]`, epochs i64 `[N]`.
+      inputs: list of `[N, ...]`, in the order of the batcher's inputs.
+      last_action: i32 `[N]`, the action that led to the row; 0 before the first.
+      states: list of `[N, ...]`, what `set_outputs` was given for these actors last, or zeros.
+    """
+
+    tickets: tuple[tf.Tensor, tf.Tensor]
+    inputs: list[tf.Tensor]
+    last_action: tf.Tensor
+    states: list[tf.Tensor]
+
+
+class Unrolls(NamedTuple):
+    """One batch of full unrolls; T is the unroll length, B the batch size.
+
+    Attributes:
+      level_ids: i32 `[B]`.
+      actors: i32 `[B]`.
+      policy_versions: i64 `[B]`, of the weights that answered row 0.
+      states: list of `[B, ...]`, before row 0.
+      inputs: list of `[T+1, B, ...]`.
+      outputs: list of `[T+1, B, ...]`; row t is what led to row t of `inputs`.
+    """
+
+    level_ids: tf.Tensor
+    actors: tf.Tensor
+    policy_versions: tf.Tensor
+    states: list[tf.Tensor]
+    inputs: list[tf.Tensor]
+    outputs: list[tf.Tensor]
+
+
+class UnrollBatcher:
+    """Batches the requests of actor processes and records their unrolls.
+
+    All methods may be called from any thread, and all but `reset_actor`, `statistics` and `close`
+    inside a `tf.function`, too.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[ArraySpec],
+        outputs: Sequence[ArraySpec],
+        states: Sequence[ArraySpec],
+        level_ids: Sequence[int],
+        unroll_length: int,
+        queue_capacity: int,
+        minimum_batch_size: int = 1,
+        maximum_batch_size: int = 1024,
+        timeout_ms: float = 100,
+    ):
+        """Makes the shared memory and starts the batcher's two threads.
+
+        Args:
+          inputs: what an actor sends with each row: reward f32, episode return f32, episode step
+            i32, end u8, all scalars, then the observations.
+          outputs: what answers a row; the first is the action, an i32 scalar.
+          states: the recurrent state of one actor.
+          level_ids: the level of each actor; as many as there are actors.
+          unroll_length: T, agent steps.
+          queue_capacity: full unrolls that may wait for the learner before actors wait for it.
+          minimum_batch_size: a batch is handed out when so many rows wait,
+          maximum_batch_size: and holds at most so many;
+          timeout_ms: or when at least one waits and so many milliseconds are over.
+
+        Raises:
+          tf.errors.OpError: for sizes that make no sense or memory that is not to be had.
+        """
+        self.unroll_length = unroll_length
+        self.num_actors = len(level_ids)
+        self._inputs = _types_and_shapes(inputs, 'input')
+        self._outputs = _types_and_shapes(outputs, 'output')
+        self._states = _types_and_shapes(states, 'state')
+        # Anonymous memory: it is gone with the last process that holds it, however that ends.
+        self.fd = os.memfd_create('impala-unrolls')
+        try:
+            with tf.device('/cpu:0'):
+                self._handle = ops.unroll_batcher(
+                    fd=self.fd,
+                    level_ids=list(level_ids),
+                    num_unrolls=self.num_actors + queue_capacity,
+                    rows=unroll_length + 1,
+                    minimum_batch_size=minimum_batch_size,
+                    maximum_batch_size=maximum_batch_size,
+                    timeout_ms=timeout_ms,
+                    **self._inputs,
+                    **self._outputs,
+                    **self._states,
+                )
+        except Exception:
+            os.close(self.fd)
+            raise
+
+    def get_inputs(self) -> Requests:
+        """Waits for the next batch of requests.
+
+        Raises:
+          tf.errors.CancelledError: the batcher is closed.
+        """
+        with tf.device('/cpu:0'):
+            actors, epochs, inputs, last_action, states = ops.unroll_batcher_get(
+                self._handle, **self._inputs, **self._states
+            )
+        return Requests((actors, epochs), inputs, last_action, states)
+
+    def set_outputs(
+        self,
+        tickets: tuple[tf.Tensor, tf.Tensor],
+        policy_version: tf.Tensor,
+        outputs: Sequence[tf.Tensor],
+        states: Sequence[tf.Tensor],
+    ) -> tf.Operation | None:
+        """Answers a batch of requests.
+
+        Args:
+          tickets: those of the batch.
+          policy_version: i64 scalar, of the weights that were used.
+          outputs: list of `[N, ...]`.
+          states: list of `[N, ...]`, after the batch's rows.
+
+        Raises:
+          tf.errors.InvalidArgumentError: a shape or dtype is not that of the spec.
+        """
+        with tf.device('/cpu:0'):
+            return ops.unroll_batcher_set(
+                self._handle, *tickets, policy_version, outputs=outputs, states=states
+            )
+
+    def dequeue(self, batch_size: int) -> Unrolls:
+        """Waits for `batch_size` full unrolls and frees their places.
+
+        Raises:
+          tf.errors.CancelledError: the batcher is closed.
+        """
+        with tf.device('/cpu:0'):
+            return Unrolls(
+                *ops.unroll_batcher_dequeue(
+                    self._handle,
+                    batch_size=batch_size,
+                    rows=self.unroll_length + 1,
+                    **self._inputs,
+                    **self._outputs,
+                    **self._states,
+                )
+            )
+
+    def reset_actor(self, actor: int) -> None:
+        """Throws away the unfinished unroll of an actor, whose process must have ended."""
+        ops.unroll_batcher_reset_actor(self._handle, actor)
+
+    def statistics(self) -> tuple[dict[str, float], list[int]]:
+        """Returns the seconds spent in each stage so far, and each actor's completed unrolls.
+
+        Actor stages are summed over actors; completed unrolls count from an actor's last reset.
+        """
+        names, seconds, completed = ops.unroll_batcher_statistics(self._handle)
+        stages = {
+            name.decode(): float(s) for name, s in zip(names.numpy(), seconds.numpy(), strict=True)
+        }
+        return stages, completed.numpy().tolist()
+
+    def close(self) -> None:
+        """Fails whoever waits here and in the actor processes; may be called again."""
+        ops.unroll_batcher_close(self._handle)
+
+    def __del__(self):
+        if hasattr(self, '_handle'):
+            os.close(self.fd)
+
+
+def _types_and_shapes(specs: Sequence[ArraySpec], name: str) -> dict[str, list]:
+    return {
+        f'{name}_types': [tf.as_dtype(spec.dtype) for spec in specs],
+        f'{name}_shapes': [list(spec.shape) for spec in specs],
+    }

@@ -1,0 +1,288 @@
+"""IMPALA from the command line: trains on one machine, or tests what was trained.
+
+    python experiment.py --level_name=ALE/Pong-v5 --num_actors=32 --logdir=/tmp/pong
+    python experiment.py --mode=test --logdir=/tmp/pong
+
+Exit codes: 0 done or stopped by a signal with everything saved, 2 bad input (one sentence says
+what), 1 a failure.
+"""
+
+import os
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string('logdir', '/tmp/agent', 'Folder of the run: checkpoints, metrics, curve.')
+flags.DEFINE_enum('mode', 'train', ['train', 'test'], 'Train, or test the newest checkpoint.')
+flags.DEFINE_integer('test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1)
+
+flags.DEFINE_integer('task', -1, 'Index of a distributed job; -1 on a single machine.')
+flags.DEFINE_enum('job_name', 'learner', ['learner', 'actor'], 'Kind of a distributed job.')
+
+flags.DEFINE_integer(
+    'total_environment_frames', 1_000_000_000, 'Frames to train for.', lower_bound=1
+)
+flags.DEFINE_integer('num_actors', 4, 'Environments, one process each.', lower_bound=1)
+flags.DEFINE_integer('batch_size', 2, 'Unrolls per update of the learner.', lower_bound=1)
+flags.DEFINE_integer('unroll_length', 100, 'Agent steps per unroll.', lower_bound=1)
+flags.DEFINE_integer(
+    'num_action_repeats',
+    None,
+    'Frames per agent step. Default: 4 for Atari, DeepMind Lab and VizDoom, 1 for others.',
+    lower_bound=1,
+)
+flags.DEFINE_integer('seed', 1, 'Seed of everything random.', lower_bound=0, upper_bound=2**29)
+
+flags.DEFINE_float('entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0)
+flags.DEFINE_float('baseline_cost', 0.5, 'Weight of the baseline loss.', lower_bound=0)
+flags.DEFINE_float('discounting', 0.99, 'Discount per agent step.', lower_bound=0, upper_bound=1)
+flags.DEFINE_enum(
+    'reward_clipping',
+    'abs_one',
+    ['abs_one', 'soft_asymmetric', 'none'],
+    'How rewards are clipped for learning.',
+)
+flags.DEFINE_float('clip_rho_threshold', 1.0, "V-trace's rho-bar.", lower_bound=0)
+flags.DEFINE_float('clip_c_threshold', 1.0, "V-trace's c-bar.", lower_bound=0)
+flags.DEFINE_float('clip_pg_rho_threshold', 1.0, 'rho-bar of the policy gradient.', lower_bound=0)
+flags.DEFINE_float('vtrace_lambda', 1.0, "V-trace's lambda.", lower_bound=0, upper_bound=1)
+
+flags.DEFINE_string('level_name', 'explore_goal_locations_small', 'Level, as a Gymnasium id '
+                    '(ALE/Pong-v5), a DeepMind Lab level, or module:callable.')  # fmt: skip
+flags.DEFINE_integer('width', 96, 'Of the frames, pixels (Atari: always 84).', lower_bound=1)
+flags.DEFINE_integer('height', 72, 'Of the frames, pixels (Atari: always 84).', lower_bound=1)
+flags.DEFINE_string('dataset_path', '', "DeepMind Lab: the psychlab levels' images.")
+flags.DEFINE_string(
+    'level_cache_dir',
+    os.path.join(os.path.expanduser('~'), '.cache', 'impala', 'dmlab_levels'),
+    'DeepMind Lab: folder of compiled maps; empty for none.',
+)
+flags.DEFINE_boolean('full_action_set', False, "Atari: all 18 actions, not the game's own.")
+flags.DEFINE_float(
+    'sticky_actions', 0.0, 'Atari: probability that a frame repeats the last action.',
+    lower_bound=0, upper_bound=0.999,
+)  # fmt: skip
+flags.DEFINE_boolean('end_episode_on_life_loss', False, 'Atari: a lost life ends the episode.')
+flags.DEFINE_integer('max_noops', 30, 'Atari: up to so many no-ops at the start.', lower_bound=0)
+flags.DEFINE_integer('frame_stack', 4, 'Atari: frames in an observation.', lower_bound=1)
+
+flags.DEFINE_enum(
+    'torso',
+    'auto',
+    ['auto', 'shallow', 'deep', 'mlp'],
+    'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise.',
+)
+flags.DEFINE_enum(
+    'use_lstm',
+    'auto',
+    ['auto', 'true', 'false'],
+    'LSTM core; auto: not for Atari and vectors.',
+)
+flags.DEFINE_enum(
+    'compute_dtype',
+    'float32',
+    ['float32', 'bfloat16'],
+    "What the learner's torso computes in.",
+)
+
+flags.DEFINE_float('learning_rate', 0.00048, 'At the start; falls linearly to 0.', lower_bound=0)
+flags.DEFINE_float('decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon, inside the root.", lower_bound=0)
+flags.DEFINE_float(
+    'gradient_clip_norm', 0.0, 'Global norm to clip gradients to; 0 for none.', lower_bound=0
+)
+
+flags.DEFINE_integer(
+    'inference_batch_size', 0, 'Requests that make a batch; 0: half the actors.', lower_bound=0
+)
+flags.DEFINE_float(
+    'inference_timeout_ms', 20.0, 'Milliseconds after which fewer make a batch.', lower_bound=0
+)
+flags.DEFINE_integer(
+    'queue_capacity', 1, 'Full unrolls that may wait for the learner.', lower_bound=1
+)
+flags.DEFINE_integer(
+    'max_actor_restarts', 3, 'Restarts in a row of one actor before the run stops.', lower_bound=0
+)
+flags.DEFINE_float(
+    'save_checkpoint_secs', 600.0, 'Seconds of training between checkpoints.', lower_bound=0
+)
+flags.DEFINE_float('log_secs', 10.0, 'Seconds between lines of metrics.jsonl.', lower_bound=0)
+
+BAD_INPUT_EXIT_CODE = 2
+
+# Flags that say what to do, not what the run is.
+_NOT_OF_THE_RUN = ('mode', 'logdir', 'test_num_episodes')
+
+
+def main(unused_argv: list[str]) -> int:
+    """Does what the flags say; returns the exit code."""
+    # TensorFlow takes seconds to load: mistakes on the command line are answered before.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    logging.set_verbosity(logging.ERROR)
+    from environments import LevelError
+    from impala import checkpoint
+    from impala.actor_pool import ActorError
+    from impala.training import TrainingError
+
+    try:
+        if FLAGS.task != -1 or FLAGS.job_name != 'learner':
+            raise ValueError(
+                '--task and --job_name belong to distributed training, which does not exist yet: '
+                'leave them out to train on this machine.'
+            )
+        lock = checkpoint.lock_logdir(FLAGS.logdir) if FLAGS.mode == 'train' else None
+        try:
+            return _train() if FLAGS.mode == 'train' else _test()
+        finally:
+            if lock is not None:
+                os.close(lock)
+    except (LevelError, ValueError, checkpoint.LogdirError) as error:
+        return _fail(str(error), BAD_INPUT_EXIT_CODE)
+    except (ActorError, TrainingError) as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail('Interrupted before anything was trained.', 130)
+
+
+def _train() -> int:
+    from impala import checkpoint, run_log, training
+
+    config = _config()
+    checkpoint.write_flags(FLAGS.logdir, _flags_text())
+    path = training.train(config)
+    if path is None:
+        print('Stopped before the first update: there is no checkpoint yet.')
+        return 0
+    summary = run_log.read_summary(FLAGS.logdir)
+    mean_return = summary['mean_return_last_100']
+    print(
+        f'{summary["agent_steps"]:,} agent steps ({summary["frames"]:,} frames) in '
+        f'{summary["wall_seconds"]:.0f} s; mean return of the last 100 episodes: '
+        + ('none has ended yet' if mean_return is None else f'{mean_return:.2f}')
+        + f'.\nCheckpoint: {path}\nThe same command goes on from there.'
+    )
+    return 0
+
+
+def _test() -> int:
+    from impala import evaluation
+
+    _restore_flags()
+    returns = evaluation.evaluate(_config(), FLAGS.test_num_episodes, print)
+    if returns is None:
+        return _fail('Interrupted; nothing was written.', 130)
+    for level, values in returns.items():
+        print(f'{level}: mean return {sum(values) / len(values):.2f} over {len(values)} episodes')
+        print('  ' + ' '.join(f'{value:g}' for value in values))
+    print(f'Written to {os.path.join(FLAGS.logdir, evaluation.SCORES_FILE)}')
+    return 0
+
+
+def _config() -> Any:
+    """Returns the `TrainingConfig` that the flags describe."""
+    from environments import EnvironmentConfig
+    from impala.learner import LearnerConfig
+    from impala.training import TrainingConfig
+
+    return TrainingConfig(
+        logdir=FLAGS.logdir,
+        level_names=(FLAGS.level_name,),
+        seed=FLAGS.seed,
+        num_actors=FLAGS.num_actors,
+        total_environment_frames=FLAGS.total_environment_frames,
+        torso=FLAGS.torso,
+        use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
+        compute_dtype=FLAGS.compute_dtype,
+        learner=LearnerConfig(
+            batch_size=FLAGS.batch_size,
+            unroll_length=FLAGS.unroll_length,
+            discounting=FLAGS.discounting,
+            entropy_cost=FLAGS.entropy_cost,
+            baseline_cost=FLAGS.baseline_cost,
+            reward_clipping=FLAGS.reward_clipping,
+            clip_rho_threshold=FLAGS.clip_rho_threshold,
+            clip_c_threshold=FLAGS.clip_c_threshold,
+            clip_pg_rho_threshold=FLAGS.clip_pg_rho_threshold,
+            lambda_=FLAGS.vtrace_lambda,
+            learning_rate=FLAGS.learning_rate,
+            decay=FLAGS.decay,
+            momentum=FLAGS.momentum,
+            epsilon=FLAGS.epsilon,
+            gradient_clip_norm=FLAGS.gradient_clip_norm or None,
+        ),
+        environment=EnvironmentConfig(
+            width=FLAGS.width,
+            height=FLAGS.height,
+            num_action_repeats=FLAGS.num_action_repeats,
+            full_action_set=FLAGS.full_action_set,
+            sticky_actions=FLAGS.sticky_actions,
+            end_episode_on_life_loss=FLAGS.end_episode_on_life_loss,
+            max_noops=FLAGS.max_noops,
+            frame_stack=FLAGS.frame_stack,
+            dataset_path=FLAGS.dataset_path,
+            level_cache_dir=FLAGS.level_cache_dir or None,
+        ),
+        inference_batch_size=FLAGS.inference_batch_size,
+        inference_timeout_ms=FLAGS.inference_timeout_ms,
+        queue_capacity=FLAGS.queue_capacity,
+        max_actor_restarts=FLAGS.max_actor_restarts,
+        save_checkpoint_secs=FLAGS.save_checkpoint_secs,
+        log_secs=FLAGS.log_secs,
+    )
+
+
+def _own_flags() -> list[flags.Flag]:
+    return FLAGS.flags_by_module_dict()[sys.argv[0]]
+
+
+def _flags_text() -> str:
+    lines = [flag.serialize() for flag in _own_flags() if flag.value is not None]
+    return ''.join(line + '\n' for line in lines)
+
+
+def _restore_flags() -> None:
+    """Takes the flags of the run in --logdir, but for those on the command line."""
+    from impala import checkpoint
+
+    path = os.path.join(FLAGS.logdir, checkpoint.FLAG_FILE)
+    if not os.path.isfile(path):
+        raise checkpoint.LogdirError(
+            f'{FLAGS.logdir} is not the folder of a training run ({path} is missing): '
+            'give its --logdir.'
+        )
+    given = {flag.name for flag in _own_flags() if flag.present} | set(_NOT_OF_THE_RUN)
+    with open(path, encoding='utf-8') as file:
+        stored = [line.strip() for line in file if line.strip()]
+    names = [line.removeprefix('--').partition('=')[0] for line in stored]
+    FLAGS(
+        [sys.argv[0]]
+        + [
+            line
+            for line, name in zip(stored, names, strict=True)
+            if not given & {name, name.removeprefix('no')}
+        ]
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(_fail(f'{error}\n`{argv[0]} --helpshort` lists the flags.', BAD_INPUT_EXIT_CODE))
+    if len(rest) > 1:
+        sys.exit(_fail(f'{rest[1]!r} is not a flag: flags start with --.', BAD_INPUT_EXIT_CODE))
+    return rest
+
+
+if __name__ == '__main__':
+    app.run(main, flags_parser=_parse_flags)

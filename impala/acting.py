@@ -1,0 +1,248 @@
+"""The behaviour policy: the agent that answers the actors, and the unrolls that come of it.
+
+Espeholt et al. 2018, Figure 1 (left) with the single-machine inference of section 3.1: one copy of
+the weights acts for all environments, its batches gathered by the dynamic batcher.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from dynamic_batching.unroll_batcher import UnrollBatcher
+from impala.agent import Agent
+from impala.trajectory import (
+    ActorOutput,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+    StepOutputInfo,
+)
+
+
+class UnrollBatch(NamedTuple):
+    """A batch for the learner, and what only the log wants to know of it.
+
+    Attributes:
+      actor_output: `ActorOutput`, `[T+1, B, ...]`.
+      actors: i32 `[B]`, who acted.
+      ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
+    """
+
+    actor_output: ActorOutput
+    actors: tf.Tensor
+    ends: tf.Tensor
+
+
+class UnrollSource:
+    """The batcher of the actor processes, in terms of the agent and the environment."""
+
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        agent: Agent,
+        level_ids: Sequence[int],
+        unroll_length: int,
+        queue_capacity: int,
+        minimum_batch_size: int,
+        timeout_ms: float,
+    ):
+        """Makes the batcher; see `UnrollBatcher` for the arguments that are not specs.
+
+        Args:
+          spec: of every actor's environment.
+          agent: whose state the batcher keeps.
+          level_ids: the level of each actor.
+          unroll_length: T, agent steps.
+          queue_capacity: unrolls.
+          minimum_batch_size: rows.
+          timeout_ms: milliseconds.
+        """
+        self._observation_names = list(spec.observation)
+        self._state_structure = agent.state_spec
+        scalar = ArraySpec((), 'float32')
+        self.batcher = UnrollBatcher(
+            inputs=[
+                scalar,
+                scalar,
+                ArraySpec((), 'int32'),
+                ArraySpec((), 'uint8'),
+                *spec.observation.values(),
+            ],
+            outputs=[ArraySpec((), 'int32'), ArraySpec((spec.num_actions,), 'float32'), scalar],
+            states=tf.nest.flatten(agent.state_spec),
+            level_ids=level_ids,
+            unroll_length=unroll_length,
+            queue_capacity=queue_capacity,
+            minimum_batch_size=minimum_batch_size,
+            maximum_batch_size=len(level_ids),
+            timeout_ms=timeout_ms,
+        )
+
+    def answer(self, agent: Agent, policy_version: tf.Tensor) -> None:
+        """Waits for requests, lets the agent act on them, and answers them.
+
+        Raises:
+          tf.errors.CancelledError: the batcher is closed.
+        """
+        requests = self.batcher.get_inputs()
+        outputs, state = agent.step(
+            requests.last_action,
+            self._step_output(requests.inputs),
+            tf.nest.pack_sequence_as(self._state_structure, requests.states),
+        )
+        self.batcher.set_outputs(
+            requests.tickets, policy_version, list(outputs), tf.nest.flatten(state)
+        )
+
+    def batches(self, batch_size: int, prefetch: int = 1) -> Iterator[UnrollBatch]:
+        """Yields batches until the batcher is closed.
+
+        Args:
+          batch_size: B, unrolls.
+          prefetch: batches that are assembled, and moved to the GPU if there is one, ahead of use.
+        """
+
+        def dequeue(_) -> UnrollBatch:
+            unrolls = self.batcher.dequeue(batch_size)
+            return UnrollBatch(
+                ActorOutput(
+                    level_id=unrolls.level_ids,
+                    policy_version=unrolls.policy_versions,
+                    agent_state=tf.nest.pack_sequence_as(self._state_structure, unrolls.states),
+                    env_outputs=self._step_output(unrolls.inputs),
+                    agent_outputs=AgentOutput(*unrolls.outputs),
+                ),
+                unrolls.actors,
+                unrolls.inputs[3],
+            )
+
+        with tf.device('/cpu:0'):
+            dataset = tf.data.Dataset.counter().map(dequeue)
+        if tf.config.list_logical_devices('GPU'):
+            dataset = dataset.apply(
+                tf.data.experimental.prefetch_to_device('/gpu:0', buffer_size=prefetch)
+            )
+        else:
+            dataset = dataset.prefetch(prefetch)
+        iterator = iter(dataset)
+        while True:
+            try:
+                batch = next(iterator)
+            except tf.errors.CancelledError:
+                return
+            yield batch
+
+    def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
+        reward, episode_return, episode_step, end, *observation = inputs
+        return StepOutput(
+            reward=reward,
+            info=StepOutputInfo(episode_return, episode_step),
+            done=tf.not_equal(end, 0),
+            observation=dict(zip(self._observation_names, observation, strict=True)),
+        )
+
+
+class BehaviourPolicy(tf.Module):
+    """Acts with a copy of the weights that is replaced as a whole, between two batches.
+
+    Actors therefore never see weights of which some are new and some old, and nobody waits while
+    the network computes.
+    """
+
+    def __init__(self, agent: Agent, source: UnrollSource):
+        """Wraps an agent.
+
+        Args:
+          agent: of its own variables; nobody else may use it.
+          source: whose requests it answers.
+        """
+        super().__init__()
+        self._agent = agent
+        self._source = source
+        self._version = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self._published = [
+            tf.Variable(weight, trainable=False) for weight in agent.trainable_variables
+        ]
+        self._published_version = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self._lock = tf.CriticalSection()
+        self._failure: BaseException | None = None
+
+    @tf.function
+    def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
+        """Makes weights available to the actors, from their next batch on.
+
+        Args:
+          weights: of the learner's agent, in the order of its `trainable_variables`. On the CPU
+            their values are shared, not copied.
+          version: i64 scalar, learner updates behind them.
+        """
+        values = [tf.convert_to_tensor(weight) for weight in weights]
+
+        def assign() -> tf.Tensor:
+            for variable, value in zip(self._published, values, strict=True):
+                variable.assign(value)
+            self._published_version.assign(version)
+            return tf.identity(version)
+
+        self._lock.execute(assign)
+
+    def _refresh(self) -> tf.Tensor:
+        def assign() -> tf.Tensor:
+            for weight, published in zip(
+                self._agent.trainable_variables, self._published, strict=True
+            ):
+                weight.assign(published)
+            return tf.identity(self._version.assign(self._published_version))
+
+        return self._lock.execute(assign)
+
+    @tf.function
+    def _serve(self) -> None:
+        # One call lasts a whole run: the loop is TensorFlow's, not Python's.
+        def body(batches: tf.Tensor) -> tf.Tensor:
+            tf.cond(
+                tf.equal(self._version, self._published_version),
+                lambda: tf.identity(self._version),
+                self._refresh,
+            )
+            self._source.answer(self._agent, self._version.read_value())
+            return batches + 1
+
+        tf.while_loop(
+            lambda batches: tf.constant(True),
+            lambda batches: (body(batches),),
+            (tf.constant(0, tf.int64),),
+            parallel_iterations=1,
+        )
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Answers actors, on a thread of its own, until the block is left."""
+
+        def run() -> None:
+            try:
+                self._serve()
+            except tf.errors.CancelledError:
+                pass
+            except BaseException as error:  # Raised again where the training loop looks.
+                self._failure = error
+            finally:
+                # Nobody would answer any more: whoever waits must hear of it.
+                self._source.batcher.close()
+
+        thread = threading.Thread(target=run, name='behaviour policy', daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._source.batcher.close()
+            thread.join()
+
+    def check(self) -> None:
+        """Raises what ended the serving thread, if it was an error."""
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,262 @@
+"""Starts the actor processes, restarts those that die, and ends them all."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import IO, Any
+
+from dynamic_batching.unroll_batcher import UnrollBatcher
+from environments import EnvironmentConfig, LevelError
+from impala.actor import BAD_INPUT_EXIT_CODE
+from impala.trajectory import EnvironmentSpec
+
+# What an actor gets to end by itself, in seconds, before it is killed.
+GRACE_SECONDS = 2.0
+ERROR_BYTES = 4000
+
+
+class ActorError(Exception):
+    """Actors died too often; the text holds the last one's own error."""
+
+
+class Workplace:
+    """What actor processes share: a temporary folder, and a pipe that tells them of our end.
+
+    Both go when the block is left. If this process is killed instead, the pipe is closed by the
+    kernel, whereupon the actors remove the folder and exit.
+    """
+
+    def __init__(self, config: EnvironmentConfig):
+        """Prepares for actors.
+
+        Args:
+          config: of their environments; its `temp_folder` is replaced.
+        """
+        self._lifeline, self._held_end = os.pipe()
+        self._temp_folder = tempfile.mkdtemp(prefix='impala-')
+        self.config = dataclasses.replace(config, temp_folder=self._temp_folder)
+
+    def __enter__(self) -> 'Workplace':
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        os.close(self._held_end)
+        os.close(self._lifeline)
+        shutil.rmtree(self._temp_folder, ignore_errors=True)
+
+    def start(
+        self, settings: dict[str, Any], descriptors: Sequence[int], errors: IO[bytes]
+    ) -> subprocess.Popen:
+        """Starts an actor process.
+
+        Args:
+          settings: for `impala.actor.main`, but for `lifeline` and `environment`.
+          descriptors: that it inherits, under their own numbers.
+          errors: file for what it prints.
+        """
+        argument = json.dumps(
+            settings | {'lifeline': self._lifeline, 'environment': dataclasses.asdict(self.config)}
+        )
+        # One environment per core: threads of its libraries would only take it from the others.
+        threads = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
+        return subprocess.Popen(
+            [sys.executable, '-m', 'impala.actor', argument],
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            pass_fds=(self._lifeline, *descriptors),
+            # A level may be a callable of the user's own, found wherever this process finds it.
+            env=os.environ
+            | threads
+            | {'LP_NUM_THREADS': '0', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+        )
+
+    def environment_spec(self, level_name: str, seed: int) -> EnvironmentSpec:
+        """Asks a process of its own for an environment's spec, so that none is made in this one.
+
+        Raises:
+          LevelError: the level cannot be played; its text says why.
+          ActorError: the environment failed; the text is its traceback.
+        """
+        read_end, write_end = os.pipe()
+        with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as pipe:
+            process = self.start(
+                {'level_name': level_name, 'seed': seed, 'spec_pipe': write_end},
+                [write_end],
+                errors,
+            )
+            os.close(write_end)
+            text = pipe.read()
+            code = process.wait()
+            if code == BAD_INPUT_EXIT_CODE:
+                raise LevelError(_tail(errors).splitlines()[-1])
+            if code != 0 or not text:
+                raise ActorError(f'The environment {level_name} failed:\n{_tail(errors)}')
+        return EnvironmentSpec.from_json(json.loads(text))
+
+
+@dataclasses.dataclass
+class _Actor:
+    process: subprocess.Popen
+    errors: IO[bytes]
+    descriptor: int  # Readable when the process has ended.
+    restarts_in_a_row: int = 0
+
+
+class ActorPool:
+    """Keeps one process per actor of a batcher alive. A context manager."""
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        batcher: UnrollBatcher,
+        level_names: Sequence[str],
+        seed: int,
+        max_restarts: int,
+        report: Callable[[str], None],
+    ):
+        """Prepares; processes start with the `with` block.
+
+        Args:
+          workplace: where they run.
+          batcher: what they connect to; closed when the pool gives up or ends.
+          level_names: of each actor.
+          seed: of the run; every actor and every restart has one of its own that follows from it.
+          max_restarts: of one actor without a full unroll in between, before the pool gives up.
+          report: told, in a few lines, of every actor that died.
+        """
+        self._workplace = workplace
+        self._batcher = batcher
+        self._level_names = level_names
+        self._seed = seed
+        self._max_restarts = max_restarts
+        self._report = report
+        self._failure: Exception | None = None
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        self._actors: dict[int, _Actor] = {}
+        self._supervisor = threading.Thread(target=self._supervise, name='actor pool', daemon=True)
+        self.restarts = 0
+
+    def __enter__(self) -> 'ActorPool':
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        try:
+            for index in range(len(self._level_names)):
+                self._start(index, restarts_in_a_row=0)
+        except BaseException:
+            self._end_processes()
+            raise
+        self._supervisor.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        os.write(self._wake_write, b'.')
+        self._supervisor.join()
+        self._batcher.close()
+        self._end_processes()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the actors, in their order."""
+        return [self._actors[index].process.pid for index in sorted(self._actors)]
+
+    def check(self) -> None:
+        """Raises the error that made the pool give up, if it has.
+
+        Raises:
+          LevelError: an environment cannot be played as asked.
+          ActorError: an actor died more than `max_restarts` times in a row.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def _start(self, index: int, restarts_in_a_row: int) -> None:
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the actor)
+        # The same episodes again might well end in the same crash.
+        seed = self._seed + index + len(self._level_names) * self.restarts
+        process = self._workplace.start(
+            {
+                'level_name': self._level_names[index],
+                'seed': seed % 2**31,
+                'segment': self._batcher.fd,
+                'actor': index,
+            },
+            [self._batcher.fd],
+            errors,
+        )
+        descriptor = os.pidfd_open(process.pid)
+        self._actors[index] = _Actor(process, errors, descriptor, restarts_in_a_row)
+        self._selector.register(descriptor, selectors.EVENT_READ, index)
+
+    def _supervise(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.data is None:
+                    return
+                try:
+                    self._replace(key.data)
+                except Exception as error:  # Raised again where the training loop looks.
+                    self._failure = error
+                    self._batcher.close()
+                    return
+
+    def _replace(self, index: int) -> None:
+        actor = self._actors[index]
+        code = actor.process.wait()
+        if code == 0:  # The batcher is closed, and soon this pool.
+            self._selector.unregister(actor.descriptor)
+            return
+        text = _tail(actor.errors)
+        if code == BAD_INPUT_EXIT_CODE:
+            raise LevelError(text.splitlines()[-1])
+        completed = self._batcher.statistics()[1][index]
+        in_a_row = 1 if completed > 0 else actor.restarts_in_a_row + 1
+        what = f'signal {-code}' if code < 0 else f'exit code {code}'
+        level = self._level_names[index]
+        if in_a_row > self._max_restarts:
+            raise ActorError(
+                f'Actor {index} ({level}) ended with {what} and was restarted '
+                f'{self._max_restarts} times in a row before. Its own error:\n{text}'
+            )
+        self._report(
+            f'Actor {index} ({level}) ended with {what} and is restarted.\n{text}'.rstrip()
+        )
+        self._forget(index)
+        self.restarts += 1
+        self._batcher.reset_actor(index)
+        self._start(index, in_a_row)
+
+    def _forget(self, index: int) -> None:
+        actor = self._actors.pop(index)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(actor.descriptor)
+        os.close(actor.descriptor)
+        actor.errors.close()
+
+    def _end_processes(self) -> None:
+        deadline = time.monotonic() + GRACE_SECONDS
+        for index, actor in list(self._actors.items()):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                actor.process.wait(max(0.0, deadline - time.monotonic()))
+            if actor.process.poll() is None:
+                actor.process.kill()
+                actor.process.wait()
+            self._forget(index)
+
+
+def _tail(errors: IO[bytes]) -> str:
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, errors.tell() - ERROR_BYTES))
+    return errors.read().decode(errors='replace').strip() or '(it printed nothing)'

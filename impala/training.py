@@ -1,0 +1,308 @@
+"""Training on one machine: actors, behaviour policy, queue and learner, put together (Figure 1)."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from environments import EnvironmentConfig
+from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
+from impala.actor_pool import ActorPool, Workplace
+from impala.agent import Agent, AgentConfig
+from impala.checkpoint import Checkpointer, check_same_network
+from impala.learner import Learner, LearnerConfig
+from impala.run_log import RunLog
+from impala.trajectory import EnvironmentSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """A run on one machine.
+
+    Attributes:
+      logdir: folder for all that the run leaves behind.
+      level_names: levels, given to the actors round robin.
+      seed: of everything random.
+      num_actors: environments, one process each.
+      total_environment_frames: frames after which the run ends.
+      torso: as `AgentConfig.torso`, or `'auto'`.
+      use_lstm: None decides by the kind of level.
+      compute_dtype: `'float32'` or `'bfloat16'`, of the learner's torso; actors use float32.
+      learner: of batch, loss and optimizer; its `total_agent_steps` follows from the frames.
+      environment: of every actor's environment.
+      inference_batch_size: requests that make a batch; 0 is half of the actors.
+      inference_timeout_ms: milliseconds after which fewer make one.
+      queue_capacity: full unrolls that wait for the learner before actors wait for it.
+      max_actor_restarts: in a row, of one actor, before the run stops.
+      save_checkpoint_secs: seconds of training between checkpoints.
+      log_secs: seconds between lines of `metrics.jsonl`.
+    """
+
+    logdir: str
+    level_names: tuple[str, ...]
+    seed: int
+    num_actors: int
+    total_environment_frames: int
+    torso: str
+    use_lstm: bool | None
+    compute_dtype: str
+    learner: LearnerConfig
+    environment: EnvironmentConfig
+    inference_batch_size: int
+    inference_timeout_ms: float
+    queue_capacity: int
+    max_actor_restarts: int
+    save_checkpoint_secs: float
+    log_secs: float
+
+    @property
+    def level_ids(self) -> list[int]:
+        """Index of the level of each actor."""
+        return [actor % len(self.level_names) for actor in range(self.num_actors)]
+
+
+class TrainingError(Exception):
+    """The run cannot go on; its text is one sentence for the user."""
+
+
+# Updates in a row with a loss or gradient that is not finite, after which a run stops.
+MAX_SKIPPED_UPDATES = 10
+
+
+def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
+    """Fills in what the flags leave to us.
+
+    Atari has the paper's shallow network without LSTM, vectors an MLP, everything else (DeepMind
+    Lab first) the deep network with LSTM of the paper's released code.
+    """
+    is_vector = len(spec.observation['frame'].shape) == 1
+    is_atari = any(name.startswith('ALE/') for name in config.level_names)
+    torso = config.torso
+    if torso == 'auto':
+        torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
+    use_lstm = config.use_lstm
+    if use_lstm is None:
+        use_lstm = not (is_vector or is_atari)
+    return AgentConfig(torso=torso, use_lstm=use_lstm, compute_dtype=config.compute_dtype)
+
+
+def train(config: TrainingConfig) -> str | None:
+    """Trains until all frames are done, or until SIGINT or SIGTERM.
+
+    A run that finds checkpoints in its logdir goes on where they end.
+
+    Args:
+      config: of the run.
+
+    Returns:
+      The path of the last checkpoint.
+
+    Raises:
+      LevelError, LogdirError, TrainingError, ValueError: one sentence for the user.
+      ActorError: with the actor's own error text.
+    """
+    with contextlib.ExitStack() as stack:
+        workplace = stack.enter_context(Workplace(config.environment))
+        spec = workplace.environment_spec(config.level_names[0], config.seed)
+        network = choose_network(config, spec)
+        check_same_network(config.logdir, network_settings(network, spec))
+        tf.random.set_seed(config.seed)
+        frames_per_step = spec.num_action_repeats
+        learner = Learner(
+            Agent(network, spec),
+            dataclasses.replace(
+                config.learner,
+                total_agent_steps=max(1, config.total_environment_frames // frames_per_step),
+            ),
+        )
+        checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
+        checkpointer.restore()
+        log = stack.enter_context(
+            RunLog(
+                config.logdir,
+                config.level_names,
+                frames_per_step,
+                config.total_environment_frames,
+                config.log_secs,
+                frames=int(learner.agent_steps) * frames_per_step,
+                agent_steps=int(learner.agent_steps),
+                updates=int(learner.updates),
+                wall_seconds=checkpointer.wall_seconds,
+            )
+        )
+        # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing there.
+        acting_agent = Agent(dataclasses.replace(network, compute_dtype='float32'), spec)
+        source = UnrollSource(
+            spec,
+            acting_agent,
+            config.level_ids,
+            config.learner.unroll_length,
+            config.queue_capacity,
+            config.inference_batch_size or max(1, config.num_actors // 2),
+            config.inference_timeout_ms,
+        )
+        behaviour = BehaviourPolicy(acting_agent, source)
+        behaviour.publish(learner.agent.trainable_variables, learner.updates)
+        stop = stack.enter_context(StopSignal(source.batcher.close))
+        stack.enter_context(behaviour.serving())
+        pool = stack.enter_context(
+            ActorPool(
+                workplace,
+                source.batcher,
+                [config.level_names[level] for level in config.level_ids],
+                config.seed,
+                config.max_actor_restarts,
+                log.message,
+            )
+        )
+        try:
+            _learn(config, frames_per_step, learner, behaviour, source, pool, log, checkpointer)
+            if not stop.received:
+                behaviour.check()
+                pool.check()
+        finally:
+            # Whatever went wrong, the weights are good: updates that were not finite are skipped.
+            if int(learner.updates) > 0:
+                checkpointer.save(log.wall_seconds)
+    return checkpointer.latest
+
+
+def _learn(
+    config: TrainingConfig,
+    frames_per_step: int,
+    learner: Learner,
+    behaviour: BehaviourPolicy,
+    source: UnrollSource,
+    pool: ActorPool,
+    log: RunLog,
+    checkpointer: Checkpointer,
+) -> None:
+    """The learner of Figure 1: until the frames are done or the batcher is closed."""
+    timer = StageTimer()
+    restarts = skipped_in_a_row = 0
+    agent_steps = int(learner.agent_steps)
+    batches = source.batches(config.learner.batch_size)
+    while agent_steps * frames_per_step < config.total_environment_frames:
+        with timer('learner/wait'):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        with timer('learner/train_step'):
+            metrics = _to_floats(learner.step(batch.actor_output))
+        with timer('learner/publish'):
+            behaviour.publish(learner.agent.trainable_variables, learner.updates)
+        with timer('learner/log'):
+            agent_steps = int(learner.agent_steps)
+            log.record_update(metrics)
+            record_episodes(log, batch)
+            log.record_actor_restart(pool.restarts - restarts)
+            restarts = pool.restarts
+            log.record_stage_seconds(source.batcher.statistics()[0] | timer.seconds)
+            log.maybe_write(agent_steps * frames_per_step, agent_steps, int(learner.updates))
+            checkpointer.maybe_save(log.wall_seconds)
+        skipped_in_a_row = skipped_in_a_row + 1 if metrics['skipped'] else 0
+        if skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+            raise TrainingError(
+                f'Loss or gradient was not finite in {skipped_in_a_row} updates in a row (none of '
+                'them was applied): try a lower --learning_rate or --gradient_clip_norm.'
+            )
+
+
+def record_episodes(log: RunLog, batch: UnrollBatch) -> None:
+    """Hands the episodes that ended in a batch to the log."""
+    info = batch.actor_output.env_outputs.info
+    # Row 0 stands in the unroll before, too, or is the first of an actor.
+    log.record_episodes(
+        batch.actor_output.level_id.numpy(),
+        info.episode_return.numpy()[1:],
+        info.episode_step.numpy()[1:],
+        batch.ends.numpy()[1:],
+    )
+
+
+class StageTimer:
+    """Adds up the seconds of named stages; cleanba's answer to "what is my bottleneck?"."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times its block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+
+
+class StopSignal:
+    """Calls a function, once and on a thread of its own, when SIGINT or SIGTERM arrives.
+
+    The main thread may well be inside TensorFlow, waiting for data, where Python's own handlers do
+    not run: the function must be what lets it return. A second signal ends the process at once.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, stop: Any):
+        """Prepares; handlers are installed for the `with` block, which must be in the main thread.
+
+        Args:
+          stop: function without arguments.
+        """
+        self._stop = stop
+        self.received = False
+
+    def __enter__(self) -> 'StopSignal':
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handlers = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._write)
+        self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        """Exists so that the signal does not raise; `_watch` acts on it."""
+
+    def _watch(self) -> None:
+        while numbers := os.read(self._read, 1):
+            if numbers[0] not in self._SIGNALS:
+                continue
+            if self.received:
+                os._exit(128 + numbers[0])
+            self.received = True
+            self._stop()
+
+
+def _to_floats(metrics: dict[str, tf.Tensor]) -> dict[str, float]:
+    return {name: float(np.asarray(value)) for name, value in metrics.items()}
+
+
+def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
+    """Returns the flags that shape the network, as `check_same_network` compares them."""
+    frame: Sequence[int] = spec.observation['frame'].shape
+    return {
+        'torso': network.torso,
+        'use_lstm': network.use_lstm,
+        'level_name (its number of actions)': spec.num_actions,
+        'level_name, width, height (the shape of its frames)': list(frame),
+        'level_name (whether it has instructions)': 'instruction' in spec.observation,
+    }
