@@ -7,8 +7,11 @@ Exit codes: 0 done or stopped by a signal with everything saved, 2 bad input (on
 what), 1 a failure.
 """
 
+import contextlib
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -122,8 +125,11 @@ _NOT_OF_THE_RUN = ('mode', 'logdir', 'test_num_episodes')
 def main(unused_argv: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
     # TensorFlow takes seconds to load: mistakes on the command line are answered before.
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     logging.set_verbosity(logging.ERROR)
+    with _quiet_tensorflow():
+        import tensorflow as tf
+
+        tf.config.list_logical_devices()
     from environments import LevelError
     from impala import checkpoint
     from impala.actor_pool import ActorError
@@ -147,6 +153,32 @@ def main(unused_argv: list[str]) -> int:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail('Interrupted before anything was trained.', 130)
+
+
+@contextlib.contextmanager
+def _quiet_tensorflow() -> Iterator[None]:
+    """Keeps what TensorFlow's C++ code says while it loads off the terminal.
+
+    It says it before it looks at TF_CPP_MIN_LOG_LEVEL. Who sets that variable gets to see it all,
+    and so does everybody if loading fails.
+    """
+    if 'TF_CPP_MIN_LOG_LEVEL' in os.environ:
+        yield
+        return
+    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            said.seek(0)
+            os.write(stderr, said.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _train() -> int:

@@ -162,6 +162,13 @@ def train(config: TrainingConfig) -> str | None:
                 log.message,
             )
         )
+        num_weights = sum(int(tf.size(weight)) for weight in learner.agent.trainable_variables)
+        log.message(
+            f'{", ".join(config.level_names)}: {config.num_actors} actors, {network.torso} network '
+            f'{"with" if network.use_lstm else "without"} LSTM ({num_weights:,} weights), learner '
+            f'on {"GPU" if tf.config.list_logical_devices("GPU") else "CPU"}; all goes to '
+            f'{config.logdir}'
+        )
         try:
             _learn(config, frames_per_step, learner, behaviour, source, pool, log, checkpointer)
             if not stop.received:
