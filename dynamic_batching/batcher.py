@@ -1,0 +1,293 @@
+"""The in-process dynamic batcher: a decorator that computes concurrent calls together.
+
+    @batch_fn
+    def act(frame, state):  # uint8 [B, H, W, C], float32 [B, N]
+        ...
+
+    act(frame, state)  # uint8 [1, H, W, C], float32 [1, N], from any thread, tf.function or loop
+
+Each caller passes one row and gets its own row back. How long callers wait for each other is up to
+`batch_fn_with_options`.
+"""
+
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.framework import auto_control_deps_utils
+from tensorflow.python.util import nest
+
+from dynamic_batching.op_library import ops
+
+# Else tf.function would run its calls of one batcher one after the other, because they share a
+# resource, and they would never meet in a batch.
+auto_control_deps_utils.register_read_only_resource_op('DynamicBatch')
+tf.no_gradient('DynamicBatch')
+
+
+class BatchedFunction:
+    """A function whose concurrent calls are computed together; made by the decorators below.
+
+    The first call settles structure, dtypes and shapes of the arguments: the function is traced
+    then, and all later calls must agree with it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        minimum_batch_size: int,
+        maximum_batch_size: int,
+        timeout_ms: int | None,
+    ):
+        self.__name__ = getattr(function, '__name__', type(function).__name__)
+        self.__doc__ = function.__doc__
+        self._function = function
+        self._minimum_batch_size = minimum_batch_size
+        self._maximum_batch_size = maximum_batch_size
+        self._timeout_ms = timeout_ms
+        self._lock = threading.Lock()
+        self._closed = False
+        self._traced: _Traced | None = None
+        self._calls = itertools.count(1)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes one row.
+
+        Args:
+          *args: nests of tensors `[1, ...]`, of any dtype that is a number, a bool or a string.
+          **kwargs: more of them.
+
+        Returns:
+          What the function returns, as tensors `[1, ...]` in the same structure.
+
+        Raises:
+          tf.errors.CancelledError: the batcher was closed, before or while the call waited.
+          tf.errors.InvalidArgumentError: shapes or dtypes are not those of the first call.
+          ValueError: the structure is not that of the first call, or a shape is not known there.
+          tf.errors.OpError: the function failed; every caller of the batch gets its error.
+        """
+        traced = self._traced
+        if traced is None:
+            traced = self._trace(args, kwargs)
+        rows = traced.check(self.__name__, args, kwargs)
+        in_graph = not tf.executing_eagerly()
+        # The host is where rows are gathered, whatever device the caller is on.
+        with tf.device('CPU:0'):
+            results = ops.dynamic_batch(
+                handle=traced.handle,
+                rows=rows,
+                Tout=traced.output_types,
+                output_shapes=traced.output_shapes,
+                call=next(self._calls) if in_graph else 0,
+            )
+        return traced.restore(results)
+
+    def close(self) -> None:
+        """Fails waiting and future calls with `CancelledError`; a running batch is asked to stop.
+
+        May be called at any time, repeatedly and from any thread.
+        """
+        # Without the lock: the thread that holds it may be tracing, and need not be waited for.
+        self._closed = True
+        if self._traced is not None:
+            with tf.init_scope(), tf.device('CPU:0'):
+                ops.dynamic_batcher_close(self._traced.handle)
+
+    def _trace(self, args: Any, kwargs: Any) -> '_Traced':
+        with self._lock:
+            if self._traced is None:
+                if self._closed:
+                    raise tf.errors.CancelledError(
+                        None, None, f"The batcher of '{self.__name__}' is closed."
+                    )
+                self._traced = _Traced(self, args, kwargs)
+        if self._closed:
+            self.close()
+        return self._traced
+
+    @property
+    def _static_batch_size(self) -> int | None:
+        is_static = (
+            self._timeout_ms is None and self._minimum_batch_size == self._maximum_batch_size
+        )
+        return self._minimum_batch_size if is_static else None
+
+
+class _Traced:
+    """The function traced for the arguments of the first call, and its batcher."""
+
+    def __init__(self, batched: BatchedFunction, args: Any, kwargs: Any):
+        name = batched.__name__
+        self._structure = (args, kwargs)
+        self._input_names = [
+            _input_name(path) for path, _ in nest.flatten_with_tuple_paths(self._structure)
+        ]
+        rows = [tf.convert_to_tensor(value) for value in tf.nest.flatten(self._structure)]
+        if not rows:
+            raise ValueError(
+                f"'{name}' is called without tensors, so that there is nothing to batch."
+            )
+        for input_name, row in zip(self._input_names, rows, strict=True):
+            if row.shape.rank is None or not row.shape[1:].is_fully_defined():
+                raise ValueError(
+                    f"The first call of '{name}' settles its shapes, but that of input "
+                    f'{input_name} is not known: {row.shape}. Use tf.ensure_shape.'
+                )
+            if row.shape.rank == 0 or row.shape[0] not in (1, None):
+                raise tf.errors.InvalidArgumentError(
+                    None,
+                    None,
+                    f"Input {input_name} of '{name}' has shape {row.shape}, but must have leading "
+                    'dimension 1.',
+                )
+        self._types = [row.dtype for row in rows]
+        self._shapes = [tf.TensorShape([1]).concatenate(row.shape[1:]) for row in rows]
+        batch = tf.TensorShape([batched._static_batch_size])
+        # The batcher belongs to no graph: it serves callers in any.
+        with tf.init_scope(), tf.device(None):
+            if not tf.executing_eagerly():
+                raise RuntimeError(
+                    f"'{name}' is batched, which needs TensorFlow 2's eager runtime."
+                )
+
+            @tf.function
+            def compute(*rows):
+                args, kwargs = tf.nest.pack_sequence_as(self._structure, rows)
+                return batched._function(*args, **kwargs)
+
+            self._structure = tf.nest.map_structure(lambda _: 0, self._structure)
+            # Kept, because the runtime forgets functions that Python does not refer to.
+            self._function = compute.get_concrete_function(
+                *(
+                    tf.TensorSpec(batch.concatenate(shape[1:]), dtype)
+                    for shape, dtype in zip(self._shapes, self._types, strict=True)
+                )
+            )
+            for captured in self._function.captured_inputs:
+                if tf.is_symbolic_tensor(captured):
+                    raise ValueError(
+                        f"'{name}' is batched and uses {captured.name} of the graph that calls it. "
+                        'Pass it as an argument.'
+                    )
+            outputs = self._function.outputs
+            for i, output in enumerate(outputs):
+                if output.shape.rank == 0:
+                    raise ValueError(
+                        f"Output {i} of '{name}' is a scalar, but must have the leading dimension "
+                        'of the batch.'
+                    )
+            self.output_types = [output.dtype for output in outputs]
+            self.output_shapes = [
+                tf.TensorShape([1]).concatenate(output.shape[1:])
+                if output.shape.rank is not None
+                else output.shape
+                for output in outputs
+            ]
+            with tf.device('CPU:0'):
+                self.handle = ops.dynamic_batcher(
+                    captured=self._function.captured_inputs,
+                    f=self._function,
+                    label=name,
+                    input_names=self._input_names,
+                    input_types=self._types,
+                    row_shapes=self._shapes,
+                    num_outputs=len(outputs),
+                    minimum_batch_size=batched._minimum_batch_size,
+                    maximum_batch_size=batched._maximum_batch_size,
+                    timeout_ms=-1 if batched._timeout_ms is None else batched._timeout_ms,
+                )
+
+    def check(self, name: str, args: Any, kwargs: Any) -> list[tf.Tensor]:
+        """Returns the arguments as flat tensors, or raises what is wrong with them."""
+        tf.nest.assert_same_structure(self._structure, (args, kwargs))
+        rows = []
+        for input_name, value, dtype, shape in zip(
+            self._input_names,
+            tf.nest.flatten((args, kwargs)),
+            self._types,
+            self._shapes,
+            strict=True,
+        ):
+            row = tf.convert_to_tensor(value, dtype_hint=dtype)
+            if row.dtype != dtype:
+                raise tf.errors.InvalidArgumentError(
+                    None,
+                    None,
+                    f"Input {input_name} of '{name}' has type {row.dtype.name}, but the batcher "
+                    f'was made for {dtype.name}',
+                )
+            if not row.shape.is_compatible_with(shape):
+                raise tf.errors.InvalidArgumentError(
+                    None,
+                    None,
+                    f"Input {input_name} of '{name}' has shape {row.shape}, but the batcher was "
+                    f'made for {shape}',
+                )
+            rows.append(row)
+        return rows
+
+    def restore(self, results: list[tf.Tensor]) -> Any:
+        """Packs flat results into the structure that the function returned."""
+        remaining = iter(results)
+        # Where the function returned None instead of a tensor, its callers get None.
+        return tf.nest.map_structure(
+            lambda output: None if output is None else next(remaining),
+            self._function.structured_outputs,
+        )
+
+
+def _input_name(path: tuple[Any, ...]) -> str:
+    """('args', 'kwargs') paths as in `0.observation.frame` or `state.1`."""
+    return '.'.join(str(part) for part in path[1:])
+
+
+def batch_fn_with_options(
+    minimum_batch_size: int = 1,
+    maximum_batch_size: int = 1024,
+    timeout_ms: int | None = 100,
+) -> Callable[[Callable[..., Any]], BatchedFunction]:
+    """Makes a decorator as `batch_fn`, with a say in when a batch is computed.
+
+    At most one batch is computed at a time; it starts as soon as the one before has ended and
+    `minimum_batch_size` callers wait, or one has waited for `timeout_ms`. Where minimum and maximum
+    are equal and there is no time-out, the function is traced with that static batch size.
+
+    Args:
+      minimum_batch_size: rows to wait for.
+      maximum_batch_size: rows; more callers than that are served by several batches.
+      timeout_ms: milliseconds after which a batch is computed with fewer rows than the minimum;
+        None to wait forever.
+
+    Returns:
+      A decorator that returns a `BatchedFunction`.
+
+    Raises:
+      ValueError: not 1 <= minimum_batch_size <= maximum_batch_size, or a negative time-out.
+    """
+    if not 1 <= minimum_batch_size <= maximum_batch_size:
+        raise ValueError(
+            '1 <= minimum_batch_size <= maximum_batch_size must hold, but they are '
+            f'{minimum_batch_size} and {maximum_batch_size}.'
+        )
+    if timeout_ms is not None and timeout_ms < 0:
+        raise ValueError(f'timeout_ms must be None or not negative, but is {timeout_ms}.')
+    return lambda function: BatchedFunction(
+        function, minimum_batch_size, maximum_batch_size, timeout_ms
+    )
+
+
+def batch_fn(function: Callable[..., Any]) -> BatchedFunction:
+    """Computes concurrent calls of a function of tensors together.
+
+    Args:
+      function: takes nests of tensors `[B, ...]` and returns a nest of tensors `[B, ...]`, row by
+        row. It is traced once, on the first call. Variables that it uses are read anew for each
+        batch.
+
+    Returns:
+      A `BatchedFunction`, to be called with nests of tensors `[1, ...]`. Gradients do not flow
+      through it, and its side effects are not ordered with those of a tf.function that calls it.
+    """
+    return batch_fn_with_options()(function)
