@@ -315,7 +315,7 @@ class Checkpointer:
             status = self._checkpoint.restore(path).expect_partial()
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
-            first_line = (str(error).strip().splitlines() or [''])[0]
+            first_line = (str(error).strip().splitlines() or [''])[0].rstrip('.')
             raise LogdirError(
                 f'The checkpoint {path} does not fit the network of this run ({first_line}): '
                 'use the flags it was trained with, or another --logdir.'
@@ -367,6 +367,7 @@ def _reason(error: Exception) -> str:
     text = getattr(error, 'message', None) or str(error)
     text = (text.strip().splitlines() or [type(error).__name__])[0]
     text = re.sub(r'^(\{\{.*?\}\}\s*)+', '', text)
+    text = re.sub(r'^TensorBundle at .* shard \d+ \(\d+ bytes\): ', '', text)
     text = re.sub(r'\s*\[Op:\w+\].*$', '', text)
     return text.rpartition('; ')[2].rstrip('.')
 

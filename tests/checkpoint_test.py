@@ -60,7 +60,11 @@ def save_two(logdir):
 
 def files_under(logdir):
     folder = os.path.join(logdir, 'checkpoints')
-    return sorted(os.path.join(root, f) for root, _, files in os.walk(folder) for f in files)
+    return sorted(
+        os.path.join(root, name)
+        for root, folders, files in os.walk(folder)
+        for name in [*folders, *files]
+    )
 
 
 @contextlib.contextmanager
@@ -175,6 +179,27 @@ def test_falls_back_to_the_newest_intact_one(logdir, suffix, damage):
     assert not lines
 
 
+def test_what_is_saved_after_falling_back_is_the_newest(logdir):
+    learner = Learner()
+    checkpointer = checkpoint.Checkpointer(logdir, learner)
+    for updates in (1, 2, 3):
+        learner.train(updates)
+        path = checkpointer.save(0.0)
+        if updates > 1:
+            os.truncate(f'{path}.index', 10)
+    lines = []
+    resumed = checkpoint.Checkpointer(logdir, learner, report=lines.append)
+    assert resumed.restore()
+    assert_same(learner, trained(1))
+    assert len(lines) == 1
+    learner.train(4)
+    assert resumed.save(0.0) == os.path.join(logdir, 'checkpoints', 'ckpt-4')
+    restored = Learner()
+    assert checkpoint.Checkpointer(logdir, restored, report=lines.append).restore()
+    assert_same(restored, trained(4))
+    assert len(lines) == 1
+
+
 def test_no_flipped_byte_goes_unnoticed(logdir):
     """Each byte in turn: the damage is seen, or it lies in padding and the values are the same."""
     learner = trained(1, num_weights=40)
@@ -286,6 +311,7 @@ def test_no_space_leaves_the_previous_checkpoint_and_nothing_else(logdir, space)
     # There is space again.
     assert not checkpointer.maybe_save(1299.0)
     assert checkpointer.maybe_save(1300.0)
+    assert os.path.exists(f'{checkpointer.latest}.index')
     assert checkpoint.Checkpointer(logdir, restored).restore()
     assert_same(restored, trained(2))
 
