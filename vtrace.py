@@ -158,7 +158,7 @@ def from_importance_weights(
     Raises:
       ValueError: an argument's rank or shape does not fit that of `values`; the message names it.
     """
-    # Blocked where they come in, so that no gradient tape records what follows.
+    # Blocked where they come in, so that no gradient tape has anything to record in what follows.
     log_rhos = tf.stop_gradient(_as_float32(log_rhos, 'log_rhos'))
     discounts = tf.stop_gradient(_as_float32(discounts, 'discounts'))
     rewards = tf.stop_gradient(_as_float32(rewards, 'rewards'))
@@ -178,7 +178,7 @@ def from_importance_weights(
 
     next_vs = tf.concat([vs[1:], bootstrap_value[tf.newaxis]], axis=0)
     pg_advantages = _clip(rhos, clip_pg_rho_threshold) * (rewards + discounts * next_vs - values)
-    return VTraceReturns(vs=tf.stop_gradient(vs), pg_advantages=tf.stop_gradient(pg_advantages))
+    return VTraceReturns(vs=vs, pg_advantages=pg_advantages)
 
 
 def _accumulate_backwards(decays: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:

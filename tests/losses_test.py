@@ -102,6 +102,17 @@ def test_gradient_is_that_of_section_4_2():
     np.testing.assert_array_equal(baseline_gradient[1], [0.0, 0.0])
 
 
+def test_policy_gradient_does_not_flow_into_the_advantages():
+    log_probs, advantages = tf.constant([[-1.0, -2.0]]), tf.constant([[3.0, 5.0]])
+    with tf.GradientTape() as tape:
+        tape.watch([log_probs, advantages])
+        loss = losses.policy_gradient_loss(log_probs, advantages)
+    assert loss == 13.0
+    gradients = tape.gradient(loss, [log_probs, advantages])
+    np.testing.assert_array_equal(gradients[0], [[-3.0, -5.0]])
+    assert gradients[1] is None
+
+
 def test_terms_are_summed_over_time_and_batch():
     config = losses.LossConfig()
     agent_outputs, learner_outputs, env_outputs = _unrolls()
