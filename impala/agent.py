@@ -123,7 +123,7 @@ class Agent(snt.Module):
 
         Args:
           prev_actions: i32 `[T+1, B]`, the actions that led to `env_outputs`.
-          env_outputs: `StepOutput` of `[T+1, B, ...]`; T must be known where there is a core.
+          env_outputs: `StepOutput` of `[T+1, B, ...]`.
           state: nest of f32 `[B, ...]`, recurrent state before row 0; the initial state is taken
             instead before every row that is `done`.
 

@@ -291,7 +291,7 @@ def test_one_graph_serves_every_batch_size(use_lstm):
     def any_batch(lead):
         example = (*make_inputs(spec, *[1] * (lead + 1)), agent.initial_state(1))
         return tf.nest.map_structure(
-            lambda x: tf.TensorSpec([t, None][1 - lead :] + x.shape[lead + 1 :], x.dtype),
+            lambda x: tf.TensorSpec([None, None][1 - lead :] + x.shape[lead + 1 :], x.dtype),
             example[:2],
         ) + (tf.nest.map_structure(lambda x: tf.TensorSpec([None, *x.shape[1:]]), example[2]),)
 

@@ -99,13 +99,13 @@ def test_unroll_and_its_gradients_equal_sonnets_steps(cores, sequence, in_graph)
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_unroll_takes_an_unknown_batch_size(cores, sequence):
+def test_unroll_takes_unknown_sizes(cores, sequence):
     ours, _ = cores
     inputs, reset, state = sequence
     projected = tf.reshape(ours.project(tf.reshape(inputs, [-1, INPUTS])), [T, B, -1])
     specs = [
-        tf.TensorSpec([T, None, 4 * HIDDEN]),
-        tf.TensorSpec([T, None], tf.bool),
+        tf.TensorSpec([None, None, 4 * HIDDEN]),
+        tf.TensorSpec([None, None], tf.bool),
         snt.LSTMState(*[tf.TensorSpec([None, HIDDEN])] * 2),
     ]
     outputs, last = tf.function(ours.unroll, input_signature=specs)(projected, reset, state)
