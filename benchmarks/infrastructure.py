@@ -67,14 +67,14 @@ def measure(
         batches = source.batches(batch_size)
         for _ in range(3):
             touch(next(batches))
-        before, _ = source.batcher.statistics()
+        before = source.batcher.statistics().stage_seconds
         started = time.perf_counter()
         steps = 0
         while time.perf_counter() - started < seconds:
             touch(next(batches))
             steps += batch_size * unroll_length
         elapsed = time.perf_counter() - started
-        after, _ = source.batcher.statistics()
+        after = source.batcher.statistics().stage_seconds
     return steps / elapsed, {stage: after[stage] - before[stage] for stage in after}
 
 

@@ -63,6 +63,22 @@ class Unrolls(NamedTuple):
     outputs: list[tf.Tensor]
 
 
+class Statistics(NamedTuple):
+    """What happened since the batcher was made.
+
+    Attributes:
+      stage_seconds: stage -> seconds; those of actors are summed over actors.
+      completed_unrolls: of each actor, since its last reset.
+      batches: handed out.
+      rows: in those batches.
+    """
+
+    stage_seconds: dict[str, float]
+    completed_unrolls: list[int]
+    batches: int
+    rows: int
+
+
 class UnrollBatcher:
     """Batches the requests of actor processes and records their unrolls.
 
@@ -181,16 +197,17 @@ class UnrollBatcher:
         """Throws away the unfinished unroll of an actor, whose process must have ended."""
         ops.unroll_batcher_reset_actor(self._handle, actor)
 
-    def statistics(self) -> tuple[dict[str, float], list[int]]:
-        """Returns the seconds spent in each stage so far, and each actor's completed unrolls.
-
-        Actor stages are summed over actors; completed unrolls count from an actor's last reset.
-        """
-        names, seconds, completed = ops.unroll_batcher_statistics(self._handle)
-        stages = {
-            name.decode(): float(s) for name, s in zip(names.numpy(), seconds.numpy(), strict=True)
-        }
-        return stages, completed.numpy().tolist()
+    def statistics(self) -> Statistics:
+        """Returns counts and times so far."""
+        names, seconds, completed, batches, rows = ops.unroll_batcher_statistics(self._handle)
+        return Statistics(
+            stage_seconds=dict(
+                zip(names.numpy().astype(str), seconds.numpy().tolist(), strict=True)
+            ),
+            completed_unrolls=completed.numpy().tolist(),
+            batches=int(batches),
+            rows=int(rows),
+        )
 
     def close(self) -> None:
         """Fails whoever waits here and in the actor processes; may be called again."""

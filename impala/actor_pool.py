@@ -221,7 +221,7 @@ class ActorPool:
         text = _tail(actor.errors)
         if code == BAD_INPUT_EXIT_CODE:
             raise LevelError(text.splitlines()[-1])
-        completed = self._batcher.statistics()[1][index]
+        completed = self._batcher.statistics().completed_unrolls[index]
         in_a_row = 1 if completed > 0 else actor.restarts_in_a_row + 1
         what = f'signal {-code}' if code < 0 else f'exit code {code}'
         level = self._level_names[index]

@@ -207,11 +207,13 @@ def _learn(
             behaviour.publish(learner.agent.trainable_variables, learner.updates)
         with timer('learner/log'):
             agent_steps = int(learner.agent_steps)
+            statistics = source.batcher.statistics()
+            metrics['inference_batch_size'] = statistics.rows / statistics.batches
             log.record_update(metrics)
             record_episodes(log, batch)
             log.record_actor_restart(pool.restarts - restarts)
             restarts = pool.restarts
-            log.record_stage_seconds(source.batcher.statistics()[0] | timer.seconds)
+            log.record_stage_seconds(statistics.stage_seconds | timer.seconds)
             log.maybe_write(agent_steps * frames_per_step, agent_steps, int(learner.updates))
             checkpointer.maybe_save(log.wall_seconds)
         skipped_in_a_row = skipped_in_a_row + 1 if metrics['skipped'] else 0

@@ -260,6 +260,8 @@ void UnrollBatcher::GatherLoop() {
       status = IsClosed() ? ClosedStatus() : absl::CancelledError("the caller was cancelled");
     } else {
       status = FillBatch(waiter.context, actors);
+      ++batches_;
+      rows_ += actors.size();
       gathered_at_ = NowNanoseconds();
       gather_ += gathered_at_ - selected_at;
     }

@@ -70,6 +70,10 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   // Per actor: unrolls that it has completed since its last reset.
   std::vector<int64_t> CompletedUnrolls();
 
+  // Batches handed out so far, and the rows in them.
+  int64_t NumBatches() const { return batches_; }
+  int64_t NumRows() const { return rows_; }
+
   // Seconds spent so far in each of kStageNames, summed over actors.
   std::vector<double> StageSeconds() const;
 
@@ -142,6 +146,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   std::condition_variable inputs_wanted_;
   std::condition_variable unrolls_changed_;
 
+  std::atomic<int64_t> batches_{0}, rows_{0};
   std::atomic<uint64_t> gathered_at_{0};
   std::atomic<uint64_t> request_wait_{0}, gather_{0}, inference_{0}, scatter_{0};
   std::atomic<uint64_t> queue_wait_{0}, queue_copy_{0};

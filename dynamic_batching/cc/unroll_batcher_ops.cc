@@ -166,6 +166,11 @@ class UnrollBatcherStatisticsOp : public OpKernel {
       stage_seconds->flat<double>()(i) = seconds[i];
     }
     std::copy(completed.begin(), completed.end(), completed_unrolls->flat<int64_t>().data());
+    Tensor *batches, *rows;
+    OP_REQUIRES_OK(context, context->allocate_output(3, {}, &batches));
+    OP_REQUIRES_OK(context, context->allocate_output(4, {}, &rows));
+    batches->scalar<int64_t>()() = batcher->NumBatches();
+    rows->scalar<int64_t>()() = batcher->NumRows();
   }
 };
 
@@ -280,9 +285,12 @@ REGISTER_OP("UnrollBatcherStatistics")
     .Output("stage_names: string")
     .Output("stage_seconds: float64")
     .Output("completed_unrolls: int64")
+    .Output("batches: int64")
+    .Output("rows: int64")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       for (int i = 0; i < 3; ++i) c->set_output(i, c->UnknownShapeOfRank(1));
+      for (int i = 3; i < 5; ++i) c->set_output(i, c->Scalar());
       return absl::OkStatus();
     });
 

@@ -1,0 +1,219 @@
+"""Agent steps a second of full training, and where both cores' time goes.
+
+    python -m benchmarks.throughput --level_name=ALE/Pong-v5
+
+Runs `experiment.py` for `--seconds` after a warm-up, then measures its parts alone on the same
+machine: environments with random actions on all cores, the agent's step at the batch size seen in
+training, and the learner's step. Each part's share of the cores' time is its rate in training over
+its rate alone; `rest` is what is left: hand-over, contention, idleness. `--rounds` repeats the
+whole in turn, because shared machines drift; medians are given.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import numpy as np
+import tabulate
+import tensorflow as tf
+
+from benchmarks import machine
+from environments import EnvironmentConfig, create_environment
+from impala.agent import Agent, AgentConfig
+from impala.learner import Learner, LearnerConfig
+from impala.trajectory import (
+    ActorOutput,
+    AgentOutput,
+    EnvironmentSpec,
+    StepOutput,
+    StepOutputInfo,
+)
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CORES = len(os.sched_getaffinity(0))
+
+ENVIRONMENT_LOOP = """
+import sys, time
+import numpy as np
+from environments import EnvironmentConfig, create_environment
+environment = create_environment(sys.argv[1], int(sys.argv[2]), EnvironmentConfig())
+actions = np.random.RandomState(0).randint(environment.spec.num_actions, size=1000).tolist()
+environment.reset()
+steps, started = 0, time.perf_counter()
+while time.perf_counter() - started < float(sys.argv[3]):
+    for action in actions:
+        environment.step(action)
+    steps += len(actions)
+print(steps / (time.perf_counter() - started))
+"""
+
+
+def training_rate(flags: list[str], warm_up: float, seconds: float) -> tuple[float, float]:
+    """Trains for real; returns agent steps per second and the mean size of inference batches."""
+    logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
+    process = subprocess.Popen(
+        [sys.executable, 'experiment.py', *flags, f'--logdir={logdir}', '--log_secs=1'],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        path = os.path.join(logdir, 'metrics.jsonl')
+        while not os.path.exists(path) or os.path.getsize(path) == 0:
+            if process.poll() is not None:
+                sys.exit(f'Training ended early:\n{process.communicate()[1]}')
+            time.sleep(0.1)
+        time.sleep(warm_up + seconds)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        with open(path, encoding='utf-8') as file:
+            lines = [json.loads(line) for line in file]
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        shutil.rmtree(logdir)
+    # The last line may stand for less than a second.
+    last = lines[-2]
+    first = next(
+        line for line in lines if line['wall_seconds'] > lines[0]['wall_seconds'] + warm_up
+    )
+    rate = (last['agent_steps'] - first['agent_steps']) / (
+        last['wall_seconds'] - first['wall_seconds']
+    )
+    return rate, statistics.fmean(line['inference_batch_size'] for line in lines)
+
+
+def environment_rate(level_name: str, seconds: float) -> float:
+    """Returns agent steps per second of one process per core with random actions."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', ENVIRONMENT_LOOP, level_name, str(seed), str(seconds)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in range(CORES)
+    ]
+    return sum(float(process.communicate()[0]) for process in processes)
+
+
+def _rate(function, rows: int, seconds: float) -> float:
+    for _ in range(3):
+        function()
+    started, calls = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        function()
+        calls += 1
+    return calls * rows / (time.perf_counter() - started)
+
+
+def _step_output(spec: EnvironmentSpec, dims: list[int]) -> StepOutput:
+    random = np.random.RandomState(0)
+    zeros = tf.zeros(dims)
+    observation = {
+        name: tf.constant(random.randint(0, 256, [*dims, *array.shape]).astype(array.dtype))
+        for name, array in spec.observation.items()
+    }
+    info = StepOutputInfo(zeros, tf.zeros(dims, tf.int32))
+    return StepOutput(zeros, info, tf.zeros(dims, tf.bool), observation)
+
+
+def inference_rate(spec: EnvironmentSpec, config: AgentConfig, rows: int, seconds: float) -> float:
+    """Returns rows per second of the agent's step."""
+    agent = Agent(config, spec)
+    output, state = _step_output(spec, [rows]), agent.initial_state(rows)
+    step = tf.function(lambda: agent.step(tf.zeros([rows], tf.int32), output, state)[0].action)
+    return _rate(lambda: step().numpy(), rows, seconds)
+
+
+def learner_rate(
+    spec: EnvironmentSpec, config: AgentConfig, batch_size: int, length: int, seconds: float
+) -> float:
+    """Returns agent steps per second of the learner's step."""
+    agent = Agent(config, spec)
+    learner = Learner(agent, LearnerConfig(batch_size=batch_size, unroll_length=length))
+    dims = [length + 1, batch_size]
+    batch = ActorOutput(
+        tf.zeros([batch_size], tf.int32),
+        tf.zeros([batch_size], tf.int64),
+        agent.initial_state(batch_size),
+        _step_output(spec, dims),
+        AgentOutput(tf.zeros(dims, tf.int32), tf.zeros([*dims, spec.num_actions]), tf.zeros(dims)),
+    )
+    return _rate(lambda: learner.step(batch)['loss/total'].numpy(), batch_size * length, seconds)
+
+
+def main() -> None:
+    """Prints one table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--level_name', default='ALE/Pong-v5')
+    parser.add_argument('--num_actors', type=int, default=32)
+    parser.add_argument('--batch_size', type=int, default=32)
+    parser.add_argument('--unroll_length', type=int, default=20)
+    parser.add_argument('--torso', default='shallow')
+    parser.add_argument('--compute_dtype', default='bfloat16', help='float32 or bfloat16')
+    parser.add_argument('--inference_batch_size', type=int, default=0, help='as experiment.py')
+    parser.add_argument('--warm_up', type=float, default=10, help='seconds')
+    parser.add_argument('--seconds', type=float, default=30)
+    parser.add_argument('--rounds', type=int, default=1)
+    args = parser.parse_args()
+    flags = [
+        f'--{name}={getattr(args, name)}'
+        for name in (
+            'level_name', 'num_actors', 'batch_size', 'unroll_length', 'torso', 'compute_dtype',
+            'inference_batch_size',
+        )
+    ]  # fmt: skip
+    environment = create_environment(args.level_name, 1, EnvironmentConfig())
+    spec = environment.spec
+    environment.close()
+    acting = AgentConfig(torso=args.torso, use_lstm=False)
+    learning = AgentConfig(torso=args.torso, use_lstm=False, compute_dtype=args.compute_dtype)
+    rounds = []
+    for _ in range(args.rounds):
+        rate, rows = training_rate([*flags, '--use_lstm=false'], args.warm_up, args.seconds)
+        rounds.append(
+            {
+                'training': rate,
+                'environment': environment_rate(args.level_name, 5),
+                'inference': inference_rate(spec, acting, max(1, round(rows)), 5),
+                'learning': learner_rate(spec, learning, args.batch_size, args.unroll_length, 5),
+                'rows': rows,
+            }
+        )
+    median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    parts = ('environment', 'inference', 'learning')
+    shares = {part: statistics.median(r['training'] / r[part] for r in rounds) for part in parts}
+    rest = statistics.median(1 - sum(r['training'] / r[part] for part in parts) for r in rounds)
+    print(machine.describe())
+    print(f'`python -m benchmarks.throughput {" ".join(sys.argv[1:])}`')
+    print(f'Mean inference batch: {median["rows"]:.1f} of {args.num_actors} actors')
+    table = [[part, f'{median[part]:,.0f}', f'{shares[part]:.1%}'] for part in parts]
+    limit = statistics.median(1 / sum(1 / r[part] for part in parts) for r in rounds)
+    table += [['rest', '', f'{rest:.1%}'], ['training', f'{median["training"]:,.0f}', '100%']]
+    print(tabulate.tabulate(table, ['part', 'agent steps/s alone', 'share of the cores'], 'github'))
+    print(f'Limit, from the parts alone: {limit:,.0f} agent steps/s')
+    print(
+        json.dumps(
+            {
+                'agent_steps_per_second': round(median['training']),
+                'rest_share': round(rest, 4),
+                'limit': round(limit),
+            }
+        )
+    )
+
+
+if __name__ == '__main__':
+    main()
