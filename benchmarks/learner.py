@@ -1,0 +1,196 @@
+"""What the train step costs over the network's own forward and backward pass.
+
+For the shallow (84x84x4, T=20, B=32, no LSTM) and the deep network (72x96x3, T=100, B=4, LSTM),
+each with its torso in float32 and bfloat16, these take turns in one process:
+
+  step  `Learner.step`: forward, V-trace, loss, backward, norm, RMSProp, metrics.
+  bare  forward and backward pass of the same agent and batch, from a weighted sum of its outputs.
+  loss  all that step has beyond bare: V-trace, loss and its gradient with respect to the agent's
+        outputs, norm, RMSProp, metrics, on the agent's real outputs and gradients. It follows a
+        whole pass, so that, as in step, it finds little in the caches. Calling an empty function of
+        the same arguments takes its time too, which is taken off: step and bare are called once.
+
+Efficiency is the median of bare / step over the rounds, the share of V-trace, loss and optimizer
+that of loss / step. Rows are agent steps, T * B per step.
+
+    python benchmarks/learner.py --seconds=120
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import numpy as np  # noqa: E402
+import tensorflow as tf  # noqa: E402
+
+from impala.agent import Agent, AgentConfig  # noqa: E402
+from impala.learner import Learner, LearnerConfig  # noqa: E402
+from impala.losses import vtrace_loss  # noqa: E402
+from impala.trajectory import (  # noqa: E402
+    ActorOutput,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+    StepOutputInfo,
+)
+
+_SETTINGS = {
+    'shallow': {'frame': (84, 84, 4), 'unroll_length': 20, 'batch_size': 32, 'num_actions': 6},
+    'deep': {'frame': (72, 96, 3), 'unroll_length': 100, 'batch_size': 4, 'num_actions': 9},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Times the train step against the bare network.')
+    parser.add_argument(
+        '--seconds', type=float, default=120.0, help='of measurement, over all settings together'
+    )
+    seconds = parser.parse_args().seconds
+    print(
+        f'{_processor()}, {os.cpu_count()} cores, TensorFlow {tf.__version__}, '
+        f'devices: {", ".join(d.device_type for d in tf.config.list_physical_devices())}, '
+        f'load of others: {os.getloadavg()[0]:.1f}'
+    )
+    print(
+        f'{"network":10}{"torso":10}{"step":>10}{"bare":>10}{"loss":>10}{"rows/s":>10}'
+        f'{"bare rows/s":>13}{"efficiency":>12}{"loss share":>12}{"rounds":>8}'
+    )
+    result = {}
+    for torso in _SETTINGS:
+        for dtype in ('float32', 'bfloat16'):
+            times = _measure(torso, dtype, seconds / (2 * len(_SETTINGS)))
+            rows = _SETTINGS[torso]['unroll_length'] * _SETTINGS[torso]['batch_size']
+            step, bare, loss = np.median(times, axis=0)
+            efficiency = float(np.median(times[:, 1] / times[:, 0]))
+            share = float(np.median(times[:, 2] / times[:, 0]))
+            print(
+                f'{torso:10}{dtype:10}{1e3 * step:7.2f} ms{1e3 * bare:7.2f} ms'
+                f'{1e3 * loss:7.2f} ms{rows / step:10,.0f}{rows / bare:13,.0f}'
+                f'{efficiency:12.1%}{share:12.1%}{len(times):8}',
+                flush=True,
+            )
+            name = torso if dtype == 'float32' else f'{torso}_{dtype}'
+            result[f'efficiency_{name}'] = round(efficiency, 4)
+            result[f'loss_share_{name}'] = round(share, 4)
+            result[f'rows_per_second_{name}'] = round(rows / step)
+    print(json.dumps(result))
+
+
+def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
+    """Returns seconds of step, bare and loss, `[rounds, 3]`, after `seconds` of rounds."""
+    setting = _SETTINGS[torso]
+    spec = EnvironmentSpec(
+        {'frame': ArraySpec(setting['frame'], 'uint8')},
+        num_actions=setting['num_actions'],
+        num_action_repeats=4,
+    )
+    agent = Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep', compute_dtype=dtype), spec)
+    config = LearnerConfig(unroll_length=setting['unroll_length'], batch_size=setting['batch_size'])
+    learner = Learner(agent, config)
+    batch = _batch(agent, spec, config)
+    parameters = agent.trainable_variables
+    rng = np.random.default_rng(0)
+    rows = (config.unroll_length + 1, config.batch_size)
+    weights = (
+        tf.constant(rng.normal(size=(*rows, spec.num_actions)), tf.float32),
+        tf.constant(rng.normal(size=rows), tf.float32),
+    )
+
+    @tf.function
+    def bare(batch, weights):
+        with tf.GradientTape() as tape:
+            outputs, _ = agent.unroll(
+                batch.agent_outputs.action, batch.env_outputs, batch.agent_state
+            )
+            total = tf.reduce_sum(outputs.policy_logits * weights[0])
+            total += tf.reduce_sum(outputs.baseline * weights[1])
+        return tape.gradient(total, parameters)
+
+    # Its own learner: the weights behind the other one should move as in training.
+    idle = Learner(Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep'), spec), config)
+
+    @tf.function
+    def loss(batch, outputs, gradients):
+        with tf.GradientTape() as tape:
+            tape.watch([outputs.policy_logits, outputs.baseline])
+            total, parts = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+        outputs_gradients = tape.gradient(total, [outputs.policy_logits, outputs.baseline])
+        metrics = idle._update(total, gradients, idle.agent.trainable_variables)
+        return outputs_gradients, parts, metrics
+
+    @tf.function
+    def empty(batch, outputs, gradients):
+        return tf.identity(outputs.baseline)
+
+    outputs, _ = tf.function(agent.unroll)(
+        batch.agent_outputs.action, batch.env_outputs, batch.agent_state
+    )
+    outputs = outputs._replace(action=batch.agent_outputs.action)
+    times = []
+
+    def timed(function, *args):
+        start = time.perf_counter()
+        returned = function(*args)
+        # An accelerator only queues what it is given.
+        tf.test.experimental.sync_devices()
+        return time.perf_counter() - start, returned
+
+    deadline = None
+    while deadline is None or time.perf_counter() < deadline:
+        # In turns the first, as what follows another network finds its own data in no cache.
+        if len(times) % 2:
+            bare_seconds, gradients = timed(bare, batch, weights)
+        step_seconds, _ = timed(learner.step, batch)
+        if not len(times) % 2:
+            bare_seconds, gradients = timed(bare, batch, weights)
+        loss_seconds, _ = timed(loss, batch, outputs, gradients)
+        call_seconds, _ = timed(empty, batch, outputs, gradients)
+        times.append((step_seconds, bare_seconds, loss_seconds - call_seconds))
+        if len(times) == 3 and deadline is None:
+            deadline = time.perf_counter() + seconds
+            times.clear()
+    return np.asarray(times)
+
+
+def _batch(agent: Agent, spec: EnvironmentSpec, config: LearnerConfig) -> ActorOutput:
+    """Returns random unrolls; an episode lasts 100 steps on average."""
+    rng = np.random.default_rng(1)
+    rows = (config.unroll_length + 1, config.batch_size)
+    frame = spec.observation['frame']
+    batch = ActorOutput(
+        level_id=np.zeros(config.batch_size, np.int32),
+        policy_version=np.zeros(config.batch_size, np.int64),
+        agent_state=agent.initial_state(config.batch_size),
+        env_outputs=StepOutput(
+            reward=rng.normal(size=rows).astype(np.float32),
+            info=StepOutputInfo(np.zeros(rows, np.float32), np.zeros(rows, np.int32)),
+            done=rng.random(rows) < 0.01,
+            observation={'frame': rng.integers(256, size=(*rows, *frame.shape), dtype=np.uint8)},
+        ),
+        agent_outputs=AgentOutput(
+            action=rng.integers(spec.num_actions, size=rows, dtype=np.int32),
+            policy_logits=rng.normal(size=(*rows, spec.num_actions)).astype(np.float32),
+            baseline=rng.normal(size=rows).astype(np.float32),
+        ),
+    )
+    return tf.nest.map_structure(tf.convert_to_tensor, batch)
+
+
+def _processor() -> str:
+    try:
+        with open('/proc/cpuinfo') as lines:
+            for line in lines:
+                if line.startswith('model name'):
+                    return line.split(':', 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+if __name__ == '__main__':
+    main()
