@@ -344,8 +344,7 @@ class AtariEnvironment(Environment):
         end = EpisodeEnd.NOT_ENDED
         if self._lives_count:
             lives = ale.lives()
-            # Some games show 0 lives for a while before they are over: that end is still to come.
-            if 0 < lives < self._lives:
+            if lives < self._lives:
                 end = EpisodeEnd.LIFE_LOST
             self._lives = lives
         return float(reward), end, self._observation
