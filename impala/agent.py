@@ -179,15 +179,22 @@ class InstructionEncoder(snt.Module):
         Returns:
           f32 `[N, 64]`, the LSTM's output at the last word; zeros where there is no word.
         """
-        # Projecting the table instead of the words costs the same for any number of rows.
-        table = self._lstm.project(tf.convert_to_tensor(self._embedding.embeddings))
-        is_word = tf.cast(instruction != 0, tf.float32)[..., tf.newaxis]
-        state = self._lstm.initial_state(tf.shape(instruction)[0])
-        for t in tf.range(tf.reduce_max(tf.math.count_nonzero(instruction, -1, dtype=tf.int32))):
-            new = self._lstm.step(tf.gather(table, instruction[:, t]), state)
-            valid = is_word[:, t]
-            state = tf.nest.map_structure(lambda n, s, v=valid: s + v * (n - s), new, state)
-        return state.hidden
+        # An instruction seldom changes within an episode, so a batch of unrolls holds few different
+        # ones. Only CPUs find equal rows.
+        with tf.device('CPU:0'):
+            instruction, index = tf.raw_ops.UniqueV2(x=instruction, axis=[0])
+        length = tf.math.count_nonzero(instruction, -1, dtype=tf.int32)
+        # One step at least, since the results of none have no shape.
+        words = tf.transpose(instruction)[: tf.maximum(tf.reduce_max(length), 1)]
+        # The reshape is for its gradient, which is a dense tensor, unlike that of a gather.
+        table = tf.reshape(self._embedding.embeddings, [INSTRUCTION_BUCKETS, _EMBEDDING_SIZE])
+        embedded = tf.gather(table, words)
+        projected = self._lstm.project(tf.reshape(embedded, [-1, _EMBEDDING_SIZE]))
+        projected = tf.reshape(projected, [*_dims(words), projected.shape[-1]])
+        state = self._lstm.initial_state(tf.shape(length)[0])
+        outputs, _ = self._lstm.unroll(projected, tf.zeros_like(words, tf.bool), state)
+        outputs = tf.concat([state.hidden[tf.newaxis], outputs], 0)
+        return tf.gather_nd(outputs, tf.stack([tf.gather(length, index), index], 1))
 
 
 def _merge(t: tf.Tensor) -> tf.Tensor:

@@ -203,36 +203,63 @@ def test_last_action_enters_one_hot():
 
 
 def instruction_encoding(agent, instruction):
+    """Returns the encoding of instructions and the gradient of its weighted sum."""
     encoder = next(m for m in agent.submodules if m.name == 'instruction_encoder')
-    return tf.function(encoder)(tf.constant(instruction, tf.int32)).numpy()
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int32)])
+    def encode(instruction):
+        with tf.GradientTape() as tape:
+            encoding = encoder(instruction)
+            loss = weighted_sum(encoding)
+        return encoding, tape.gradient(loss, encoder.trainable_variables)
+
+    return encode(tf.constant(instruction, tf.int32))
 
 
-def sonnet_instruction_encoding(agent, words):
-    """Returns `snt.LSTM`'s last output over a list of words, with the agent's weights."""
-    variables = {v.name.split('agent/')[-1]: v for v in agent.trainable_variables}
+def weighted_sum(encoding):
+    rows = tf.range(1.0, tf.cast(tf.shape(encoding)[0], tf.float32) + 1)
+    return tf.reduce_sum(encoding * rows[:, tf.newaxis])
+
+
+def sonnet_instruction_encoding(agent, sentences):
+    """Returns the same of `snt.LSTM` over lists of words, one by one, with the agent's weights."""
+    encoder = next(m for m in agent.submodules if m.name == 'instruction_encoder')
+    variables = {v.name.split('instruction_encoder/')[-1]: v for v in encoder.trainable_variables}
     core = snt.LSTM(64)
-    state = core.initial_state(1)
-    core(tf.zeros([1, 20]), state)
-    core.input_to_hidden.assign(variables['instruction_encoder/lstm/w_i:0'])
-    core.hidden_to_hidden.assign(variables['instruction_encoder/lstm/w_h:0'])
-    core.b.assign(variables['instruction_encoder/lstm/b:0'])
-    output = state.hidden
-    for word in words:
-        embedded = variables['instruction_encoder/embed/embeddings:0'][word][tf.newaxis]
-        output, state = core(embedded, state)
-    return output[0]
+    core(tf.zeros([1, 20]), core.initial_state(1))
+    core.input_to_hidden.assign(variables['lstm/w_i:0'])
+    core.hidden_to_hidden.assign(variables['lstm/w_h:0'])
+    core.b.assign(variables['lstm/b:0'])
+    embeddings = variables['embed/embeddings:0']
+    # In the order of the agent's variables.
+    sources = [embeddings, core.b, core.hidden_to_hidden, core.input_to_hidden]
+    with tf.GradientTape() as tape:
+        outputs = []
+        for words in sentences:
+            state = core.initial_state(1)
+            output = state.hidden
+            for word in words:
+                output, state = core(embeddings[word][tf.newaxis], state)
+            outputs.append(output[0])
+        encoding = tf.stack(outputs)
+        loss = weighted_sum(encoding)
+    return encoding, [tf.convert_to_tensor(g) for g in tape.gradient(loss, sources)]
 
 
 def test_instruction_is_encoded_up_to_its_last_word():
     agent = Agent(AgentConfig(torso='shallow'), make_spec())
-    sentences = [[3, 999, 1], [], [7], [5, 4, 3, 2, 1, 6]]
+    sentences = [[3, 999, 1], [], [7], [5, 4, 3, 2, 1, 6], [7], [3, 999]]
     padded = [words + [0] * (WORDS - len(words)) for words in sentences]
-    encoding = instruction_encoding(agent, padded)
-    for words, encoded in zip(sentences, encoding, strict=True):
-        expected = sonnet_instruction_encoding(agent, words)
-        np.testing.assert_allclose(encoded, expected, rtol=1e-4, atol=1e-5)
+    actual = instruction_encoding(agent, padded)
+    assert_nests_close(actual, sonnet_instruction_encoding(agent, sentences))
     longer = [words + [0] * (2 * WORDS - len(words)) for words in sentences]
-    np.testing.assert_allclose(instruction_encoding(agent, longer), encoding, atol=1e-6)
+    assert_nests_close(instruction_encoding(agent, longer), actual)
+
+
+def test_the_empty_instruction_is_zeros():
+    agent = Agent(AgentConfig(torso='shallow'), make_spec())
+    encoding, _ = instruction_encoding(agent, np.zeros([3, WORDS]))
+    np.testing.assert_array_equal(encoding, np.zeros([3, 64]))
 
 
 def test_instructions_change_the_policy():
@@ -279,7 +306,8 @@ def test_gradient_reaches_every_variable(torso, use_lstm):
         return tape.gradient(loss, agent.trainable_variables)
 
     for variable, gradient in zip(agent.trainable_variables, gradients(), strict=True):
-        assert np.any(tf.convert_to_tensor(gradient)), variable.name
+        assert isinstance(gradient, tf.Tensor), variable.name
+        assert np.any(gradient), variable.name
 
 
 @pytest.mark.parametrize('use_lstm', [False, True])
