@@ -9,6 +9,7 @@ what), 1 a failure.
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -117,6 +118,7 @@ flags.DEFINE_float(
 flags.DEFINE_float('log_secs', 10.0, 'Seconds between lines of metrics.jsonl.', lower_bound=0)
 
 BAD_INPUT_EXIT_CODE = 2
+INTERRUPTED = 'Interrupted before anything was done.'
 
 # Flags that say what to do, not what the run is.
 _NOT_OF_THE_RUN = ('mode', 'logdir', 'test_num_episodes')
@@ -124,7 +126,13 @@ _NOT_OF_THE_RUN = ('mode', 'logdir', 'test_num_episodes')
 
 def main(unused_argv: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
-    # TensorFlow takes seconds to load: mistakes on the command line are answered before.
+    # TensorFlow takes seconds to load: what can be answered without it is answered before.
+    if FLAGS.task != -1 or FLAGS.job_name != 'learner':
+        return _fail(
+            '--task and --job_name belong to distributed training, which does not exist yet: '
+            'leave them out to train on this machine.',
+            BAD_INPUT_EXIT_CODE,
+        )
     logging.set_verbosity(logging.ERROR)
     with _quiet_tensorflow():
         import tensorflow as tf
@@ -136,23 +144,36 @@ def main(unused_argv: list[str]) -> int:
     from impala.training import TrainingError
 
     try:
-        if FLAGS.task != -1 or FLAGS.job_name != 'learner':
-            raise ValueError(
-                '--task and --job_name belong to distributed training, which does not exist yet: '
-                'leave them out to train on this machine.'
-            )
-        lock = checkpoint.lock_logdir(FLAGS.logdir) if FLAGS.mode == 'train' else None
+        if FLAGS.mode == 'test':
+            return _test()
+        lock = checkpoint.lock_logdir(FLAGS.logdir)
         try:
-            return _train() if FLAGS.mode == 'train' else _test()
+            return _train()
         finally:
-            if lock is not None:
-                os.close(lock)
+            os.close(lock)
     except (LevelError, ValueError, checkpoint.LogdirError) as error:
         return _fail(str(error), BAD_INPUT_EXIT_CODE)
     except (ActorError, TrainingError) as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail('Interrupted before anything was trained.', 130)
+        return _fail(INTERRUPTED, 130)
+
+
+def _interruptible_start() -> None:
+    """Makes SIGINT and SIGTERM end the process with a sentence as long as it holds nothing.
+
+    An exception, which Python would raise, can turn up anywhere in the modules being imported and
+    comes out of some of them as another one.
+    """
+    # TensorFlow's loading has the terminal's descriptor moved away for a while.
+    terminal = os.dup(sys.stderr.fileno())
+
+    def end(number: int, frame: Any) -> None:
+        os.write(terminal, f'{INTERRUPTED}\n'.encode())
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextlib.contextmanager
@@ -184,9 +205,9 @@ def _quiet_tensorflow() -> Iterator[None]:
 def _train() -> int:
     from impala import checkpoint, run_log, training
 
-    config = _config()
-    checkpoint.write_flags(FLAGS.logdir, _flags_text())
-    path = training.train(config)
+    path = training.train(
+        _config(), on_accepted=lambda: checkpoint.write_flags(FLAGS.logdir, _flags_text())
+    )
     if path is None:
         print('Stopped before the first update: there is no checkpoint yet.')
         return 0
@@ -288,17 +309,20 @@ def _restore_flags() -> None:
             'give its --logdir.'
         )
     given = {flag.name for flag in _own_flags() if flag.present} | set(_NOT_OF_THE_RUN)
-    with open(path, encoding='utf-8') as file:
-        stored = [line.strip() for line in file if line.strip()]
-    names = [line.removeprefix('--').partition('=')[0] for line in stored]
-    FLAGS(
-        [sys.argv[0]]
-        + [
-            line
-            for line, name in zip(stored, names, strict=True)
-            if not given & {name, name.removeprefix('no')}
-        ]
-    )
+    try:
+        with open(path, encoding='utf-8') as file:
+            stored = [line.strip() for line in file if line.strip()]
+        names = [line.removeprefix('--').partition('=')[0] for line in stored]
+        FLAGS(
+            [sys.argv[0]]
+            + [
+                line
+                for line, name in zip(stored, names, strict=True)
+                if not given & {name, name.removeprefix('no')}
+            ]
+        )
+    except (OSError, UnicodeError, flags.Error) as error:
+        raise checkpoint.LogdirError(f'Cannot restore the flags in {path}: {error}.') from error
 
 
 def _fail(message: str, code: int) -> int:
@@ -310,11 +334,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = FLAGS(argv)
     except flags.Error as error:
-        sys.exit(_fail(f'{error}\n`{argv[0]} --helpshort` lists the flags.', BAD_INPUT_EXIT_CODE))
+        reason = str(error).removeprefix('ERROR:: ')
+        sys.exit(_fail(f'{reason}\n`{argv[0]} --helpshort` lists the flags.', BAD_INPUT_EXIT_CODE))
     if len(rest) > 1:
         sys.exit(_fail(f'{rest[1]!r} is not a flag: flags start with --.', BAD_INPUT_EXIT_CODE))
     return rest
 
 
 if __name__ == '__main__':
+    _interruptible_start()
     app.run(main, flags_parser=_parse_flags)

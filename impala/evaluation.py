@@ -49,6 +49,7 @@ def evaluate(
       Level name -> undiscounted, unclipped returns; None if SIGINT or SIGTERM came first.
 
     Raises:
+      KeyboardInterrupt: SIGINT or SIGTERM came before anything was played.
       LevelError, LogdirError: one sentence for the user.
       ActorError: with the actor's own error text.
     """
@@ -62,6 +63,7 @@ def evaluate(
     )
     quotas = _quotas(config, num_episodes)
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.environment_spec(config.level_names[0], config.seed)
         network = choose_network(config, spec)
@@ -87,7 +89,7 @@ def evaluate(
         behaviour = BehaviourPolicy(acting_agent, source)
         behaviour.publish(agent.trainable_variables, tf.constant(0, tf.int64))
         progress = stack.enter_context(tqdm.tqdm(total=sum(quotas), unit='episode'))
-        stop = stack.enter_context(StopSignal(source.batcher.close))
+        stop.then(source.batcher.close)
         stack.enter_context(behaviour.serving())
         pool = stack.enter_context(
             ActorPool(

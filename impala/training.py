@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,22 +93,26 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
     return AgentConfig(torso=torso, use_lstm=use_lstm, compute_dtype=config.compute_dtype)
 
 
-def train(config: TrainingConfig) -> str | None:
-    """Trains until all frames are done, or until SIGINT or SIGTERM.
+def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) -> str | None:
+    """Trains until all frames are done, or until SIGINT or SIGTERM. Main thread only.
 
     A run that finds checkpoints in its logdir goes on where they end.
 
     Args:
       config: of the run.
+      on_accepted: called once it is certain that the level can be played and that the network is
+        the one of the checkpoints, before anything is trained.
 
     Returns:
-      The path of the last checkpoint.
+      The path of the last checkpoint, None if there is none yet.
 
     Raises:
+      KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
       LevelError, LogdirError, TrainingError, ValueError: one sentence for the user.
       ActorError: with the actor's own error text.
     """
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.environment_spec(config.level_names[0], config.seed)
         network = choose_network(config, spec)
@@ -124,6 +128,8 @@ def train(config: TrainingConfig) -> str | None:
         )
         checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
         checkpointer.restore()
+        if on_accepted is not None:
+            on_accepted()
         log = stack.enter_context(
             RunLog(
                 config.logdir,
@@ -150,7 +156,7 @@ def train(config: TrainingConfig) -> str | None:
         )
         behaviour = BehaviourPolicy(acting_agent, source)
         behaviour.publish(learner.agent.trainable_variables, learner.updates)
-        stop = stack.enter_context(StopSignal(source.batcher.close))
+        stop.then(source.batcher.close)
         stack.enter_context(behaviour.serving())
         pool = stack.enter_context(
             ActorPool(
@@ -254,42 +260,54 @@ class StageTimer:
 
 
 class StopSignal:
-    """Calls a function, once and on a thread of its own, when SIGINT or SIGTERM arrives.
+    """Ends a run cleanly when SIGINT or SIGTERM arrives. A context manager, main thread only.
 
-    The main thread may well be inside TensorFlow, waiting for data, where Python's own handlers do
-    not run: the function must be what lets it return. A second signal ends the process at once.
+    As long as nothing runs that must be brought to an end, the signal raises KeyboardInterrupt.
+    Afterwards it calls the function given to `then`, once and on a thread of its own: the main
+    thread may well be inside TensorFlow, waiting for data, where Python's own handlers do not run,
+    and the function must be what lets it return. A second signal then ends the process at once.
+
+    Attributes:
+      received: whether a signal has come.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, stop: Any):
-        """Prepares; handlers are installed for the `with` block, which must be in the main thread.
-
-        Args:
-          stop: function without arguments.
-        """
-        self._stop = stop
+    def __init__(self) -> None:
+        self._stop: Callable[[], Any] | None = None
         self.received = False
 
-    def __enter__(self) -> 'StopSignal':
+    def then(self, stop: Callable[[], Any]) -> None:
+        """From now on the signal calls a function.
+
+        Args:
+          stop: function without arguments, called on another thread.
+        """
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        self._handlers = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._write)
         self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
         self._thread.start()
+        self._stop = stop
+
+    def __enter__(self) -> 'StopSignal':
+        self._handlers = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        signal.set_wakeup_fd(self._wakeup)
+        if self._stop is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write)
+            self._thread.join()
+            os.close(self._read)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        os.close(self._write)
-        self._thread.join()
-        os.close(self._read)
 
     def _handle(self, number: int, frame: Any) -> None:
-        """Exists so that the signal does not raise; `_watch` acts on it."""
+        # Later on it exists only so that the signal does nothing here: `_watch` acts on it.
+        if self._stop is None and not self.received:
+            self.received = True
+            raise KeyboardInterrupt
 
     def _watch(self) -> None:
         while numbers := os.read(self._read, 1):
@@ -298,7 +316,8 @@ class StopSignal:
             if self.received:
                 os._exit(128 + numbers[0])
             self.received = True
-            self._stop()
+            if self._stop is not None:
+                self._stop()
 
 
 def _to_floats(metrics: dict[str, tf.Tensor]) -> dict[str, float]:
