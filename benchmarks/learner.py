@@ -13,24 +13,26 @@ each with its torso in float32 and bfloat16, these take turns in one process:
 Efficiency is the median of bare / step over the rounds, the share of V-trace, loss and optimizer
 that of loss / step. Rows are agent steps, T * B per step.
 
-    python benchmarks/learner.py --seconds=120
+    python -m benchmarks.learner --seconds=120
 """
 
 import argparse
 import json
 import os
-import platform
+import sys
 import time
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import numpy as np
+import tabulate
+import tensorflow as tf
 
-from impala.agent import Agent, AgentConfig  # noqa: E402
-from impala.learner import Learner, LearnerConfig  # noqa: E402
-from impala.losses import vtrace_loss  # noqa: E402
-from impala.trajectory import (  # noqa: E402
+from benchmarks import machine
+from impala.agent import Agent, AgentConfig
+from impala.learner import Learner, LearnerConfig
+from impala.losses import vtrace_loss
+from impala.trajectory import (
     ActorOutput,
     AgentOutput,
     ArraySpec,
@@ -46,38 +48,39 @@ _SETTINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Times the train step against the bare network.')
+    """Prints one table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         '--seconds', type=float, default=120.0, help='of measurement, over all settings together'
     )
-    seconds = parser.parse_args().seconds
-    print(
-        f'{_processor()}, {os.cpu_count()} cores, TensorFlow {tf.__version__}, '
-        f'devices: {", ".join(d.device_type for d in tf.config.list_physical_devices())}, '
-        f'load of others: {os.getloadavg()[0]:.1f}'
-    )
-    print(
-        f'{"network":10}{"torso":10}{"step":>10}{"bare":>10}{"loss":>10}{"rows/s":>10}'
-        f'{"bare rows/s":>13}{"efficiency":>12}{"loss share":>12}{"rounds":>8}'
-    )
-    result = {}
-    for torso in _SETTINGS:
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    table, result = [], {}
+    for torso, setting in _SETTINGS.items():
         for dtype in ('float32', 'bfloat16'):
-            times = _measure(torso, dtype, seconds / (2 * len(_SETTINGS)))
-            rows = _SETTINGS[torso]['unroll_length'] * _SETTINGS[torso]['batch_size']
+            times = _measure(torso, dtype, args.seconds / (2 * len(_SETTINGS)))
             step, bare, loss = np.median(times, axis=0)
             efficiency = float(np.median(times[:, 1] / times[:, 0]))
             share = float(np.median(times[:, 2] / times[:, 0]))
-            print(
-                f'{torso:10}{dtype:10}{1e3 * step:7.2f} ms{1e3 * bare:7.2f} ms'
-                f'{1e3 * loss:7.2f} ms{rows / step:10,.0f}{rows / bare:13,.0f}'
-                f'{efficiency:12.1%}{share:12.1%}{len(times):8}',
-                flush=True,
+            rows = setting['unroll_length'] * setting['batch_size']
+            table.append(
+                [torso, dtype, f'{1e3 * step:.2f}', f'{1e3 * bare:.2f}', f'{1e3 * loss:.2f}']
+                + [f'{rows / step:,.0f}', f'{rows / bare:,.0f}']
+                + [f'{efficiency:.1%}', f'{share:.1%}', len(times)]
             )
             name = torso if dtype == 'float32' else f'{torso}_{dtype}'
             result[f'efficiency_{name}'] = round(efficiency, 4)
             result[f'loss_share_{name}'] = round(share, 4)
             result[f'rows_per_second_{name}'] = round(rows / step)
+    devices = ', '.join(d.device_type for d in tf.config.list_physical_devices())
+    print(
+        f'{machine.describe()}, TensorFlow {tf.__version__} on {devices}, '
+        f'load before the run {load:.1f}'
+    )
+    print(f'`python -m benchmarks.learner {" ".join(sys.argv[1:])}`')
+    headers = ['network', 'torso in', 'step ms', 'bare ms', 'loss ms', 'rows/s', 'bare rows/s']
+    headers += ['efficiency', 'loss share', 'rounds']
+    print(tabulate.tabulate(table, headers, 'github', disable_numparse=True))
     print(json.dumps(result))
 
 
@@ -179,17 +182,6 @@ def _batch(agent: Agent, spec: EnvironmentSpec, config: LearnerConfig) -> ActorO
         ),
     )
     return tf.nest.map_structure(tf.convert_to_tensor, batch)
-
-
-def _processor() -> str:
-    try:
-        with open('/proc/cpuinfo') as lines:
-            for line in lines:
-                if line.startswith('model name'):
-                    return line.split(':', 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 if __name__ == '__main__':
