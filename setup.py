@@ -13,7 +13,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
-OP_SOURCES = sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - set(CLIENT_SOURCES))
+LIBRARY_SOURCES = ['dynamic_batching/cc/actor_client_library.cc']
+OP_SOURCES = sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - {*CLIENT_SOURCES, *LIBRARY_SOURCES})
 OPTIMIZE = ['-O3', '-fvisibility=hidden', '-Wall', '-Wno-sign-compare']
 
 
@@ -63,6 +64,13 @@ setup(
             language='c++',
             extra_compile_args=[*OPTIMIZE, '-std=c++17'],
         ),
+        Extension(
+            'dynamic_batching._actor_client_library',
+            LIBRARY_SOURCES,
+            depends=glob.glob('dynamic_batching/cc/*.h'),
+            language='c++',
+            extra_compile_args=[*OPTIMIZE, '-std=c++17'],
+        ),
     ],
     cmdclass={'build_ext': BuildWithTensorFlow},
     install_requires=[
@@ -70,6 +78,8 @@ setup(
         'dm-sonnet>=2.0.2,<3',
         'tensorflow-probability>=0.25,<0.26',
         'tf-keras==2.21.*',
+        # tensorflow-probability imports distutils, which Python has dropped and setuptools brings.
+        'setuptools>=70',
         'numpy>=1.26',
         'absl-py>=2.1',
         'gymnasium>=1.1,<2',

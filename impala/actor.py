@@ -13,7 +13,7 @@ import sys
 import threading
 
 import environments
-from dynamic_batching._actor_client import ActorClient, ClosedError
+from dynamic_batching.actor_client import ActorClient, ClosedError
 from impala.trajectory import EpisodeEnd
 
 BAD_INPUT_EXIT_CODE = 2
@@ -58,7 +58,14 @@ def main(argument: str) -> int:
         )
         try:
             if 'segment' in settings:
-                act(environment, ActorClient(settings['segment'], settings['actor']))
+                act(
+                    environment,
+                    ActorClient(
+                        settings['segment'],
+                        settings['actor'],
+                        list(environment.spec.observation.values()),
+                    ),
+                )
             else:
                 # On its own descriptor: environments may print whatever they like.
                 with os.fdopen(settings['spec_pipe'], 'w') as pipe:

@@ -1,0 +1,167 @@
+"""The actor's end of the shared-memory batcher, for processes that never load TensorFlow."""
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class ArraySpec(Protocol):
+    """Anything that has a shape and the name of a NumPy dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one array, without time and batch dimensions."""
+
+    @property
+    def dtype(self) -> str:
+        """For instance `'float32'`."""
+
+
+class ClosedError(Exception):
+    """The batcher is closed: there will be no more actions."""
+
+
+def _load_library() -> ctypes.CDLL:
+    spec = importlib.util.find_spec('dynamic_batching._actor_client_library')
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            'The actor client of dynamic_batching is not compiled; run `make install` or '
+            '`pip install --no-build-isolation -e .` in the project folder.'
+        )
+    library = ctypes.CDLL(spec.origin)
+    handle, u32, u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
+    for name, result, arguments in (
+        ('connect', handle, (ctypes.c_int, u32)),
+        ('disconnect', None, (handle,)),
+        ('num_unrolls', u32, (handle,)),
+        ('rows', u32, (handle,)),
+        ('unroll_bytes', u64, (handle,)),
+        ('num_observations', u32, (handle,)),
+        ('observation_bytes', u64, (handle, u32)),
+        ('observation', handle, (handle, u32)),
+        ('position', ctypes.POINTER(u32), (handle,)),
+        ('request', ctypes.c_int32, (handle, ctypes.c_float, ctypes.c_int, ctypes.c_int)),
+    ):
+        function = getattr(library, f'actor_client_{name}')
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+class ActorClient:
+    """One actor's seat at the batcher.
+
+    Observations are copied straight into the unroll that the learner will get. Waiting for an
+    action costs nothing: the process sleeps in the kernel, and other Python threads may run.
+    """
+
+    def __init__(self, fd: int, actor: int, observation: Sequence[ArraySpec]):
+        """Connects.
+
+        Args:
+          fd: descriptor of the batcher's segment; may be closed afterwards.
+          actor: index of the actor.
+          observation: specs of what is sent with each row, in the batcher's order.
+
+        Raises:
+          ValueError: the segment belongs to another build of this project, has no such actor, or
+            was made for other observations.
+        """
+        library = _load_library()
+        self._disconnect = library.actor_client_disconnect
+        self._request = library.actor_client_request
+        self._handle = library.actor_client_connect(fd, actor)
+        if not self._handle:
+            raise ValueError(
+                f'descriptor {fd} is no segment of this build of the batcher, or there is no actor '
+                f'{actor} in it'
+            )
+        handle = self._handle
+        rows = library.actor_client_rows(handle)
+        num_unrolls = library.actor_client_num_unrolls(handle)
+        unroll_bytes = library.actor_client_unroll_bytes(handle)
+        sizes = [
+            library.actor_client_observation_bytes(handle, i)
+            for i in range(library.actor_client_num_observations(handle))
+        ]
+        self._specs = [(tuple(spec.shape), np.dtype(spec.dtype)) for spec in observation]
+        expected = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in self._specs]
+        if sizes != expected:
+            raise ValueError(
+                f'the batcher was made for observations of {sizes} bytes, not {expected}'
+            )
+        self._arrays = []
+        for i, (shape, dtype) in enumerate(self._specs):
+            memory = (ctypes.c_uint8 * (unroll_bytes * num_unrolls)).from_address(
+                library.actor_client_observation(handle, i)
+            )
+            item_strides = np.empty(shape, dtype).strides
+            self._arrays.append(
+                np.ndarray(
+                    (num_unrolls, rows, *shape),
+                    dtype,
+                    memory,
+                    strides=(unroll_bytes, sizes[i], *item_strides),
+                )
+            )
+        self._position = library.actor_client_position(handle)
+
+    def start(self, end: int, observation: Sequence[np.ndarray]) -> int:
+        """Sends the first row of the first episode, with reward 0, and waits for its action.
+
+        Args:
+          end: `EpisodeEnd` of the row.
+          observation: arrays of the specs' shapes and dtypes.
+
+        Returns:
+          The action.
+
+        Raises:
+          ClosedError: the batcher is closed.
+          ValueError: an array does not fit its spec.
+        """
+        return self._send(0.0, end, observation, True)
+
+    def step(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> int:
+        """Sends the row that the last action led to and waits for the next action.
+
+        Return and length of the episode are counted here, and start again after an `end` that is
+        TERMINATED or TRUNCATED.
+
+        Args:
+          reward: of the last action.
+          end: `EpisodeEnd` of the row.
+          observation: as for `start`.
+
+        Returns:
+          The action.
+
+        Raises:
+          ClosedError: the batcher is closed.
+          ValueError: an array does not fit its spec.
+        """
+        return self._send(float(reward), end, observation, False)
+
+    def _send(
+        self, reward: float, end: int, observation: Sequence[np.ndarray], is_first: bool
+    ) -> int:
+        unroll, row = self._position[0], self._position[1]
+        for target, array, spec in zip(self._arrays, observation, self._specs, strict=True):
+            if (array.shape, array.dtype) != spec:
+                raise ValueError(
+                    f'an observation is {array.dtype} {list(array.shape)}, its spec says '
+                    f'{spec[1]} {list(spec[0])}'
+                )
+            target[unroll, row] = array
+        action = self._request(self._handle, reward, end, is_first)
+        if action < 0:
+            raise ClosedError('the batcher is closed')
+        return action
+
+    def __del__(self) -> None:
+        handle: Any = getattr(self, '_handle', None)
+        if handle:
+            self._arrays = []
+            self._disconnect(handle)

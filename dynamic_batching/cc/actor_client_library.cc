@@ -1,0 +1,141 @@
+// The actor's end of the shared-memory batcher: a plain C library for `actor_client.py`, without
+// TensorFlow, and without Python's headers, which a machine that only runs Python does not have.
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <cstring>
+
+#include "shared_segment.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace dynamic_batching;  // NOLINT: this file is the library's face.
+
+namespace {
+
+// Sleeping actors look this often whether the segment was closed without waking them.
+constexpr uint64_t kCheckClosedNanoseconds = 1000000000;
+
+struct Client {
+  void* segment;
+  SegmentHeader* header;
+  ActorBlock* block;
+  float episode_return;
+  int32_t episode_step;
+  uint64_t returned_at;  // When the actor was given its last action; 0 before the first.
+};
+
+void WaitForAnswer(Client* client) {
+  ActorBlock* block = client->block;
+  while (!client->header->closed.load(std::memory_order_acquire)) {
+    uint32_t state = kRequested;
+    // Only an actor that has said it sleeps costs the batcher a system call.
+    if (!block->state.compare_exchange_strong(state, kSleeping) && state == kAnswered) return;
+    FutexWait(&block->state, kSleeping, kCheckClosedNanoseconds);
+    if (block->state.load(std::memory_order_acquire) == kAnswered) return;
+  }
+}
+
+}  // namespace
+
+// Returns null if `fd` is no segment of this build, or has no such actor.
+EXPORT void* actor_client_connect(int fd, uint32_t actor) {
+  struct stat status;
+  if (fstat(fd, &status) != 0 || status.st_size < static_cast<off_t>(sizeof(SegmentHeader))) {
+    return nullptr;
+  }
+  void* segment =
+      mmap(nullptr, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, /*offset=*/0);
+  if (segment == MAP_FAILED) return nullptr;
+  auto* header = static_cast<SegmentHeader*>(segment);
+  if (header->magic != kSegmentMagic ||
+      header->segment_bytes != static_cast<uint64_t>(status.st_size) ||
+      actor >= header->num_actors) {
+    munmap(segment, status.st_size);
+    return nullptr;
+  }
+  return new Client{segment, header, GetActorBlock(segment, actor), 0, 0, 0};
+}
+
+EXPORT void actor_client_disconnect(void* handle) {
+  auto* client = static_cast<Client*>(handle);
+  munmap(client->segment, client->header->segment_bytes);
+  delete client;
+}
+
+EXPORT uint32_t actor_client_num_unrolls(void* handle) {
+  return static_cast<Client*>(handle)->header->num_unrolls;
+}
+
+EXPORT uint32_t actor_client_rows(void* handle) {
+  return static_cast<Client*>(handle)->header->rows;
+}
+
+EXPORT uint64_t actor_client_unroll_bytes(void* handle) {
+  return static_cast<Client*>(handle)->header->unroll_bytes;
+}
+
+EXPORT uint32_t actor_client_num_observations(void* handle) {
+  return static_cast<Client*>(handle)->header->num_fields - kFirstObservation;
+}
+
+EXPORT uint64_t actor_client_observation_bytes(void* handle, uint32_t index) {
+  return static_cast<Client*>(handle)->header->fields[kFirstObservation + index].row_bytes;
+}
+
+// Returns where row 0 of unroll 0 of an observation stands.
+EXPORT void* actor_client_observation(void* handle, uint32_t index) {
+  return GetRow(static_cast<Client*>(handle)->segment, 0, kFirstObservation + index, 0);
+}
+
+// Returns the address of two numbers, unroll and row, where the next observation goes.
+EXPORT const uint32_t* actor_client_position(void* handle) {
+  static_assert(offsetof(ActorBlock, row) == offsetof(ActorBlock, unroll) + sizeof(uint32_t), "");
+  return &static_cast<Client*>(handle)->block->unroll;
+}
+
+// Sends the row whose observation stands in its place and returns its action, or -1 if the batcher
+// is closed. `is_first`: the row is the first of the first episode.
+EXPORT int32_t actor_client_request(void* handle, float reward, int end, int is_first) {
+  auto* client = static_cast<Client*>(handle);
+  SegmentHeader* header = client->header;
+  ActorBlock* block = client->block;
+  if (header->closed.load(std::memory_order_acquire)) return -1;
+  if (!is_first) {
+    client->episode_return += reward;
+    client->episode_step += 1;
+  }
+  const uint32_t unroll = block->unroll;
+  const uint32_t row = block->row;
+  const uint8_t end_byte = end;
+  memcpy(GetRow(client->segment, unroll, kReward, row), &reward, sizeof(reward));
+  memcpy(GetRow(client->segment, unroll, kEpisodeReturn, row), &client->episode_return,
+         sizeof(client->episode_return));
+  memcpy(GetRow(client->segment, unroll, kEpisodeStep, row), &client->episode_step,
+         sizeof(client->episode_step));
+  memcpy(GetRow(client->segment, unroll, kEnd, row), &end_byte, sizeof(end_byte));
+  if (end == kTerminated || end == kTruncated) {
+    client->episode_return = 0;
+    client->episode_step = 0;
+  }
+
+  const uint64_t requested_at = NowNanoseconds();
+  if (client->returned_at != 0) {
+    block->environment_nanoseconds.store(
+        block->environment_nanoseconds.load(std::memory_order_relaxed) + requested_at -
+            client->returned_at,
+        std::memory_order_relaxed);
+  }
+  block->state.store(kRequested);
+  const uint32_t request = header->doorbell.fetch_add(1) + 1;
+  // The batcher wants to hear of this request and of those after it, once each at most: it moves
+  // `wake_at` away as soon as it is awake.
+  if (static_cast<int32_t>(request - header->wake_at.load()) >= 0) FutexWake(&header->doorbell);
+  WaitForAnswer(client);
+  client->returned_at = NowNanoseconds();
+  block->waiting_nanoseconds.store(block->waiting_nanoseconds.load(std::memory_order_relaxed) +
+                                       client->returned_at - requested_at,
+                                   std::memory_order_relaxed);
+  return block->state.load(std::memory_order_acquire) == kAnswered ? block->action : -1;
+}
