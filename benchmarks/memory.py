@@ -1,0 +1,148 @@
+"""Memory of a training run: what an actor process costs beside its environment, and any growth.
+
+    python -m benchmarks.memory --minutes=30
+
+Starts `experiment.py`, samples the memory of its processes every `--interval` seconds and compares
+the actors' with processes that hold nothing but the same environment. `--pid` watches a run that is
+going on instead. Figures are resident memory without the shared unrolls, which exist once.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+import psutil
+import tabulate
+
+from benchmarks import machine
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MB = 2**20
+
+BARE_ENVIRONMENT = """
+import sys
+from environments import EnvironmentConfig, create_environment
+environment = create_environment(sys.argv[1], 1, EnvironmentConfig())
+environment.reset()
+for _ in range(500):
+    environment.step(0)
+print('ready', flush=True)
+sys.stdin.read()
+"""
+
+
+def resident(process: psutil.Process) -> float:
+    """Returns megabytes of resident memory, shared memory left out."""
+    with open(f'/proc/{process.pid}/status', encoding='utf-8') as file:
+        fields = dict(line.split(':', 1) for line in file)
+    return sum(int(fields[name].split()[0]) for name in ('RssAnon', 'RssFile')) * 1024 / MB
+
+
+def bare_environment(level_name: str) -> float:
+    """Returns the megabytes of a process that plays the environment and does nothing else."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', BARE_ENVIRONMENT, level_name],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        process.stdout.readline()
+        return resident(psutil.Process(process.pid))
+    finally:
+        process.communicate()
+
+
+def watch(pid: int, minutes: float, interval: float) -> list[tuple[float, float, float]]:
+    """Returns samples: minutes, megabytes of the learner, mean megabytes of its actors."""
+    learner = psutil.Process(pid)
+    samples = []
+    started = time.monotonic()
+    while time.monotonic() - started < minutes * 60 and learner.is_running():
+        try:
+            actors = [resident(child) for child in learner.children()]
+            samples.append(
+                (
+                    (time.monotonic() - started) / 60,
+                    resident(learner),
+                    statistics.fmean(actors) if actors else float('nan'),
+                )
+            )
+        except psutil.NoSuchProcess:  # One that was just replaced, or the end of the run.
+            pass
+        time.sleep(interval)
+    return samples
+
+
+def main() -> None:
+    """Prints one table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--level_name', default='ALE/Pong-v5')
+    parser.add_argument('--num_actors', type=int, default=32)
+    parser.add_argument('--minutes', type=float, default=30)
+    parser.add_argument('--interval', type=float, default=10, help='seconds')
+    parser.add_argument('--warm_up', type=float, default=2, help='minutes left out of the growth')
+    parser.add_argument('--pid', type=int, default=0, help='of a learner that runs already')
+    args = parser.parse_args()
+    bare = bare_environment(args.level_name)
+    logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
+    process = None
+    try:
+        if not args.pid:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    'experiment.py',
+                    '--flagfile=configs/pong_quick.flags',
+                    f'--level_name={args.level_name}',
+                    f'--num_actors={args.num_actors}',
+                    f'--logdir={logdir}',
+                ],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        samples = watch(args.pid or process.pid, args.minutes, args.interval)
+    finally:
+        if process is not None:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        shutil.rmtree(logdir)
+    settled = np.array([sample for sample in samples if sample[0] >= args.warm_up])
+    if len(settled) < 2:
+        sys.exit('The run ended before there was anything to measure.')
+    # Megabytes per minute of a straight line through the samples.
+    learner_growth = np.polyfit(settled[:, 0], settled[:, 1], 1)[0]
+    actor_growth = np.polyfit(settled[:, 0], settled[:, 2], 1)[0]
+    over = statistics.median(settled[:, 2]) - bare
+    print(machine.describe())
+    print(f'`python -m benchmarks.memory {" ".join(sys.argv[1:])}`, {samples[-1][0]:.0f} minutes')
+    rows = [
+        ['environment alone', f'{bare:.1f}', '', ''],
+        ['actor', f'{settled[0, 2]:.1f}', f'{settled[-1, 2]:.1f}', f'{actor_growth:+.3f}'],
+        ['learner', f'{settled[0, 1]:.1f}', f'{settled[-1, 1]:.1f}', f'{learner_growth:+.3f}'],
+    ]
+    headers = ['process', 'MB after warm-up', 'MB at the end', 'MB per minute']
+    print(tabulate.tabulate(rows, headers, 'github'))
+    print(
+        json.dumps(
+            {
+                'actor_megabytes_over_environment': round(over, 1),
+                'actor_growth_megabytes_per_minute': round(float(actor_growth), 4),
+                'learner_growth_megabytes_per_minute': round(float(learner_growth), 4),
+            }
+        )
+    )
+
+
+if __name__ == '__main__':
+    main()
