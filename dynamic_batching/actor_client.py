@@ -8,6 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 
 
+_OUT_OF_ORDER = -2  # Of `actor_client_request`, whose other answer that is no action is -1.
+
+
 class ArraySpec(Protocol):
     """Anything that has a shape and the name of a NumPy dtype."""
 
@@ -42,6 +45,7 @@ def _load_library() -> ctypes.CDLL:
         ('num_observations', u32, (handle,)),
         ('observation_bytes', u64, (handle, u32)),
         ('observation', handle, (handle, u32)),
+        ('is_idle', ctypes.c_int, (handle,)),
         ('position', ctypes.POINTER(u32), (handle,)),
         ('request', ctypes.c_int32, (handle, ctypes.c_float, ctypes.c_int, ctypes.c_int)),
     ):
@@ -72,6 +76,7 @@ class ActorClient:
         library = _load_library()
         self._disconnect = library.actor_client_disconnect
         self._request = library.actor_client_request
+        self._is_idle = library.actor_client_is_idle
         self._handle = library.actor_client_connect(fd, actor)
         if not self._handle:
             raise ValueError(
@@ -120,8 +125,12 @@ class ActorClient:
 
         Raises:
           ClosedError: the batcher is closed.
+          RuntimeError: the actor has started before, and was not reset since.
           ValueError: an array does not fit its spec.
         """
+        # Whoever is there already may be in the middle of an unroll.
+        if not self._is_idle(self._handle):
+            raise RuntimeError('the actor has started before and was not reset since')
         return self._send(0.0, end, observation, True)
 
     def step(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> int:
@@ -140,6 +149,7 @@ class ActorClient:
 
         Raises:
           ClosedError: the batcher is closed.
+          RuntimeError: there was no start.
           ValueError: an array does not fit its spec.
         """
         return self._send(float(reward), end, observation, False)
@@ -157,6 +167,8 @@ class ActorClient:
             target[unroll, row] = array
         action = self._request(self._handle, reward, end, is_first)
         if action < 0:
+            if action == _OUT_OF_ORDER:
+                raise RuntimeError('start comes before the first step')
             raise ClosedError('the batcher is closed')
         return action
 

@@ -17,6 +17,9 @@ namespace {
 // Sleeping actors look this often whether the segment was closed without waking them.
 constexpr uint64_t kCheckClosedNanoseconds = 1000000000;
 
+// What actor_client_request() returns instead of an action.
+constexpr int32_t kClosed = -1, kOutOfOrder = -2;
+
 struct Client {
   void* segment;
   SegmentHeader* header;
@@ -28,10 +31,12 @@ struct Client {
 
 void WaitForAnswer(Client* client) {
   ActorBlock* block = client->block;
-  while (!client->header->closed.load(std::memory_order_acquire)) {
+  while (true) {
     uint32_t state = kRequested;
     // Only an actor that has said it sleeps costs the batcher a system call.
     if (!block->state.compare_exchange_strong(state, kSleeping) && state == kAnswered) return;
+    // Looked at after that was said: who closes the segment later wakes those that sleep.
+    if (client->header->closed.load()) return;
     FutexWait(&block->state, kSleeping, kCheckClosedNanoseconds);
     if (block->state.load(std::memory_order_acquire) == kAnswered) return;
   }
@@ -95,13 +100,20 @@ EXPORT const uint32_t* actor_client_position(void* handle) {
   return &static_cast<Client*>(handle)->block->unroll;
 }
 
-// Sends the row whose observation stands in its place and returns its action, or -1 if the batcher
-// is closed. `is_first`: the row is the first of the first episode.
+// Returns whether nobody has sent a row for this actor since it was reset.
+EXPORT int actor_client_is_idle(void* handle) {
+  return static_cast<Client*>(handle)->block->state.load() == kIdle;
+}
+
+// Sends the row whose observation stands in its place and returns its action, kClosed if the
+// batcher is closed, or kOutOfOrder if this client has not sent a first row before another.
+// `is_first`: the row is the first of the first episode.
 EXPORT int32_t actor_client_request(void* handle, float reward, int end, int is_first) {
   auto* client = static_cast<Client*>(handle);
   SegmentHeader* header = client->header;
   ActorBlock* block = client->block;
-  if (header->closed.load(std::memory_order_acquire)) return -1;
+  if (header->closed.load(std::memory_order_acquire)) return kClosed;
+  if (!is_first && client->returned_at == 0) return kOutOfOrder;
   if (!is_first) {
     client->episode_return += reward;
     client->episode_step += 1;
@@ -137,5 +149,5 @@ EXPORT int32_t actor_client_request(void* handle, float reward, int end, int is_
   block->waiting_nanoseconds.store(block->waiting_nanoseconds.load(std::memory_order_relaxed) +
                                        client->returned_at - requested_at,
                                    std::memory_order_relaxed);
-  return block->state.load(std::memory_order_acquire) == kAnswered ? block->action : -1;
+  return block->state.load(std::memory_order_acquire) == kAnswered ? block->action : kClosed;
 }

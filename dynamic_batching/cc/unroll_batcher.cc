@@ -27,6 +27,7 @@ constexpr uint64_t kLongestWaitNanoseconds = 200000000;
 // Far enough from the present value of the doorbell that no request reaches it.
 constexpr uint32_t kNever = 1u << 30;
 
+absl::Status CancelledStatus() { return absl::CancelledError("the caller was cancelled"); }
 absl::Status ClosedStatus() { return absl::CancelledError("the batcher is closed"); }
 
 size_t RowBytes(DataType type, const TensorShape& shape) {
@@ -130,22 +131,25 @@ void UnrollBatcher::AddWaiter(Waiter waiter, std::deque<Waiter>* waiters) {
   if (auto* manager = waiter.context->cancellation_manager(); manager != nullptr) {
     waiter.token = manager->get_cancellation_token();
     const bool registered = manager->RegisterCallback(
-        waiter.token, [self = shared_from_this(), cancelled = waiter.cancelled] {
+        waiter.token, [self = shared_from_this(), cancelled = waiter.cancelled, waiters] {
           cancelled->store(true);
+          self->FinishCancelled(waiters);
           self->NotifyLoops();
         });
     if (!registered) waiter.cancelled->store(true);
   }
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (!IsClosed()) {
+    // A cancellation that comes after this look finds the waiter in its queue.
+    if (!IsClosed() && !waiter.cancelled->load()) {
       waiters->push_back(std::move(waiter));
       inputs_wanted_.notify_one();
       unrolls_changed_.notify_one();
       return;
     }
   }
-  Finish(std::move(waiter), ClosedStatus());
+  const absl::Status status = IsClosed() ? ClosedStatus() : CancelledStatus();
+  Finish(std::move(waiter), status);
 }
 
 void UnrollBatcher::Finish(Waiter waiter, const absl::Status& status) {
@@ -154,6 +158,26 @@ void UnrollBatcher::Finish(Waiter waiter, const absl::Status& status) {
   }
   if (!status.ok()) waiter.context->SetStatus(status);
   waiter.done();
+}
+
+void UnrollBatcher::FinishCancelled(std::deque<Waiter>* waiters) {
+  std::vector<Waiter> cancelled;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto waiter = waiters->begin(); waiter != waiters->end();) {
+      if (waiter->cancelled->load()) {
+        cancelled.push_back(std::move(*waiter));
+        waiter = waiters->erase(waiter);
+      } else {
+        ++waiter;
+      }
+    }
+  }
+  for (Waiter& waiter : cancelled) {
+    // Runs inside the cancellation, which Finish() would wait for.
+    waiter.context->SetStatus(CancelledStatus());
+    waiter.done();
+  }
 }
 
 void UnrollBatcher::NotifyLoops() {
@@ -171,9 +195,9 @@ bool UnrollBatcher::IsReady(int actor) const {
   return state == kRequested || state == kSleeping;
 }
 
-std::vector<int32_t> UnrollBatcher::SelectActors(uint64_t since, int* num_ready) {
+std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, int* num_ready) {
   std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<int32_t> selected;
+  std::vector<Ticket> selected;
   int free_unrolls = free_unrolls_.size();
   const int num_actors = actors_.size();
   int next = first_to_select_;
@@ -183,18 +207,16 @@ std::vector<int32_t> UnrollBatcher::SelectActors(uint64_t since, int* num_ready)
     if (!IsReady(actor)) continue;
     // Its unroll is full: it waits until the learner has made room for another.
     if (actors_[actor].row == options_.rows - 1 && free_unrolls-- <= 0) continue;
-    selected.push_back(actor);
+    selected.push_back({actor, actors_[actor].epoch});
   }
   *num_ready = selected.size();
-  if (selected.size() < options_.minimum_batch_size &&
-      (selected.empty() || NowNanoseconds() - since < options_.timeout_nanoseconds)) {
-    return {};
-  }
+  if (selected.size() < options_.minimum_batch_size && (selected.empty() || !timed_out)) return {};
   first_to_select_ = next;  // Nobody starves when more wait than a batch can hold.
-  for (int actor : selected) {
-    if (actors_[actor].row == options_.rows - 1) StartNextUnroll(actor);
-    actors_[actor].in_batch = true;
-    if (actors_[actor].row == 0) unrolls_[actors_[actor].unroll].states = actors_[actor].states;
+  for (const Ticket& ticket : selected) {
+    Actor& actor = actors_[ticket.actor];
+    if (actor.row == options_.rows - 1) StartNextUnroll(ticket.actor);
+    actor.in_batch = true;
+    if (actor.row == 0) unrolls_[actor.unroll].states = actor.states;
   }
   return selected;
 }
@@ -235,16 +257,18 @@ void UnrollBatcher::GatherLoop() {
       waiter = std::move(input_waiters_.front());
       input_waiters_.pop_front();
     }
-    std::vector<int32_t> actors;
-    while (!IsClosed() && !waiter.cancelled->load()) {
+    std::vector<Ticket> tickets;
+    while (true) {
+      // What rings after this was read (a request, closing, a cancellation) makes the wait return
+      // at once, so everything that is waited for must be looked at afterwards.
       const uint32_t requests = header_->doorbell.load();
-      int num_ready;
-      actors = SelectActors(waiter.since, &num_ready);
-      if (!actors.empty()) break;
-      // Requests that came in since `requests` was read make the wait return at once; those that
-      // come later see `wake_at`.
+      if (IsClosed() || waiter.cancelled->load()) break;
       const uint64_t waited = NowNanoseconds() - waiter.since;
       const bool timed_out = waited >= options_.timeout_nanoseconds;
+      int num_ready;
+      tickets = SelectActors(timed_out, &num_ready);
+      if (!tickets.empty()) break;
+      // Requests that come later than that see `wake_at`.
       header_->wake_at.store(requests +
                              (timed_out ? 1 : options_.minimum_batch_size - num_ready));
       FutexWait(&header_->doorbell, requests,
@@ -256,12 +280,12 @@ void UnrollBatcher::GatherLoop() {
     const uint64_t selected_at = NowNanoseconds();
     request_wait_ += selected_at - waiter.since;
     absl::Status status;
-    if (actors.empty()) {
-      status = IsClosed() ? ClosedStatus() : absl::CancelledError("the caller was cancelled");
+    if (tickets.empty()) {
+      status = IsClosed() ? ClosedStatus() : CancelledStatus();
     } else {
-      status = FillBatch(waiter.context, actors);
+      status = FillBatch(waiter.context, tickets);
       ++batches_;
-      rows_ += actors.size();
+      rows_ += tickets.size();
       gathered_at_ = NowNanoseconds();
       gather_ += gathered_at_ - selected_at;
     }
@@ -270,8 +294,8 @@ void UnrollBatcher::GatherLoop() {
 }
 
 absl::Status UnrollBatcher::FillBatch(OpKernelContext* context,
-                                      const std::vector<int32_t>& actors) {
-  const int64_t batch_size = actors.size();
+                                      const std::vector<Ticket>& tickets) {
+  const int64_t batch_size = tickets.size();
   int output = 0;
   const auto allocate = [&](DataType type, const TensorShape& shape, Tensor* tensor) {
     // The shape changes from batch to batch, the memory should not.
@@ -292,14 +316,16 @@ absl::Status UnrollBatcher::FillBatch(OpKernelContext* context,
     TF_RETURN_IF_ERROR(allocate(spec_.state_types[i], spec_.state_shapes[i], &states[i]));
   }
 
-  std::copy(actors.begin(), actors.end(), ids.flat<int32_t>().data());
   std::vector<std::pair<int, int>> rows;  // Where each actor's inputs stand: unroll, row.
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int i = 0; i < batch_size; ++i) {
-      const Actor& actor = actors_[actors[i]];
+      const Actor& actor = actors_[tickets[i].actor];
       rows.emplace_back(actor.unroll, actor.row);
-      epochs.flat<int64_t>()(i) = actor.epoch;
+      ids.flat<int32_t>()(i) = tickets[i].actor;
+      // Not the actor's present one: if it was reset since, this ticket must not answer whoever
+      // took its place.
+      epochs.flat<int64_t>()(i) = tickets[i].epoch;
       memcpy(Data(&last_action) + i * output_bytes_[0],
              &unrolls_[actor.unroll].outputs[0][actor.row * output_bytes_[0]], output_bytes_[0]);
       for (size_t j = 0; j < states.size(); ++j) {
@@ -333,6 +359,14 @@ absl::Status UnrollBatcher::SetOutputs(const Tensor& actor_ids, const Tensor& ep
         tensor.shape().DebugString(), ", its spec says ", DataTypeString(type),
         WithLeading({batch_size}, shape).DebugString()));
   };
+  if (actor_ids.dims() != 1 || epochs.shape() != actor_ids.shape()) {
+    return absl::InvalidArgumentError("tickets are two vectors of the same length");
+  }
+  if (outputs.size() != output_bytes_.size() || states.size() != state_bytes_.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the agent has ", outputs.size(), " outputs and ", states.size(), " states, its spec says ",
+        output_bytes_.size(), " and ", state_bytes_.size()));
+  }
   for (int i = 0; i < outputs.size(); ++i) {
     TF_RETURN_IF_ERROR(
         check(outputs[i], spec_.output_types[i], spec_.output_shapes[i], "output", i));
@@ -340,13 +374,18 @@ absl::Status UnrollBatcher::SetOutputs(const Tensor& actor_ids, const Tensor& ep
   for (int i = 0; i < states.size(); ++i) {
     TF_RETURN_IF_ERROR(check(states[i], spec_.state_types[i], spec_.state_shapes[i], "state", i));
   }
+  for (int64_t i = 0; i < batch_size; ++i) {
+    const int id = actor_ids.flat<int32_t>()(i);
+    if (id < 0 || id >= actors_.size()) {
+      return absl::InvalidArgumentError(absl::StrCat("there is no actor ", id));
+    }
+  }
   std::vector<ActorBlock*> sleepers;
   sleepers.reserve(batch_size);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int64_t i = 0; i < batch_size; ++i) {
       const int id = actor_ids.flat<int32_t>()(i);
-      if (id < 0 || id >= actors_.size()) return absl::InvalidArgumentError("no such actor");
       Actor& actor = actors_[id];
       if (actor.epoch != epochs.flat<int64_t>()(i) || !actor.in_batch) continue;
       Unroll& unroll = unrolls_[actor.unroll];
@@ -397,7 +436,7 @@ void UnrollBatcher::DequeueLoop() {
           return IsClosed() || waiter.cancelled->load() || !full_unrolls_.empty();
         });
         if (IsClosed() || waiter.cancelled->load()) {
-          status = IsClosed() ? ClosedStatus() : absl::CancelledError("the caller was cancelled");
+          status = IsClosed() ? ClosedStatus() : CancelledStatus();
           break;
         }
         unroll = full_unrolls_.front();
@@ -497,7 +536,12 @@ absl::Status UnrollBatcher::ResetActor(int id) {
 void UnrollBatcher::Close() {
   header_->closed.store(1);
   NotifyLoops();
-  for (int i = 0; i < actors_.size(); ++i) FutexWake(&GetActorBlock(segment_, i)->state);
+  for (int i = 0; i < actors_.size(); ++i) {
+    // Changed, not only woken: an actor on its way to sleep must not fall asleep any more.
+    ActorBlock* block = GetActorBlock(segment_, i);
+    uint32_t state = kSleeping;
+    if (block->state.compare_exchange_strong(state, kRequested)) FutexWake(&block->state);
+  }
 }
 
 std::vector<int64_t> UnrollBatcher::CompletedUnrolls() {

@@ -105,6 +105,12 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
     tensorflow::CancellationToken token = tensorflow::CancellationManager::kInvalidToken;
   };
 
+  // A place in a batch: an actor, and which of the processes that had its number.
+  struct Ticket {
+    int32_t actor;
+    int64_t epoch;
+  };
+
   UnrollBatcher(void* segment, UnrollSpec spec, const UnrollBatcherOptions& options,
                 std::vector<int32_t> level_ids);
 
@@ -113,14 +119,16 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
 
   void AddWaiter(Waiter waiter, std::deque<Waiter>* waiters);
   void Finish(Waiter waiter, const absl::Status& status);
+  // Finishes those that are cancelled and that no loop has taken up yet.
+  void FinishCancelled(std::deque<Waiter>* waiters);
   void NotifyLoops();
 
   // Selects the actors of the next batch; none while the policy is not met. `num_ready` is the
   // number of rows that could be in one.
-  std::vector<int32_t> SelectActors(uint64_t since, int* num_ready);
+  std::vector<Ticket> SelectActors(bool timed_out, int* num_ready);
   bool IsReady(int actor) const;
   void StartNextUnroll(int actor);
-  absl::Status FillBatch(tensorflow::OpKernelContext* context, const std::vector<int32_t>& actors);
+  absl::Status FillBatch(tensorflow::OpKernelContext* context, const std::vector<Ticket>& tickets);
   absl::Status AllocateBatch(tensorflow::OpKernelContext* context, int batch_size,
                              std::vector<tensorflow::Tensor>* batch) const;
   void CopyUnroll(int unroll, int column, int batch_size, std::vector<tensorflow::Tensor>* batch);

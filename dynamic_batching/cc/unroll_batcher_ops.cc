@@ -25,6 +25,9 @@ using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 using tensorflow::core::RefCountPtr;
 
+// A year: far from where nanoseconds overflow.
+constexpr float kLongestTimeoutMs = 3e10;
+
 // What a handle refers to. The batcher itself is shared with its threads and with waiting ops.
 class UnrollBatcherResource : public tensorflow::ResourceBase {
  public:
@@ -61,6 +64,9 @@ class UnrollBatcherOp : public OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("maximum_batch_size", &options_.maximum_batch_size));
     float timeout_ms;
     OP_REQUIRES_OK(context, context->GetAttr("timeout_ms", &timeout_ms));
+    OP_REQUIRES(context, timeout_ms >= 0 && timeout_ms <= kLongestTimeoutMs,
+                absl::InvalidArgumentError(absl::StrCat("timeout_ms must be in [0, ",
+                                                        kLongestTimeoutMs, "]")));
     options_.timeout_nanoseconds = timeout_ms * 1e6;
     OP_REQUIRES(context,
                 !spec_.output_types.empty() && spec_.output_types[0] == tensorflow::DT_INT32 &&
@@ -105,6 +111,8 @@ class UnrollBatcherSetOp : public OpKernel {
     tensorflow::OpInputList outputs, states;
     OP_REQUIRES_OK(context, context->input_list("outputs", &outputs));
     OP_REQUIRES_OK(context, context->input_list("states", &states));
+    OP_REQUIRES(context, context->input(3).dims() == 0,
+                absl::InvalidArgumentError("policy_version must be a scalar"));
     OP_REQUIRES_OK(context,
                    batcher->SetOutputs(context->input(1), context->input(2),
                                        context->input(3).scalar<int64_t>()(), outputs, states));
