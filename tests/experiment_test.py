@@ -1,0 +1,560 @@
+"""Runs of the real command, from `python experiment.py` to what is left on disk.
+
+TensorFlow takes seconds to load, so every run checks many things. Time-outs are for machines that
+are busy with something else; what is asserted are outcomes.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import json
+import math
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from impala import checkpoint
+
+TESTS = pathlib.Path(__file__).resolve().parent
+PROGRAM = TESTS.parent / 'experiment.py'
+PATIENCE_SECONDS = 180
+
+NOISE = re.compile(r'oneDNN|cuda|absl::InitializeLog|TF-TRT|WARNING:tensorflow|rebuild TensorFlow')
+
+# CartPole-v1 is the cheapest end-to-end truth: a random policy's mean return is 22.
+CARTPOLE = (
+    '--level_name=CartPole-v1',
+    '--num_actors=8',
+    '--batch_size=8',
+    '--unroll_length=20',
+    '--learning_rate=0.003',
+    '--epsilon=0.01',
+    '--entropy_cost=0.01',
+    '--gradient_clip_norm=40',
+    '--log_secs=1',
+    '--save_checkpoint_secs=2',
+)
+CARTPOLE_FRAMES = 250_000
+RANDOM_CARTPOLE_RETURN = 22
+
+# Names and defaults of the released code, but for num_action_repeats: see the test.
+RELEASED_FLAGS = {
+    'logdir': '/tmp/agent',
+    'mode': 'train',
+    'test_num_episodes': 10,
+    'task': -1,
+    'job_name': 'learner',
+    'total_environment_frames': 10**9,
+    'num_actors': 4,
+    'batch_size': 2,
+    'unroll_length': 100,
+    'seed': 1,
+    'entropy_cost': 0.00025,
+    'baseline_cost': 0.5,
+    'discounting': 0.99,
+    'reward_clipping': 'abs_one',
+    'dataset_path': '',
+    'level_name': 'explore_goal_locations_small',
+    'width': 96,
+    'height': 72,
+    'learning_rate': 0.00048,
+    'decay': 0.99,
+    'momentum': 0.0,
+    'epsilon': 0.1,
+}
+
+METRICS = {
+    'wall_seconds',
+    'frames',
+    'agent_steps',
+    'updates',
+    'frames_per_second',
+    'agent_steps_per_second',
+    'policy_lag_mean',
+    'policy_lag_max',
+    'loss/total',
+    'loss/policy_gradient',
+    'loss/baseline',
+    'loss/entropy',
+    'gradient_norm',
+    'learning_rate',
+    'actor_restarts',
+}
+
+
+class Run:
+    """A run of experiment.py in a session of its own, with a folder for its temporary files.
+
+    A context manager that ends the whole session, whatever happened.
+    """
+
+    def __init__(self, folder, *flags, pythonpath=(), file_bytes=None):
+        self.temp_folder = folder / 'tmp'
+        self.temp_folder.mkdir(parents=True)
+        self.output_paths = folder / 'stdout', folder / 'stderr'
+        environment = {k: v for k, v in os.environ.items() if k != 'TF_CPP_MIN_LOG_LEVEL'} | {
+            'TMPDIR': str(self.temp_folder),
+            'PYTHONPATH': os.pathsep.join(map(str, [*pythonpath, TESTS])),
+        }
+
+        def prepare():
+            if file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+        with open(self.output_paths[0], 'wb') as stdout, open(self.output_paths[1], 'wb') as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(PROGRAM), *map(str, flags)],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                cwd=folder,
+                start_new_session=True,
+                preexec_fn=prepare,
+            )
+        self.id = self.process.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        for process_id in [*self.children(), self.id]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def stdout(self):
+        return self.output_paths[0].read_text()
+
+    @property
+    def stderr(self):
+        return self.output_paths[1].read_text()
+
+    def children(self):
+        """Ids of the other living processes of the session."""
+        ids = []
+        for entry in os.listdir('/proc'):
+            if entry.isdigit() and int(entry) != self.id:
+                with contextlib.suppress(OSError):
+                    stat = pathlib.Path('/proc', entry, 'stat').read_text()
+                    state, _, _, session = stat.rpartition(')')[2].split()[:4]
+                    if int(session) == self.id and state not in 'ZX':
+                        ids.append(int(entry))
+        return ids
+
+    def actors(self):
+        """Ids of the actor processes."""
+        ids = []
+        for process_id in self.children():
+            with contextlib.suppress(OSError):
+                if b'impala.actor' in pathlib.Path(f'/proc/{process_id}/cmdline').read_bytes():
+                    ids.append(process_id)
+        return ids
+
+    def wait_until(self, happened):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not happened():
+            assert self.process.poll() is None, f'the run ended: {self.stdout}{self.stderr}'
+            assert time.monotonic() < deadline, f'waited in vain: {self.stdout}{self.stderr}'
+            time.sleep(0.05)
+
+    def send(self, number):
+        """Sends a signal to the whole session, as a terminal does."""
+        os.killpg(self.id, number)
+
+    def wait(self):
+        """Waits for the end; returns the exit code. Nothing may be left, nor any noise printed."""
+        code = self.process.wait(PATIENCE_SECONDS)
+        assert not NOISE.search(self.stdout + self.stderr), self.stderr
+        assert 'Exception ignored' not in self.stderr
+        self.assert_nothing_left()
+        return code
+
+    def assert_nothing_left(self):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not self.children()
+        folders = [path for path in self.temp_folder.iterdir() if path.is_dir()]
+        assert not folders
+
+
+def metrics(logdir):
+    """The lines of metrics.jsonl; NaN and infinity are no JSON and not allowed in."""
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} in metrics.jsonl')
+
+    path = logdir / 'metrics.jsonl'
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line, parse_constant=refuse) for line in lines if line.endswith('\n')]
+
+
+def episodes(logdir):
+    with open(logdir / 'episodes.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def frames(logdir):
+    lines = metrics(logdir)
+    return lines[-1]['frames'] if lines else 0
+
+
+def checkpoints(logdir):
+    """Numbers of the checkpoints, ascending."""
+    return sorted(int(path.stem[5:]) for path in (logdir / 'checkpoints').glob('ckpt-*.index'))
+
+
+def sockets(process_id):
+    found = []
+    for path in pathlib.Path(f'/proc/{process_id}/fd').iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(path)
+            if target.startswith('socket:'):
+                found.append(target[len('socket:[') : -1])
+    return found
+
+
+def internet_sockets(process_id):
+    """Inodes of the TCP and UDP sockets that a process holds."""
+    inodes = set()
+    for name in ('tcp', 'tcp6', 'udp', 'udp6'):
+        path = pathlib.Path('/proc/net', name)
+        if path.exists():
+            inodes |= {line.split()[9] for line in path.read_text().splitlines()[1:]}
+    return inodes & set(sockets(process_id))
+
+
+def assert_one_sentence(run, code, pattern):
+    assert run.wait() == code, run.stderr
+    assert re.search(pattern, run.stderr), run.stderr
+    assert 'Traceback' not in run.stderr
+    assert run.stdout == ''
+    # A second line may say where to read on.
+    assert len(run.stderr.strip().splitlines()) <= 2
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A finished run of CartPole, in which an actor was killed and a second run refused."""
+    folder = tmp_path_factory.mktemp('trained')
+    logdir = folder / 'run'
+    flags = (*CARTPOLE, f'--total_environment_frames={CARTPOLE_FRAMES}', f'--logdir={logdir}')
+    with Run(folder / 'a', *flags) as run:
+        run.wait_until(lambda: len(metrics(logdir)) >= 1)
+        actors = run.actors()
+        assert len(actors) == 8
+        for process_id in (run.id, *actors):
+            assert not internet_sockets(process_id)
+        os.kill(actors[3], signal.SIGKILL)
+        with Run(folder / 'b', *flags) as second:
+            assert_one_sentence(second, 2, rf'Another run is writing to {logdir}')
+        assert run.wait() == 0
+        yield run, logdir
+
+
+def test_a_run_learns_and_leaves_all_files(trained):
+    run, logdir = trained
+    lines = metrics(logdir)
+    assert lines[-1]['frames'] >= CARTPOLE_FRAMES
+    assert lines[-1]['frames'] < CARTPOLE_FRAMES + 8 * 20
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert line['frames'] == line['agent_steps'] == 8 * 20 * line['updates']
+        stages = {key.split('/')[1] for key in line if key.startswith('stage_seconds/')}
+        assert stages == {'actor', 'batcher', 'queue', 'learner'}
+    for previous, line in zip(lines, lines[1:], strict=False):
+        assert line['wall_seconds'] > previous['wall_seconds']
+        assert line['frames'] > previous['frames']
+        assert line['learning_rate'] < previous['learning_rate']
+    assert lines[-1]['policy_lag_max'] >= lines[-1]['policy_lag_mean'] > 0
+
+    rows = episodes(logdir)
+    returns = [float(row['episode_return']) for row in rows]
+    # In this game every frame is rewarded with 1, for up to 500 frames.
+    assert returns == [float(row['episode_frames']) for row in rows]
+    assert {row['level'] for row in rows} == {'CartPole-v1'}
+    truncated = {row['episode_return'] for row in rows if row['ended_by'] == 'truncated'}
+    # A pole may fall just when the time is over.
+    assert truncated <= {'500.0'}
+    assert {row['ended_by'] for row in rows if float(row['episode_return']) < 500} == {'terminated'}
+    assert {row['ended_by'] for row in rows} <= {'terminated', 'truncated'}
+    assert np.mean(returns[:20]) < 3 * RANDOM_CARTPOLE_RETURN
+    assert np.mean(returns[-100:]) > 6 * RANDOM_CARTPOLE_RETURN
+    assert sum('episode_return/CartPole-v1' in line for line in lines) >= 2
+
+    with open(logdir / 'learning_curve.png', 'rb') as file:
+        assert file.read(8) == b'\x89PNG\r\n\x1a\n'
+    (events,) = (logdir / 'summaries').glob('events.out.tfevents.*')
+    tags = set()
+    for event in tf.compat.v1.train.summary_iterator(str(events)):
+        tags |= {value.tag for value in event.summary.value}
+    assert tags >= METRICS
+    assert checkpoints(logdir)
+    assert f'Checkpoint: {logdir}/checkpoints/ckpt-{checkpoints(logdir)[-1]}' in run.stdout
+
+
+def test_a_killed_actor_is_reported_and_replaced(trained):
+    run, logdir = trained
+    assert len(re.findall(r'Actor \d .*ended with signal 9 and is restarted', run.stderr)) == 1
+    assert sum(line['actor_restarts'] for line in metrics(logdir)) == 1
+
+
+def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_path):
+    logdir = tmp_path / 'run'
+    shutil.copytree(trained[1], logdir)
+    before = frames(logdir)
+    last_checkpoint = checkpoints(logdir)[-1]
+    # Of the run's own flag file; what is given behind it counts.
+    flags = (
+        f'--flagfile={trained[1]}/flags.txt',
+        f'--logdir={logdir}',
+        '--total_environment_frames=1000000000',
+    )
+    with Run(tmp_path / 'killed', *flags) as run:
+        run.wait_until(lambda: checkpoints(logdir)[-1] > last_checkpoint + 1)
+        run.wait_until(lambda: frames(logdir) > before)
+        os.kill(run.id, signal.SIGKILL)
+        run.process.wait()
+        run.assert_nothing_left()
+    last_checkpoint = checkpoints(logdir)[-1]
+    newest = logdir / 'checkpoints' / f'ckpt-{last_checkpoint}.data-00000-of-00001'
+    os.truncate(newest, newest.stat().st_size // 2)
+
+    with Run(tmp_path / 'resumed', *flags) as run:
+        run.wait_until(lambda: ' frames/s' in run.stderr)
+        run.wait_until(lambda: frames(logdir) > before)
+        started = time.monotonic()
+        run.send(signal.SIGINT)
+        assert run.wait() == 0
+        # The promise is 5 seconds on a machine that does nothing else.
+        assert time.monotonic() - started < 30
+    assert re.search(rf'damaged checkpoint .*ckpt-{last_checkpoint} ', run.stderr)
+    assert 'restarted' not in run.stderr
+    assert 'Traceback' not in run.stderr
+    assert checkpoints(logdir)[-1] > last_checkpoint
+    assert f'Checkpoint: {logdir}/checkpoints/ckpt-{checkpoints(logdir)[-1]}\n' in run.stdout
+    lines = metrics(logdir)
+    assert lines[-1]['frames'] > before
+    assert [line['frames'] for line in lines] == sorted({line['frames'] for line in lines})
+    # It plays as well as before: the weights were restored, too.
+    new = [float(row['episode_return']) for row in episodes(logdir) if int(row['frames']) > before]
+    assert np.mean(new) > 4 * RANDOM_CARTPOLE_RETURN
+
+
+def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path):
+    logdir = trained[1]
+    flag_file = (logdir / 'flags.txt').read_text()
+    flags = (*CARTPOLE, f'--logdir={logdir}')
+    with (
+        Run(tmp_path / 'a', *flags, '--use_lstm=true') as lstm,
+        Run(tmp_path / 'b', *CARTPOLE, f'--logdir={tmp_path / "b"}') as other,
+    ):
+        assert_one_sentence(lstm, 2, '--use_lstm was false and is now true')
+        other.wait_until(lambda: other.actors())
+        other.send(signal.SIGTERM)
+        assert other.wait() in (0, 128 + signal.SIGTERM)
+        assert 'Traceback' not in other.stderr
+    assert (logdir / 'flags.txt').read_text() == flag_file
+
+
+def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
+    logdir = tmp_path / 'run'
+    shutil.copytree(trained[1], logdir)
+    with Run(tmp_path, '--mode=test', '--test_num_episodes=6', f'--logdir={logdir}') as run:
+        assert run.wait() == 0
+    with open(logdir / 'test_scores.json') as file:
+        scores = json.load(file)
+    returns = scores['levels']['CartPole-v1']['returns']
+    assert len(returns) == 6
+    assert scores['levels']['CartPole-v1']['mean'] == pytest.approx(np.mean(returns))
+    assert np.mean(returns) > 4 * RANDOM_CARTPOLE_RETURN
+    assert f'mean return {np.mean(returns):.2f} over 6 episodes' in run.stdout
+    assert (logdir / 'flags.txt').read_text() == (trained[1] / 'flags.txt').read_text()
+
+
+def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
+    logdir, damaged = tmp_path / 'run', tmp_path / 'damaged'
+    shutil.copytree(trained[1], logdir)
+    shutil.copytree(trained[1], damaged)
+    for path in (damaged / 'checkpoints').glob('ckpt-*.data*'):
+        os.truncate(path, 100)
+    before = {path: path.read_bytes() for path in (logdir / 'checkpoints').glob('ckpt-*')}
+    size = max(map(len, before.values()))
+    flags = [f'--flagfile={logdir}/flags.txt', '--save_checkpoint_secs=600']
+    flags.append(f'--total_environment_frames={CARTPOLE_FRAMES + 5000}')
+    with (
+        Run(tmp_path / 'a', *flags, f'--logdir={logdir}', file_bytes=size // 2) as full,
+        Run(tmp_path / 'b', *flags, f'--logdir={damaged}') as refused,
+    ):
+        assert_one_sentence(refused, 2, 'No checkpoint in .* is intact')
+        assert full.wait() != 0
+        last_line = full.stderr.strip().splitlines()[-1]
+        assert re.search('Cannot save a checkpoint .*File too large', last_line), last_line
+        assert f'the previous one is {logdir}/checkpoints/ckpt-' in last_line
+        assert 'Traceback' not in full.stderr
+    assert {path: path.read_bytes() for path in (logdir / 'checkpoints').glob('ckpt-*')} == before
+
+
+@pytest.mark.parametrize(
+    ('flag', 'pattern'),
+    [
+        ('--no_such_flag=3', "Unknown command line flag 'no_such_flag'"),
+        ('--num_actor=3', 'Did you mean: num_actors'),
+        ('--batch_size=many', '--batch_size=many'),
+        ('--num_actors=0', '--num_actors=0'),
+        ('--mode=play', r'--mode=play.*<train\|test>'),
+        ('Pong', "'Pong' is not a flag"),
+        ('--flagfile=/nowhere/pong.flags', '^Unable to open flagfile.*/nowhere/pong.flags'),
+        ('--task=0', '--task and --job_name belong to distributed training'),
+        ('--job_name=actor', '--task and --job_name belong to distributed training'),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):
+    with Run(tmp_path, f'--logdir={tmp_path}/run', flag) as run:
+        assert_one_sentence(run, 2, pattern)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
+    """DeepMind Lab is missing here, or made to be."""
+    (tmp_path / 'deepmind_lab.py').write_text('raise ImportError("no module deepmind_lab")\n')
+    cases = [
+        ((), 'DeepMind Lab level, but the module deepmind_lab cannot be imported'),
+        (('--level_name=ALE/Pongg-v5',), "no Atari game 'ALE/Pongg-v5'.*ALE/Pong-v5"),
+        (('--level_name=CartPol-v1',), "Did you mean 'CartPole-v1'"),
+        (('--logdir=/dev/null/run',), 'Cannot use /dev/null/run as log directory'),
+        (('--mode=test', f'--logdir={tmp_path}/none'), 'none is not the folder of a training run'),
+    ]
+
+    def check(number):
+        flags, pattern = cases[number]
+        folder = tmp_path / str(number)
+        with Run(folder, f'--logdir={folder}/run', *flags, pythonpath=[tmp_path]) as run:
+            assert_one_sentence(run, 2, pattern)
+        assert not (folder / 'run' / 'flags.txt').exists()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        list(executor.map(check, range(len(cases))))
+
+
+def is_loading_tensorflow(run):
+    with contextlib.suppress(OSError):
+        return 'libtensorflow' in pathlib.Path(f'/proc/{run.id}/maps').read_text()
+
+
+@pytest.mark.parametrize('level', ['CartPole-v1', 'levels:never_made'])
+def test_interrupted_while_it_starts(tmp_path, level):
+    with Run(tmp_path, f'--logdir={tmp_path}/run', f'--level_name={level}') as run:
+        if level == 'CartPole-v1':
+            run.wait_until(lambda: is_loading_tensorflow(run))
+        else:
+            run.wait_until(lambda: run.actors())
+        run.send(signal.SIGINT)
+        assert_one_sentence(run, 130, '^Interrupted before anything was done')
+
+
+def test_an_environment_that_always_fails_ends_the_run(tmp_path):
+    with Run(
+        tmp_path,
+        f'--logdir={tmp_path}/run',
+        '--level_name=levels:failing',
+        '--max_actor_restarts=1',
+        '--num_actors=2',
+    ) as run:
+        assert run.wait() == 1
+    assert 'and is restarted' in run.stderr
+    assert run.stderr.strip().endswith('RuntimeError: the joystick is broken')
+    # The actor's traceback is shown, not one of our own.
+    assert 'experiment.py' not in run.stderr
+    assert run.stdout == ''
+
+
+def test_updates_that_are_not_finite_end_the_run(tmp_path):
+    logdir = tmp_path / 'run'
+    with Run(
+        tmp_path,
+        f'--logdir={logdir}',
+        '--level_name=levels:infinite',
+        '--reward_clipping=none',
+        '--num_actors=2',
+        '--unroll_length=10',
+        '--log_secs=0',
+    ) as run:
+        assert run.wait() == 1
+    assert 'not finite in 10 updates in a row' in run.stderr.splitlines()[-1]
+    assert 'Traceback' not in run.stderr
+    lines = metrics(logdir)
+    assert sum(line['updates_skipped'] for line in lines) >= 10
+    assert lines[-1]['updates'] >= 10
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    newest = tf.train.load_checkpoint(str(logdir / 'checkpoints'))
+    weights = [name for name in newest.get_variable_to_shape_map() if '/agent/' in name]
+    assert len(weights) > 4
+    for name in weights:
+        assert np.all(np.isfinite(newest.get_tensor(name)))
+
+
+def test_levels_of_all_kinds(tmp_path):
+    """A few updates each; the DeepMind Lab one is a command line of the released code."""
+    common = ('--num_actors=2', '--batch_size=1', '--unroll_length=4')
+    lab = RELEASED_FLAGS | {
+        'logdir': tmp_path / 'lab' / 'run',
+        'num_actors': 2,
+        'batch_size': 1,
+        'unroll_length': 4,
+        'num_action_repeats': 4,
+        'total_environment_frames': 40,
+    }
+    released = [f'--{name}={value}' for name, value in lab.items()]
+    cases = {
+        'lab': [*released, f'--level_cache_dir={tmp_path}/maps'],
+        'babyai': ['--level_name=BabyAI-GoToRedBallNoDists-v0', '--total_environment_frames=10'],
+        'vizdoom': ['--level_name=VizdoomBasic-v1', '--total_environment_frames=40'],
+    }
+
+    def check(name):
+        folder = tmp_path / name
+        flags = (*common, f'--logdir={folder}/run', *cases[name])
+        with Run(folder, *flags, pythonpath=[TESTS / 'deepmind_lab_stand_in']) as run:
+            assert run.wait() == 0, run.stderr
+        assert 'deep network with LSTM' in run.stderr
+        (line,) = metrics(folder / 'run')[-1:]
+        assert line['updates'] == 3
+        with open(folder / 'run' / checkpoint.NETWORK_FILE) as file:
+            return json.load(file)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        networks = dict(zip(cases, executor.map(check, cases), strict=True))
+    speaks = {
+        name: next(value for key, value in network.items() if 'instructions' in key)
+        for name, network in networks.items()
+    }
+    assert speaks == {'lab': True, 'babyai': True, 'vizdoom': False}
+
+
+def test_defaults_are_those_of_the_released_code():
+    script = (
+        'import json, experiment; experiment.FLAGS(["experiment.py"]); '
+        'print(json.dumps(experiment.FLAGS.flag_values_dict()))'
+    )
+    output = subprocess.run(
+        [sys.executable, '-c', script], cwd=PROGRAM.parent, capture_output=True, check=True
+    ).stdout
+    values = json.loads(output)
+    assert {name: values[name] for name in RELEASED_FLAGS} == RELEASED_FLAGS
+    # 4 on the levels of the released code, as there; 1 where frames are not an emulator's.
+    assert values['num_action_repeats'] is None
+    assert values['log_secs'] == 10
+    assert values['save_checkpoint_secs'] == 600

@@ -1,0 +1,98 @@
+"""Levels that do what real ones should not, for tests of whole runs (`--level_name=levels:...`).
+
+Actor processes import this module: it knows no TensorFlow.
+"""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+import environments
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+LIVES = 3
+STEPS_PER_LIFE = 4
+
+
+class _Level(environments.Environment):
+    """Two actions, a vector of two numbers, and episodes of `length` steps with reward 1 each."""
+
+    def __init__(self, length: int = 10) -> None:
+        self.spec = EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 1)
+        self.length = length
+        self.steps = 0
+
+    def reset(self) -> dict[str, np.ndarray]:
+        self.steps = 0
+        return {'frame': np.zeros(2, np.float32)}
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
+        self.steps += 1
+        if self.steps == self.length:
+            return 1.0, EpisodeEnd.TERMINATED, self.reset()
+        return 1.0, EpisodeEnd.NOT_ENDED, {'frame': np.ones(2, np.float32)}
+
+
+class _Failing(_Level):
+    def step(self, action: int) -> Any:
+        raise RuntimeError('the joystick is broken')
+
+
+class _Infinite(_Level):
+    """Rewards become infinite after a while; the episodes go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total_steps = 0
+
+    def step(self, action: int) -> Any:
+        reward, end, observation = super().step(action)
+        self.total_steps += 1
+        return math.inf if self.total_steps > 200 else reward, end, observation
+
+
+class _Lives(_Level):
+    """A game of `LIVES` lives of `STEPS_PER_LIFE` steps each."""
+
+    def __init__(self, lives_count: bool) -> None:
+        super().__init__(LIVES * STEPS_PER_LIFE)
+        self.lives_count = lives_count
+
+    def step(self, action: int) -> Any:
+        reward, end, observation = super().step(action)
+        if self.lives_count and not end and self.steps % STEPS_PER_LIFE == 0:
+            end = EpisodeEnd.LIFE_LOST
+        return reward, end, observation
+
+
+def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Takes for ever, as a download or a compiler may seem to."""
+    time.sleep(600)
+    return _Level()
+
+
+def failing(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Raises at its first step."""
+    return _Failing()
+
+
+def infinite(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has infinite rewards from its 201st step on."""
+    return _Infinite()
+
+
+def lives(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has three lives."""
+    return _Lives(config.end_episode_on_life_loss)
+
+
+def short(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has episodes of 5 steps."""
+    return _Level(5)
+
+
+def long(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has episodes of 20 steps."""
+    return _Level(20)
