@@ -183,20 +183,26 @@ class BehaviourPolicy(tf.Module):
         values = [tf.convert_to_tensor(weight) for weight in weights]
 
         def assign() -> tf.Tensor:
-            for variable, value in zip(self._published, values, strict=True):
-                variable.assign(value)
-            self._published_version.assign(version)
-            return tf.identity(version)
+            assigned = [
+                variable.assign(value, read_value=False)
+                for variable, value in zip(self._published, values, strict=True)
+            ]
+            assigned.append(self._published_version.assign(version, read_value=False))
+            return _after(assigned, version)
 
         self._lock.execute(assign)
 
     def _refresh(self) -> tf.Tensor:
         def assign() -> tf.Tensor:
-            for weight, published in zip(
-                self._agent.trainable_variables, self._published, strict=True
-            ):
-                weight.assign(published)
-            return tf.identity(self._version.assign(self._published_version))
+            assigned = [
+                weight.assign(published, read_value=False)
+                for weight, published in zip(
+                    self._agent.trainable_variables, self._published, strict=True
+                )
+            ]
+            version = tf.identity(self._published_version)
+            assigned.append(self._version.assign(version, read_value=False))
+            return _after(assigned, version)
 
         return self._lock.execute(assign)
 
@@ -246,3 +252,13 @@ class BehaviourPolicy(tf.Module):
         """Raises what ended the serving thread, if it was an error."""
         if self._failure is not None:
             raise self._failure
+
+
+def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:
+    """Returns a value that is there when the operations are done.
+
+    A critical section is left as soon as what it returns is there: operations that this does not
+    depend on would run outside of it.
+    """
+    with tf.control_dependencies(operations):
+        return tf.identity(value)
