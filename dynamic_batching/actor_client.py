@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-
-_OUT_OF_ORDER = -2  # Of `actor_client_request`, whose other answer that is no action is -1.
+# What `actor_client_request` answers, beside an action and -1 for a batcher that is closed.
+_OUT_OF_ORDER = -2
 
 
 class ArraySpec(Protocol):

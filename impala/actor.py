@@ -1,8 +1,8 @@
 """The actor process: one environment and a seat at the batcher, without TensorFlow.
 
 Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON in the last
-argument. Exit codes: 0 the batcher was closed, 2 the environment cannot be made or played as asked
-(one sentence on stderr), anything else a failure with its traceback on stderr.
+argument. Exit codes: 3 the batcher was closed, 2 the environment cannot be made or played as asked
+(one sentence on stderr), anything else a failure with its traceback on stderr, if there is one.
 """
 
 import json
@@ -17,6 +17,8 @@ from dynamic_batching.actor_client import ActorClient, ClosedError
 from impala.trajectory import EpisodeEnd
 
 BAD_INPUT_EXIT_CODE = 2
+# Not 0, with which an environment's own library may end the process.
+CLOSED_EXIT_CODE = 3
 
 
 def act(environment: environments.Environment, client: ActorClient) -> None:
@@ -71,7 +73,7 @@ def main(argument: str) -> int:
                 with os.fdopen(settings['spec_pipe'], 'w') as pipe:
                     json.dump(environment.spec.to_json(), pipe)
         except ClosedError:
-            pass
+            return CLOSED_EXIT_CODE
         finally:
             environment.close()
     except environments.LevelError as error:

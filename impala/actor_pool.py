@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from environments import EnvironmentConfig, LevelError
-from impala.actor import BAD_INPUT_EXIT_CODE
+from impala.actor import BAD_INPUT_EXIT_CODE, CLOSED_EXIT_CODE
 from impala.trajectory import EnvironmentSpec
 
 # What an actor gets to end by itself, in seconds, before it is killed.
@@ -169,8 +169,9 @@ class ActorPool:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the actors, in their order."""
-        return [self._actors[index].process.pid for index in sorted(self._actors)]
+        """Of the actors, in their order; one that is being replaced is left out."""
+        actors = self._actors.copy()  # At once: the supervisor may be replacing one.
+        return [actors[index].process.pid for index in sorted(actors)]
 
     def check(self) -> None:
         """Raises the error that made the pool give up, if it has.
@@ -215,7 +216,7 @@ class ActorPool:
     def _replace(self, index: int) -> None:
         actor = self._actors[index]
         code = actor.process.wait()
-        if code == 0:  # The batcher is closed, and soon this pool.
+        if code == CLOSED_EXIT_CODE:  # Soon this pool is, too.
             self._selector.unregister(actor.descriptor)
             return
         text = _tail(actor.errors)

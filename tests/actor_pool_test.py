@@ -1,0 +1,205 @@
+"""Tests of the actor processes' lives, with real processes (levels in `troubled_levels.py`)."""
+
+import contextlib
+import glob
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import tensorflow as tf
+import troubled_levels
+
+from dynamic_batching.unroll_batcher import UnrollBatcher
+from environments import EnvironmentConfig, LevelError
+from impala.actor_pool import ActorError, ActorPool, Workplace
+from impala.trajectory import ArraySpec
+
+TIMEOUT = 60  # Seconds; reached only when something is broken.
+UNROLL_LENGTH = 10
+
+
+def make_batcher(num_actors):
+    return UnrollBatcher(
+        inputs=[
+            ArraySpec((), 'float32'),
+            ArraySpec((), 'float32'),
+            ArraySpec((), 'int32'),
+            ArraySpec((), 'uint8'),
+            *troubled_levels.Level.spec.observation.values(),
+        ],
+        outputs=[ArraySpec((), 'int32')],
+        states=[],
+        level_ids=[0] * num_actors,
+        unroll_length=UNROLL_LENGTH,
+        queue_capacity=num_actors,
+        timeout_ms=1,
+    )
+
+
+def answer(batcher):
+    with contextlib.suppress(tf.errors.CancelledError):
+        while True:
+            requests = batcher.get_inputs()
+            actions = tf.zeros_like(requests.last_action)
+            batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [actions], [])
+
+
+def dequeue(batcher):
+    with contextlib.suppress(tf.errors.CancelledError):
+        while True:
+            batcher.dequeue(1)
+
+
+@contextlib.contextmanager
+def running(levels, max_restarts):
+    """A pool whose actors are answered and whose unrolls are taken, and what it reports."""
+    reports = []
+    names = [f'troubled_levels:{level}' for level in levels]
+    with Workplace(EnvironmentConfig()) as workplace:
+        batcher = make_batcher(len(levels))
+        threads = [threading.Thread(target=run, args=(batcher,)) for run in (answer, dequeue)]
+        for thread in threads:
+            thread.start()
+        try:
+            with ActorPool(workplace, batcher, names, 1, max_restarts, reports.append) as pool:
+                yield workplace, batcher, pool, reports
+        finally:
+            batcher.close()
+            for thread in threads:
+                thread.join(TIMEOUT)
+
+
+def wait_until(condition):
+    """Returns the first value of a function that is not false."""
+    deadline = time.monotonic() + TIMEOUT
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def all_three(pool):
+    """The actors' process ids, when none of them is being replaced."""
+    processes = pool.process_ids
+    return processes if len(processes) == 3 else None
+
+
+def wait_for_failure(pool):
+    with pytest.raises((ActorError, LevelError)) as caught:
+        wait_until(lambda: pool.check())
+    return caught.value
+
+
+def test_actors_that_die_are_replaced_and_reported():
+    with running(['good', 'fails_late', 'good'], max_restarts=1) as (
+        workplace,
+        batcher,
+        pool,
+        told,
+    ):
+        # Twice and more: the full unrolls in between are what lets it go on.
+        wait_until(lambda: pool.restarts >= 2)
+        wait_until(lambda: all(batcher.statistics()[1][actor] > 0 for actor in (0, 2)))
+        for text in told[:2]:
+            assert 'Actor 1 (troubled_levels:fails_late) ended with exit code 1' in text
+            assert 'RuntimeError: the joystick broke' in text
+
+        killed, _, other = wait_until(lambda: all_three(pool))
+        before = batcher.statistics()[1][2]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: any('Actor 0' in text for text in told))
+        (text,) = [text for text in told if 'Actor 0' in text]
+        assert 'signal 9' in text
+        replacement, _, same = wait_until(lambda: all_three(pool))
+        assert replacement != killed and same == other
+        wait_until(lambda: batcher.statistics()[1][0] > 0)
+        wait_until(lambda: batcher.statistics()[1][2] > before)
+        pool.check()
+
+        processes = [psutil.Process(pid) for pid in (replacement, other)]
+        for process in processes:
+            with open(f'/proc/{process.pid}/maps', encoding='utf-8') as file:
+                assert 'tensorflow' not in file.read()
+        folder = workplace.config.temp_folder
+        assert glob.glob(f'{folder}/level-*')
+        started = time.monotonic()
+    assert time.monotonic() - started < 20
+    assert not any(process.is_running() for process in processes)
+    assert not os.path.exists(folder)
+
+
+def test_a_pool_gives_up_with_the_actors_own_error():
+    with running(['fails_early', 'good'], max_restarts=2) as (_, batcher, pool, told):
+        error = wait_for_failure(pool)
+        assert isinstance(error, ActorError)
+        assert 'Actor 0 (troubled_levels:fails_early)' in str(error)
+        assert '2 times in a row' in str(error)
+        assert 'RuntimeError: the joystick broke with seed' in str(error)
+        assert len(str(error)) < 5000
+        assert len(told) == pool.restarts == 2
+        # Every start has a seed of its own.
+        seeds = {text.rpartition('seed ')[2] for text in [*told, str(error)]}
+        assert len(seeds) == 3
+        with pytest.raises(tf.errors.CancelledError):
+            batcher.dequeue(1)
+
+
+def test_an_actor_that_exits_as_if_all_were_well_has_died():
+    with running(['exits'], max_restarts=1) as (_, _, pool, told):
+        error = wait_for_failure(pool)
+        assert 'exit code 0' in str(error) and len(told) == 1
+
+
+def test_the_last_words_of_a_library_are_passed_on():
+    with running(['prints_and_exits'], max_restarts=0) as (_, _, pool, told):
+        error = wait_for_failure(pool)
+        assert 'signal 6' in str(error) and 'engine: out of polygons' in str(error)
+        assert not told
+
+
+def test_a_level_that_cannot_be_played_is_not_tried_again():
+    with running(['misses_something'], max_restarts=100) as (_, _, pool, told):
+        error = wait_for_failure(pool)
+        assert isinstance(error, LevelError) and str(error) == 'This level needs a map.'
+        assert pool.restarts == 0 and not told
+
+
+def test_specs_come_from_a_process_of_their_own():
+    with Workplace(EnvironmentConfig()) as workplace:
+        spec = workplace.environment_spec('troubled_levels:good', 1)
+        assert spec == troubled_levels.Level.spec
+        with pytest.raises(LevelError, match=r'^.*no_such_module.*$'):
+            workplace.environment_spec('no_such_module:level', 1)
+        with pytest.raises(ActorError, match='RuntimeError: there is no joystick'):
+            workplace.environment_spec('troubled_levels:fails_to_start', 1)
+
+
+PARENT = """
+import sys
+import threading
+import actor_pool_test
+with actor_pool_test.running(['good', 'good'], 0) as (workplace, batcher, pool, _):
+    actor_pool_test.wait_until(lambda: all(batcher.statistics()[1]))
+    print(workplace.config.temp_folder, *pool.process_ids, flush=True)
+    threading.Event().wait()
+"""
+
+
+def test_nothing_is_left_when_the_parent_is_killed():
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(
+        [sys.executable, '-c', PARENT], stdout=subprocess.PIPE, env=environment
+    ) as parent:
+        try:
+            folder, *actors = parent.stdout.readline().decode().split()
+            processes = [psutil.Process(int(actor)) for actor in actors]
+            assert len(processes) == 2 and os.path.isdir(folder)
+        finally:
+            parent.kill()
+        wait_until(lambda: not any(process.is_running() for process in processes))
+        wait_until(lambda: not os.path.exists(folder))

@@ -1,0 +1,125 @@
+"""Tests of the actor's loop against a batcher, in one process; `actor_pool_test` has the rest."""
+
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dynamic_batching.actor_client import ActorClient, ClosedError
+from dynamic_batching.unroll_batcher import UnrollBatcher
+from environments import Environment
+from impala import actor
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+TIMEOUT = 30  # Seconds; reached only by a deadlock.
+ENDS = [EpisodeEnd.NOT_ENDED, EpisodeEnd.LIFE_LOST, EpisodeEnd.TRUNCATED, EpisodeEnd.TERMINATED]
+
+
+class Recorded(Environment):
+    """Overwrites one buffer with its step number; remembers its actions."""
+
+    spec = EnvironmentSpec(
+        {'frame': ArraySpec((2,), 'uint8'), 'instruction': ArraySpec((3,), 'int32')}, 100, 1
+    )
+
+    def __init__(self):
+        self.actions = []
+        self._observation = {
+            'instruction': np.zeros(3, np.int32),
+            'frame': np.zeros(2, np.uint8),
+        }
+
+    def _observe(self):
+        self._observation['frame'][:] = len(self.actions)
+        self._observation['instruction'][:] = 1000 + len(self.actions)
+        return self._observation
+
+    def reset(self):
+        return self._observe()
+
+    def step(self, action):
+        self.actions.append(action)
+        return 0.5 * len(self.actions), ENDS[len(self.actions) % 4], self._observe()
+
+
+def test_rows_actions_and_episodes():
+    environment = Recorded()
+    batcher = UnrollBatcher(
+        inputs=[
+            ArraySpec((), 'float32'),
+            ArraySpec((), 'float32'),
+            ArraySpec((), 'int32'),
+            ArraySpec((), 'uint8'),
+            *environment.spec.observation.values(),
+        ],
+        outputs=[ArraySpec((), 'int32')],
+        states=[],
+        level_ids=[0],
+        unroll_length=8,
+        queue_capacity=1,
+    )
+    client = ActorClient(batcher.fd, 0, list(environment.spec.observation.values()))
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        playing = executor.submit(actor.act, environment, client)
+        try:
+            for step in range(9):
+                requests = batcher.get_inputs()
+                action = tf.constant([50 + step])
+                batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [action], [])
+            unroll = batcher.dequeue(1)
+        finally:
+            batcher.close()
+        with pytest.raises(ClosedError):
+            playing.result(TIMEOUT)
+    reward, episode_return, episode_step, end, frame, words = [
+        field.numpy()[:, 0] for field in unroll.inputs
+    ]
+    assert environment.actions[:8] == [50, 51, 52, 53, 54, 55, 56, 57]
+    assert unroll.outputs[0].numpy()[:, 0].tolist() == [0, 50, 51, 52, 53, 54, 55, 56, 57]
+    assert reward.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+    # The first row starts an episode; a lost life (row 1, row 5) ends none of the game's.
+    assert end.tolist() == [1, 3, 2, 1, 0, 3, 2, 1, 0]
+    assert episode_return.tolist() == [0, 0.5, 1.5, 1.5, 2, 4.5, 7.5, 3.5, 4]
+    assert episode_step.tolist() == [0, 1, 2, 1, 1, 2, 3, 1, 1]
+    assert frame.tolist() == [[step, step] for step in range(9)]
+    assert words.tolist() == [[1000 + step] * 3 for step in range(9)]
+
+
+def run(lifeline, **settings):
+    read_end, write_end = lifeline
+    argument = json.dumps(
+        {'seed': 1, 'lifeline': read_end, 'environment': {'temp_folder': None}} | settings
+    )
+    return subprocess.run(
+        [sys.executable, '-m', 'impala.actor', argument],
+        pass_fds=[read_end],
+        env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+
+
+@pytest.fixture
+def lifeline():
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def test_a_level_that_cannot_be_played_is_one_sentence(lifeline):
+    result = run(lifeline, level_name='ALE/NoSuchGame-v5', spec_pipe=1)
+    assert result.returncode == actor.BAD_INPUT_EXIT_CODE
+    assert 'NoSuchGame' in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_a_segment_that_is_none_is_a_failure_with_a_traceback(lifeline):
+    result = run(lifeline, level_name='CartPole-v1', segment=lifeline[0], actor=0)
+    assert result.returncode == 1
+    assert 'Traceback' in result.stderr and 'no segment' in result.stderr
