@@ -14,7 +14,12 @@ import tqdm
 from impala.acting import BehaviourPolicy, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
-from impala.checkpoint import Checkpointer, LogdirError, check_same_network
+from impala.checkpoint import (
+    Checkpointer,
+    LogdirError,
+    check_same_network,
+    report_to_stderr,
+)
 from impala.training import StopSignal, TrainingConfig, choose_network, network_settings
 from impala.trajectory import EpisodeEnd
 
@@ -98,7 +103,7 @@ def evaluate(
                 [config.level_names[level] for level in config.level_ids],
                 config.seed,
                 config.max_actor_restarts,
-                tqdm.tqdm.write,
+                stop.silencing(report_to_stderr),
             )
         )
         returns: dict[str, list[float]] = {name: [] for name in config.level_names}

@@ -83,7 +83,7 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
     Lab first) the deep network with LSTM of the paper's released code.
     """
     is_vector = len(spec.observation['frame'].shape) == 1
-    is_atari = any(name.startswith('ALE/') for name in config.level_names)
+    is_atari = spec.suite == 'atari'
     torso = config.torso
     if torso == 'auto':
         torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
@@ -165,7 +165,7 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
                 [config.level_names[level] for level in config.level_ids],
                 config.seed,
                 config.max_actor_restarts,
-                log.message,
+                stop.silencing(log.message),
             )
         )
         num_weights = sum(int(tf.size(weight)) for weight in learner.agent.trainable_variables)
@@ -289,6 +289,19 @@ class StopSignal:
         self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
         self._thread.start()
         self._stop = stop
+
+    def silencing(self, report: Callable[[str], None]) -> Callable[[str], None]:
+        """Returns a function that reports until the signal comes.
+
+        Whoever sends it to all processes of a run, as job schedulers do, ends actors by it, too:
+        that they died is no news then.
+        """
+
+        def report_until_received(text: str) -> None:
+            if not self.received:
+                report(text)
+
+        return report_until_received
 
     def __enter__(self) -> 'StopSignal':
         self._handlers = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
