@@ -801,6 +801,27 @@ def test_actors_wait_when_the_queue_is_full():
         assert [nursery.wait(process) for process in processes] == [actor_nursery.CLOSED] * 4
 
 
+def test_room_in_the_queue_goes_round():
+    num_actors, batch_size = 6, 4
+    batcher = make_counting_batcher(
+        num_actors, unroll_length=3, queue_capacity=1, minimum_batch_size=3, timeout_ms=1
+    )
+    with Nursery(batcher) as nursery, closing(batcher):
+        for actor in range(num_actors):
+            nursery.start(actor)
+        server = start(serve_counting, batcher)
+        # Slower than the actors, so that they wait for room all the time.
+        delivered = collections.Counter()
+        for _ in range(30):
+            time.sleep(0.02)
+            unrolls = start(batcher.dequeue, batch_size).result(TIMEOUT)
+            delivered.update(unrolls.actors.numpy().tolist())
+        batcher.close()
+        server.result(TIMEOUT)
+    # Each has had its turn before anyone has two more; the slack is for the start and the queue.
+    assert max(delivered.values()) - min(delivered[actor] for actor in range(num_actors)) <= 3
+
+
 def test_an_actor_killed_while_it_waits_is_forgotten():
     batcher = make_counting_batcher(2, unroll_length=100)
     version = tf.constant(0, tf.int64)

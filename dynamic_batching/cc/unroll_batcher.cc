@@ -197,25 +197,31 @@ bool UnrollBatcher::IsReady(int actor) const {
 
 std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, int* num_ready) {
   std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<int> ready;
+  for (int actor = 0; actor < actors_.size(); ++actor) {
+    if (!IsReady(actor)) continue;
+    if (actors_[actor].arrival == 0) actors_[actor].arrival = ++arrivals_;
+    ready.push_back(actor);
+  }
+  // First come, first served: nobody starves when more wait than a batch can hold, or, which is the
+  // rule when the learner is the slowest, than there is room for in the queue.
+  std::sort(ready.begin(), ready.end(),
+            [this](int a, int b) { return actors_[a].arrival < actors_[b].arrival; });
   std::vector<Ticket> selected;
   int free_unrolls = free_unrolls_.size();
-  const int num_actors = actors_.size();
-  int next = first_to_select_;
-  for (int i = 0; i < num_actors && selected.size() < options_.maximum_batch_size; ++i) {
-    const int actor = next;
-    next = next + 1 == num_actors ? 0 : next + 1;
-    if (!IsReady(actor)) continue;
+  for (int actor : ready) {
+    if (selected.size() == options_.maximum_batch_size) break;
     // Its unroll is full: it waits until the learner has made room for another.
     if (actors_[actor].row == options_.rows - 1 && free_unrolls-- <= 0) continue;
     selected.push_back({actor, actors_[actor].epoch});
   }
   *num_ready = selected.size();
   if (selected.size() < options_.minimum_batch_size && (selected.empty() || !timed_out)) return {};
-  first_to_select_ = next;  // Nobody starves when more wait than a batch can hold.
   for (const Ticket& ticket : selected) {
     Actor& actor = actors_[ticket.actor];
     if (actor.row == options_.rows - 1) StartNextUnroll(ticket.actor);
     actor.in_batch = true;
+    actor.arrival = 0;
     if (actor.row == 0) unrolls_[actor.unroll].states = actor.states;
   }
   return selected;
@@ -521,6 +527,7 @@ absl::Status UnrollBatcher::ResetActor(int id) {
   ++actor.epoch;
   actor.row = 0;
   actor.in_batch = false;
+  actor.arrival = 0;
   actor.completed_unrolls = 0;
   for (std::string& state : actor.states) std::fill(state.begin(), state.end(), '\0');
   for (size_t i = 0; i < output_bytes_.size(); ++i) {

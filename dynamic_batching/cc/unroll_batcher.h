@@ -83,6 +83,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
     int row = 0;        // The row that the actor has requested, or will next.
     int64_t epoch = 0;  // Grows when the process is replaced.
     bool in_batch = false;
+    uint64_t arrival = 0;  // When its request was noticed, in requests; 0: there is none.
     int64_t completed_unrolls = 0;
     std::vector<std::string> states;  // Per state: the bytes before `row`.
   };
@@ -150,7 +151,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   std::deque<int> full_unrolls_;
   std::deque<Waiter> input_waiters_;
   std::deque<Waiter> dequeue_waiters_;
-  int first_to_select_ = 0;
+  uint64_t arrivals_ = 0;
   std::condition_variable inputs_wanted_;
   std::condition_variable unrolls_changed_;
 
