@@ -301,6 +301,7 @@ class AtariEnvironment(Environment):
             {'frame': ArraySpec((size, size, config.frame_stack), 'uint8')},
             len(actions),
             repeats,
+            'atari',
         )
 
     def reset(self) -> Observation:
@@ -437,7 +438,7 @@ def _import_registrations(level_name: str) -> None:
         importlib.import_module(module)
     except ImportError as error:
         package = module.partition('.')[0]
-        install = f"pip install 'impala[{extra}]'" if extra else 'pip install ale-py'
+        install = f"pip install -e '.[{extra}]'" if extra else 'pip install ale-py'
         raise LevelError(
             f'{level_name!r} needs the package {package}, which cannot be imported ({error}): '
             f'{install}.'
@@ -454,6 +455,8 @@ def _suggestion(level_name: str) -> str:
     # A name is often the id without what stands around it: 'Pong' for 'ALE/Pong-v5'.
     names: dict[str, str] = {}
     for known in [*gymnasium.registry, *sorted(DMLAB30_LEVELS)]:
+        if known == level_name:
+            return ''
         names[known.lower()] = known
         names[re.sub(r'^ALE/|-v\d+$', '', known).lower()] = known
     close = difflib.get_close_matches(level_name.lower(), names, n=1, cutoff=0.75)
@@ -801,6 +804,7 @@ class DeepMindLabEnvironment(Environment):
             },
             len(self._actions),
             config.num_action_repeats or 4,
+            'dmlab',
         )
 
     def reset(self) -> Observation:

@@ -1,7 +1,7 @@
 """The behaviour policy: the agent that answers the actors, and the unrolls that come of it.
 
-Espeholt et al. 2018, Figure 1 (left) with the single-machine inference of section 3.1: one copy of
-the weights acts for all environments, its batches gathered by the dynamic batcher.
+Espeholt et al. 2018, Figure 1 (left), with dynamic batching as in Table 1: one copy of the weights
+acts for all environments.
 """
 
 import contextlib

@@ -106,11 +106,13 @@ class EnvironmentSpec:
       observation: name -> spec; `'frame'` always, `'instruction'` where the environment speaks.
       num_actions: size of the discrete action set.
       num_action_repeats: frames of the emulator or engine per agent step.
+      suite: `'atari'`, `'dmlab'`, or `''` for others; the paper has settings for the first two.
     """
 
     observation: dict[str, ArraySpec]
     num_actions: int
     num_action_repeats: int
+    suite: str = ''
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON-serialisable form; `from_json` is its inverse."""
@@ -123,4 +125,4 @@ class EnvironmentSpec:
             name: ArraySpec(tuple(spec['shape']), spec['dtype'])
             for name, spec in value['observation'].items()
         }
-        return cls(observation, value['num_actions'], value['num_action_repeats'])
+        return cls(observation, value['num_actions'], value['num_action_repeats'], value['suite'])

@@ -643,8 +643,8 @@ def test_unknown_levels(level_name, parts):
 @pytest.mark.parametrize(
     'level_name, module, install',
     [
-        ('VizdoomBasic-v1', 'vizdoom', "pip install 'impala[vizdoom]'"),
-        ('BabyAI-GoToObj-v0', 'minigrid', "pip install 'impala[minigrid]'"),
+        ('VizdoomBasic-v1', 'vizdoom', "pip install -e '.[vizdoom]'"),
+        ('BabyAI-GoToObj-v0', 'minigrid', "pip install -e '.[minigrid]'"),
     ],
 )
 def test_missing_packages(level_name, module, install):
