@@ -13,8 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
-LIBRARY_SOURCES = ['dynamic_batching/cc/actor_client_library.cc']
-OP_SOURCES = sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - {*CLIENT_SOURCES, *LIBRARY_SOURCES})
+OP_SOURCES = sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - set(CLIENT_SOURCES))
 OPTIMIZE = ['-O3', '-fvisibility=hidden', '-Wall', '-Wno-sign-compare']
 
 
@@ -60,13 +59,6 @@ setup(
         Extension(
             'dynamic_batching._actor_client',
             CLIENT_SOURCES,
-            depends=glob.glob('dynamic_batching/cc/*.h'),
-            language='c++',
-            extra_compile_args=[*OPTIMIZE, '-std=c++17'],
-        ),
-        Extension(
-            'dynamic_batching._actor_client_library',
-            LIBRARY_SOURCES,
             depends=glob.glob('dynamic_batching/cc/*.h'),
             language='c++',
             extra_compile_args=[*OPTIMIZE, '-std=c++17'],

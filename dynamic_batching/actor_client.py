@@ -28,7 +28,7 @@ class ClosedError(Exception):
 
 
 def _load_library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec('dynamic_batching._actor_client_library')
+    spec = importlib.util.find_spec('dynamic_batching._actor_client')
     if spec is None or spec.origin is None:
         raise ImportError(
             'The actor client of dynamic_batching is not compiled; run `make install` or '

@@ -3,7 +3,7 @@
 Actor processes write their rows into shared memory and sleep until their action is there; the
 batcher gathers the rows of all that wait into one batch of tensors, scatters the results back, and
 hands over full unrolls, first in, first out. `dynamic_batching/cc/shared_segment.h` says who writes
-what; the actors' end is `dynamic_batching._actor_client.ActorClient`.
+what; the actors' end is `dynamic_batching.actor_client.ActorClient`.
 """
 
 import os
