@@ -13,8 +13,8 @@ from impala.trajectory import ArraySpec, EnvironmentSpec
 
 PATIENCE_SECONDS = 120
 
-IMAGE = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4)
-STACK = EnvironmentSpec({'frame': ArraySpec((84, 84, 4), 'uint8')}, 6, 4)
+IMAGE = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4, 'dmlab')
+STACK = EnvironmentSpec({'frame': ArraySpec((84, 84, 4), 'uint8')}, 6, 4, 'atari')
 VECTOR = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
 
 
