@@ -106,6 +106,7 @@ class UnrollSource:
           prefetch: batches that are assembled, and moved to the GPU if there is one, ahead of use.
         """
 
+        @tf.autograph.experimental.do_not_convert
         def dequeue(_) -> UnrollBatch:
             unrolls = self.batcher.dequeue(batch_size)
             return UnrollBatch(
@@ -171,7 +172,7 @@ class BehaviourPolicy(tf.Module):
         self._lock = tf.CriticalSection()
         self._failure: BaseException | None = None
 
-    @tf.function
+    @tf.function(autograph=False)
     def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
         """Makes weights available to the actors, from their next batch on.
 
@@ -206,7 +207,7 @@ class BehaviourPolicy(tf.Module):
 
         return self._lock.execute(assign)
 
-    @tf.function
+    @tf.function(autograph=False)
     def _serve(self) -> None:
         # One call lasts a whole run: the loop is TensorFlow's, not Python's.
         def body(batches: tf.Tensor) -> tf.Tensor:

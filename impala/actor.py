@@ -8,7 +8,6 @@ argument. Exit codes: 3 the batcher was closed, 2 the environment cannot be made
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 
@@ -49,8 +48,6 @@ def _exit_with_parent(lifeline: int, temp_folder: str) -> None:
 
 def main(argument: str) -> int:
     """Runs one actor, or prints the spec of its environment; returns the exit code."""
-    # The parent decides when to stop: a Ctrl-C on the terminal reaches the whole process group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     settings = json.loads(argument)
     _exit_with_parent(settings['lifeline'], settings['environment']['temp_folder'])
     config = environments.EnvironmentConfig(**settings['environment'])

@@ -74,6 +74,8 @@ class Workplace:
             stdout=errors,
             stderr=errors,
             pass_fds=(self._lifeline, *descriptors),
+            # What a terminal or a job scheduler sends to all processes of a run is for this one.
+            start_new_session=True,
             # A level may be a callable of the user's own, found wherever this process finds it.
             env=os.environ
             | threads

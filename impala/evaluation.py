@@ -103,7 +103,7 @@ def evaluate(
                 [config.level_names[level] for level in config.level_ids],
                 config.seed,
                 config.max_actor_restarts,
-                stop.silencing(report_to_stderr),
+                report_to_stderr,
             )
         )
         returns: dict[str, list[float]] = {name: [] for name in config.level_names}

@@ -105,7 +105,7 @@ class Learner(tf.Module):
         self._check_shape(batch)
         return self._step(batch)
 
-    @tf.function
+    @tf.function(autograph=False)
     def _step(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
         parameters = self.agent.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:

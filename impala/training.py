@@ -16,7 +16,7 @@ from environments import EnvironmentConfig
 from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent, AgentConfig
-from impala.checkpoint import Checkpointer, check_same_network
+from impala.checkpoint import Checkpointer, LogdirError, check_same_network
 from impala.learner import Learner, LearnerConfig
 from impala.run_log import RunLog
 from impala.trajectory import EnvironmentSpec
@@ -165,7 +165,7 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
                 [config.level_names[level] for level in config.level_ids],
                 config.seed,
                 config.max_actor_restarts,
-                stop.silencing(log.message),
+                log.message,
             )
         )
         num_weights = sum(int(tf.size(weight)) for weight in learner.agent.trainable_variables)
@@ -183,7 +183,10 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
         finally:
             # Whatever went wrong, the weights are good: updates that were not finite are skipped.
             if int(learner.updates) > 0:
-                checkpointer.save(log.wall_seconds)
+                try:
+                    checkpointer.save(log.wall_seconds)
+                except LogdirError as error:
+                    raise TrainingError(str(error)) from error
     return checkpointer.latest
 
 
@@ -289,19 +292,6 @@ class StopSignal:
         self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
         self._thread.start()
         self._stop = stop
-
-    def silencing(self, report: Callable[[str], None]) -> Callable[[str], None]:
-        """Returns a function that reports until the signal comes.
-
-        Whoever sends it to all processes of a run, as job schedulers do, ends actors by it, too:
-        that they died is no news then.
-        """
-
-        def report_until_received(text: str) -> None:
-            if not self.received:
-                report(text)
-
-        return report_until_received
 
     def __enter__(self) -> 'StopSignal':
         self._handlers = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
