@@ -1,0 +1,161 @@
+"""Calls per second of `batch_fn`, next to TensorFlow's own `tf.nondifferentiable_batch_function`.
+
+    python -m benchmarks.batcher
+
+Each caller is a Python thread in a tf.function, whose loop passes a uint8 frame of 72x96x3 and the
+int32 that its last call returned, as an actor passes its observation and its state: it waits for
+each answer. The function computes next to nothing, so that batching itself is what is measured;
+once without variables, and once with as many (scalar) ones as the shallow network has.
+
+TensorFlow's function runs with several settings and the fastest counts. Ratios are medians over
+rounds in which all take turns, because the speed of a shared machine drifts. `unbatched` is the
+same loop calling the function itself.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import tabulate
+import tensorflow as tf
+
+from benchmarks import machine
+from dynamic_batching import batch_fn
+
+_CALLERS = (1, 16, 48)
+_VARIABLES = (0, 13)
+
+
+def main() -> None:
+    """Prints one table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--rounds', type=int, default=15)
+    parser.add_argument('--calls', type=int, default=8000, help='per measurement')
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    table, result = [], {}
+    for num_variables in _VARIABLES:
+        for callers in _CALLERS:
+            rates = _measure(callers, num_variables, args.rounds, args.calls)
+            theirs = max(
+                (name for name in rates if name.startswith('TensorFlow')),
+                key=lambda name: statistics.median(rates[name]),  # noqa: B023
+            )
+            ratio = statistics.median(
+                ours / other for ours, other in zip(rates['batch_fn'], rates[theirs], strict=True)
+            )
+            medians = {name: round(statistics.median(values)) for name, values in rates.items()}
+            table.append(
+                (
+                    num_variables,
+                    callers,
+                    medians['unbatched'],
+                    medians[theirs],
+                    theirs.partition(' ')[2],
+                    medians['batch_fn'],
+                    f'{ratio:.2f}',
+                )
+            )
+            suffix = f'{callers}_with_variables' if num_variables else f'{callers}'
+            result[f'ratio_{suffix}'] = round(ratio, 3)
+            result[f'calls_per_second_{suffix}'] = medians['batch_fn']
+    print(
+        f'{machine.describe()}, TensorFlow {tf.__version__}, load average at start {load:.1f}; '
+        f'calls/s, medians of {args.rounds} rounds'
+    )
+    headers = ('variables', 'callers', 'unbatched', 'TensorFlow', 'settings', 'batch_fn', 'ratio')
+    print(tabulate.tabulate(table, headers=headers, tablefmt='github'))
+    print(json.dumps(result))
+
+
+def _measure(callers: int, num_variables: int, rounds: int, calls: int) -> dict[str, list[float]]:
+    """Returns calls/s of each round, by name of the batcher."""
+    variables = [tf.Variable(0) for _ in range(num_variables)]
+
+    def act(frames, counts):
+        """Args: frames uint8 [B, 72, 96, 3], counts int32 [B]. Returns counts + 1."""
+        total = tf.add_n(variables) if variables else 0
+        return counts + tf.cast(frames[:, 0, 0, 0], tf.int32) + total
+
+    batched: dict[str, Callable[..., Any]] = {'unbatched': act, 'batch_fn': batch_fn(act)}
+    half = max(callers // 2, 1)
+    for threads, maximum, timeout in (
+        (1, callers, 0),
+        (2, callers, 0),
+        (2, half, 1000),
+        (1, callers, 1000),
+    ):
+        name = f'TensorFlow {threads} threads, at most {maximum}, {timeout} us'
+        batched[name] = _tensorflow_batch_fn(act, threads, maximum, timeout)
+    # Each caller has a frame of its own, or all copies would come from the same cached memory.
+    frames = [tf.fill([1, 72, 96, 3], tf.constant(1, tf.uint8)) for _ in range(callers)]
+    measurements = {name: _measurement(function, frames) for name, function in batched.items()}
+    for measure in measurements.values():
+        measure(10 * callers)
+    rates: dict[str, list[float]] = {name: [] for name in batched}
+    for round_ in range(rounds):
+        # Whoever comes last in a round is first in the next.
+        for name in list(batched) if round_ % 2 else reversed(list(batched)):
+            rates[name].append(measurements[name](calls))
+    return rates
+
+
+def _tensorflow_batch_fn(
+    function: Callable[..., Any], threads: int, maximum: int, timeout_micros: int
+) -> Callable[..., Any]:
+    batched = tf.nondifferentiable_batch_function(
+        threads, maximum, timeout_micros, max_enqueued_batches=1000
+    )(function)
+    # TensorFlow names the queue after the scope of the call, and shares it, with the options of the
+    # first call, among all calls in the process that are in a scope of that name.
+    scope = f'batch_{id(batched)}'
+
+    def call(*args):
+        with tf.name_scope(scope):
+            return batched(*args)
+
+    return call
+
+
+def _measurement(function: Callable[..., Any], frames: list[tf.Tensor]) -> Callable[[int], float]:
+    """Returns a function that makes about so many calls and returns calls/s."""
+
+    @tf.function
+    def loop(frame, calls):
+        return tf.while_loop(
+            lambda count: count[0] < calls,
+            lambda count: (tf.ensure_shape(function(frame, count), [1]),),
+            (tf.constant([0]),),
+        )[0]
+
+    def measure(total_calls):
+        calls = tf.constant(total_calls // len(frames))
+        counts: list[Any] = [None] * len(frames)
+
+        def run(caller):
+            counts[caller] = loop(frames[caller], calls)
+
+        threads = [threading.Thread(target=run, args=(caller,)) for caller in range(len(frames))]
+        start = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - start
+        if any(int(count[0]) != int(calls) for count in counts):
+            raise RuntimeError('a caller has not got the answers that it should have')
+        return int(calls) * len(frames) / seconds
+
+    loop(frames[0], tf.constant(1))  # Traced before threads race for it.
+    return measure
+
+
+if __name__ == '__main__':
+    main()
