@@ -170,8 +170,9 @@ void Batcher::Compute(std::shared_ptr<Batch> batch) {
     Unref();
     return;
   }
-  // This thread computes the batch, without a detour through the pool. Only what the function starts
-  // first may run in place though: asynchronous operations that end at once would nest without limit.
+  // This thread computes the batch, without a detour through the pool. Only what the function
+  // starts first may run in place though: asynchronous operations that end at once would nest
+  // without limit.
   OpKernelContext* const context = batch->callers.front().context;
   batch->runner = [pool = context->runner(), first = true](std::function<void()> closure) mutable {
     if (std::exchange(first, false)) {
@@ -234,8 +235,8 @@ void Batcher::Finish(const std::shared_ptr<Batch>& batch, absl::Status status) {
       timer_wake_.notify_one();
     }
   }
-  // Before the results are scattered, so that another thread may begin while this one does that. Not
-  // computed here, since this thread may belong to a caller that has its answer now.
+  // Before the results are scattered, so that another thread may begin while this one does that.
+  // Not computed here, since this thread may belong to a caller that has its answer now.
   if (next != nullptr) ComputeInPool(std::move(next));
   for (size_t row = 0; row < batch->callers.size(); ++row) {
     Caller& caller = batch->callers[row];

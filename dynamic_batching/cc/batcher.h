@@ -1,5 +1,5 @@
-// The in-process batcher: concurrent calls of a TensorFlow function, each with one row, are computed
-// together.
+// The in-process batcher: concurrent calls of a TensorFlow function, each with one row, are
+// computed together.
 
 #ifndef DYNAMIC_BATCHING_CC_BATCHER_H_
 #define DYNAMIC_BATCHING_CC_BATCHER_H_
@@ -101,8 +101,8 @@ class Batcher : public tensorflow::core::RefCounted {
   bool closed_ = false;
   uint64_t next_id_ = 0;
   std::vector<Caller> waiting_;
-  // What is being computed or about to be. Its `callers` may grow or be marked under `mutex_`, until
-  // it is computed.
+  // What is being computed or about to be. Under `mutex_`, its `callers` may grow until it is
+  // computed, and be marked as cancelled until it has been.
   std::shared_ptr<Batch> running_;
   std::condition_variable timer_wake_;
 };

@@ -79,14 +79,16 @@ class DynamicBatcherOp : public OpKernel {
                   function_.row_shapes[i].dims() > 0 && function_.row_shapes[i].dim_size(0) == 1,
                   absl::InvalidArgumentError(absl::StrCat(
                       "Input ", function_.input_names[i], " of '", function_.name, "' has shape ",
-                      function_.row_shapes[i].DebugString(), ", but must have leading dimension 1")));
+                      function_.row_shapes[i].DebugString(),
+                      ", but must have leading dimension 1")));
     }
     int64_t minimum, maximum, timeout_ms;
     OP_REQUIRES_OK(context, context->GetAttr("minimum_batch_size", &minimum));
     OP_REQUIRES_OK(context, context->GetAttr("maximum_batch_size", &maximum));
     OP_REQUIRES_OK(context, context->GetAttr("timeout_ms", &timeout_ms));
-    OP_REQUIRES(context, 1 <= minimum && minimum <= maximum,
-                absl::InvalidArgumentError("1 <= minimum_batch_size <= maximum_batch_size must hold"));
+    OP_REQUIRES(
+        context, 1 <= minimum && minimum <= maximum,
+        absl::InvalidArgumentError("1 <= minimum_batch_size <= maximum_batch_size must hold"));
     policy_.minimum_batch_size = minimum;
     policy_.maximum_batch_size = maximum;
     if (timeout_ms >= 0) policy_.timeout = std::chrono::milliseconds(timeout_ms);
@@ -198,8 +200,8 @@ Makes a batcher for `f`, whose inputs are batches of `row_shapes` followed by `c
 It is closed when the last copy of `handle` goes away. A negative `timeout_ms` stands for none.
 )doc");
 
-// Not stateful and told apart by `call`: a stateful op would make tf.function run the calls in it one
-// after the other, so that they never met in a batch.
+// Not stateful and told apart by `call`: a stateful op would make tf.function run the calls in it
+// one after the other, so that they never met in a batch.
 REGISTER_OP("DynamicBatch")
     .Input("handle: resource")
     .Input("rows: Tin")
