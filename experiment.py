@@ -88,8 +88,8 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     'compute_dtype',
     'float32',
-    ['float32', 'bfloat16'],
-    "What the learner's torso computes in.",
+    ['float32', 'bfloat16', 'auto'],
+    "What the learner's torso computes in; auto: bfloat16 on CPUs that have instructions for it.",
 )
 
 flags.DEFINE_float('learning_rate', 0.00048, 'At the start; falls linearly to 0.', lower_bound=0)

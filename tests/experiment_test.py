@@ -434,6 +434,7 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
         ((), 'DeepMind Lab level, but the module deepmind_lab cannot be imported'),
         (('--level_name=ALE/Pongg-v5',), "no Atari game 'ALE/Pongg-v5'.*ALE/Pong-v5"),
         (('--level_name=CartPol-v1',), "Did you mean 'CartPole-v1'"),
+        (('--inference_batch_size=5',), '--inference_batch_size=5 is more than .*num_actors=4'),
         (('--logdir=/dev/null/run',), 'Cannot use /dev/null/run as log directory'),
         (('--mode=test', f'--logdir={tmp_path}/none'), 'none is not the folder of a training run'),
     ]
@@ -558,3 +559,52 @@ def test_defaults_are_those_of_the_released_code():
     assert values['num_action_repeats'] is None
     assert values['log_secs'] == 10
     assert values['save_checkpoint_secs'] == 600
+
+
+@pytest.mark.parametrize(
+    ('name', 'paper'),
+    [
+        # Table G.1.
+        (
+            'atari_paper',
+            {
+                'batch_size': 32,
+                'unroll_length': 20,
+                'num_action_repeats': 4,
+                'discounting': 0.99,
+                'baseline_cost': 0.5,
+                'entropy_cost': 0.01,
+                'learning_rate': 0.0006,
+                'momentum': 0,
+                'epsilon': 0.01,
+                'gradient_clip_norm': 40,
+                'reward_clipping': 'abs_one',
+                'end_episode_on_life_loss': True,
+                'frame_stack': 4,
+                'max_noops': 30,
+                'torso': 'shallow',
+                'use_lstm': 'false',
+                'total_environment_frames': 200_000_000,
+            },
+        ),
+        (
+            'dmlab_single',
+            RELEASED_FLAGS
+            | {'num_actors': 48, 'batch_size': 32, 'num_action_repeats': 4, 'torso': 'deep'},
+        ),
+        ('pong_quick', {'level_name': 'ALE/Pong-v5', 'sticky_actions': 0}),
+    ],
+)
+def test_flag_files(name, paper):
+    script = (
+        'import json, sys, experiment; experiment.FLAGS(sys.argv); '
+        'print(json.dumps(experiment.FLAGS.flag_values_dict()))'
+    )
+    output = subprocess.run(
+        [sys.executable, '-c', script, f'--flagfile=configs/{name}.flags'],
+        cwd=PROGRAM.parent,
+        capture_output=True,
+        check=True,
+    ).stdout
+    values = json.loads(output)
+    assert {name: values[name] for name in paper} == paper
