@@ -18,6 +18,9 @@ import sys
 import tempfile
 import time
 
+# Found whether this runs as a module or as a file.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import numpy as np
 import psutil
 import tabulate
