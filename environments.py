@@ -41,10 +41,9 @@ from typing import Any
 
 import numpy as np
 
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 INSTRUCTION_LENGTH = 32
-NUM_INSTRUCTION_BUCKETS = 1000
 
 ATARI_FRAME_SIZE = 84
 ATARI_MAX_EPISODE_FRAMES = 108_000
@@ -235,7 +234,7 @@ def hash_instruction(instruction: str) -> np.ndarray:
     buckets = np.zeros(INSTRUCTION_LENGTH, np.int32)
     words = re.findall(r'[^\W_]+', instruction.lower())[:INSTRUCTION_LENGTH]
     for i, word in enumerate(words):
-        buckets[i] = zlib.crc32(word.encode()) % (NUM_INSTRUCTION_BUCKETS - 1) + 1
+        buckets[i] = zlib.crc32(word.encode()) % (INSTRUCTION_BUCKETS - 1) + 1
     return buckets
 
 

@@ -8,23 +8,12 @@ what; the actors' end is `dynamic_batching.actor_client.ActorClient`.
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import tensorflow as tf
 
+from dynamic_batching.actor_client import ArraySpec
 from dynamic_batching.op_library import ops
-
-
-class ArraySpec(Protocol):
-    """Anything that has a shape and the name of a NumPy dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one array, without time and batch dimensions."""
-
-    @property
-    def dtype(self) -> str:
-        """For instance `'float32'`."""
 
 
 class Requests(NamedTuple):

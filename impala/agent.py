@@ -12,9 +12,13 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from impala import lstm, torsos
-from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, StepOutput
-
-INSTRUCTION_BUCKETS = 1000
+from impala.trajectory import (
+    INSTRUCTION_BUCKETS,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+)
 
 _EMBEDDING_SIZE = 20
 _INSTRUCTION_LSTM_SIZE = 64

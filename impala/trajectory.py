@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+# Words of an instruction are hashed to 1, ..., 999; 0 stands where there is none.
+INSTRUCTION_BUCKETS = 1000
+
 
 class EpisodeEnd(enum.IntEnum):
     """How a row's episode ended; `done` of the paper is `end != NOT_ENDED`."""
