@@ -93,7 +93,7 @@ def evaluate(
         )
         behaviour = BehaviourPolicy(acting_agent, source)
         behaviour.publish(agent.trainable_variables, tf.constant(0, tf.int64))
-        progress = stack.enter_context(tqdm.tqdm(total=sum(quotas), unit='episode'))
+        progress = stack.enter_context(tqdm.tqdm(total=sum(quotas), unit='episode', disable=None))
         stop.then(source.batcher.close)
         stack.enter_context(behaviour.serving())
         pool = stack.enter_context(
