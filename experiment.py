@@ -141,7 +141,7 @@ def main(unused_argv: list[str]) -> int:
     from environments import LevelError
     from impala import checkpoint
     from impala.actor_pool import ActorError
-    from impala.training import TrainingError
+    from impala.training import ConfigError, TrainingError
 
     try:
         if FLAGS.mode == 'test':
@@ -151,7 +151,7 @@ def main(unused_argv: list[str]) -> int:
             return _train()
         finally:
             os.close(lock)
-    except (LevelError, ValueError, checkpoint.LogdirError) as error:
+    except (ConfigError, LevelError, checkpoint.LogdirError) as error:
         return _fail(str(error), BAD_INPUT_EXIT_CODE)
     except (ActorError, TrainingError) as error:
         return _fail(str(error), 1)

@@ -20,7 +20,13 @@ from impala.checkpoint import (
     check_same_network,
     report_to_stderr,
 )
-from impala.training import StopSignal, TrainingConfig, choose_network, network_settings
+from impala.training import (
+    StopSignal,
+    TrainingConfig,
+    choose_network,
+    create_agent,
+    network_settings,
+)
 from impala.trajectory import EpisodeEnd
 
 SCORES_FILE = 'test_scores.json'
@@ -55,7 +61,7 @@ def evaluate(
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came before anything was played.
-      LevelError, LogdirError: one sentence for the user.
+      ConfigError, LevelError, LogdirError: one sentence for the user.
       ActorError: with the actor's own error text.
     """
     config = dataclasses.replace(
@@ -72,7 +78,7 @@ def evaluate(
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.environment_spec(config.level_names[0], config.seed)
         network = choose_network(config, spec)
-        agent = Agent(dataclasses.replace(network, compute_dtype='float32'), spec)
+        agent = create_agent(dataclasses.replace(network, compute_dtype='float32'), spec)
         checkpointer = Checkpointer(config.logdir, _Restorable(agent))
         check_same_network(config.logdir, network_settings(network, spec))
         if not checkpointer.restore():

@@ -69,6 +69,10 @@ class TrainingConfig:
         return [actor % len(self.level_names) for actor in range(self.num_actors)]
 
 
+class ConfigError(Exception):
+    """Settings that do not fit together; its text is one sentence for the user."""
+
+
 class TrainingError(Exception):
     """The run cannot go on; its text is one sentence for the user."""
 
@@ -98,6 +102,18 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
     return AgentConfig(torso=torso, use_lstm=use_lstm, compute_dtype=compute_dtype)
 
 
+def create_agent(network: AgentConfig, spec: EnvironmentSpec) -> Agent:
+    """Makes the agent.
+
+    Raises:
+      ConfigError: the network cannot serve the environment's frames.
+    """
+    try:
+        return Agent(network, spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
     """Returns whether the processor has instructions for bfloat16.
 
@@ -125,11 +141,11 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
-      LevelError, LogdirError, TrainingError, ValueError: one sentence for the user.
+      ConfigError, LevelError, LogdirError, TrainingError: one sentence for the user.
       ActorError: with the actor's own error text.
     """
     if config.inference_batch_size > config.num_actors:
-        raise ValueError(
+        raise ConfigError(
             f'--inference_batch_size={config.inference_batch_size} is more than there are actors '
             f'(--num_actors={config.num_actors}).'
         )
@@ -142,7 +158,7 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
         tf.random.set_seed(config.seed)
         frames_per_step = spec.num_action_repeats
         learner = Learner(
-            Agent(network, spec),
+            create_agent(network, spec),
             dataclasses.replace(
                 config.learner,
                 total_agent_steps=max(1, config.total_environment_frames // frames_per_step),

@@ -179,6 +179,19 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ('flags', 'sentence'),
+    [
+        ({'torso': 'deep'}, 'The deep torso needs uint8 frames .*use the mlp torso'),
+        ({'inference_batch_size': 3}, 'inference_batch_size=3 is more than .*num_actors=2'),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path, flags, sentence):
+    with pytest.raises(training.ConfigError, match=sentence):
+        training.train(config(tmp_path, level_names=('levels:short',), num_actors=2, **flags))
+    assert not (tmp_path / 'checkpoints').exists()
+
+
 def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
     accepted = []
     with pytest.raises(environments.LevelError, match='lacks'):
