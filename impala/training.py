@@ -80,6 +80,10 @@ class TrainingError(Exception):
 # Updates in a row with a loss or gradient that is not finite, after which a run stops.
 MAX_SKIPPED_UPDATES = 10
 
+# A second signal this soon is the first one once more: `timeout` and job schedulers send theirs to
+# a process and to its group.
+SAME_SIGNAL_SECONDS = 1.0
+
 
 def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
     """Fills in what the flags leave to us.
@@ -306,7 +310,8 @@ class StopSignal:
     As long as nothing runs that must be brought to an end, the signal raises KeyboardInterrupt.
     Afterwards it calls the function given to `then`, once and on a thread of its own: the main
     thread may well be inside TensorFlow, waiting for data, where Python's own handlers do not run,
-    and the function must be what lets it return. A second signal then ends the process at once.
+    and the function must be what lets it return. A second signal, more than `SAME_SIGNAL_SECONDS`
+    after the first, then ends the process at once.
 
     Attributes:
       received: whether a signal has come.
@@ -351,14 +356,17 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
+        received_at = 0.0
         while numbers := os.read(self._read, 1):
             if numbers[0] not in self._SIGNALS:
                 continue
-            if self.received:
+            if not self.received:
+                received_at = time.monotonic()
+                self.received = True
+                if self._stop is not None:
+                    self._stop()
+            elif time.monotonic() - received_at >= SAME_SIGNAL_SECONDS:
                 os._exit(128 + numbers[0])
-            self.received = True
-            if self._stop is not None:
-                self._stop()
 
 
 def _to_floats(metrics: dict[str, tf.Tensor]) -> dict[str, float]:

@@ -156,6 +156,22 @@ def test_a_signal_interrupts_the_start_and_stops_the_run(number):
     assert 'stop signal' not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.parametrize(('seconds', 'exits'), [(1e9, []), (0, [128 + signal.SIGTERM])])
+def test_a_second_signal_ends_the_process_unless_it_comes_with_the_first(
+    monkeypatch, seconds, exits
+):
+    codes = []
+    monkeypatch.setattr(training.os, '_exit', codes.append)
+    monkeypatch.setattr(training, 'SAME_SIGNAL_SECONDS', seconds)
+    stopped = threading.Event()
+    with training.StopSignal() as stop:
+        stop.then(stopped.set)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopped.wait(PATIENCE_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert codes == exits
+
+
 def test_trains_on_several_levels_and_goes_on(tmp_path):
     accepted = []
     run = config(tmp_path, level_names=('levels:short', 'levels:long'))
