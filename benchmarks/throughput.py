@@ -32,6 +32,7 @@ from benchmarks import machine
 from environments import EnvironmentConfig, create_environment
 from impala.agent import Agent, AgentConfig
 from impala.learner import Learner, LearnerConfig
+from impala.training import has_fast_bfloat16
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,
@@ -164,7 +165,11 @@ def main() -> None:
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--unroll_length', type=int, default=20)
     parser.add_argument('--torso', default='shallow')
-    parser.add_argument('--compute_dtype', default='bfloat16', help='float32 or bfloat16')
+    parser.add_argument(
+        '--compute_dtype',
+        default='bfloat16' if has_fast_bfloat16() else 'float32',
+        help='float32 or bfloat16; default: the faster one on this processor',
+    )
     parser.add_argument('--inference_batch_size', type=int, default=0, help='as experiment.py')
     parser.add_argument('--warm_up', type=float, default=10, help='seconds')
     parser.add_argument('--seconds', type=float, default=30)
