@@ -15,6 +15,9 @@ import shutil
 import subprocess
 import sys
 
+# Found whether this runs as a module or as a file.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 import numpy as np
 import tabulate
 
