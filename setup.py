@@ -44,7 +44,6 @@ setup(
     name='impala',
     version='0.1.0',
     description='Scalable distributed deep RL with importance-weighted actor-learner architectures',
-    license='Apache-2.0',
     python_requires='>=3.10,<3.14',
     packages=['impala', 'dynamic_batching'],
     py_modules=['experiment', 'vtrace', 'environments'],

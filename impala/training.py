@@ -305,7 +305,7 @@ class StageTimer:
 
 
 class StopSignal:
-    """Ends a run cleanly when SIGINT or SIGTERM arrives. A context manager, main thread only.
+    """Ends a run cleanly on SIGINT, SIGTERM or SIGHUP. A context manager, main thread only.
 
     As long as nothing runs that must be brought to an end, the signal raises KeyboardInterrupt.
     Afterwards it calls the function given to `then`, once and on a thread of its own: the main
@@ -317,7 +317,7 @@ class StopSignal:
       received: whether a signal has come.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._stop: Callable[[], Any] | None = None
@@ -337,7 +337,13 @@ class StopSignal:
         self._stop = stop
 
     def __enter__(self) -> 'StopSignal':
-        self._handlers = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
+        # `nohup` ignores SIGHUP so that a run outlives its terminal.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._handlers = {
+            number: signal.signal(number, self._handle)
+            for number in self._SIGNALS
+            if number not in ignored
+        }
         return self
 
     def __exit__(self, *unused: Any) -> None:
@@ -358,7 +364,7 @@ class StopSignal:
     def _watch(self) -> None:
         received_at = 0.0
         while numbers := os.read(self._read, 1):
-            if numbers[0] not in self._SIGNALS:
+            if numbers[0] not in self._handlers:
                 continue
             if not self.received:
                 received_at = time.monotonic()

@@ -133,7 +133,7 @@ def test_stage_timer_adds_up_also_when_a_stage_fails():
     assert timer.seconds['b'] < timer.seconds['a']
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_the_start_and_stops_the_run(number):
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with training.StopSignal() as stop:

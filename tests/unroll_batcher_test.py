@@ -448,6 +448,19 @@ def test_a_batch_waits_for_its_minimum():
         assert [actor.result(TIMEOUT) for actor in actors] == [0, 1, 2]
 
 
+def test_actors_that_wait_for_the_learner_are_not_waited_for():
+    batcher = make_batcher(4, unroll_length=1, queue_capacity=1, minimum_batch_size=4)
+    with closing(batcher):
+        clients = [connect(batcher, actor) for actor in range(4)]
+        actions = [send(client, 0, is_first=True) for client in clients]
+        echo(batcher, get(batcher))
+        assert [action.result(TIMEOUT) for action in actions] == [0] * 4
+        # All four unrolls are full, and there is room for one: its actor is a batch by itself.
+        actions = [send(client, 7) for client in clients]
+        requests = get(batcher)
+        assert requests.last_action.shape == [1]
+
+
 def test_fewer_make_a_batch_after_the_time_out():
     batcher = make_batcher(3, minimum_batch_size=3, timeout_ms=200)
     with closing(batcher):

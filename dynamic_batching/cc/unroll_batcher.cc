@@ -195,7 +195,7 @@ bool UnrollBatcher::IsReady(int actor) const {
   return state == kRequested || state == kSleeping;
 }
 
-std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, int* num_ready) {
+std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, int* num_missing) {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<int> ready;
   for (int actor = 0; actor < actors_.size(); ++actor) {
@@ -209,14 +209,21 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
             [this](int a, int b) { return actors_[a].arrival < actors_[b].arrival; });
   std::vector<Ticket> selected;
   int free_unrolls = free_unrolls_.size();
+  int64_t num_blocked = 0;
   for (int actor : ready) {
-    if (selected.size() == options_.maximum_batch_size) break;
     // Its unroll is full: it waits until the learner has made room for another.
-    if (actors_[actor].row == options_.rows - 1 && free_unrolls-- <= 0) continue;
-    selected.push_back({actor, actors_[actor].epoch});
+    if (actors_[actor].row == options_.rows - 1 && free_unrolls-- <= 0) {
+      ++num_blocked;
+    } else if (selected.size() < options_.maximum_batch_size) {
+      selected.push_back({actor, actors_[actor].epoch});
+    }
   }
-  *num_ready = selected.size();
-  if (selected.size() < options_.minimum_batch_size && (selected.empty() || !timed_out)) return {};
+  // Actors that wait for the learner will not ask: the same share of the others makes a batch.
+  const int64_t num_actors = actors_.size();
+  const int minimum = std::max<int64_t>(
+      1, options_.minimum_batch_size * (num_actors - num_blocked) / num_actors);
+  *num_missing = timed_out ? 1 : minimum - static_cast<int>(selected.size());
+  if (selected.size() < minimum && (selected.empty() || !timed_out)) return {};
   for (const Ticket& ticket : selected) {
     Actor& actor = actors_[ticket.actor];
     if (actor.row == options_.rows - 1) StartNextUnroll(ticket.actor);
@@ -271,12 +278,11 @@ void UnrollBatcher::GatherLoop() {
       if (IsClosed() || waiter.cancelled->load()) break;
       const uint64_t waited = NowNanoseconds() - waiter.since;
       const bool timed_out = waited >= options_.timeout_nanoseconds;
-      int num_ready;
-      tickets = SelectActors(timed_out, &num_ready);
+      int num_missing;
+      tickets = SelectActors(timed_out, &num_missing);
       if (!tickets.empty()) break;
       // Requests that come later than that see `wake_at`.
-      header_->wake_at.store(requests +
-                             (timed_out ? 1 : options_.minimum_batch_size - num_ready));
+      header_->wake_at.store(requests + num_missing);
       FutexWait(&header_->doorbell, requests,
                 std::min(kLongestWaitNanoseconds,
                          timed_out ? kLongestWaitNanoseconds

@@ -49,7 +49,8 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
 
   // Asks for one batch of waiting rows. The outputs of `context` are actor ids, epochs, the
   // inputs, the last action and the recurrent state; `done` is called as soon as the batch policy
-  // is met: `minimum_batch_size` rows wait, or one does and the time-out is over.
+  // is met: `minimum_batch_size` rows wait (fewer, in proportion, while actors wait for the
+  // learner), or one does and the time-out is over.
   void GetInputs(tensorflow::OpKernelContext* context, Done done);
 
   // Scatters the results of a batch and wakes its actors. An actor that was reset in between (its
@@ -124,9 +125,9 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   void FinishCancelled(std::deque<Waiter>* waiters);
   void NotifyLoops();
 
-  // Selects the actors of the next batch; none while the policy is not met. `num_ready` is the
-  // number of rows that could be in one.
-  std::vector<Ticket> SelectActors(bool timed_out, int* num_ready);
+  // Selects the actors of the next batch; none while the policy is not met: then `num_missing` is
+  // the number of further requests to wait for.
+  std::vector<Ticket> SelectActors(bool timed_out, int* num_missing);
   bool IsReady(int actor) const;
   void StartNextUnroll(int actor);
   absl::Status FillBatch(tensorflow::OpKernelContext* context, const std::vector<Ticket>& tickets);
