@@ -29,7 +29,13 @@ flags.DEFINE_enum('job_name', 'learner', ['learner', 'actor'], 'Kind of a distri
 flags.DEFINE_integer(
     'total_environment_frames', 1_000_000_000, 'Frames to train for.', lower_bound=1
 )
-flags.DEFINE_integer('num_actors', 4, 'Environments, one process each.', lower_bound=1)
+flags.DEFINE_integer('num_actors', 4, 'Environments.', lower_bound=1)
+flags.DEFINE_integer(
+    'envs_per_process',
+    1,
+    'Environments that take turns in one process; with few cores, several are faster.',
+    lower_bound=1,
+)
 flags.DEFINE_integer('batch_size', 2, 'Unrolls per update of the learner.', lower_bound=1)
 flags.DEFINE_integer('unroll_length', 100, 'Agent steps per unroll.', lower_bound=1)
 flags.DEFINE_integer(
@@ -247,6 +253,7 @@ def _config() -> Any:
         level_names=(FLAGS.level_name,),
         seed=FLAGS.seed,
         num_actors=FLAGS.num_actors,
+        envs_per_process=FLAGS.envs_per_process,
         total_environment_frames=FLAGS.total_environment_frames,
         torso=FLAGS.torso,
         use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],

@@ -47,7 +47,8 @@ def _load_library() -> ctypes.CDLL:
         ('observation', handle, (handle, u32)),
         ('is_idle', ctypes.c_int, (handle,)),
         ('position', ctypes.POINTER(u32), (handle,)),
-        ('request', ctypes.c_int32, (handle, ctypes.c_float, ctypes.c_int, ctypes.c_int)),
+        ('send', ctypes.c_int32, (handle, ctypes.c_float, ctypes.c_int, ctypes.c_int)),
+        ('wait', ctypes.c_int32, (handle,)),
     ):
         function = getattr(library, f'actor_client_{name}')
         function.restype, function.argtypes = result, arguments
@@ -75,7 +76,8 @@ class ActorClient:
         """
         library = _load_library()
         self._disconnect = library.actor_client_disconnect
-        self._request = library.actor_client_request
+        self._send_row = library.actor_client_send
+        self._wait = library.actor_client_wait
         self._is_idle = library.actor_client_is_idle
         self._handle = library.actor_client_connect(fd, actor)
         if not self._handle:
@@ -113,15 +115,12 @@ class ActorClient:
             )
         self._position = library.actor_client_position(handle)
 
-    def start(self, end: int, observation: Sequence[np.ndarray]) -> int:
-        """Sends the first row of the first episode, with reward 0, and waits for its action.
+    def start(self, end: int, observation: Sequence[np.ndarray]) -> None:
+        """Sends the first row of the first episode, with reward 0.
 
         Args:
           end: `EpisodeEnd` of the row.
           observation: arrays of the specs' shapes and dtypes.
-
-        Returns:
-          The action.
 
         Raises:
           ClosedError: the batcher is closed.
@@ -131,10 +130,10 @@ class ActorClient:
         # Whoever is there already may be in the middle of an unroll.
         if not self._is_idle(self._handle):
             raise RuntimeError('the actor has started before and was not reset since')
-        return self._send(0.0, end, observation, True)
+        self._send(0.0, end, observation, True)
 
-    def step(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> int:
-        """Sends the row that the last action led to and waits for the next action.
+    def send(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> None:
+        """Sends the row that the last action led to.
 
         Return and length of the episode are counted here, and start again after an `end` that is
         TERMINATED or TRUNCATED.
@@ -144,19 +143,28 @@ class ActorClient:
           end: `EpisodeEnd` of the row.
           observation: as for `start`.
 
-        Returns:
-          The action.
+        Raises:
+          ClosedError: the batcher is closed.
+          RuntimeError: there was no start, or the action before was not waited for.
+          ValueError: an array does not fit its spec.
+        """
+        self._send(float(reward), end, observation, False)
+
+    def wait(self) -> int:
+        """Sleeps until the row sent last is answered, and returns its action.
 
         Raises:
           ClosedError: the batcher is closed.
-          RuntimeError: there was no start.
-          ValueError: an array does not fit its spec.
+          RuntimeError: no row was sent.
         """
-        return self._send(float(reward), end, observation, False)
+        action = self._wait(self._handle)
+        if action < 0:
+            _raise(action, 'a row is sent before its action is waited for')
+        return action
 
     def _send(
         self, reward: float, end: int, observation: Sequence[np.ndarray], is_first: bool
-    ) -> int:
+    ) -> None:
         unroll, row = self._position[0], self._position[1]
         for target, array, spec in zip(self._arrays, observation, self._specs, strict=True):
             if (array.shape, array.dtype) != spec:
@@ -165,15 +173,18 @@ class ActorClient:
                     f'{spec[1]} {list(spec[0])}'
                 )
             target[unroll, row] = array
-        action = self._request(self._handle, reward, end, is_first)
-        if action < 0:
-            if action == _OUT_OF_ORDER:
-                raise RuntimeError('start comes before the first step')
-            raise ClosedError('the batcher is closed')
-        return action
+        failure = self._send_row(self._handle, reward, end, is_first)
+        if failure:
+            _raise(failure, 'start comes before the first row, and wait between two of them')
 
     def __del__(self) -> None:
         handle: Any = getattr(self, '_handle', None)
         if handle:
             self._arrays = []
             self._disconnect(handle)
+
+
+def _raise(failure: int, rule: str) -> None:
+    if failure == _OUT_OF_ORDER:
+        raise RuntimeError(rule)
+    raise ClosedError('the batcher is closed')

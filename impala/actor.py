@@ -1,15 +1,17 @@
-"""The actor process: one environment and a seat at the batcher, without TensorFlow.
+"""The actor process: environments and their seats at the batcher, without TensorFlow.
 
 Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON in the last
 argument. Exit codes: 3 the batcher was closed, 2 the environment cannot be made or played as asked
 (one sentence on stderr), anything else a failure with its traceback on stderr, if there is one.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import threading
+from collections.abc import Sequence
 
 import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
@@ -20,19 +22,27 @@ BAD_INPUT_EXIT_CODE = 2
 CLOSED_EXIT_CODE = 3
 
 
-def act(environment: environments.Environment, client: ActorClient) -> None:
-    """Plays until the batcher is closed: Figure 1's actor, with the policy at the batcher's end.
+def act(
+    environment_list: Sequence[environments.Environment], clients: Sequence[ActorClient]
+) -> None:
+    """Plays until the batcher is closed: Figure 1's actors, with the policy at the batcher's end.
+
+    Several environments take turns in one process, so that what they share (the interpreter, the
+    game engine's code) stays in the processor's caches from one to the next.
 
     Raises:
       ClosedError: the batcher was closed.
     """
-    names = tuple(environment.spec.observation)
-    observation = environment.reset()
-    # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
-    action = client.start(EpisodeEnd.TERMINATED, tuple([observation[name] for name in names]))
+    actors = list(zip(environment_list, clients, strict=True))
+    names = tuple(environment_list[0].spec.observation)
+    for environment, client in actors:
+        observation = environment.reset()
+        # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
+        client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
     while True:
-        reward, end, observation = environment.step(action)
-        action = client.step(reward, end, tuple([observation[name] for name in names]))
+        for environment, client in actors:
+            reward, end, observation = environment.step(client.wait())
+            client.send(reward, end, [observation[name] for name in names])
 
 
 def _exit_with_parent(lifeline: int, temp_folder: str) -> None:
@@ -47,32 +57,32 @@ def _exit_with_parent(lifeline: int, temp_folder: str) -> None:
 
 
 def main(argument: str) -> int:
-    """Runs one actor, or prints the spec of its environment; returns the exit code."""
+    """Runs actors, or prints the spec of an environment; returns the exit code."""
     settings = json.loads(argument)
     _exit_with_parent(settings['lifeline'], settings['environment']['temp_folder'])
     config = environments.EnvironmentConfig(**settings['environment'])
     try:
-        environment = environments.create_environment(
-            settings['level_name'], settings['seed'], config
-        )
-        try:
-            if 'segment' in settings:
-                act(
-                    environment,
-                    ActorClient(
-                        settings['segment'],
-                        settings['actor'],
-                        list(environment.spec.observation.values()),
-                    ),
-                )
-            else:
+        with contextlib.ExitStack() as stack:
+            made = []
+            for level_name, seed in zip(settings['level_names'], settings['seeds'], strict=True):
+                made.append(environments.create_environment(level_name, seed, config))
+                stack.callback(made[-1].close)
+            if 'segment' not in settings:
                 # On its own descriptor: environments may print whatever they like.
                 with os.fdopen(settings['spec_pipe'], 'w') as pipe:
-                    json.dump(environment.spec.to_json(), pipe)
-        except ClosedError:
-            return CLOSED_EXIT_CODE
-        finally:
-            environment.close()
+                    json.dump(made[0].spec.to_json(), pipe)
+                return 0
+            observation = list(made[0].spec.observation.values())
+            try:
+                act(
+                    made,
+                    [
+                        ActorClient(settings['segment'], actor, observation)
+                        for actor in settings['actors']
+                    ],
+                )
+            except ClosedError:
+                return CLOSED_EXIT_CODE
     except environments.LevelError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT_EXIT_CODE

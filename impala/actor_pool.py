@@ -92,7 +92,7 @@ class Workplace:
         read_end, write_end = os.pipe()
         with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as pipe:
             process = self.start(
-                {'level_name': level_name, 'seed': seed, 'spec_pipe': write_end},
+                {'level_names': [level_name], 'seeds': [seed], 'spec_pipe': write_end},
                 [write_end],
                 errors,
             )
@@ -107,7 +107,8 @@ class Workplace:
 
 
 @dataclasses.dataclass
-class _Actor:
+class _ActorProcess:
+    actors: Sequence[int]
     process: subprocess.Popen
     errors: IO[bytes]
     descriptor: int  # Readable when the process has ended.
@@ -115,7 +116,7 @@ class _Actor:
 
 
 class ActorPool:
-    """Keeps one process per actor of a batcher alive. A context manager."""
+    """Keeps the actor processes of a batcher alive. A context manager."""
 
     def __init__(
         self,
@@ -125,6 +126,7 @@ class ActorPool:
         seed: int,
         max_restarts: int,
         report: Callable[[str], None],
+        envs_per_process: int = 1,
     ):
         """Prepares; processes start with the `with` block.
 
@@ -133,8 +135,9 @@ class ActorPool:
           batcher: what they connect to; closed when the pool gives up or ends.
           level_names: of each actor.
           seed: of the run; every actor and every restart has one of its own that follows from it.
-          max_restarts: of one actor without a full unroll in between, before the pool gives up.
-          report: told, in a few lines, of every actor that died.
+          max_restarts: of one process without a full unroll in between, before the pool gives up.
+          report: told, in a few lines, of every process that died.
+          envs_per_process: consecutive actors that share a process, and its fate.
         """
         self._workplace = workplace
         self._batcher = batcher
@@ -145,14 +148,19 @@ class ActorPool:
         self._failure: Exception | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
-        self._actors: dict[int, _Actor] = {}
+        actors = range(len(level_names))
+        self._groups = [
+            actors[first : first + envs_per_process]
+            for first in range(0, len(actors), envs_per_process)
+        ]
+        self._processes: dict[int, _ActorProcess] = {}
         self._supervisor = threading.Thread(target=self._supervise, name='actor pool', daemon=True)
         self.restarts = 0
 
     def __enter__(self) -> 'ActorPool':
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
         try:
-            for index in range(len(self._level_names)):
+            for index in range(len(self._groups)):
                 self._start(index, restarts_in_a_row=0)
         except BaseException:
             self._end_processes()
@@ -172,8 +180,8 @@ class ActorPool:
     @property
     def process_ids(self) -> list[int]:
         """Of the actors, in their order; one that is being replaced is left out."""
-        actors = self._actors.copy()  # At once: the supervisor may be replacing one.
-        return [actors[index].process.pid for index in sorted(actors)]
+        processes = self._processes.copy()  # At once: the supervisor may be replacing one.
+        return [processes[index].process.pid for index in sorted(processes)]
 
     def check(self) -> None:
         """Raises the error that made the pool give up, if it has.
@@ -186,21 +194,24 @@ class ActorPool:
             raise self._failure
 
     def _start(self, index: int, restarts_in_a_row: int) -> None:
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the actor)
+        errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        actors = self._groups[index]
         # The same episodes again might well end in the same crash.
-        seed = self._seed + index + len(self._level_names) * self.restarts
+        first_seed = self._seed + len(self._level_names) * self.restarts
         process = self._workplace.start(
             {
-                'level_name': self._level_names[index],
-                'seed': seed % 2**31,
+                'level_names': [self._level_names[actor] for actor in actors],
+                'seeds': [(first_seed + actor) % 2**31 for actor in actors],
                 'segment': self._batcher.fd,
-                'actor': index,
+                'actors': list(actors),
             },
             [self._batcher.fd],
             errors,
         )
         descriptor = os.pidfd_open(process.pid)
-        self._actors[index] = _Actor(process, errors, descriptor, restarts_in_a_row)
+        self._processes[index] = _ActorProcess(
+            actors, process, errors, descriptor, restarts_in_a_row
+        )
         self._selector.register(descriptor, selectors.EVENT_READ, index)
 
     def _supervise(self) -> None:
@@ -216,46 +227,46 @@ class ActorPool:
                     return
 
     def _replace(self, index: int) -> None:
-        actor = self._actors[index]
-        code = actor.process.wait()
+        ended = self._processes[index]
+        code = ended.process.wait()
         if code == CLOSED_EXIT_CODE:  # Soon this pool is, too.
-            self._selector.unregister(actor.descriptor)
+            self._selector.unregister(ended.descriptor)
             return
-        text = _tail(actor.errors)
+        text = _tail(ended.errors)
         if code == BAD_INPUT_EXIT_CODE:
             raise LevelError(text.splitlines()[-1])
-        completed = self._batcher.statistics().completed_unrolls[index]
-        in_a_row = 1 if completed > 0 else actor.restarts_in_a_row + 1
+        completed = self._batcher.statistics().completed_unrolls
+        has_worked = any(completed[actor] > 0 for actor in ended.actors)
+        in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
         what = f'signal {-code}' if code < 0 else f'exit code {code}'
-        level = self._level_names[index]
+        who = ', '.join(f'{actor} ({self._level_names[actor]})' for actor in ended.actors)
         if in_a_row > self._max_restarts:
             raise ActorError(
-                f'Actor {index} ({level}) ended with {what} and was restarted '
+                f'Actor {who} ended with {what} and was restarted '
                 f'{self._max_restarts} times in a row before. Its own error:\n{text}'
             )
-        self._report(
-            f'Actor {index} ({level}) ended with {what} and is restarted.\n{text}'.rstrip()
-        )
+        self._report(f'Actor {who} ended with {what} and is restarted.\n{text}'.rstrip())
         self._forget(index)
         self.restarts += 1
-        self._batcher.reset_actor(index)
+        for actor in ended.actors:
+            self._batcher.reset_actor(actor)
         self._start(index, in_a_row)
 
     def _forget(self, index: int) -> None:
-        actor = self._actors.pop(index)
+        ended = self._processes.pop(index)
         with contextlib.suppress(KeyError):
-            self._selector.unregister(actor.descriptor)
-        os.close(actor.descriptor)
-        actor.errors.close()
+            self._selector.unregister(ended.descriptor)
+        os.close(ended.descriptor)
+        ended.errors.close()
 
     def _end_processes(self) -> None:
         deadline = time.monotonic() + GRACE_SECONDS
-        for index, actor in list(self._actors.items()):
+        for index, each in list(self._processes.items()):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                actor.process.wait(max(0.0, deadline - time.monotonic()))
-            if actor.process.poll() is None:
-                actor.process.kill()
-                actor.process.wait()
+                each.process.wait(max(0.0, deadline - time.monotonic()))
+            if each.process.poll() is None:
+                each.process.kill()
+                each.process.wait()
             self._forget(index)
 
 

@@ -110,6 +110,7 @@ def evaluate(
                 config.seed,
                 config.max_actor_restarts,
                 report_to_stderr,
+                config.envs_per_process,
             )
         )
         returns: dict[str, list[float]] = {name: [] for name in config.level_names}

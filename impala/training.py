@@ -30,7 +30,8 @@ class TrainingConfig:
       logdir: folder for all that the run leaves behind.
       level_names: levels, given to the actors round robin.
       seed: of everything random.
-      num_actors: environments, one process each.
+      num_actors: environments.
+      envs_per_process: environments that take turns in one process.
       total_environment_frames: frames after which the run ends.
       torso: as `AgentConfig.torso`, or `'auto'`.
       use_lstm: None decides by the kind of level.
@@ -50,6 +51,7 @@ class TrainingConfig:
     level_names: tuple[str, ...]
     seed: int
     num_actors: int
+    envs_per_process: int
     total_environment_frames: int
     torso: str
     use_lstm: bool | None
@@ -208,6 +210,7 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
                 config.seed,
                 config.max_actor_restarts,
                 log.message,
+                config.envs_per_process,
             )
         )
         num_weights = sum(int(tf.size(weight)) for weight in learner.agent.trainable_variables)

@@ -5,11 +5,12 @@ import gc
 import threading
 import time
 
+import actor_nursery
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from dynamic_batching.actor_client import ActorClient, ClosedError
+from dynamic_batching.actor_client import ClosedError
 from impala.acting import BehaviourPolicy, UnrollSource
 from impala.agent import Agent, AgentConfig
 from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, EpisodeEnd
@@ -37,7 +38,7 @@ def playing(source, num_actors):
 
     def play(actor):
         rng = np.random.default_rng(actor)
-        client = ActorClient(source.batcher.fd, actor, OBSERVATION)
+        client = actor_nursery.WaitingClient(source.batcher.fd, actor, OBSERVATION)
         observe = lambda: (rng.normal(size=4).astype(np.float32),)  # noqa: E731
         with contextlib.suppress(ClosedError):
             client.start(EpisodeEnd.TERMINATED, observe())
@@ -160,7 +161,7 @@ def test_an_error_of_the_agent_ends_serving_and_is_raised_by_check():
     behaviour = BehaviourPolicy(agent, source)
     behaviour.check()
     with behaviour.serving():
-        client = ActorClient(source.batcher.fd, 0, OBSERVATION)
+        client = actor_nursery.WaitingClient(source.batcher.fd, 0, OBSERVATION)
         observation = (np.zeros(4, np.float32),)
         client.start(EpisodeEnd.TERMINATED, observation)
         with pytest.raises(ClosedError):

@@ -20,6 +20,18 @@ OBSERVATION = [ArraySpec((3,), 'int64'), ArraySpec((40,), 'uint8')]
 CLOSED, WRONG_ANSWER = 10, 11  # Exit codes.
 
 
+class WaitingClient(ActorClient):
+    """A client that waits for the action of every row that it sends."""
+
+    def start(self, end, observation):
+        super().start(end, observation)
+        return self.wait()
+
+    def step(self, reward, end, observation):
+        self.send(reward, end, observation)
+        return self.wait()
+
+
 def right_action(actor, incarnation, counter):
     """What the policy of the test answers to a row, for no other row does it answer that."""
     return (actor * 1000 + incarnation) * 100000 + counter
@@ -33,7 +45,7 @@ def observation(actor, incarnation, counter):
 
 def count(fd, actor, incarnation, report):
     """Sends rows that are numbered from 0 until the batcher is closed; checks every answer."""
-    client = ActorClient(fd, actor, OBSERVATION)
+    client = WaitingClient(fd, actor, OBSERVATION)
     os.write(report, b'.')
     try:
         counter = 0

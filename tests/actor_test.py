@@ -48,52 +48,60 @@ class Recorded(Environment):
 
 
 def test_rows_actions_and_episodes():
-    environment = Recorded()
+    """Two environments take turns; each has the actions, and gets the unroll, of its own."""
+    both = [Recorded(), Recorded()]
+    observation = list(Recorded.spec.observation.values())
     batcher = UnrollBatcher(
         inputs=[
             ArraySpec((), 'float32'),
             ArraySpec((), 'float32'),
             ArraySpec((), 'int32'),
             ArraySpec((), 'uint8'),
-            *environment.spec.observation.values(),
+            *observation,
         ],
         outputs=[ArraySpec((), 'int32')],
         states=[],
-        level_ids=[0],
+        level_ids=[0, 0],
         unroll_length=8,
-        queue_capacity=1,
+        queue_capacity=2,
     )
-    client = ActorClient(batcher.fd, 0, list(environment.spec.observation.values()))
+    clients = [ActorClient(batcher.fd, index, observation) for index in range(2)]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        playing = executor.submit(actor.act, environment, client)
+        playing = executor.submit(actor.act, both, clients)
         try:
-            for step in range(9):
+            answered = np.zeros(2, np.int32)
+            while min(answered) < 9:
                 requests = batcher.get_inputs()
-                action = tf.constant([50 + step])
+                actors = requests.tickets[0].numpy()
+                action = tf.constant(50 + 20 * actors + answered[actors])
+                answered[actors] += 1
                 batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [action], [])
-            unroll = batcher.dequeue(1)
+            unrolls = batcher.dequeue(2)
         finally:
             batcher.close()
         with pytest.raises(ClosedError):
             playing.result(TIMEOUT)
-    reward, episode_return, episode_step, end, frame, words = [
-        field.numpy()[:, 0] for field in unroll.inputs
-    ]
-    assert environment.actions[:8] == [50, 51, 52, 53, 54, 55, 56, 57]
-    assert unroll.outputs[0].numpy()[:, 0].tolist() == [0, 50, 51, 52, 53, 54, 55, 56, 57]
-    assert reward.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
-    # The first row starts an episode; a lost life (row 1, row 5) ends none of the game's.
-    assert end.tolist() == [1, 3, 2, 1, 0, 3, 2, 1, 0]
-    assert episode_return.tolist() == [0, 0.5, 1.5, 1.5, 2, 4.5, 7.5, 3.5, 4]
-    assert episode_step.tolist() == [0, 1, 2, 1, 1, 2, 3, 1, 1]
-    assert frame.tolist() == [[step, step] for step in range(9)]
-    assert words.tolist() == [[1000 + step] * 3 for step in range(9)]
+    assert sorted(unrolls.actors.numpy()) == [0, 1]
+    for column, index in enumerate(unrolls.actors.numpy()):
+        reward, episode_return, episode_step, end, frame, words = [
+            field.numpy()[:, column] for field in unrolls.inputs
+        ]
+        actions = [50 + 20 * index + step for step in range(8)]
+        assert both[index].actions[:8] == actions
+        assert unrolls.outputs[0].numpy()[:, column].tolist() == [0, *actions]
+        assert reward.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
+        # The first row starts an episode; a lost life (row 1, row 5) ends none of the game's.
+        assert end.tolist() == [1, 3, 2, 1, 0, 3, 2, 1, 0]
+        assert episode_return.tolist() == [0, 0.5, 1.5, 1.5, 2, 4.5, 7.5, 3.5, 4]
+        assert episode_step.tolist() == [0, 1, 2, 1, 1, 2, 3, 1, 1]
+        assert frame.tolist() == [[step, step] for step in range(9)]
+        assert words.tolist() == [[1000 + step] * 3 for step in range(9)]
 
 
 def run(lifeline, **settings):
     read_end, write_end = lifeline
     argument = json.dumps(
-        {'seed': 1, 'lifeline': read_end, 'environment': {'temp_folder': None}} | settings
+        {'seeds': [1], 'lifeline': read_end, 'environment': {'temp_folder': None}} | settings
     )
     return subprocess.run(
         [sys.executable, '-m', 'impala.actor', argument],
@@ -114,12 +122,12 @@ def lifeline():
 
 
 def test_a_level_that_cannot_be_played_is_one_sentence(lifeline):
-    result = run(lifeline, level_name='ALE/NoSuchGame-v5', spec_pipe=1)
+    result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], spec_pipe=1)
     assert result.returncode == actor.BAD_INPUT_EXIT_CODE
     assert 'NoSuchGame' in result.stderr and 'Traceback' not in result.stderr
 
 
 def test_a_segment_that_is_none_is_a_failure_with_a_traceback(lifeline):
-    result = run(lifeline, level_name='CartPole-v1', segment=lifeline[0], actor=0)
+    result = run(lifeline, level_names=['CartPole-v1'], segment=lifeline[0], actors=[0])
     assert result.returncode == 1
     assert 'Traceback' in result.stderr and 'no segment' in result.stderr

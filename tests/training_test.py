@@ -25,6 +25,7 @@ def config(logdir, **changes):
         'level_names': ('levels:short',),
         'seed': 1,
         'num_actors': 2,
+        'envs_per_process': 1,
         'total_environment_frames': 100,
         'torso': 'auto',
         'use_lstm': None,

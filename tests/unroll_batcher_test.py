@@ -26,7 +26,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.eager import cancellation
 
-from dynamic_batching.actor_client import ActorClient, ClosedError
+from dynamic_batching.actor_client import ClosedError
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from impala.trajectory import ArraySpec, EpisodeEnd
 
@@ -94,7 +94,7 @@ def echo(batcher, requests, states=()):
 
 def connect(batcher, actor):
     """A client of a batcher whose observation is one byte."""
-    return ActorClient(batcher.fd, actor, [BYTE])
+    return actor_nursery.WaitingClient(batcher.fd, actor, [BYTE])
 
 
 def send(client, byte, is_first=False):
@@ -333,7 +333,10 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
     zero_outputs = [np.zeros(spec.shape, spec.dtype) for spec in output_specs]
     zero_states = [np.zeros(spec.shape, spec.dtype) for spec in state_specs]
     observation_specs = [frame_spec, words_spec]
-    clients = [ActorClient(batcher.fd, actor, observation_specs) for actor in range(num_actors)]
+    clients = [
+        actor_nursery.WaitingClient(batcher.fd, actor, observation_specs)
+        for actor in range(num_actors)
+    ]
     histories = [[] for _ in range(num_actors)]  # Since each actor's last reset.
     totals = [(np.float32(0), 0)] * num_actors
     futures = {}
@@ -346,7 +349,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                     assert actor != 1 or futures[actor].done()
                 futures.pop(1, None)
                 batcher.reset_actor(1)
-                clients[1] = ActorClient(batcher.fd, 1, observation_specs)
+                clients[1] = actor_nursery.WaitingClient(batcher.fd, 1, observation_specs)
                 histories[1], totals[1] = [], (np.float32(0), 0)
             for actor in range(num_actors):
                 if actor in futures or rng.random() < 0.4:
@@ -569,11 +572,11 @@ def test_a_client_refuses_what_does_not_fit():
     with closing(batcher):
         for actor in (2, -1):
             with pytest.raises(ValueError, match='no actor'):
-                ActorClient(batcher.fd, actor, [spec])
+                actor_nursery.WaitingClient(batcher.fd, actor, [spec])
         for specs in ([], [BYTE], [spec, spec], [ArraySpec((2, 3), 'int32')]):
             with pytest.raises(ValueError, match='made for observations'):
-                ActorClient(batcher.fd, 0, specs)
-        client = ActorClient(batcher.fd, 0, [spec])
+                actor_nursery.WaitingClient(batcher.fd, 0, specs)
+        client = actor_nursery.WaitingClient(batcher.fd, 0, [spec])
         for wrong in [
             (np.zeros([2, 4], np.uint8),),
             (np.zeros([3, 2], np.uint8),),
@@ -616,22 +619,22 @@ def test_a_client_refuses_what_is_no_segment(contents, tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(contents)
     with open(path, 'r+b') as file, pytest.raises(ValueError, match='segment'):
-        ActorClient(file.fileno(), 0, [BYTE])
+        actor_nursery.WaitingClient(file.fileno(), 0, [BYTE])
 
 
 def test_a_client_refuses_other_descriptors():
     read_end, write_end = os.pipe()
     with open(read_end, 'rb'), open(write_end, 'wb'), pytest.raises(ValueError, match='segment'):
-        ActorClient(read_end, 0, [BYTE])
+        actor_nursery.WaitingClient(read_end, 0, [BYTE])
     with pytest.raises(ValueError, match='segment'):
-        ActorClient(-1, 0, [BYTE])
+        actor_nursery.WaitingClient(-1, 0, [BYTE])
 
 
 def test_answers_that_do_not_fit_are_refused():
     batcher = make_counting_batcher(1)
     with closing(batcher):
         start(
-            ActorClient(batcher.fd, 0, actor_nursery.OBSERVATION).start,
+            actor_nursery.WaitingClient(batcher.fd, 0, actor_nursery.OBSERVATION).start,
             EpisodeEnd.TERMINATED,
             actor_nursery.observation(0, 0, 0),
         )

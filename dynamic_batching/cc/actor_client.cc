@@ -17,7 +17,7 @@ namespace {
 // Sleeping actors look this often whether the segment was closed without waking them.
 constexpr uint64_t kCheckClosedNanoseconds = 1000000000;
 
-// What actor_client_request() returns instead of an action.
+// What is returned instead of an action.
 constexpr int32_t kClosed = -1, kOutOfOrder = -2;
 
 struct Client {
@@ -26,8 +26,15 @@ struct Client {
   ActorBlock* block;
   float episode_return;
   int32_t episode_step;
-  uint64_t returned_at;  // When the actor was given its last action; 0 before the first.
+  bool is_waiting;        // A row was sent whose action was not waited for yet.
+  uint64_t requested_at;  // When that row was sent.
+  uint64_t returned_at;   // When the actor was given its last action; 0 before the first.
 };
+
+// Only the actor writes its timers.
+void AddNanoseconds(std::atomic<uint64_t>* timer, uint64_t nanoseconds) {
+  timer->store(timer->load(std::memory_order_relaxed) + nanoseconds, std::memory_order_relaxed);
+}
 
 void WaitForAnswer(Client* client) {
   ActorBlock* block = client->block;
@@ -60,7 +67,7 @@ EXPORT void* actor_client_connect(int fd, uint32_t actor) {
     munmap(segment, status.st_size);
     return nullptr;
   }
-  return new Client{segment, header, GetActorBlock(segment, actor), 0, 0, 0};
+  return new Client{segment, header, GetActorBlock(segment, actor), 0, 0, false, 0, 0};
 }
 
 EXPORT void actor_client_disconnect(void* handle) {
@@ -105,15 +112,15 @@ EXPORT int actor_client_is_idle(void* handle) {
   return static_cast<Client*>(handle)->block->state.load() == kIdle;
 }
 
-// Sends the row whose observation stands in its place and returns its action, kClosed if the
-// batcher is closed, or kOutOfOrder if this client has not sent a first row before another.
+// Sends the row whose observation stands in its place. Returns 0, kClosed if the batcher is closed, or
+// kOutOfOrder if an action is still to be waited for, or no first row was sent before another.
 // `is_first`: the row is the first of the first episode.
-EXPORT int32_t actor_client_request(void* handle, float reward, int end, int is_first) {
+EXPORT int32_t actor_client_send(void* handle, float reward, int end, int is_first) {
   auto* client = static_cast<Client*>(handle);
   SegmentHeader* header = client->header;
   ActorBlock* block = client->block;
   if (header->closed.load(std::memory_order_acquire)) return kClosed;
-  if (!is_first && client->returned_at == 0) return kOutOfOrder;
+  if (client->is_waiting || (!is_first && client->returned_at == 0)) return kOutOfOrder;
   if (!is_first) {
     client->episode_return += reward;
     client->episode_step += 1;
@@ -132,22 +139,28 @@ EXPORT int32_t actor_client_request(void* handle, float reward, int end, int is_
     client->episode_step = 0;
   }
 
-  const uint64_t requested_at = NowNanoseconds();
+  client->is_waiting = true;
+  client->requested_at = NowNanoseconds();
   if (client->returned_at != 0) {
-    block->environment_nanoseconds.store(
-        block->environment_nanoseconds.load(std::memory_order_relaxed) + requested_at -
-            client->returned_at,
-        std::memory_order_relaxed);
+    AddNanoseconds(&block->environment_nanoseconds, client->requested_at - client->returned_at);
   }
   block->state.store(kRequested);
   const uint32_t request = header->doorbell.fetch_add(1) + 1;
   // The batcher wants to hear of this request and of those after it, once each at most: it moves
   // `wake_at` away as soon as it is awake.
   if (static_cast<int32_t>(request - header->wake_at.load()) >= 0) FutexWake(&header->doorbell);
+  return 0;
+}
+
+// Waits for the action that answers the row sent last, and returns it, kClosed or kOutOfOrder.
+EXPORT int32_t actor_client_wait(void* handle) {
+  auto* client = static_cast<Client*>(handle);
+  ActorBlock* block = client->block;
+  if (!client->is_waiting) return kOutOfOrder;
   WaitForAnswer(client);
+  if (block->state.load(std::memory_order_acquire) != kAnswered) return kClosed;
+  client->is_waiting = false;
   client->returned_at = NowNanoseconds();
-  block->waiting_nanoseconds.store(block->waiting_nanoseconds.load(std::memory_order_relaxed) +
-                                       client->returned_at - requested_at,
-                                   std::memory_order_relaxed);
-  return block->state.load(std::memory_order_acquire) == kAnswered ? block->action : kClosed;
+  AddNanoseconds(&block->waiting_nanoseconds, client->returned_at - client->requested_at);
+  return block->action;
 }
