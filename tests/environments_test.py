@@ -693,6 +693,7 @@ def test_deepmind_lab_actions_seeds_and_throw_away_reset(make, deepmind_lab):
         },
         9,
         4,
+        'dmlab',
     )
     rows = play(environment, range(9))
     seed = np.random.RandomState(11).randint(2**31, dtype=np.int64)

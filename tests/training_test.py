@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import os
 import signal
 import threading
@@ -135,7 +136,10 @@ def test_stage_timer_adds_up_also_when_a_stage_fails():
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_interrupts_the_start_and_stops_the_run(number):
+def test_a_signal_interrupts_the_start_and_stops_the_run(number, request):
+    # Whoever runs the tests may ignore it, as `nohup` does.
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with training.StopSignal() as stop:
         with pytest.raises(KeyboardInterrupt):
