@@ -158,7 +158,7 @@ def test_bfloat16_is_close_to_float32_with_float32_variables(name):
         cosine = np.vdot(gradient, expected_gradient) / (
             np.linalg.norm(gradient) * np.linalg.norm(expected_gradient)
         )
-        # Rounding decides close calls of max pools and ReLUs anew, so single gradients change route.
+        # Rounding decides close calls of max pools and ReLUs anew: single gradients change route.
         assert cosine > 0.9
 
 
