@@ -162,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--level_name', default='ALE/Pong-v5')
     parser.add_argument('--num_actors', type=int, default=32)
+    parser.add_argument('--envs_per_process', type=int, default=4)
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--unroll_length', type=int, default=20)
     parser.add_argument('--torso', default='shallow')
@@ -178,8 +179,8 @@ def main() -> None:
     flags = [
         f'--{name}={getattr(args, name)}'
         for name in (
-            'level_name', 'num_actors', 'batch_size', 'unroll_length', 'torso', 'compute_dtype',
-            'inference_batch_size',
+            'level_name', 'num_actors', 'envs_per_process', 'batch_size', 'unroll_length', 'torso',
+            'compute_dtype', 'inference_batch_size',
         )
     ]  # fmt: skip
     environment = create_environment(args.level_name, 1, EnvironmentConfig())
