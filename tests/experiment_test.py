@@ -333,8 +333,11 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
     os.truncate(newest, newest.stat().st_size // 2)
 
     with Run(tmp_path / 'resumed', *flags) as run:
+        # By then the rows that the killed run wrote after its checkpoint are out of the way.
+        run.wait_until(lambda: 'all goes to' in run.stderr)
+        resumed_at = frames(logdir)
         # Long enough for each actor to end several episodes.
-        run.wait_until(lambda: frames(logdir) > before + 20_000)
+        run.wait_until(lambda: frames(logdir) > resumed_at + 20_000)
         started = time.monotonic()
         run.send(signal.SIGINT)
         assert run.wait() == 0
