@@ -27,8 +27,8 @@ def act(
 ) -> None:
     """Plays until the batcher is closed: Figure 1's actors, with the policy at the batcher's end.
 
-    Several environments take turns in one process, so that what they share (the interpreter, the
-    game engine's code) stays in the processor's caches from one to the next.
+    Several environments take turns in one process: fewer switches between processes, between which
+    the processor's caches would have to take in interpreter and game engine anew.
 
     Raises:
       ClosedError: the batcher was closed.
