@@ -23,6 +23,9 @@ install: $(INSTALLED)
 $(INSTALLED): $(SOURCES)
 	@command -v g++ >/dev/null || { echo 'A C++ compiler is needed to build the TensorFlow ops and' \
 	  'g++ was not found; install it (Debian, Ubuntu: apt-get install g++).' >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { echo \
+	  'Python 3.10 to 3.13 is needed; name one, for instance: make PYTHON=python3.12 train.' >&2; \
+	  exit 2; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo 'Python cannot make a' \
 	  'virtual environment; install its venv module (Debian, Ubuntu: apt-get install python3-venv).' \
 	  >&2; rm -rf $(VENV); exit 2; }

@@ -8,6 +8,7 @@ what), 1 a failure.
 """
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -139,6 +140,9 @@ def main(unused_argv: list[str]) -> int:
             'leave them out to train on this machine.',
             BAD_INPUT_EXIT_CODE,
         )
+    for flag in _own_flags():
+        if isinstance(flag.value, float) and math.isnan(flag.value):
+            return _fail(f'--{flag.name}=nan is not a number.', BAD_INPUT_EXIT_CODE)
     logging.set_verbosity(logging.ERROR)
     with _quiet_tensorflow():
         import tensorflow as tf
@@ -223,8 +227,12 @@ def _train() -> int:
         f'{summary["agent_steps"]:,} agent steps ({summary["frames"]:,} frames) in '
         f'{summary["wall_seconds"]:.0f} s; mean return of the last 100 episodes: '
         + ('none has ended yet' if mean_return is None else f'{mean_return:.2f}')
-        + f'.\nCheckpoint: {path}\nThe same command goes on from there.'
+        + f'.\nCheckpoint: {path}'
     )
+    if summary['frames'] < FLAGS.total_environment_frames:
+        print('The same command goes on from there.')
+    else:
+        print('The run is complete; a larger --total_environment_frames goes on from there.')
     return 0
 
 

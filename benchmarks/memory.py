@@ -30,13 +30,16 @@ from benchmarks import machine
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MB = 2**20
 
-BARE_ENVIRONMENT = """
+BARE_ENVIRONMENTS = """
 import sys
 from environments import EnvironmentConfig, create_environment
-environment = create_environment(sys.argv[1], 1, EnvironmentConfig())
-environment.reset()
-for _ in range(500):
-    environment.step(0)
+environments = [
+    create_environment(sys.argv[1], seed, EnvironmentConfig()) for seed in range(int(sys.argv[2]))
+]
+for environment in environments:
+    environment.reset()
+    for _ in range(500):
+        environment.step(0)
 print('ready', flush=True)
 sys.stdin.read()
 """
@@ -49,10 +52,10 @@ def resident(process: psutil.Process) -> float:
     return sum(int(fields[name].split()[0]) for name in ('RssAnon', 'RssFile')) * 1024 / MB
 
 
-def bare_environment(level_name: str) -> float:
-    """Returns the megabytes of a process that plays the environment and does nothing else."""
+def bare_environments(level_name: str, number: int) -> float:
+    """Returns the megabytes of a process that plays so many environments and does nothing else."""
     process = subprocess.Popen(
-        [sys.executable, '-c', BARE_ENVIRONMENT, level_name],
+        [sys.executable, '-c', BARE_ENVIRONMENTS, level_name, str(number)],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -80,7 +83,8 @@ def watch(pid: int, minutes: float, interval: float) -> list[tuple[float, float,
                     statistics.fmean(actors) if actors else float('nan'),
                 )
             )
-        except psutil.NoSuchProcess:  # One that was just replaced, or the end of the run.
+        except (psutil.NoSuchProcess, OSError, KeyError):
+            # One was just replaced, or the run ended: /proc has no file, or one without the fields.
             pass
         time.sleep(interval)
     return samples
@@ -91,12 +95,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--level_name', default='ALE/Pong-v5')
     parser.add_argument('--num_actors', type=int, default=32)
+    parser.add_argument(
+        '--envs_per_process', type=int, default=1, help='of the run, also of one that runs already'
+    )
     parser.add_argument('--minutes', type=float, default=30)
     parser.add_argument('--interval', type=float, default=10, help='seconds')
     parser.add_argument('--warm_up', type=float, default=2, help='minutes left out of the growth')
     parser.add_argument('--pid', type=int, default=0, help='of a learner that runs already')
     args = parser.parse_args()
-    bare = bare_environment(args.level_name)
+    bare = bare_environments(args.level_name, args.envs_per_process)
     logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
     process = None
     try:
@@ -108,6 +115,7 @@ def main() -> None:
                     '--flagfile=configs/pong_quick.flags',
                     f'--level_name={args.level_name}',
                     f'--num_actors={args.num_actors}',
+                    f'--envs_per_process={args.envs_per_process}',
                     f'--logdir={logdir}',
                 ],
                 cwd=ROOT,
@@ -130,7 +138,7 @@ def main() -> None:
     print(machine.describe())
     print(f'`python -m benchmarks.memory {" ".join(sys.argv[1:])}`, {samples[-1][0]:.0f} minutes')
     rows = [
-        ['environment alone', f'{bare:.1f}', '', ''],
+        ['environments alone', f'{bare:.1f}', '', ''],
         ['actor', f'{settled[0, 2]:.1f}', f'{settled[-1, 2]:.1f}', f'{actor_growth:+.3f}'],
         ['learner', f'{settled[0, 1]:.1f}', f'{settled[-1, 1]:.1f}', f'{learner_growth:+.3f}'],
     ]

@@ -63,22 +63,24 @@ print(steps / (time.perf_counter() - started))
 def training_rate(flags: list[str], warm_up: float, seconds: float) -> tuple[float, float]:
     """Trains for real; returns agent steps per second and the mean size of inference batches."""
     logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
-    process = subprocess.Popen(
-        [sys.executable, 'experiment.py', *flags, f'--logdir={logdir}', '--log_secs=1'],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    errors_path = os.path.join(logdir, 'stderr')
+    with open(errors_path, 'wb') as errors:
+        process = subprocess.Popen(
+            [sys.executable, 'experiment.py', *flags, f'--logdir={logdir}', '--log_secs=1'],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
     try:
         path = os.path.join(logdir, 'metrics.jsonl')
         while not os.path.exists(path) or os.path.getsize(path) == 0:
             if process.poll() is not None:
-                sys.exit(f'Training ended early:\n{process.communicate()[1]}')
+                with open(errors_path, encoding='utf-8') as file:
+                    sys.exit(f'Training ended early:\n{file.read()}')
             time.sleep(0.1)
         time.sleep(warm_up + seconds)
         process.send_signal(signal.SIGINT)
-        process.communicate()
+        process.wait()
         with open(path, encoding='utf-8') as file:
             lines = [json.loads(line) for line in file]
     finally:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# What `actor_client_request` answers, beside an action and -1 for a batcher that is closed.
+# What `send` and `wait` answers, beside an action and -1 for a batcher that is closed.
 _OUT_OF_ORDER = -2
 
 

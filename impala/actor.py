@@ -1,14 +1,14 @@
 """The actor process: environments and their seats at the batcher, without TensorFlow.
 
 Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON in the last
-argument. Exit codes: 3 the batcher was closed, 2 the environment cannot be made or played as asked
-(one sentence on stderr), anything else a failure with its traceback on stderr, if there is one.
+argument. Exit codes: 83 the batcher was closed, 82 the environment cannot be made or played as
+asked (one sentence on stderr), anything else a failure with its traceback on stderr, if there is
+one.
 """
 
 import contextlib
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
 from impala.trajectory import EpisodeEnd
 
-BAD_INPUT_EXIT_CODE = 2
-# Not 0, with which an environment's own library may end the process.
-CLOSED_EXIT_CODE = 3
+# Codes with which no environment's own library ends the process.
+BAD_INPUT_EXIT_CODE = 82
+CLOSED_EXIT_CODE = 83
 
 
 def act(
@@ -45,12 +45,11 @@ def act(
             client.send(reward, end, [observation[name] for name in names])
 
 
-def _exit_with_parent(lifeline: int, temp_folder: str) -> None:
+def _exit_with_parent(lifeline: int) -> None:
     """Ends this process when the parent is gone, which closes the other end of `lifeline`."""
 
     def wait() -> None:
         os.read(lifeline, 1)
-        shutil.rmtree(temp_folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, name='lifeline', daemon=True).start()
@@ -59,7 +58,7 @@ def _exit_with_parent(lifeline: int, temp_folder: str) -> None:
 def main(argument: str) -> int:
     """Runs actors, or prints the spec of an environment; returns the exit code."""
     settings = json.loads(argument)
-    _exit_with_parent(settings['lifeline'], settings['environment']['temp_folder'])
+    _exit_with_parent(settings['lifeline'])
     config = environments.EnvironmentConfig(**settings['environment'])
     try:
         with contextlib.ExitStack() as stack:

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import selectors
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +21,10 @@ from impala.trajectory import EnvironmentSpec
 
 # What an actor gets to end by itself, in seconds, before it is killed.
 GRACE_SECONDS = 2.0
+# Of what an actor prints so much is passed on when it dies, and not much more is kept until then.
 ERROR_BYTES = 4000
+MAX_PRINTED_BYTES = 1_000_000
+CUT_SECONDS = 5.0
 
 
 class ActorError(Exception):
@@ -32,7 +35,7 @@ class Workplace:
     """What actor processes share: a temporary folder, and a pipe that tells them of our end.
 
     Both go when the block is left. If this process is killed instead, the pipe is closed by the
-    kernel, whereupon the actors remove the folder and exit.
+    kernel, whereupon the actors exit and a shell that waited for that removes the folder.
     """
 
     def __init__(self, config: EnvironmentConfig):
@@ -43,6 +46,15 @@ class Workplace:
         """
         self._lifeline, self._held_end = os.pipe()
         self._temp_folder = tempfile.mkdtemp(prefix='impala-')
+        # Once more a moment later: an actor may just have been writing.
+        remove = 'read _; rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }'
+        self._janitor = subprocess.Popen(
+            ['/bin/sh', '-c', remove, self._temp_folder],
+            stdin=self._lifeline,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         self.config = dataclasses.replace(config, temp_folder=self._temp_folder)
 
     def __enter__(self) -> 'Workplace':
@@ -51,7 +63,7 @@ class Workplace:
     def __exit__(self, *unused: Any) -> None:
         os.close(self._held_end)
         os.close(self._lifeline)
-        shutil.rmtree(self._temp_folder, ignore_errors=True)
+        self._janitor.wait()
 
     def start(
         self, settings: dict[str, Any], descriptors: Sequence[int], errors: IO[bytes]
@@ -195,6 +207,8 @@ class ActorPool:
 
     def _start(self, index: int, restarts_in_a_row: int) -> None:
         errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+        # What is printed after a cut goes to the new end.
+        fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
         actors = self._groups[index]
         # The same episodes again might well end in the same crash.
         first_seed = self._seed + len(self._level_names) * self.restarts
@@ -216,7 +230,7 @@ class ActorPool:
 
     def _supervise(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(CUT_SECONDS):
                 if key.data is None:
                     return
                 try:
@@ -225,6 +239,11 @@ class ActorPool:
                     self._failure = error
                     self._batcher.close()
                     return
+            for each in self._processes.values():
+                if os.fstat(each.errors.fileno()).st_size > MAX_PRINTED_BYTES:
+                    end = _tail(each.errors).encode()
+                    os.ftruncate(each.errors.fileno(), 0)
+                    os.write(each.errors.fileno(), end + b'\n')
 
     def _replace(self, index: int) -> None:
         ended = self._processes[index]

@@ -118,6 +118,9 @@ class Agent(snt.Module):
             x = state.hidden
         logits, baseline = self._heads(x)
         action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
+        # Of logits that are not finite the sample is `num_actions`, which no environment knows. The
+        # learner is the one to see to such logits.
+        action = tf.minimum(action, self._num_actions - 1)
         return AgentOutput(action, logits, baseline), state
 
     def unroll(

@@ -87,18 +87,16 @@ def evaluate(
             )
         report(f'Testing {checkpointer.latest}')
         tf.random.set_seed(config.seed)
-        acting_agent = Agent(dataclasses.replace(network, compute_dtype='float32'), spec)
         source = UnrollSource(
             spec,
-            acting_agent,
+            agent,
             config.level_ids,
             config.learner.unroll_length,
             config.num_actors,
             max(1, config.num_actors // 2),
             config.inference_timeout_ms,
         )
-        behaviour = BehaviourPolicy(acting_agent, source)
-        behaviour.publish(agent.trainable_variables, tf.constant(0, tf.int64))
+        behaviour = BehaviourPolicy(agent, source)
         progress = stack.enter_context(tqdm.tqdm(total=sum(quotas), unit='episode', disable=None))
         stop.then(source.batcher.close)
         stack.enter_context(behaviour.serving())

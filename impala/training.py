@@ -143,7 +143,8 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
         the one of the checkpoints, before anything is trained.
 
     Returns:
-      The path of the last checkpoint, None if there is none yet.
+      The path of the last checkpoint, None if there is none yet. At once if all frames were done
+      before.
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
@@ -174,6 +175,9 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
         checkpointer.restore()
         if on_accepted is not None:
             on_accepted()
+        if int(learner.agent_steps) * frames_per_step >= config.total_environment_frames:
+            return checkpointer.latest
+        restored_updates = int(learner.updates)
         log = stack.enter_context(
             RunLog(
                 config.logdir,
@@ -220,18 +224,34 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
             f'on {"GPU" if tf.config.list_logical_devices("GPU") else "CPU"} in '
             f'{network.compute_dtype}; all goes to {config.logdir}'
         )
+        if checkpointer.latest is not None:
+            log.message(
+                f'Going on from {checkpointer.latest}, at agent step {int(learner.agent_steps):,}'
+            )
+
+        def save() -> None:
+            # A run that fails each time it is started must not push its good checkpoints out.
+            if int(learner.updates) > restored_updates:
+                checkpointer.save(log.wall_seconds)
+
         try:
-            _learn(config, frames_per_step, learner, behaviour, source, pool, log, checkpointer)
+            _learn(
+                config, frames_per_step, learner, behaviour, source, pool, log, checkpointer, stop
+            )
             if not stop.received:
                 behaviour.check()
                 pool.check()
-        finally:
+        except BaseException:
             # Whatever went wrong, the weights are good: updates that were not finite are skipped.
-            if int(learner.updates) > 0:
-                try:
-                    checkpointer.save(log.wall_seconds)
-                except LogdirError as error:
-                    raise TrainingError(str(error)) from error
+            try:
+                save()
+            except LogdirError as error:
+                log.message(f'WARNING: {error}')
+            raise
+        try:
+            save()
+        except LogdirError as error:
+            raise TrainingError(str(error)) from error
     return checkpointer.latest
 
 
@@ -244,6 +264,7 @@ def _learn(
     pool: ActorPool,
     log: RunLog,
     checkpointer: Checkpointer,
+    stop: 'StopSignal',
 ) -> None:
     """The learner of Figure 1: until the frames are done or the batcher is closed."""
     timer = StageTimer()
@@ -253,7 +274,8 @@ def _learn(
     while agent_steps * frames_per_step < config.total_environment_frames:
         with timer('learner/wait'):
             batch = next(batches, None)
-        if batch is None:
+        # Behind the signal there may still be a batch that was assembled ahead.
+        if batch is None or stop.received:
             return
         with timer('learner/train_step'):
             metrics = _to_floats(learner.step(batch.actor_output))
@@ -338,6 +360,8 @@ class StopSignal:
         self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
         self._thread.start()
         self._stop = stop
+        if self.received:  # It came in the lines above.
+            stop()
 
     def __enter__(self) -> 'StopSignal':
         # `nohup` ignores SIGHUP so that a run outlives its terminal.
@@ -388,7 +412,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
     return {
         'torso': network.torso,
         'use_lstm': network.use_lstm,
-        'level_name (its number of actions)': spec.num_actions,
-        'level_name, width, height (the shape of its frames)': list(frame),
+        'level_name or --full_action_set (number of actions)': spec.num_actions,
+        'level_name, --width, --height or --frame_stack (shape of the frames)': list(frame),
         'level_name (whether it has instructions)': 'instruction' in spec.observation,
     }

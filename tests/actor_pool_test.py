@@ -16,6 +16,7 @@ import troubled_levels
 
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from environments import EnvironmentConfig, LevelError
+from impala import actor_pool
 from impala.actor_pool import ActorError, ActorPool, Workplace
 from impala.trajectory import ArraySpec
 
@@ -160,6 +161,26 @@ def test_the_last_words_of_a_library_are_passed_on():
         error = wait_for_failure(pool)
         assert 'signal 6' in str(error) and 'engine: out of polygons' in str(error)
         assert not told
+
+
+def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
+    limit = 100_000
+    monkeypatch.setattr(actor_pool, 'MAX_PRINTED_BYTES', limit)
+    monkeypatch.setattr(actor_pool, 'CUT_SECONDS', 0.01)
+    with running(['chatters'], max_restarts=0) as (_, _, pool, _):
+        sizes = []
+
+        def has_failed():
+            with contextlib.suppress(OSError, IndexError):
+                sizes.append(os.stat(f'/proc/{pool.process_ids[0]}/fd/1').st_size)
+            return pool._failure
+
+        wait_until(has_failed)
+        error = wait_for_failure(pool)
+        assert 'line of an engine' in str(error)
+        assert str(error).endswith('RuntimeError: the joystick broke')
+    # It printed 500 times 18 kB.
+    assert limit / 10 < max(sizes) < 4_000_000
 
 
 def test_a_level_that_cannot_be_played_is_not_tried_again():

@@ -154,6 +154,16 @@ def test_sampled_actions_follow_the_policy():
     np.testing.assert_allclose(frequency, expected, atol=0.015)
 
 
+def test_actions_of_broken_weights_are_actions_all_the_same():
+    spec = make_spec((4,), instruction=False, num_actions=3)
+    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
+    for variable in agent.trainable_variables:
+        variable.assign(tf.fill(variable.shape, np.nan))
+    output, _ = agent.step(*make_inputs(spec, 8), ())
+    assert set(output.action.numpy()) <= {0, 1, 2}
+    assert np.isnan(output.policy_logits).all()
+
+
 def test_sampling_repeats_with_the_same_seed_and_goes_on_between_calls():
     spec = make_spec((4,), instruction=False)
     agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)

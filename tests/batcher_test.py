@@ -187,6 +187,21 @@ def test_equal_calls_in_one_function_are_not_merged():
     assert [int(s[0]) for s in sizes] == [3, 3, 3]
 
 
+def test_equal_calls_through_an_inner_function_are_not_merged():
+    @batch_fn_with_options(minimum_batch_size=2, maximum_batch_size=2, timeout_ms=None)
+    def size(x):
+        return batch_size_of(x)
+
+    inner = tf.function(size)
+
+    @tf.function
+    def calls(x):
+        return inner(x), inner(x)
+
+    (sizes,) = run_all([lambda: calls(tf.zeros([1]))])
+    assert [int(s[0]) for s in sizes] == [2, 2]
+
+
 def test_static_batch_size():
     shapes = []
 

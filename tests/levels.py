@@ -40,6 +40,14 @@ class _Failing(_Level):
         raise RuntimeError('the joystick is broken')
 
 
+class _NotANumber(_Level):
+    """Observations that are no numbers, from the first."""
+
+    def step(self, action: int) -> Any:
+        reward, end, observation = super().step(action)
+        return reward, end, {'frame': observation['frame'] * np.float32(np.nan)}
+
+
 class _Infinite(_Level):
     """Rewards become infinite after a while; the episodes go on."""
 
@@ -81,6 +89,11 @@ def failing(seed: int, config: environments.EnvironmentConfig) -> environments.E
 def infinite(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has infinite rewards from its 201st step on."""
     return _Infinite()
+
+
+def not_a_number(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has observations that are not numbers."""
+    return _NotANumber()
 
 
 def lives(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 import environments
 from impala import checkpoint, training
+from impala.actor_pool import ActorError
 from impala.learner import LearnerConfig
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
@@ -198,6 +199,17 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     assert [line.split('"frames": ')[1].split(',')[0] for line in lines] == [
         str(frames) for frames in (20, 40, 60, 80, 100, 120)
     ]
+
+
+def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
+    checkpoints = tmp_path / 'checkpoints'
+    training.train(config(tmp_path))
+    before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
+    for level in ('levels:failing', 'levels:not_a_number'):
+        failing = config(tmp_path, level_names=(level,), total_environment_frames=1000)
+        with pytest.raises((ActorError, training.TrainingError)):
+            training.train(failing)
+        assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
 
 
 @pytest.mark.parametrize(

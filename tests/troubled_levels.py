@@ -49,6 +49,21 @@ def fails_late(seed, config):
     return Level(60, lambda: _raise(RuntimeError('the joystick broke')))
 
 
+def chatters(seed, config):
+    """Prints at its first steps more than anybody wants to keep, then fails."""
+    level = Level(100_000, lambda: None)
+    step = level.step
+
+    def talk(action):
+        os.write(1, b'line of an engine\n' * 1000)
+        if level._steps == 500:
+            raise RuntimeError('the joystick broke')
+        return step(action)
+
+    level.step = talk
+    return level
+
+
 def fails_to_start(seed, config):
     """Cannot be made."""
     raise RuntimeError('there is no joystick')

@@ -464,6 +464,24 @@ def test_actors_that_wait_for_the_learner_are_not_waited_for():
         assert requests.last_action.shape == [1]
 
 
+def test_a_full_unroll_does_not_wait_for_a_batch():
+    batcher = make_batcher(2, unroll_length=1, minimum_batch_size=2)
+    with closing(batcher):
+        clients = [connect(batcher, actor) for actor in range(2)]
+        actions = [send(client, 0, is_first=True) for client in clients]
+        echo(batcher, get(batcher))
+        assert [action.result(TIMEOUT) for action in actions] == [0, 0]
+        requests = start(batcher.get_inputs)
+        unrolls = start(batcher.dequeue, 1)
+        actions = [send(clients[1], 7)]
+        # The other one plays on, but the learner can have what is complete.
+        assert unrolls.result(TIMEOUT).inputs[4].numpy().tolist() == [[[0]], [[7]]]
+        assert not requests.done()
+        actions.append(send(clients[0], 8))
+        echo(batcher, requests.result(TIMEOUT))
+        assert [action.result(TIMEOUT) for action in actions] == [7, 8]
+
+
 def test_fewer_make_a_batch_after_the_time_out():
     batcher = make_batcher(3, minimum_batch_size=3, timeout_ms=200)
     with closing(batcher):

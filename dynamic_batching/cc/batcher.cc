@@ -149,7 +149,10 @@ void Batcher::ComputeInPool(std::shared_ptr<Batch> batch) {
     {
       // Those who have come since it was taken need not wait for another batch.
       std::lock_guard<std::mutex> lock(mutex_);
-      const size_t room = policy_.maximum_batch_size - batch->callers.size();
+      // Nobody joins a batch that was cancelled, or will be: its callers cannot come back.
+      const bool abandoned = std::all_of(batch->callers.begin(), batch->callers.end(),
+                                         [](const Caller& caller) { return caller.cancelled; });
+      const size_t room = abandoned ? 0 : policy_.maximum_batch_size - batch->callers.size();
       const auto end = waiting_.begin() + std::min(room, waiting_.size());
       batch->callers.insert(batch->callers.end(), std::make_move_iterator(waiting_.begin()),
                             std::make_move_iterator(end));

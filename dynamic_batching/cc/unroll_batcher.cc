@@ -208,13 +208,18 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
   std::sort(ready.begin(), ready.end(),
             [this](int a, int b) { return actors_[a].arrival < actors_[b].arrival; });
   std::vector<Ticket> selected;
-  int free_unrolls = free_unrolls_.size();
   int64_t num_blocked = 0;
   for (int actor : ready) {
-    // Its unroll is full: it waits until the learner has made room for another.
-    if (actors_[actor].row == options_.rows - 1 && free_unrolls-- <= 0) {
-      ++num_blocked;
-    } else if (selected.size() < options_.maximum_batch_size) {
+    if (actors_[actor].row == options_.rows - 1) {
+      // Its unroll is full: it waits until the learner has made room for another.
+      if (free_unrolls_.empty()) {
+        ++num_blocked;
+        continue;
+      }
+      // Whether there is a batch for the actor or not: the learner may be waiting.
+      StartNextUnroll(actor);
+    }
+    if (selected.size() < options_.maximum_batch_size) {
       selected.push_back({actor, actors_[actor].epoch});
     }
   }
@@ -226,7 +231,6 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
   if (selected.size() < minimum && (selected.empty() || !timed_out)) return {};
   for (const Ticket& ticket : selected) {
     Actor& actor = actors_[ticket.actor];
-    if (actor.row == options_.rows - 1) StartNextUnroll(ticket.actor);
     actor.in_batch = true;
     actor.arrival = 0;
     if (actor.row == 0) unrolls_[actor.unroll].states = actor.states;
