@@ -151,7 +151,8 @@ def main(unused_argv: list[str]) -> int:
     from environments import LevelError
     from impala import checkpoint
     from impala.actor_pool import ActorError
-    from impala.training import ConfigError, TrainingError
+    from impala.run_config import ConfigError
+    from impala.training import TrainingError
 
     try:
         if FLAGS.mode == 'test':
@@ -254,7 +255,7 @@ def _config() -> Any:
     """Returns the `TrainingConfig` that the flags describe."""
     from environments import EnvironmentConfig
     from impala.learner import LearnerConfig
-    from impala.training import TrainingConfig
+    from impala.run_config import TrainingConfig
 
     return TrainingConfig(
         logdir=FLAGS.logdir,

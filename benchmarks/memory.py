@@ -75,7 +75,9 @@ def watch(pid: int, minutes: float, interval: float) -> list[tuple[float, float,
     started = time.monotonic()
     while time.monotonic() - started < minutes * 60 and learner.is_running():
         try:
-            actors = [resident(child) for child in learner.children()]
+            actors = [
+                resident(child) for child in learner.children() if 'impala.actor' in child.cmdline()
+            ]
             samples.append(
                 (
                     (time.monotonic() - started) / 60,

@@ -32,7 +32,7 @@ from benchmarks import machine
 from environments import EnvironmentConfig, create_environment
 from impala.agent import Agent, AgentConfig
 from impala.learner import Learner, LearnerConfig
-from impala.training import has_fast_bfloat16
+from impala.run_config import has_fast_bfloat16
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,

@@ -11,8 +11,7 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from impala.acting import BehaviourPolicy, UnrollSource
-from impala.actor_pool import ActorPool, Workplace
+from impala.actor_pool import Workplace
 from impala.agent import Agent
 from impala.checkpoint import (
     Checkpointer,
@@ -20,13 +19,14 @@ from impala.checkpoint import (
     check_same_network,
     report_to_stderr,
 )
-from impala.training import (
-    StopSignal,
+from impala.local_actors import LocalActors
+from impala.run_config import (
     TrainingConfig,
     choose_network,
     create_agent,
     network_settings,
 )
+from impala.stop_signal import StopSignal
 from impala.trajectory import EpisodeEnd
 
 SCORES_FILE = 'test_scores.json'
@@ -64,9 +64,12 @@ def evaluate(
       ConfigError, LevelError, LogdirError: one sentence for the user.
       ActorError: with the actor's own error text.
     """
+    num_actors = len(config.level_names) * min(config.num_actors, num_episodes)
     config = dataclasses.replace(
         config,
-        num_actors=len(config.level_names) * min(config.num_actors, num_episodes),
+        num_actors=num_actors,
+        queue_capacity=num_actors,
+        inference_batch_size=0,
         seed=config.seed + _SEED_OFFSET,
         environment=dataclasses.replace(
             config.environment, end_episode_on_life_loss=False, is_test=True
@@ -87,32 +90,12 @@ def evaluate(
             )
         report(f'Testing {checkpointer.latest}')
         tf.random.set_seed(config.seed)
-        source = UnrollSource(
-            spec,
-            agent,
-            config.level_ids,
-            config.learner.unroll_length,
-            config.num_actors,
-            max(1, config.num_actors // 2),
-            config.inference_timeout_ms,
-        )
-        behaviour = BehaviourPolicy(agent, source)
+        actors = LocalActors(config, spec, agent, workplace, report_to_stderr)
         progress = stack.enter_context(tqdm.tqdm(total=sum(quotas), unit='episode', disable=None))
-        stop.then(source.batcher.close)
-        stack.enter_context(behaviour.serving())
-        pool = stack.enter_context(
-            ActorPool(
-                workplace,
-                source.batcher,
-                [config.level_names[level] for level in config.level_ids],
-                config.seed,
-                config.max_actor_restarts,
-                report_to_stderr,
-                config.envs_per_process,
-            )
-        )
+        stop.then(actors.close)
+        stack.enter_context(actors)
         returns: dict[str, list[float]] = {name: [] for name in config.level_names}
-        for batch in source.batches(1):
+        for batch in actors.batches(1):
             actor = int(batch.actors[0])
             ends = batch.ends.numpy()[1:, 0]
             finished = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
@@ -128,8 +111,7 @@ def evaluate(
         else:
             if stop.received:
                 return None
-            behaviour.check()
-            pool.check()
+            actors.check()
     _write_scores(config.logdir, str(checkpointer.latest), returns)
     return returns
 

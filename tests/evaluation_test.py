@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from training_test import config
+from run_config_test import config
 
 import environments
 from impala import checkpoint, evaluation, training

@@ -1,0 +1,102 @@
+"""The actors of this machine: their processes, the batcher, and the policy that answers them."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
+from impala.actor_pool import ActorPool, Workplace
+from impala.agent import Agent
+from impala.run_config import TrainingConfig
+from impala.trajectory import EnvironmentSpec
+
+
+class LocalActors:
+    """Actors that play within the block of this context manager."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        spec: EnvironmentSpec,
+        agent: Agent,
+        workplace: Workplace,
+        report: Callable[[str], None],
+    ):
+        """Prepares; nothing plays yet.
+
+        Args:
+          config: of the run.
+          spec: of every actor's environment.
+          agent: acts for all of them, with the weights that it has until others are published;
+            nobody else may use it.
+          workplace: where the processes run.
+          report: told, in a few lines, of every process that died.
+        """
+        self._source = UnrollSource(
+            spec,
+            agent,
+            config.level_ids,
+            config.learner.unroll_length,
+            config.queue_capacity,
+            config.inference_batch_size or max(1, config.num_actors // 2),
+            config.inference_timeout_ms,
+        )
+        self._behaviour = BehaviourPolicy(agent, self._source)
+        self._pool = ActorPool(
+            workplace,
+            self._source.batcher,
+            [config.level_names[level] for level in config.level_ids],
+            config.seed,
+            config.max_actor_restarts,
+            report,
+            config.envs_per_process,
+        )
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> 'LocalActors':
+        with self._stack as stack:
+            stack.enter_context(self._behaviour.serving())
+            stack.enter_context(self._pool)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
+        """Has the actors act with other weights; see `BehaviourPolicy.publish`."""
+        self._behaviour.publish(weights, version)
+
+    def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
+        """Yields batches of unrolls until the actors are closed; see `UnrollSource.batches`."""
+        return self._source.batches(batch_size)
+
+    def close(self) -> None:
+        """Ends playing, and whoever waits for a batch. From any thread, at any time, repeatedly."""
+        self._source.batcher.close()
+
+    def check(self) -> None:
+        """Raises what ended the actors, if it was not `close`.
+
+        Raises:
+          LevelError: an environment cannot be played as asked.
+          ActorError: an actor died too often.
+        """
+        self._behaviour.check()
+        self._pool.check()
+
+    @property
+    def restarts(self) -> int:
+        """Actor processes that died and were replaced."""
+        return self._pool.restarts
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what the log is to hold of them: the mean number of rows answered together."""
+        statistics = self._source.batcher.statistics()
+        return {'inference_batch_size': statistics.rows / statistics.batches}
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Returns the seconds spent so far in each stage of actors, batcher and queue."""
+        return self._source.batcher.statistics().stage_seconds

@@ -1,0 +1,122 @@
+"""What a run is: its settings, the network that follows from them, and what must not change."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from environments import EnvironmentConfig
+from impala.agent import Agent, AgentConfig
+from impala.learner import LearnerConfig
+from impala.trajectory import EnvironmentSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """A run on one machine.
+
+    Attributes:
+      logdir: folder for all that the run leaves behind.
+      level_names: levels, given to the actors round robin.
+      seed: of everything random.
+      num_actors: environments.
+      envs_per_process: environments that take turns in one process.
+      total_environment_frames: frames after which the run ends.
+      torso: as `AgentConfig.torso`, or `'auto'`.
+      use_lstm: None decides by the kind of level.
+      compute_dtype: of the learner's torso, actors use float32; `'float32'`, `'bfloat16'`, or
+        `'auto'`: bfloat16 on a processor made for it.
+      learner: of batch, loss and optimizer; its `total_agent_steps` follows from the frames.
+      environment: of every actor's environment.
+      inference_batch_size: requests that make a batch; 0 is half of the actors.
+      inference_timeout_ms: milliseconds after which fewer make one.
+      queue_capacity: full unrolls that wait for the learner before actors wait for it.
+      max_actor_restarts: in a row, of one actor, before the run stops.
+      save_checkpoint_secs: seconds of training between checkpoints.
+      log_secs: seconds between lines of `metrics.jsonl`.
+    """
+
+    logdir: str
+    level_names: tuple[str, ...]
+    seed: int
+    num_actors: int
+    envs_per_process: int
+    total_environment_frames: int
+    torso: str
+    use_lstm: bool | None
+    compute_dtype: str
+    learner: LearnerConfig
+    environment: EnvironmentConfig
+    inference_batch_size: int
+    inference_timeout_ms: float
+    queue_capacity: int
+    max_actor_restarts: int
+    save_checkpoint_secs: float
+    log_secs: float
+
+    @property
+    def level_ids(self) -> list[int]:
+        """Index of the level of each actor."""
+        return [actor % len(self.level_names) for actor in range(self.num_actors)]
+
+
+class ConfigError(Exception):
+    """Settings that do not fit together; its text is one sentence for the user."""
+
+
+def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
+    """Fills in what the flags leave to us.
+
+    Atari has the paper's shallow network without LSTM, vectors an MLP, everything else (DeepMind
+    Lab first) the deep network with LSTM of the paper's released code.
+    """
+    is_vector = len(spec.observation['frame'].shape) == 1
+    is_atari = spec.suite == 'atari'
+    torso = config.torso
+    if torso == 'auto':
+        torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
+    use_lstm = config.use_lstm
+    if use_lstm is None:
+        use_lstm = not (is_vector or is_atari)
+    compute_dtype = config.compute_dtype
+    if compute_dtype == 'auto':
+        fast = has_fast_bfloat16() and not tf.config.list_logical_devices('GPU')
+        compute_dtype = 'bfloat16' if fast else 'float32'
+    return AgentConfig(torso=torso, use_lstm=use_lstm, compute_dtype=compute_dtype)
+
+
+def create_agent(network: AgentConfig, spec: EnvironmentSpec) -> Agent:
+    """Makes the agent.
+
+    Raises:
+      ConfigError: the network cannot serve the environment's frames.
+    """
+    try:
+        return Agent(network, spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
+    """Returns whether the processor has instructions for bfloat16.
+
+    Without them TensorFlow's convolutions in bfloat16 take several times as long as in float32.
+
+    Args:
+      cpu_info: file in which the kernel describes the processor.
+    """
+    with open(cpu_info, encoding='utf-8') as file:
+        return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(file.read().split())
+
+
+def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
+    """Returns the flags that shape the network, for `checkpoint.check_same_network`."""
+    frame: Sequence[int] = spec.observation['frame'].shape
+    return {
+        'torso': network.torso,
+        'use_lstm': network.use_lstm,
+        'level_name or --full_action_set (number of actions)': spec.num_actions,
+        'level_name, --width, --height or --frame_stack (shape of the frames)': list(frame),
+        'level_name (whether it has instructions)': 'instruction' in spec.observation,
+    }

@@ -1,0 +1,134 @@
+import dataclasses
+
+import pytest
+import tensorflow as tf
+
+import environments
+from impala import checkpoint, run_config
+from impala.learner import LearnerConfig
+from impala.trajectory import ArraySpec, EnvironmentSpec
+
+IMAGE = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4, 'dmlab')
+STACK = EnvironmentSpec({'frame': ArraySpec((84, 84, 4), 'uint8')}, 6, 4, 'atari')
+VECTOR = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
+
+
+def config(logdir, **changes):
+    values = {
+        'logdir': str(logdir),
+        'level_names': ('levels:short',),
+        'seed': 1,
+        'num_actors': 2,
+        'envs_per_process': 1,
+        'total_environment_frames': 100,
+        'torso': 'auto',
+        'use_lstm': None,
+        'compute_dtype': 'float32',
+        'learner': LearnerConfig(batch_size=2, unroll_length=10),
+        'environment': environments.EnvironmentConfig(),
+        'inference_batch_size': 0,
+        'inference_timeout_ms': 20.0,
+        'queue_capacity': 1,
+        'max_actor_restarts': 0,
+        'save_checkpoint_secs': 600.0,
+        'log_secs': 0.0,
+    }
+    return run_config.TrainingConfig(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    ('level', 'spec', 'flags', 'expected'),
+    [
+        ('ALE/Pong-v5', STACK, {}, ('shallow', False)),
+        ('ALE/Pong-v5', STACK, {'torso': 'deep', 'use_lstm': True}, ('deep', True)),
+        ('CartPole-v1', VECTOR, {}, ('mlp', False)),
+        ('CartPole-v1', VECTOR, {'use_lstm': True}, ('mlp', True)),
+        ('explore_goal_locations_small', IMAGE, {}, ('deep', True)),
+        ('explore_goal_locations_small', IMAGE, {'use_lstm': False}, ('deep', False)),
+        ('VizdoomBasic-v1', IMAGE, {'torso': 'shallow'}, ('shallow', True)),
+    ],
+)
+def test_the_network_follows_the_level_where_flags_leave_it_open(level, spec, flags, expected):
+    network = run_config.choose_network(config('/nowhere', level_names=(level,), **flags), spec)
+    assert (network.torso, network.use_lstm) == expected
+
+
+@pytest.mark.parametrize(
+    ('flags', 'has_it'),
+    [
+        ('fma avx2 avx512f avx512_vnni', False),
+        ('avx512f avx512_bf16 amx_tile', True),
+        ('avx512f amx_bf16 amx_tile', True),
+    ],
+)
+def test_bfloat16_is_chosen_only_on_processors_made_for_it(tmp_path, monkeypatch, flags, has_it):
+    cpu_info = tmp_path / 'cpuinfo'
+    cpu_info.write_text(f'model name\t: X\nflags\t\t: fpu {flags}\nbogomips\t: 1\n')
+    assert run_config.has_fast_bfloat16(str(cpu_info)) == has_it
+
+    run = config('/nowhere', compute_dtype='auto')
+    monkeypatch.setattr(run_config, 'has_fast_bfloat16', lambda: has_it)
+    expected = 'bfloat16' if has_it and not tf.config.list_logical_devices('GPU') else 'float32'
+    assert run_config.choose_network(run, STACK).compute_dtype == expected
+    assert run_config.choose_network(config('/nowhere'), STACK).compute_dtype == 'float32'
+
+
+def test_every_level_has_its_actors_in_turn():
+    levels = config('/nowhere', level_names=('a', 'b', 'c'), num_actors=7).level_ids
+    assert levels == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ('change', 'flags'),
+    [
+        ({'torso': 'deep'}, '--torso was "mlp" and is now "deep"'),
+        ({'use_lstm': True}, '--use_lstm was false and is now true'),
+    ],
+)
+def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
+    logdir = str(tmp_path)
+    network = run_config.choose_network(config(logdir), VECTOR)
+    (tmp_path / 'checkpoints').mkdir()
+    checkpoint.check_same_network(logdir, run_config.network_settings(network, VECTOR))
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    checkpoint.check_same_network(logdir, run_config.network_settings(network, VECTOR))
+    other = dataclasses.replace(network, **change)
+    with pytest.raises(checkpoint.LogdirError, match=flags):
+        checkpoint.check_same_network(logdir, run_config.network_settings(other, VECTOR))
+    # Precision is no shape: a run may go on in another.
+    faster = dataclasses.replace(network, compute_dtype='bfloat16')
+    checkpoint.check_same_network(logdir, run_config.network_settings(faster, VECTOR))
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        dataclasses.replace(IMAGE, num_actions=8),
+        dataclasses.replace(IMAGE, observation={'frame': ArraySpec((72, 96, 1), 'uint8')}),
+        dataclasses.replace(
+            IMAGE, observation=IMAGE.observation | {'instruction': ArraySpec((32,), 'int32')}
+        ),
+    ],
+)
+def test_another_level_is_another_network_if_its_spec_is(spec):
+    network = run_config.choose_network(config('/nowhere'), IMAGE)
+    assert run_config.network_settings(network, IMAGE) != run_config.network_settings(network, spec)
+
+
+def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
+    network = run_config.choose_network(config(tmp_path), STACK)
+    (tmp_path / 'checkpoints').mkdir()
+    checkpoint.check_same_network(str(tmp_path), run_config.network_settings(network, STACK))
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    for spec, sentence in (
+        (
+            dataclasses.replace(STACK, num_actions=18),
+            '--level_name or --full_action_set .* was 6 and is now 18',
+        ),
+        (
+            dataclasses.replace(STACK, observation={'frame': ArraySpec((84, 84, 3), 'uint8')}),
+            r'--frame_stack .* was \[84, 84, 4\] and is now \[84, 84, 3\]',
+        ),
+    ):
+        with pytest.raises(checkpoint.LogdirError, match=sentence):
+            checkpoint.check_same_network(str(tmp_path), run_config.network_settings(network, spec))
