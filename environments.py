@@ -126,6 +126,8 @@ class EnvironmentConfig:
         (Machado et al., 2018, use .25).
       end_episode_on_life_loss: Atari: report a lost life as `EpisodeEnd.LIFE_LOST`.
       max_noops: Atari: an episode starts with 1 to this many no-ops, uniformly; 0 for none.
+      frames_per_noop: Atari: 1 as in DQN's released code and Gymnasium; the number of action repeats
+        makes a no-op an action of the agent, as in DQN's text (Mnih et al., 2015).
       frame_stack: Atari: number of frames in the stack, the newest last.
       dataset_path: DeepMind Lab: folder with the Brady-Konkle-Oliva images that two levels need.
       level_cache_dir: DeepMind Lab: folder of compiled maps, shared by all processes; None compiles
@@ -142,6 +144,7 @@ class EnvironmentConfig:
     sticky_actions: float = 0.0
     end_episode_on_life_loss: bool = False
     max_noops: int = 30
+    frames_per_noop: int = 1
     frame_stack: int = 4
     dataset_path: str = ''
     level_cache_dir: str | None = None
@@ -149,7 +152,7 @@ class EnvironmentConfig:
     is_test: bool = False
 
     def __post_init__(self) -> None:
-        for name in ('width', 'height', 'frame_stack'):
+        for name in ('width', 'height', 'frame_stack', 'frames_per_noop'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, not {getattr(self, name)}.')
         if self.num_action_repeats is not None and self.num_action_repeats < 1:
@@ -277,6 +280,7 @@ class AtariEnvironment(Environment):
         actions = ale.getLegalActionSet() if full else ale.getMinimalActionSet()
         self._actions = [action.value for action in actions]
         self._max_noops = config.max_noops
+        self._frames_per_noop = config.frames_per_noop
         self._lives_count = config.end_episode_on_life_loss
         self._lives = 0
 
@@ -307,7 +311,8 @@ class AtariEnvironment(Environment):
         ale = self._ale
         ale.reset_game()
         if self._max_noops:
-            for _ in range(self._noop_random.integers(1, self._max_noops + 1)):
+            noops = self._noop_random.integers(1, self._max_noops + 1)
+            for _ in range(noops * self._frames_per_noop):
                 ale.act(0)
                 if ale.game_over():
                     ale.reset_game()

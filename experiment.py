@@ -8,6 +8,7 @@ what), 1 a failure.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -24,8 +25,24 @@ flags.DEFINE_string('logdir', '/tmp/agent', 'Folder of the run: checkpoints, met
 flags.DEFINE_enum('mode', 'train', ['train', 'test'], 'Train, or test the newest checkpoint.')
 flags.DEFINE_integer('test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1)
 
-flags.DEFINE_integer('task', -1, 'Index of a distributed job; -1 on a single machine.')
+flags.DEFINE_integer('task', -1, 'Number of a distributed job, from 0; -1 on a single machine.')
 flags.DEFINE_enum('job_name', 'learner', ['learner', 'actor'], 'Kind of a distributed job.')
+flags.DEFINE_string('learner_address', 'localhost:8000', 'Distributed: host:port of the learner.')
+flags.DEFINE_integer('envs_per_actor', 1, 'Environments of an actor job.', lower_bound=1)
+flags.DEFINE_float(
+    'reconnect_timeout',
+    600.0,
+    'Seconds that an actor job waits for a learner that is not there.',
+    lower_bound=0,
+)
+flags.DEFINE_enum(
+    'actor_device', 'cpu', ['cpu', 'gpu'], 'What the agent of an actor job computes on.'
+)
+flags.DEFINE_boolean(
+    'trusted_network',
+    False,
+    'Nobody but the actor jobs reaches the learner: do not warn that it listens.',
+)
 
 flags.DEFINE_integer(
     'total_environment_frames', 1_000_000_000, 'Frames to train for.', lower_bound=1
@@ -78,6 +95,7 @@ flags.DEFINE_float(
 )  # fmt: skip
 flags.DEFINE_boolean('end_episode_on_life_loss', False, 'Atari: a lost life ends the episode.')
 flags.DEFINE_integer('max_noops', 30, 'Atari: up to so many no-ops at the start.', lower_bound=0)
+flags.DEFINE_integer('frames_per_noop', 1, 'Atari: frames that each of them lasts.', lower_bound=1)
 flags.DEFINE_integer('frame_stack', 4, 'Atari: frames in an observation.', lower_bound=1)
 
 flags.DEFINE_enum(
@@ -125,6 +143,7 @@ flags.DEFINE_float(
 flags.DEFINE_float('log_secs', 10.0, 'Seconds between lines of metrics.jsonl.', lower_bound=0)
 
 BAD_INPUT_EXIT_CODE = 2
+LEARNER_LOST_EXIT_CODE = 3
 INTERRUPTED = 'Interrupted before anything was done.'
 
 # Flags that say what to do, not what the run is.
@@ -134,11 +153,15 @@ _NOT_OF_THE_RUN = ('mode', 'logdir', 'test_num_episodes')
 def main(unused_argv: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
     # TensorFlow takes seconds to load: what can be answered without it is answered before.
-    if FLAGS.task != -1 or FLAGS.job_name != 'learner':
+    is_actor = FLAGS.job_name == 'actor'
+    if is_actor and (FLAGS.task < 0 or FLAGS.mode == 'test'):
         return _fail(
-            '--task and --job_name belong to distributed training, which does not exist yet: '
-            'leave them out to train on this machine.',
+            '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.',
             BAD_INPUT_EXIT_CODE,
+        )
+    if not is_actor and FLAGS.task > 0:
+        return _fail(
+            f'--task={FLAGS.task}: there can be one learner only, --task=0.', BAD_INPUT_EXIT_CODE
         )
     for flag in _own_flags():
         if isinstance(flag.value, float) and math.isnan(flag.value):
@@ -147,14 +170,20 @@ def main(unused_argv: list[str]) -> int:
     with _quiet_tensorflow():
         import tensorflow as tf
 
+        if is_actor and FLAGS.actor_device == 'cpu':
+            tf.config.set_visible_devices([], 'GPU')
         tf.config.list_logical_devices()
     from environments import LevelError
     from impala import checkpoint
+    from impala.actor_job import ActorJobError, LearnerLost
     from impala.actor_pool import ActorError
+    from impala.remote import ServerError
     from impala.run_config import ConfigError
     from impala.training import TrainingError
 
     try:
+        if is_actor:
+            return _act()
         if FLAGS.mode == 'test':
             return _test()
         lock = checkpoint.lock_logdir(FLAGS.logdir)
@@ -162,10 +191,12 @@ def main(unused_argv: list[str]) -> int:
             return _train()
         finally:
             os.close(lock)
-    except (ConfigError, LevelError, checkpoint.LogdirError) as error:
+    except (ConfigError, LevelError, ServerError, checkpoint.LogdirError) as error:
         return _fail(str(error), BAD_INPUT_EXIT_CODE)
-    except (ActorError, TrainingError) as error:
+    except (ActorError, ActorJobError, TrainingError) as error:
         return _fail(str(error), 1)
+    except LearnerLost as error:
+        return _fail(str(error), LEARNER_LOST_EXIT_CODE)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
 
@@ -214,10 +245,20 @@ def _quiet_tensorflow() -> Iterator[None]:
 
 
 def _train() -> int:
-    from impala import checkpoint, run_log, training
+    from impala import checkpoint, remote, run_log, training
 
+    is_distributed = FLAGS.task == 0
+    if is_distributed and not FLAGS.trusted_network and remote.has_network():
+        print(
+            f'WARNING: whoever reaches port {FLAGS.learner_address.rpartition(":")[2]} of this '
+            'machine can run code in this process: see docs/distributed.md, then say '
+            '--trusted_network.',
+            file=sys.stderr,
+        )
     path = training.train(
-        _config(), on_accepted=lambda: checkpoint.write_flags(FLAGS.logdir, _flags_text())
+        _config(),
+        on_accepted=lambda: checkpoint.write_flags(FLAGS.logdir, _flags_text()),
+        learner_address=FLAGS.learner_address if is_distributed else None,
     )
     if path is None:
         print('Stopped before the first update: there is no checkpoint yet.')
@@ -234,6 +275,30 @@ def _train() -> int:
         print('The same command goes on from there.')
     else:
         print('The run is complete; a larger --total_environment_frames goes on from there.')
+    return 0
+
+
+def _act() -> int:
+    from impala import actor_job
+
+    shaping = {
+        'torso': FLAGS.torso,
+        'use_lstm': {'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
+        'unroll_length': FLAGS.unroll_length,
+    }
+    job = actor_job.ActorJobConfig(
+        task=FLAGS.task,
+        learner_address=FLAGS.learner_address,
+        reconnect_timeout=FLAGS.reconnect_timeout,
+        network_flags={
+            name: value
+            for name, value in shaping.items()
+            if FLAGS[name].present and value not in ('auto', None)
+        },
+        takes_levels=not FLAGS['level_name'].present,
+    )
+    config = dataclasses.replace(_config(), num_actors=FLAGS.envs_per_actor)
+    print(actor_job.run(config, job, lambda text: print(text, file=sys.stderr)))
     return 0
 
 
@@ -292,6 +357,7 @@ def _config() -> Any:
             sticky_actions=FLAGS.sticky_actions,
             end_episode_on_life_loss=FLAGS.end_episode_on_life_loss,
             max_noops=FLAGS.max_noops,
+            frames_per_noop=FLAGS.frames_per_noop,
             frame_stack=FLAGS.frame_stack,
             dataset_path=FLAGS.dataset_path,
             level_cache_dir=FLAGS.level_cache_dir or None,

@@ -139,12 +139,11 @@ def main() -> None:
     over = statistics.median(settled[:, 2]) - bare
     print(machine.describe())
     print(f'`python -m benchmarks.memory {" ".join(sys.argv[1:])}`, {samples[-1][0]:.0f} minutes')
-    rows = [
-        ['environments alone', f'{bare:.1f}', '', ''],
-        ['actor', f'{settled[0, 2]:.1f}', f'{settled[-1, 2]:.1f}', f'{actor_growth:+.3f}'],
-        ['learner', f'{settled[0, 1]:.1f}', f'{settled[-1, 1]:.1f}', f'{learner_growth:+.3f}'],
-    ]
-    headers = ['process', 'MB after warm-up', 'MB at the end', 'MB per minute']
+    rows = [['environments alone', f'{bare:.1f}']]
+    for name, column, growth in (('actor', 2, actor_growth), ('learner', 1, learner_growth)):
+        quarters = settled[np.linspace(0, len(settled) - 1, 5).astype(int), column]
+        rows.append([name, *(f'{each:.1f}' for each in quarters), f'{growth:+.3f}'])
+    headers = ['process', 'MB after warm-up', '1/4', '1/2', '3/4', 'at the end', 'MB per minute']
     print(tabulate.tabulate(rows, headers, 'github'))
     print(
         json.dumps(

@@ -6,7 +6,7 @@ acts for all environments.
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -106,8 +106,7 @@ class UnrollSource:
           prefetch: batches that are assembled, and moved to the GPU if there is one, ahead of use.
         """
 
-        @tf.autograph.experimental.do_not_convert
-        def dequeue(_) -> UnrollBatch:
+        def dequeue() -> UnrollBatch:
             unrolls = self.batcher.dequeue(batch_size)
             return UnrollBatch(
                 ActorOutput(
@@ -121,21 +120,7 @@ class UnrollSource:
                 unrolls.inputs[3],
             )
 
-        with tf.device('/cpu:0'):
-            dataset = tf.data.Dataset.counter().map(dequeue)
-        if tf.config.list_logical_devices('GPU'):
-            dataset = dataset.apply(
-                tf.data.experimental.prefetch_to_device('/gpu:0', buffer_size=prefetch)
-            )
-        else:
-            dataset = dataset.prefetch(prefetch)
-        iterator = iter(dataset)
-        while True:
-            try:
-                batch = next(iterator)
-            except tf.errors.CancelledError:
-                return
-            yield batch
+        return stream(dequeue, prefetch)
 
     def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
         reward, episode_return, episode_step, end, *observation = inputs
@@ -253,6 +238,32 @@ class BehaviourPolicy(tf.Module):
         """Raises what ended the serving thread, if it was an error."""
         if self._failure is not None:
             raise self._failure
+
+
+def stream(dequeue: Callable[[], UnrollBatch], prefetch: int = 1) -> Iterator[UnrollBatch]:
+    """Yields what a function dequeues until that is cancelled.
+
+    Args:
+      dequeue: made into a graph; raises `tf.errors.CancelledError` when there is nothing more.
+      prefetch: batches that are assembled, and moved to the GPU if there is one, ahead of use.
+    """
+    with tf.device('/cpu:0'):
+        dataset = tf.data.Dataset.counter().map(
+            tf.autograph.experimental.do_not_convert(lambda _: dequeue())
+        )
+    if tf.config.list_logical_devices('GPU'):
+        dataset = dataset.apply(
+            tf.data.experimental.prefetch_to_device('/gpu:0', buffer_size=prefetch)
+        )
+    else:
+        dataset = dataset.prefetch(prefetch)
+    iterator = iter(dataset)
+    while True:
+        try:
+            batch = next(iterator)
+        except tf.errors.CancelledError:
+            return
+        yield batch
 
 
 def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:

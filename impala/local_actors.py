@@ -10,6 +10,7 @@ from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
 from impala.run_config import TrainingConfig
+from impala.run_log import RunLog
 from impala.trajectory import EnvironmentSpec
 
 
@@ -54,6 +55,7 @@ class LocalActors:
             config.envs_per_process,
         )
         self._stack = contextlib.ExitStack()
+        self._reported_restarts = 0
 
     def __enter__(self) -> 'LocalActors':
         with self._stack as stack:
@@ -87,16 +89,21 @@ class LocalActors:
         self._behaviour.check()
         self._pool.check()
 
-    @property
-    def restarts(self) -> int:
-        """Actor processes that died and were replaced."""
-        return self._pool.restarts
+    def finish(self) -> None:
+        """Ends playing when training is complete."""
+        self.close()
 
-    def metrics(self) -> dict[str, float]:
-        """Returns what the log is to hold of them: the mean number of rows answered together."""
+    def record(self, log: RunLog) -> dict[str, float]:
+        """Hands what there is to know of the actors to the log.
+
+        Returns:
+          The seconds spent so far in each stage of actors, batcher and queue.
+        """
         statistics = self._source.batcher.statistics()
-        return {'inference_batch_size': statistics.rows / statistics.batches}
-
-    def stage_seconds(self) -> dict[str, float]:
-        """Returns the seconds spent so far in each stage of actors, batcher and queue."""
-        return self._source.batcher.statistics().stage_seconds
+        if statistics.batches:
+            rows = statistics.rows / statistics.batches
+            log.record_update({'inference_batch_size': rows})
+        restarts = self._pool.restarts
+        log.record_actor_restart(restarts - self._reported_restarts)
+        self._reported_restarts = restarts
+        return statistics.stage_seconds

@@ -100,6 +100,7 @@ class RunLog:
         )
         self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
         self._episodes: list[tuple[str, float, int, str]] = []
+        self._actors: list[Mapping[str, Any]] | None = None
         self._stage_seconds: dict[str, float] = {}
         self._reported_stage_seconds: dict[str, float] = {}
         self._clear_interval()
@@ -203,6 +204,19 @@ class RunLog:
         """Counts actors that died and were started again."""
         self._actor_restarts += count
 
+    def record_actors(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes the state of actor jobs, which lines have as `actors` until there is another.
+
+        Args:
+          rows: JSON-serialisable, one for each.
+        """
+        self._actors = list(rows)
+
+    @property
+    def line_is_due(self) -> bool:
+        """Whether the next `maybe_write` will write a line."""
+        return self.wall_seconds - self._line_wall_seconds >= self._log_secs
+
     def message(self, text: str) -> None:
         """Shows a line without tearing the progress bar."""
         self._terminal.print(text)
@@ -222,7 +236,7 @@ class RunLog:
         wall_seconds = self.wall_seconds
         self._write_episodes(wall_seconds)
         self._terminal.advance(frames, self.mean_return)
-        if wall_seconds - self._line_wall_seconds < self._log_secs:
+        if not self.line_is_due:
             return False
         self._write_line(wall_seconds)
         if self._all_levels.num_episodes and wall_seconds - self._curve_wall_seconds >= _CURVE_SECS:
@@ -343,7 +357,8 @@ class RunLog:
             else:
                 self._num_non_finite += 1
         line['non_finite_values'] = self._num_non_finite
-        self._append(self._metrics_file, json.dumps(line, allow_nan=False) + '\n')
+        row = line if self._actors is None else line | {'actors': self._actors}
+        self._append(self._metrics_file, json.dumps(row, allow_nan=False) + '\n')
         self._write_summaries(line)
         self._terminal.line(line, self.mean_return)
         self._line_wall_seconds = wall_seconds

@@ -15,6 +15,7 @@ from impala.agent import Agent
 from impala.checkpoint import Checkpointer, LogdirError, check_same_network
 from impala.learner import Learner
 from impala.local_actors import LocalActors
+from impala.remote_actors import RemoteActors, run_settings
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
@@ -34,7 +35,11 @@ class TrainingError(Exception):
 MAX_SKIPPED_UPDATES = 10
 
 
-def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) -> str | None:
+def train(
+    config: TrainingConfig,
+    on_accepted: Callable[[], Any] | None = None,
+    learner_address: str | None = None,
+) -> str | None:
     """Trains until all frames are done, or until SIGINT or SIGTERM. Main thread only.
 
     A run that finds checkpoints in its logdir goes on where they end.
@@ -43,6 +48,7 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
       config: of the run.
       on_accepted: called once it is certain that the level can be played and that the network is
         the one of the checkpoints, before anything is trained.
+      learner_address: `host:port` at which actor jobs find the learner; None for actors of its own.
 
     Returns:
       The path of the last checkpoint, None if there is none yet. At once if all frames were done
@@ -66,8 +72,9 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
         check_same_network(config.logdir, network_settings(network, spec))
         tf.random.set_seed(config.seed)
         frames_per_step = spec.num_action_repeats
+        agent = create_agent(network, spec)
         learner = Learner(
-            create_agent(network, spec),
+            agent,
             dataclasses.replace(
                 config.learner,
                 total_agent_steps=max(1, config.total_environment_frames // frames_per_step),
@@ -93,9 +100,14 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
                 wall_seconds=checkpointer.wall_seconds,
             )
         )
-        # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing there.
-        acting_agent = Agent(dataclasses.replace(network, compute_dtype='float32'), spec)
-        actors = LocalActors(config, spec, acting_agent, workplace, log.message)
+        actors: LocalActors | RemoteActors
+        if learner_address is None:
+            # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing.
+            acting_agent = Agent(dataclasses.replace(network, compute_dtype='float32'), spec)
+            actors = LocalActors(config, spec, acting_agent, workplace, log.message)
+        else:
+            settings = run_settings(config, network_settings(network, spec))
+            actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)
         actors.publish(learner.agent.trainable_variables, learner.updates)
         stop.then(actors.close)
         stack.enter_context(actors)
@@ -118,6 +130,8 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
 
         try:
             _learn(config, frames_per_step, learner, actors, log, checkpointer, stop)
+            # For the last line, which may come early.
+            log.record_stage_seconds(actors.record(log))
             if not stop.received:
                 actors.check()
         except BaseException:
@@ -131,6 +145,8 @@ def train(config: TrainingConfig, on_accepted: Callable[[], Any] | None = None) 
             save()
         except LogdirError as error:
             raise TrainingError(str(error)) from error
+        if not stop.received:
+            actors.finish()
     return checkpointer.latest
 
 
@@ -138,14 +154,14 @@ def _learn(
     config: TrainingConfig,
     frames_per_step: int,
     learner: Learner,
-    actors: LocalActors,
+    actors: LocalActors | RemoteActors,
     log: RunLog,
     checkpointer: Checkpointer,
     stop: StopSignal,
 ) -> None:
     """The learner of Figure 1: until the frames are done or the actors are closed."""
     timer = StageTimer()
-    restarts = skipped_in_a_row = 0
+    skipped_in_a_row = 0
     agent_steps = int(learner.agent_steps)
     batches = actors.batches(config.learner.batch_size)
     while agent_steps * frames_per_step < config.total_environment_frames:
@@ -160,11 +176,10 @@ def _learn(
             actors.publish(learner.agent.trainable_variables, learner.updates)
         with timer('learner/log'):
             agent_steps = int(learner.agent_steps)
-            log.record_update(metrics | actors.metrics())
+            log.record_update(metrics)
             record_episodes(log, batch)
-            restarts_before, restarts = restarts, actors.restarts
-            log.record_actor_restart(restarts - restarts_before)
-            log.record_stage_seconds(actors.stage_seconds() | timer.seconds)
+            if log.line_is_due:
+                log.record_stage_seconds(actors.record(log) | timer.seconds)
             log.maybe_write(agent_steps * frames_per_step, agent_steps, int(learner.updates))
             checkpointer.maybe_save(log.wall_seconds)
         skipped_in_a_row = skipped_in_a_row + 1 if metrics['skipped'] else 0

@@ -1,0 +1,314 @@
+"""The actor job: environments, batcher and agent of this machine, whose unrolls go to a learner."""
+
+import contextlib
+import dataclasses
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tensorflow as tf
+
+from impala import remote_actors
+from impala.actor_pool import Workplace
+from impala.agent import Agent, AgentConfig
+from impala.local_actors import LocalActors
+from impala.remote import Closed, Disconnected, LearnerConnection, Rejected
+from impala.run_config import ConfigError, TrainingConfig, network_settings
+from impala.stop_signal import StopSignal
+
+_MAX_BACK_OFF_SECONDS = 5.0
+# Refused unrolls in a row after which this job can be taken to be broken.
+_MAX_REJECTED = 10
+
+T = TypeVar('T')
+
+
+@dataclasses.dataclass(frozen=True)
+class ActorJobConfig:
+    """What an actor job is, beside the run that it is part of.
+
+    Attributes:
+      task: number of the job, from 0.
+      learner_address: `host:port`.
+      reconnect_timeout: seconds to wait for a learner that is not there.
+      network_flags: flags that shape the network and were given to this job -> their values.
+      takes_levels: play the learner's levels, whatever the run's settings say here.
+    """
+
+    task: int
+    learner_address: str
+    reconnect_timeout: float
+    network_flags: dict[str, Any]
+    takes_levels: bool
+
+
+class LearnerLost(Exception):
+    """The learner has been away for too long; the text is one sentence."""
+
+
+class ActorJobError(Exception):
+    """The job cannot go on; the text is one sentence."""
+
+
+class _Finished(Exception):
+    """Training is complete, or this job was told to stop."""
+
+
+def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], None]) -> str:
+    """Plays for the learner until training is complete or a signal comes. Main thread only.
+
+    Args:
+      config: what this job's flags say; what the learner says counts where they must agree.
+      job: who this is and where the learner is.
+      report: told, in lines, what happens.
+
+    Returns:
+      A sentence that says why it ended.
+
+    Raises:
+      KeyboardInterrupt: a signal came before anything was played.
+      ConfigError, LevelError, ServerError: one sentence for the user.
+      LearnerLost: the learner was not there for `reconnect_timeout`.
+      ActorJobError: the learner refuses what this job sends.
+      ActorError: an environment died too often.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        patience = _Patience(job, report, stop)
+        with LearnerConnection(job.learner_address) as asking:
+            settings = json.loads(patience.call(asking.settings))
+        config = _agreed(config, job, settings)
+        workplace = stack.enter_context(Workplace(config.environment))
+        spec = workplace.environment_spec(config.level_names[0], config.seed)
+        network = settings['network']
+        agent_config = AgentConfig(torso=network['torso'], use_lstm=network['use_lstm'])
+        # The spec is compared before it is given to a network that may not be able to serve it.
+        _check_network(network_settings(agent_config, spec), network, job.learner_address)
+        agent = Agent(agent_config, spec)
+        tf.random.set_seed(config.seed)
+        connection = stack.enter_context(
+            LearnerConnection(
+                job.learner_address,
+                remote_actors.unroll_components(
+                    spec,
+                    agent.state_spec,
+                    config.learner.unroll_length,
+                    len(settings['level_names']),
+                ),
+                [tf.TensorSpec(weight.shape, weight.dtype) for weight in agent.trainable_variables],
+            )
+        )
+        actors = LocalActors(config, spec, agent, workplace, report)
+        learner = _Learner(connection, actors, patience)
+        learner.refresh()
+
+        def end() -> None:
+            actors.close()
+            connection.close()
+
+        stop.then(end)
+        stack.enter_context(actors)
+        stack.enter_context(learner.watched())
+        report(
+            f'Actor job {job.task}: {config.num_actors} environments of '
+            f'{", ".join(sorted(set(config.level_names)))} for the learner at {job.learner_address}'
+        )
+        with contextlib.suppress(_Finished, Closed):
+            _play(config, job, settings['level_names'], actors, learner)
+        if not stop.received and not learner.finished:
+            actors.check()
+    return 'Training is complete.' if learner.finished else 'Stopped.'
+
+
+def _play(
+    config: TrainingConfig,
+    job: ActorJobConfig,
+    level_names: list[str],
+    actors: LocalActors,
+    learner: '_Learner',
+) -> None:
+    """Sends unrolls until there are no more, or nobody wants them."""
+    rejected_in_a_row = 0
+    for sequence, batch in enumerate(actors.batches(1), 1):
+        unroll = remote_actors.flatten_unroll(batch, 0)
+        level = config.level_names[int(unroll[0])]
+        # The learner counts the levels of the whole run.
+        unroll[0] = unroll[0].dtype.type(level_names.index(level))
+        try:
+            learner.send(unroll, job.task, level, sequence)
+            rejected_in_a_row = 0
+        except Rejected as error:
+            rejected_in_a_row += 1
+            if rejected_in_a_row == _MAX_REJECTED:
+                raise ActorJobError(
+                    f'The learner at {job.learner_address} refused {_MAX_REJECTED} unrolls in a '
+                    f'row, the last because: {error}'
+                ) from error
+
+
+class _Patience:
+    """Repeats calls to a learner that may be away for a while."""
+
+    def __init__(self, job: ActorJobConfig, report: Callable[[str], None], stop: StopSignal):
+        self._job = job
+        self._report = report
+        self._stop = stop
+
+    def call(self, function: Callable[[], T], before_again: Callable[[], Any] | None = None) -> T:
+        """Returns what a function returns, once the learner is there.
+
+        Args:
+          function: raises `Disconnected` as long as it is not.
+          before_again: called before the function is called again.
+
+        Raises:
+          LearnerLost: it has not come back in time.
+        """
+        away_since = None
+        back_off = 0.25
+        while True:
+            try:
+                if away_since is not None and before_again is not None:
+                    before_again()
+                result = function()
+                if away_since is not None:
+                    self._report(f'The learner at {self._job.learner_address} is there')
+                return result
+            except Disconnected as error:
+                if self._stop.received:
+                    raise _Finished from error
+                now = time.monotonic()
+                if away_since is None:
+                    away_since = now
+                    self._report(
+                        f'{error} Waiting for it, {self._job.reconnect_timeout:g} seconds at most'
+                    )
+                if now - away_since > self._job.reconnect_timeout:
+                    raise LearnerLost(
+                        f'The learner at {self._job.learner_address} was not there for '
+                        f'{self._job.reconnect_timeout:g} seconds (--reconnect_timeout).'
+                    ) from error
+                time.sleep(back_off)
+                back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
+
+
+class _Learner:
+    """The learner as an actor job sees it: takes unrolls, has weights, ends one day.
+
+    Attributes:
+      finished: whether training is complete.
+    """
+
+    def __init__(self, connection: LearnerConnection, actors: LocalActors, patience: _Patience):
+        self._connection = connection
+        self._actors = actors
+        self._patience = patience
+        self._version = -1
+        self.finished = False
+
+    def refresh(self) -> None:
+        """Has the actors act with the learner's present weights."""
+        version, values = self._patience.call(self._connection.weights)
+        self._version = version
+        self._actors.publish(
+            [tf.constant(value) for value in values], tf.constant(version, tf.int64)
+        )
+
+    def send(self, unroll: list[Any], task: int, level: str, sequence: int) -> None:
+        """Sends an unroll, and refreshes the weights if there are newer ones.
+
+        Raises:
+          Rejected: the learner refuses it.
+          _Finished: training is complete.
+        """
+
+        def forget_what_is_lost() -> None:
+            # A learner that came back may have lost the updates behind the weights that acted.
+            if self._connection.status().version < unroll[1]:
+                raise _OfALostPolicy
+
+        try:
+            status = self._patience.call(
+                lambda: self._connection.put(unroll, task, level, sequence), forget_what_is_lost
+            )
+        except _OfALostPolicy:
+            self.refresh()
+            return
+        if status.finished:
+            self.finished = True
+            raise _Finished
+        if status.version != self._version:
+            self.refresh()
+
+    @contextlib.contextmanager
+    def watched(self):
+        """Looks every few seconds, within the block, whether training is complete."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(remote_actors.POLL_SECONDS):
+                with contextlib.suppress(Disconnected, Rejected, Closed):
+                    if self._connection.status().finished:
+                        self.finished = True
+                        self._actors.close()
+                        self._connection.close()
+                        return
+
+        thread = threading.Thread(target=watch, name='learner watch', daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+class _OfALostPolicy(Exception):
+    """An unroll of weights that the learner does not know any more."""
+
+
+def _agreed(
+    config: TrainingConfig, job: ActorJobConfig, settings: dict[str, Any]
+) -> TrainingConfig:
+    """Takes over what the learner says; refuses flags that say something else."""
+    if settings.get('protocol') != remote_actors.PROTOCOL:
+        raise ConfigError(
+            f'The learner at {job.learner_address} runs another version of this program '
+            f'(protocol {settings.get("protocol")}, here {remote_actors.PROTOCOL}): '
+            'install the same one.'
+        )
+    of_the_learner = settings['network'] | {'unroll_length': settings['unroll_length']}
+    for flag, value in job.network_flags.items():
+        if value != of_the_learner[flag]:
+            raise ConfigError(
+                f'--{flag}={value} does not fit the learner at {job.learner_address}, which has '
+                f'{of_the_learner[flag]}: leave it out.'
+            )
+    known = settings['level_names']
+    names = known if job.takes_levels else config.level_names
+    for level in names:
+        if level not in known:
+            raise ConfigError(
+                f'--level_name={level} is none of the levels of the learner at '
+                f'{job.learner_address}: {", ".join(known)}.'
+            )
+    # Round robin over the levels, by job and environment.
+    first = job.task * config.num_actors
+    levels = [names[(first + i) % len(names)] for i in range(config.num_actors)]
+    return dataclasses.replace(
+        config,
+        level_names=tuple(levels),
+        seed=(config.seed + first) % 2**29,
+        learner=dataclasses.replace(config.learner, unroll_length=settings['unroll_length']),
+    )
+
+
+def _check_network(ours: dict[str, Any], learners: dict[str, Any], address: str) -> None:
+    for name in learners:
+        if ours.get(name) != learners[name]:
+            raise ConfigError(
+                f'This job does not fit the learner at {address}: --{name} is {ours.get(name)} '
+                f'here and {learners[name]} there.'
+            )

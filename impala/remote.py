@@ -1,0 +1,361 @@
+"""The learner and actor jobs on several machines, as far as they talk to each other.
+
+The learner runs TensorFlow's own server, an actor job is a client of it: it sends a graph once, and
+runs it with an unroll to be fed or weights to be fetched. Nothing listens on the actor's machine.
+This module alone knows of sessions and servers; what the graphs find in the learner's process is
+`dynamic_batching.exchange`.
+
+TensorFlow's server knows no authentication and listens on all interfaces: whoever reaches its port
+may run anything in the learner's process.
+"""
+
+import contextlib
+import secrets
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from dynamic_batching.exchange import BOARD, INBOX, Component
+from dynamic_batching.op_library import ops
+
+_JOB = 'learner'
+_DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
+
+
+class RemoteError(Exception):
+    """A call between learner and actor that failed; its text is one sentence."""
+
+
+class Disconnected(RemoteError):
+    """The learner does not answer, or is a new one; the call may be repeated."""
+
+
+class Rejected(RemoteError):
+    """The learner refuses this unroll, or these weights are not the network's."""
+
+
+class Closed(RemoteError):
+    """The learner takes no more unrolls, or this end of the connection was closed."""
+
+
+class ServerError(RemoteError):
+    """The learner cannot listen."""
+
+
+class LearnerServer:
+    """Lets other machines run graphs in this process.
+
+    TensorFlow cannot stop a server: the port stays open until the process ends, whatever becomes of
+    this object, and a process can listen on an address once only.
+
+    Attributes:
+      port: on which it listens.
+    """
+
+    def __init__(self, address: str):
+        """Starts the server.
+
+        Args:
+          address: `host:port`; port 0 is a free one. TensorFlow listens on all interfaces, whatever
+            the host.
+
+        Raises:
+          ServerError: the address makes no sense or is in use.
+        """
+        host, port = split_address(address)
+        # Before the server: whichever comes first settles the sizes of thread pools that both use.
+        tf.config.list_logical_devices()
+        config = tf.compat.v1.ConfigProto(device_count={'GPU': 0})
+        try:
+            server = tf.distribute.Server(
+                {_JOB: [f'{host}:{port}']}, job_name=_JOB, task_index=0, config=config
+            )
+        except tf.errors.OpError as error:
+            raise ServerError(
+                f'The learner cannot listen on {address}: '
+                f'{"another process does" if _in_use(port) else _sentence(error)}.'
+            ) from error
+        self.port = split_address(server.target.removeprefix('grpc://'))[1]
+
+
+class Status(NamedTuple):
+    """What the learner has on show.
+
+    Attributes:
+      version: learner updates behind the weights, -1 while there are none.
+      finished: whether training has come to its end.
+    """
+
+    version: int
+    finished: bool
+
+
+class Weights(NamedTuple):
+    """Weights of the network.
+
+    Attributes:
+      version: learner updates behind them.
+      values: in the order in which the learner published them.
+    """
+
+    version: int
+    values: list[np.ndarray]
+
+
+class LearnerConnection:
+    """An actor job's end of the line to the learner.
+
+    It connects with the first call and, after `Disconnected`, with the next one; no call hangs. It
+    may be closed by any thread; the other methods may be called from several threads, but unrolls
+    have an order.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        components: Sequence[Component] = (),
+        weights: Sequence[tf.TensorSpec] = (),
+        deadline_seconds: float = 10.0,
+        inbox: str = INBOX,
+        board: str = BOARD,
+    ):
+        """Prepares the graphs that the learner will run.
+
+        Args:
+          address: of the learner, `host:port`.
+          components: what an unroll consists of, as the learner's inbox has it; without them there
+            is no `put`.
+          weights: shapes and dtypes of the network's weights; without them there is no `weights`.
+          deadline_seconds: after which a call to a learner that does not answer has failed.
+          inbox: name of the learner's `UnrollInbox`.
+          board: name of the learner's `WeightsBoard`.
+
+        Raises:
+          ServerError: the address makes no sense.
+        """
+        split_address(address)
+        self.address = address
+        # Of this process and object, so that the learner knows an unroll that comes twice.
+        self.client = secrets.randbits(62)
+        self._components = list(components)
+        self._deadline_ms = round(deadline_seconds * 1000)
+        self._session: tf.compat.v1.Session | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._graph = tf.Graph()
+        with self._graph.as_default(), tf.device(_DEVICE):
+            self._settings = ops.weights_board_settings(object=board)
+            self._status = ops.weights_board_version(object=board)
+            # Only what is asked for: an actor of another version shall get as far as the settings.
+            if weights:
+                self._weights = ops.weights_board_read(
+                    object=board,
+                    types=[spec.dtype for spec in weights],
+                    shapes=[spec.shape for spec in weights],
+                )
+            if components:
+                self._actor = tf.compat.v1.placeholder(tf.int32, [])
+                self._level = tf.compat.v1.placeholder(tf.string, [])
+                self._sequence = tf.compat.v1.placeholder(tf.int64, [])
+                # Without shapes: it is the learner who judges them.
+                self._unroll = [
+                    tf.compat.v1.placeholder(component.dtype) for component in components
+                ]
+                accepted = ops.unroll_inbox_put(
+                    self._actor,
+                    socket.gethostname(),
+                    self._level,
+                    tf.constant(self.client, tf.int64),
+                    self._sequence,
+                    self._unroll,
+                    object=inbox,
+                )
+                with tf.control_dependencies([accepted]):
+                    self._put = ops.weights_board_version(object=board)
+        self._graph.finalize()
+
+    def settings(self) -> str:
+        """Returns the text that the learner has for its actors.
+
+        Raises:
+          Disconnected, Closed: see there.
+        """
+        return self._run(self._settings).decode()
+
+    def status(self) -> Status:
+        """Returns the version of the learner's weights.
+
+        Raises:
+          Disconnected, Closed: see there.
+        """
+        version, finished = self._run(self._status)
+        return Status(int(version), bool(finished))
+
+    def weights(self) -> Weights:
+        """Reads the learner's weights.
+
+        Raises:
+          Disconnected: also as long as there are no weights.
+          Rejected: they are not of the shapes and types that were given.
+          Closed: see there.
+        """
+        version, values = self._run(self._weights)
+        return Weights(int(version), values)
+
+    def put(self, unroll: Sequence[np.ndarray], actor: int, level: str, sequence: int) -> Status:
+        """Sends an unroll and waits until it is in the learner's queue.
+
+        It waits for room in the queue for as long as the learner answers.
+
+        Args:
+          unroll: the components; they are not copied before they are sent if they are aligned as
+            NumPy and TensorFlow allocate them.
+          actor: the number of the actor.
+          level: what it plays.
+          sequence: greater than that of the unroll before. The same unroll has the same number when
+            it is sent again, since it may be the answer that was lost.
+
+        Returns:
+          The learner's status at that moment.
+
+        Raises:
+          Rejected: the unroll is not as the learner wants it.
+          Disconnected: it may be there or not.
+          Closed: see there.
+        """
+        feeds: dict[tf.Tensor, Any] = {
+            self._actor: actor,
+            self._level: level,
+            self._sequence: sequence,
+        }
+        for component, placeholder, array in zip(
+            self._components, self._unroll, unroll, strict=True
+        ):
+            if array.dtype != placeholder.dtype.as_numpy_dtype:
+                # A session would convert it in silence.
+                raise Rejected(
+                    f"unroll of actor {actor} refused: component '{component.name}' is "
+                    f'{array.dtype}, not {component.dtype}'
+                )
+            feeds[placeholder] = array
+        while True:
+            try:
+                version, finished = self._run(self._put, feeds)
+                return Status(int(version), bool(finished))
+            except _DeadlineExceeded:
+                # No room in the queue, or no learner?
+                self.status()
+
+    def close(self) -> None:
+        """Ends the connection; calls that other threads wait for fail with `Closed`."""
+        with self._lock:
+            self._closed = True
+            session = self._session
+        if session is not None:
+            self._discard(session)
+
+    def __enter__(self) -> 'LearnerConnection':
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self.close()
+
+    def _run(self, fetches: Any, feeds: dict[tf.Tensor, Any] | None = None) -> Any:
+        session = self._connect()
+        try:
+            return session.run(
+                fetches, feeds, tf.compat.v1.RunOptions(timeout_in_ms=self._deadline_ms)
+            )
+        except tf.errors.InvalidArgumentError as error:
+            raise Rejected(_sentence(error)) from error
+        except tf.errors.DeadlineExceededError as error:
+            if feeds is None:
+                self._discard(session)
+            raise _DeadlineExceeded(f'The learner at {self.address} does not answer.') from error
+        except (tf.errors.OpError, RuntimeError) as error:
+            # RuntimeError: the session was closed meanwhile.
+            self._discard(session)
+            if self._closed or 'is closed' in str(error):
+                raise Closed(
+                    f'The connection to the learner at {self.address} is closed.'
+                ) from error
+            raise Disconnected(
+                f'The learner at {self.address} is not there: {_sentence(error)}.'
+            ) from error
+
+    def _connect(self) -> tf.compat.v1.Session:
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            if self._session is None:
+                config = tf.compat.v1.ConfigProto(operation_timeout_in_ms=self._deadline_ms)
+                # A connection of its own: one that the network has swallowed is not found dead
+                # before minutes have passed, and would be used again.
+                config.rpc_options.disable_session_connection_sharing = True
+                config.rpc_options.use_rpc_for_inprocess_master = True
+                # A handful of operations: there is nothing to optimize.
+                config.graph_options.rewrite_options.disable_meta_optimizer = True
+                self._session = tf.compat.v1.Session(
+                    f'grpc://{self.address}', graph=self._graph, config=config
+                )
+            return self._session
+
+    def _closed_error(self) -> Closed:
+        return Closed(f'The learner at {self.address} takes no more unrolls.')
+
+    def _discard(self, session: tf.compat.v1.Session) -> None:
+        """Lets go of a session without waiting for a learner that may not be there."""
+        with self._lock:
+            if self._session is session:
+                self._session = None
+        # No daemon: one that returns from TensorFlow while Python ends takes the process down with
+        # it. The process ends at most a deadline later for that.
+        threading.Thread(target=_close, args=(session,)).start()
+
+
+class _DeadlineExceeded(Disconnected):
+    """The learner did not answer in time."""
+
+
+def _close(session: tf.compat.v1.Session) -> None:
+    with contextlib.suppress(tf.errors.OpError):
+        session.close()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Returns host and port of `host:port`.
+
+    Raises:
+      ServerError: it is something else.
+    """
+    host, _, port = address.rpartition(':')
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ServerError(f"'{address}' is no address of a learner, which reads host:port.")
+    return host, int(port)
+
+
+def _in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(('', port))
+        except OSError:
+            return True
+    return False
+
+
+def _sentence(error: Exception) -> str:
+    """What the learner has to say, without the stack traces that the session puts around it."""
+    said = error.__context__ if isinstance(error.__context__, tf.errors.OpError) else error
+    message = said.message if isinstance(said, tf.errors.OpError) else str(said)
+    lines = [line for line in message.splitlines() if line and not line.startswith('From /job:')]
+    return lines[0].rstrip('.') if lines else type(error).__name__
+
+
+def has_network() -> bool:
+    """Returns whether this machine has a network interface beside the loopback."""
+    return any(name != 'lo' for _, name in socket.if_nameindex())
