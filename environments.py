@@ -126,8 +126,8 @@ class EnvironmentConfig:
         (Machado et al., 2018, use .25).
       end_episode_on_life_loss: Atari: report a lost life as `EpisodeEnd.LIFE_LOST`.
       max_noops: Atari: an episode starts with 1 to this many no-ops, uniformly; 0 for none.
-      frames_per_noop: Atari: 1 as in DQN's released code and Gymnasium; the number of action repeats
-        makes a no-op an action of the agent, as in DQN's text (Mnih et al., 2015).
+      frames_per_noop: Atari: 1 as in DQN's released code and Gymnasium; as many as action repeats
+        make a no-op an action of the agent, as in DQN's text (Mnih et al., 2015).
       frame_stack: Atari: number of frames in the stack, the newest last.
       dataset_path: DeepMind Lab: folder with the Brady-Konkle-Oliva images that two levels need.
       level_cache_dir: DeepMind Lab: folder of compiled maps, shared by all processes; None compiles

@@ -149,6 +149,7 @@ def test_config_survives_json_and_refuses_nonsense():
         {'num_action_repeats': 0},
         {'sticky_actions': 1.5},
         {'max_noops': -1},
+        {'frames_per_noop': 0},
         {'frame_stack': 0},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -175,6 +176,16 @@ def test_an_actor_process_does_not_load_what_it_does_not_need(level_name, free_o
 
 
 # Atari.
+
+
+@pytest.mark.parametrize('frames_per_noop', [1, 4])
+def test_no_ops_last_so_many_frames(frames_per_noop, make):
+    environment = make('ALE/Pong-v5', frames_per_noop=frames_per_noop)
+    frames = []
+    for _ in range(200):
+        environment.reset()
+        frames.append(environment._ale.getEpisodeFrameNumber())
+    assert set(frames) == {noops * frames_per_noop for noops in range(1, 31)}
 
 
 def gymnasium_atari(game, frame_skip=4, noop_max=30, **options):
