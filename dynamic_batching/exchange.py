@@ -204,33 +204,24 @@ class UnrollInbox:
 
     def statistics(self) -> InboxStatistics:
         """Returns who has sent what so far, and how full the queue is."""
-        actors, hosts, levels, counts, seconds, rejections, queue, copy_seconds = (
+        numbers, hosts, levels, counts, seconds, rejections, queue, copy_seconds = (
             output.numpy() for output in ops.unroll_inbox_statistics(object=self._name)
         )
+        actors = {}
+        for i, number in enumerate(numbers.tolist()):
+            accepted, rejected, duplicates, last_version = counts[i].tolist()
+            actors[number] = ActorStatistics(
+                host=hosts[i].decode(errors='replace'),
+                level=levels[i].decode(errors='replace'),
+                accepted=accepted,
+                rejected=rejected,
+                duplicates=duplicates,
+                last_version=last_version,
+                seconds_since_seen=float(seconds[i]),
+                last_rejection=rejections[i].decode(errors='replace'),
+            )
         queued, waiting = queue.tolist()
-        return InboxStatistics(
-            actors={
-                actor: ActorStatistics(
-                    host.decode(errors='replace'),
-                    level.decode(errors='replace'),
-                    *actor_counts,
-                    seconds_since_seen,
-                    rejection.decode(errors='replace'),
-                )
-                for actor, host, level, actor_counts, seconds_since_seen, rejection in zip(
-                    actors.tolist(),
-                    hosts,
-                    levels,
-                    counts.tolist(),
-                    seconds.tolist(),
-                    rejections,
-                    strict=True,
-                )
-            },
-            queued=queued,
-            waiting=waiting,
-            copy_seconds=float(copy_seconds),
-        )
+        return InboxStatistics(actors, queued, waiting, float(copy_seconds))
 
     def close(self) -> None:
         """Fails whoever waits, here and elsewhere; what is queued is gone. May be called again."""

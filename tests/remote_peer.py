@@ -1,0 +1,69 @@
+"""Learner and actor processes for remote_test.py.
+
+remote_peer.py learner PORT
+remote_peer.py actor ADDRESS NAME FIRST
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import numpy as np
+import tensorflow as tf
+
+from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.remote import LearnerConnection, LearnerServer
+
+COMPONENTS = [
+    Component('version', (), 'int64', time_major=False, low=0),
+    Component('number', (), 'int32', time_major=False, low=0),
+    Component('reward', (5, 2), 'float32'),
+    Component('frame', (5, 300, 400, 3), 'uint8'),
+]
+
+
+def make_unroll(number):
+    """Arrays that follow from the number of the unroll."""
+    random = np.random.default_rng(number)
+    return [
+        np.int64(number),
+        np.int32(number),
+        random.normal(size=[5, 2]).astype('float32'),
+        random.integers(256, size=[5, 300, 400, 3], dtype='uint8'),
+    ]
+
+
+def learn(port):
+    """Serves until stdin ends; takes an unroll whenever a line comes in."""
+    server = LearnerServer(f'localhost:{port}')
+    inbox = UnrollInbox(4, COMPONENTS, 'version')
+    inbox.set_latest_version(1000)
+    board = WeightsBoard('{}')
+    board.publish([tf.constant([1.0, 2.0])], 7)
+    print(json.dumps({'port': server.port}), flush=True)
+    for _ in sys.stdin:
+        batch = inbox.take(1)
+        number = int(batch.components[1][0])
+        whole = all(
+            np.array_equal(component[:, 0] if array.ndim else component[0], array)
+            for component, array in zip(batch.components, make_unroll(number), strict=True)
+        )
+        answer = {'numbers': [number] if whole else [], 'actors': batch.actors.numpy().tolist()}
+        print(json.dumps(answer), flush=True)
+
+
+def act(address, name, number):
+    """Sends unrolls for as long as it lives."""
+    connection = LearnerConnection(address, COMPONENTS, inbox=name, board=name)
+    while True:
+        connection.put(make_unroll(number), 0, 'rooms', number + 1)
+        number += 1
+
+
+if __name__ == '__main__':
+    if sys.argv[1] == 'learner':
+        learn(int(sys.argv[2]))
+    else:
+        act(sys.argv[2], sys.argv[3], int(sys.argv[4]))

@@ -1,0 +1,495 @@
+"""Tests of impala/remote.py: real servers and clients on loopback.
+
+Where the network matters, it is a proxy between the two that can hold back, count and cut what
+passes. Where crashes matter, learner and actor are processes (`remote_peer.py`).
+"""
+
+import concurrent.futures
+import contextlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import remote_peer
+import tensorflow as tf
+
+from dynamic_batching.exchange import UnrollInbox, WeightsBoard
+from impala.remote import (
+    Closed,
+    Disconnected,
+    LearnerConnection,
+    LearnerServer,
+    Rejected,
+    ServerError,
+    split_address,
+)
+
+TIMEOUT = 60  # Seconds; reached only by a deadlock.
+DEADLINE = 2.0  # Seconds for a call.
+_names = (str(number) for number in itertools.count())
+
+
+def start(function, *args):
+    """Runs a function in a thread and returns its future."""
+    future = concurrent.futures.Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, 'it does not happen'
+        time.sleep(0.01)
+
+
+class Proxy:
+    """A network between actors and learner.
+
+    Attributes:
+      address: for the actors.
+      sent: bytes that came from actors, those that are held back included.
+    """
+
+    def __init__(self, port):
+        self._port = port
+        self._listener = socket.create_server(('127.0.0.1', 0))
+        self.address = f'127.0.0.1:{self._listener.getsockname()[1]}'
+        self.sent = 0
+        self._sockets = []
+        self._changed = threading.Condition()
+        self._held = set()
+        self._closed = False
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def hold(self, *directions):
+        """Holds back what goes 'up' to or 'down' from the learner; nothing by default."""
+        with self._changed:
+            self._held = set(directions)
+            self._changed.notify_all()
+
+    def cut(self):
+        """Breaks the connections there are."""
+        with self._changed:
+            sockets, self._sockets = self._sockets, []
+        for connection in sockets:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        self._closed = True
+        self._listener.close()
+        self.cut()
+        self.hold()
+
+    def _accept(self):
+        while True:
+            try:
+                actor = self._listener.accept()[0]
+                learner = socket.create_connection(('127.0.0.1', self._port))
+            except OSError:
+                if self._closed:
+                    return
+                actor.close()
+                continue
+            with self._changed:
+                self._sockets += [actor, learner]
+            for source, target, way in ((actor, learner, 'up'), (learner, actor, 'down')):
+                threading.Thread(target=self._pump, args=(source, target, way), daemon=True).start()
+
+    def _pump(self, source, target, way):
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if way == 'up':
+                    self.sent += len(data)
+                with self._changed:
+                    self._changed.wait_for(lambda: way not in self._held)
+                target.sendall(data)
+        for connection in (source, target):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture(scope='module')
+def server():
+    return LearnerServer('localhost:0')
+
+
+@pytest.fixture
+def proxy(server):
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
+
+
+class Learner:
+    """What a learner has, under names of its own, and connections to it."""
+
+    def __init__(self, address, capacity):
+        self.name = next(_names)
+        self.inbox = UnrollInbox(capacity, remote_peer.COMPONENTS, 'version', self.name)
+        self.inbox.set_latest_version(1000)
+        self.board = WeightsBoard('{"torso": "deep"}', self.name)
+        self.address = address
+        self.connections = []
+
+    def connect(self, address=None, weights=()):
+        connection = LearnerConnection(
+            address or self.address,
+            remote_peer.COMPONENTS,
+            weights,
+            DEADLINE,
+            inbox=self.name,
+            board=self.name,
+        )
+        self.connections.append(connection)
+        return connection
+
+    def close(self):
+        for connection in self.connections:
+            connection.close()
+        self.inbox.close()
+        self.board.close()
+
+
+@pytest.fixture
+def learner(server):
+    learner = Learner(f'localhost:{server.port}', capacity=3)
+    yield learner
+    learner.close()
+
+
+def numbers(batch):
+    """The numbers of a batch's unrolls, each of which must be whole."""
+    for column in range(batch.actors.shape[0]):
+        expected = remote_peer.make_unroll(int(batch.components[1][column]))
+        for component, array in zip(batch.components, expected, strict=True):
+            column_of = component[:, column] if array.ndim else component[column]
+            np.testing.assert_array_equal(column_of, array)
+    return batch.components[1].numpy().tolist()
+
+
+def test_unrolls_reach_the_learner(learner):
+    learner.board.publish([tf.zeros([1])], 17)
+    connection = learner.connect()
+    for number in range(3):
+        status = connection.put(remote_peer.make_unroll(number), 5, 'rooms', number + 1)
+        assert status == (17, False)
+    batch = learner.inbox.take(3)
+    assert numbers(batch) == [0, 1, 2]
+    assert batch.actors.numpy().tolist() == [5, 5, 5]
+    actor = learner.inbox.statistics().actors[5]
+    assert (actor.host, actor.level, actor.accepted) == (socket.gethostname(), 'rooms', 3)
+    assert tf.executing_eagerly()
+
+
+def test_eager_tensors_and_views_of_them_are_unrolls(learner):
+    connection = learner.connect()
+    batch = [tf.constant(np.stack([array])) for array in remote_peer.make_unroll(1)]
+    connection.put([component[0] for component in batch], 0, '', 1)
+    connection.put([np.asarray(component)[0] for component in batch], 0, '', 2)
+    assert numbers(learner.inbox.take(2)) == [1, 1]
+
+
+def test_weights_and_settings_reach_the_actor(learner):
+    weights = [np.arange(6, dtype='float32').reshape(2, 3), np.array([7], 'float32')]
+    connection = learner.connect(
+        weights=[tf.TensorSpec(weight.shape, weight.dtype) for weight in weights]
+    )
+    assert json.loads(connection.settings()) == {'torso': 'deep'}
+    assert connection.status() == (-1, False)
+    with pytest.raises(Disconnected, match='no weights'):
+        connection.weights()
+    variables = [tf.Variable(weight) for weight in weights]
+    learner.board.publish(variables, 3)
+    variables[0].assign_add(tf.ones([2, 3]))
+    version, values = connection.weights()
+    assert version == 3
+    for value, weight in zip(values, weights, strict=True):
+        np.testing.assert_array_equal(value, weight)
+    learner.board.finish()
+    assert connection.status() == (3, True)
+
+
+def test_weights_of_another_network_are_refused(learner):
+    learner.board.publish([tf.zeros([2, 3])], 0)
+    connection = learner.connect(weights=[tf.TensorSpec([3, 2], tf.float32)])
+    with pytest.raises(
+        Rejected, match=r'weight 0 of the network is float\[2,3\], not float\[3,2\]'
+    ):
+        connection.weights()
+
+
+@pytest.mark.parametrize(
+    ('component', 'array', 'reason'),
+    [
+        (0, np.int64(1001), "'version' holds 1001, which is not in"),
+        (2, np.full([5, 2], np.nan, 'float32'), "'reward' holds a value that is not finite"),
+        (2, np.zeros([4, 2], 'float32'), r"'reward' is float\[4,2\], not float\[5,2\]"),
+        (2, np.zeros([5, 2]), "'reward' is float64, not float32"),
+    ],
+)
+def test_bad_unroll_is_refused_and_good_ones_go_on(learner, component, array, reason):
+    connection = learner.connect()
+    unroll = remote_peer.make_unroll(4)
+    unroll[component] = array
+    with pytest.raises(Rejected, match=f'actor 3 refused: component {reason}') as error:
+        connection.put(unroll, 3, 'rooms', 1)
+    assert '\n' not in str(error.value)
+    connection.put(remote_peer.make_unroll(5), 3, 'rooms', 1)
+    assert numbers(learner.inbox.take(1)) == [5]
+    # The learner never sees a wrong dtype.
+    assert learner.inbox.statistics().actors[3].rejected == (array.dtype != np.float64)
+
+
+def test_put_waits_for_room_beyond_its_deadline(learner):
+    connection = learner.connect()
+    for number in range(3):
+        connection.put(remote_peer.make_unroll(number), 0, '', number + 1)
+    waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
+    time.sleep(1.5 * DEADLINE)
+    assert not waiting.done()
+    assert numbers(learner.inbox.take(3)) == [0, 1, 2]
+    waiting.result(TIMEOUT)
+    assert numbers(learner.inbox.take(1)) == [3]
+    assert learner.inbox.statistics().queued == 0
+
+
+def test_closed_inbox_ends_waiting_and_later_puts(learner):
+    connection = learner.connect()
+    for number in range(3):
+        connection.put(remote_peer.make_unroll(number), 0, '', number + 1)
+    waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
+    wait_until(lambda: learner.inbox.statistics().waiting == 1)
+    learner.board.finish()
+    learner.inbox.close()
+    with pytest.raises(Closed):
+        waiting.result(TIMEOUT)
+    with pytest.raises(Closed):
+        connection.put(remote_peer.make_unroll(3), 0, '', 4)
+    assert connection.status().finished
+
+
+def test_closed_connection_ends_a_waiting_put(learner):
+    connection = learner.connect()
+    for number in range(3):
+        connection.put(remote_peer.make_unroll(number), 0, '', number + 1)
+    waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
+    wait_until(lambda: learner.inbox.statistics().waiting == 1)
+    connection.close()
+    with pytest.raises(Closed):
+        waiting.result(TIMEOUT)
+    with pytest.raises(Closed):
+        connection.status()
+    wait_until(lambda: learner.inbox.statistics().waiting == 0)
+
+
+def test_lost_answer_does_not_double_an_unroll(learner, proxy):
+    connection = learner.connect(proxy.address)
+    connection.put(remote_peer.make_unroll(0), 2, '', 1)
+    proxy.hold('down')
+    started = time.monotonic()
+    with pytest.raises(Disconnected):
+        connection.put(remote_peer.make_unroll(1), 2, '', 2)
+    # One deadline for the put, one for the question whether the learner is there.
+    assert time.monotonic() - started < 2 * DEADLINE + 2
+    proxy.cut()
+    proxy.hold()
+    connection.put(remote_peer.make_unroll(1), 2, '', 2)
+    connection.put(remote_peer.make_unroll(2), 2, '', 3)
+    assert numbers(learner.inbox.take(3)) == [0, 1, 2]
+    statistics = learner.inbox.statistics()
+    assert statistics.queued == 0
+    assert statistics.actors[2].accepted == 3
+    assert statistics.actors[2].duplicates >= 1
+
+
+def test_stalled_network_neither_hangs_nor_doubles(learner, proxy):
+    connection = learner.connect(proxy.address)
+    connection.put(remote_peer.make_unroll(0), 2, '', 1)
+    # Old connections stay as they are, as if all their packets were dropped.
+    proxy.hold('up', 'down')
+    for _ in range(2):
+        with pytest.raises(Disconnected):
+            connection.put(remote_peer.make_unroll(1), 2, '', 2)
+    proxy.hold()
+    started = time.monotonic()
+    connection.put(remote_peer.make_unroll(1), 2, '', 2)
+    assert time.monotonic() - started < 10
+    connection.put(remote_peer.make_unroll(2), 2, '', 3)
+    assert numbers(learner.inbox.take(3)) == [0, 1, 2]
+    assert learner.inbox.statistics().queued == 0
+
+
+def test_transfer_that_breaks_off_leaves_nothing(learner, proxy):
+    connection = learner.connect(proxy.address)
+    connection.status()
+    proxy.hold('up')
+    sent = proxy.sent
+    waiting = start(connection.put, remote_peer.make_unroll(1), 2, '', 1)
+    wait_until(lambda: proxy.sent > sent)
+    proxy.cut()
+    proxy.hold()
+    # The transport sends it again by itself, or says so.
+    try:
+        waiting.result(TIMEOUT)
+    except Disconnected:
+        connection.put(remote_peer.make_unroll(1), 2, '', 1)
+    connection.put(remote_peer.make_unroll(2), 2, '', 2)
+    assert numbers(learner.inbox.take(2)) == [1, 2]
+    assert learner.inbox.statistics().queued == 0
+
+
+def test_nobody_there():
+    with socket.create_server(('127.0.0.1', 0)) as listener:
+        port = listener.getsockname()[1]
+        # Something that is no learner: it accepts and never answers.
+        with LearnerConnection(f'127.0.0.1:{port}', deadline_seconds=1) as connection:
+            started = time.monotonic()
+            with pytest.raises(Disconnected, match=f'127.0.0.1:{port}'):
+                connection.status()
+            assert time.monotonic() - started < 5
+    for address in (f'127.0.0.1:{port}', 'no-such-host.invalid:8000'):
+        with LearnerConnection(address, deadline_seconds=1) as connection:
+            started = time.monotonic()
+            with pytest.raises(Disconnected, match=address):
+                connection.status()
+            assert time.monotonic() - started < 5
+
+
+def test_port_in_use_is_one_sentence():
+    with socket.create_server(('', 0)) as listener:
+        address = f'localhost:{listener.getsockname()[1]}'
+        with pytest.raises(
+            ServerError, match=f'cannot listen on {address}: another process does.$'
+        ):
+            LearnerServer(address)
+
+
+@pytest.mark.parametrize(
+    'address', ['localhost', 'localhost:', ':8000', 'localhost:port', 'a:70000']
+)
+def test_address_that_is_none(address):
+    with pytest.raises(ServerError, match='host:port'):
+        split_address(address)
+    with pytest.raises(ServerError):
+        LearnerConnection(address)
+
+
+class Peer:
+    """A process of remote_peer.py."""
+
+    def __init__(self, *args):
+        environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
+        self.process = subprocess.Popen(
+            [sys.executable, remote_peer.__file__, *map(str, args)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def read(self):
+        """The next line of the process, as JSON."""
+        line = start(self.process.stdout.readline).result(TIMEOUT)
+        assert line, 'the process has ended'
+        return json.loads(line)
+
+    def ask(self, question):
+        self.process.stdin.write(question + '\n')
+        self.process.stdin.flush()
+        return self.read()
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def peers():
+    peers = []
+
+    def make(*args):
+        peers.append(Peer(*args))
+        return peers[-1]
+
+    yield make
+    for peer in peers:
+        peer.kill()
+        peer.process.communicate()
+
+
+def test_actor_killed_in_mid_transfer_leaves_no_part_of_an_unroll(learner, proxy, peers):
+    actor = peers('actor', proxy.address, learner.name, 0)
+    taken = []
+    for _ in range(3):
+        taken += numbers(learner.inbox.take(2))
+    # What waits for room is with the learner already; of the next unroll only the beginning leaves
+    # the actor.
+    wait_until(lambda: learner.inbox.statistics().waiting == 1)
+    proxy.hold('up')
+    sent = proxy.sent
+    taken += numbers(learner.inbox.take(2))
+    wait_until(lambda: proxy.sent > sent)
+    actor.kill()
+    proxy.hold()
+    assert taken == list(range(8))
+    others = learner.connect()
+    rest = start(lambda: [numbers(learner.inbox.take(1)) for _ in range(4)])
+    others.put(remote_peer.make_unroll(900), 1, '', 1)
+    while not rest.done():
+        others.put(remote_peer.make_unroll(901), 1, '', int(time.time_ns()))
+        time.sleep(0.05)
+    # What had been accepted before is there, in order and whole, as `numbers` has checked.
+    mine = [number for (number,) in rest.result(TIMEOUT) if number < 900]
+    assert mine == list(range(8, 8 + len(mine)))
+
+
+def test_learner_killed_and_back_again(peers):
+    with socket.create_server(('', 0)) as listener:
+        port = listener.getsockname()[1]
+    first = peers('learner', port)
+    assert first.read() == {'port': port}
+    with LearnerConnection(
+        f'localhost:{port}',
+        remote_peer.COMPONENTS,
+        [tf.TensorSpec([2], tf.float32)],
+        deadline_seconds=1,
+    ) as connection:
+        connection.put(remote_peer.make_unroll(0), 2, '', 1)
+        assert first.ask('take') == {'numbers': [0], 'actors': [2]}
+        assert connection.weights().version == 7
+        first.kill()
+        # Nothing hangs while there is no learner.
+        started = time.monotonic()
+        with pytest.raises(Disconnected):
+            connection.put(remote_peer.make_unroll(1), 2, '', 2)
+        with pytest.raises(Disconnected):
+            connection.weights()
+        assert time.monotonic() - started < 8
+        second = peers('learner', port)
+        assert second.read() == {'port': port}
+        started = time.monotonic()
+        while True:
+            try:
+                connection.put(remote_peer.make_unroll(1), 2, '', 2)
+                break
+            except Disconnected:
+                assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 10
+        assert second.ask('take') == {'numbers': [1], 'actors': [2]}
+        assert connection.weights().version == 7
