@@ -11,6 +11,7 @@ may run anything in the learner's process.
 
 import contextlib
 import ctypes
+import errno
 import secrets
 import socket
 import threading
@@ -361,8 +362,8 @@ def _in_use(port: int) -> bool:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(('', port))
-        except OSError:
-            return True
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
     return False
 
 

@@ -283,6 +283,59 @@ def test_cancelled_put_leaves_nothing():
         assert versions(inbox.take(1)) == [1]
 
 
+def test_unrolls_enter_once_whenever_their_puts_are_cancelled():
+    num_clients, each = 4, 30
+    with make_inbox(2, [COMPONENTS[0], Component('frame', (T + 1, 50), 'uint8')]) as inbox:
+        unroll = [tf.TensorSpec([], tf.int64), tf.TensorSpec([T + 1, 50], tf.uint8)]
+        scalar = tf.TensorSpec([], tf.int64)
+
+        @tf.function(input_signature=[unroll, scalar, scalar])
+        def put_from(unroll, client, sequence):
+            return inbox.put(unroll, tf.cast(client, tf.int32), client, sequence)
+
+        concrete = put_from.get_concrete_function()
+        num_cancelled = []
+
+        def send(client):
+            random = np.random.default_rng(client)
+            for i in range(each):
+                number = tf.constant(client * each + i, tf.int64)
+                frame = tf.fill([T + 1, 50], tf.cast(number, tf.uint8))
+                while True:
+                    manager = cancellation.CancellationManager()
+                    timer = threading.Timer(random.uniform(0, 0.004), manager.start_cancel)
+                    timer.start()
+                    try:
+                        manager.get_cancelable_function(concrete)(
+                            number, frame, tf.constant(client, tf.int64), tf.constant(i, tf.int64)
+                        )
+                        break
+                    except tf.errors.CancelledError:
+                        num_cancelled.append(number)
+                    finally:
+                        timer.join()
+
+        senders = [start(send, client) for client in range(num_clients)]
+        seen = []
+        for _ in range(num_clients * each // 4):
+            # Slowly, so that some puts wait.
+            time.sleep(0.003)
+            batch = start(inbox.take, 4).result(TIMEOUT)
+            numbers = np.array(versions(batch))
+            np.testing.assert_array_equal(
+                batch.components[1], np.broadcast_to(numbers[:, np.newaxis], [T + 1, 4, 50])
+            )
+            seen += numbers.tolist()
+        for sender in senders:
+            sender.result(TIMEOUT)
+        assert inbox.statistics().queued == 0
+        assert num_cancelled
+        assert sorted(seen) == list(range(num_clients * each))
+        for client in range(num_clients):
+            own = [number for number in seen if number // each == client]
+            assert own == sorted(own)
+
+
 def test_cancelled_take_leaves_later_unrolls_to_others():
     with make_inbox() as inbox:
         manager = cancellation.CancellationManager()
