@@ -286,12 +286,13 @@ class LearnerConnection:
         except (tf.errors.OpError, RuntimeError) as error:
             # RuntimeError: the session was closed meanwhile.
             self._discard(session)
-            if self._closed or 'is closed' in str(error):
-                raise Closed(
-                    f'The connection to the learner at {self.address} is closed.'
-                ) from error
+            if self._closed:
+                raise self._closed_error() from error
+            sentence = _sentence(error)
+            if sentence.endswith('is closed'):
+                raise Closed(f'The learner at {self.address} has ended: {sentence}.') from error
             raise Disconnected(
-                f'The learner at {self.address} is not there: {_sentence(error)}.'
+                f'The learner at {self.address} is not there: {sentence}.'
             ) from error
 
     def _connect(self) -> tf.compat.v1.Session:
@@ -312,7 +313,7 @@ class LearnerConnection:
             return self._session
 
     def _closed_error(self) -> Closed:
-        return Closed(f'The learner at {self.address} takes no more unrolls.')
+        return Closed(f'The connection to the learner at {self.address} is closed.')
 
     def _discard(self, session: tf.compat.v1.Session) -> None:
         """Lets go of a session without waiting for a learner that may not be there."""

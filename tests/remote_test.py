@@ -277,9 +277,9 @@ def test_closed_inbox_ends_waiting_and_later_puts(learner):
     wait_until(lambda: learner.inbox.statistics().waiting == 1)
     learner.board.finish()
     learner.inbox.close()
-    with pytest.raises(Closed):
+    with pytest.raises(Closed, match="inbox '.*' is closed"):
         waiting.result(TIMEOUT)
-    with pytest.raises(Closed):
+    with pytest.raises(Closed, match="inbox '.*' is closed"):
         connection.put(remote_peer.make_unroll(3), 0, '', 4)
     assert connection.status().finished
 
@@ -291,9 +291,9 @@ def test_closed_connection_ends_a_waiting_put(learner):
     waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
     wait_until(lambda: learner.inbox.statistics().waiting == 1)
     connection.close()
-    with pytest.raises(Closed):
+    with pytest.raises(Closed, match='The connection to'):
         waiting.result(TIMEOUT)
-    with pytest.raises(Closed):
+    with pytest.raises(Closed, match='The connection to'):
         connection.status()
     wait_until(lambda: learner.inbox.statistics().waiting == 0)
 

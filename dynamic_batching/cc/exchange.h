@@ -1,9 +1,9 @@
 // Where the learner's eager side meets the sessions of actor jobs on other machines.
 //
-// TensorFlow's server runs the graphs of its clients in the learner's process, but with resources of
-// their own: nothing that the eager runtime made can be found from there. These two objects belong
-// to the process instead and are found by name from either side. Tensors pass through them by
-// reference.
+// TensorFlow's server runs the graphs of its clients in the learner's process, but with resources
+// of their own: nothing that the eager runtime made can be found from there. These two objects
+// belong to the process instead and are found by name from either side. Tensors pass through them
+// by reference.
 
 #ifndef DYNAMIC_BATCHING_CC_EXCHANGE_H_
 #define DYNAMIC_BATCHING_CC_EXCHANGE_H_
@@ -29,7 +29,7 @@ struct Component {
   std::string name;
   tensorflow::DataType type;
   tensorflow::TensorShape shape;  // Of one unroll.
-  bool time_major;                // Its first dimension is time, which comes before that of batches.
+  bool time_major;                // Its first dimension is time and stays the first in batches.
   int64_t low, high;              // Of integers, inclusive.
 };
 
@@ -125,7 +125,7 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   template <typename Pending>
   void Enter(std::shared_ptr<Pending> waiter, std::deque<std::shared_ptr<Pending>>* waiters);
   static void Finish(Waiter* waiter, const absl::Status& status);
-  // Moves unrolls from those who wait into the queue and from there into batches, as far as it goes.
+  // Moves unrolls from those who wait into the queue and from there into batches.
   void Move();
   absl::Status ClosedStatus() const;
 
