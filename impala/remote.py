@@ -43,7 +43,7 @@ class Rejected(RemoteError):
 
 
 class Closed(RemoteError):
-    """The learner takes no more unrolls, or this end of the connection was closed."""
+    """The connection was closed at this end."""
 
 
 class ServerError(RemoteError):
@@ -226,11 +226,12 @@ class LearnerConnection:
             it is sent again, since it may be the answer that was lost.
 
         Returns:
-          The learner's status at that moment.
+          The learner's status at that moment; once it has finished, it takes no more unrolls.
 
         Raises:
           Rejected: the unroll is not as the learner wants it.
-          Disconnected: it may be there or not.
+          Disconnected: it may be in the queue or not. Also while a learner ends that has not
+            finished, and so may come back.
           Closed: see there.
         """
         feeds: dict[tf.Tensor, Any] = {
@@ -256,6 +257,12 @@ class LearnerConnection:
             except _DeadlineExceeded:
                 # No room in the queue, or no learner?
                 self.status()
+            except _Ending:
+                # Because all is done, or only for now?
+                status = self.status()
+                if not status.finished:
+                    raise
+                return status
 
     def close(self) -> None:
         """Ends the connection; calls that other threads wait for fail with `Closed`."""
@@ -290,7 +297,7 @@ class LearnerConnection:
                 raise self._closed_error() from error
             sentence = _sentence(error)
             if sentence.endswith('is closed'):
-                raise Closed(f'The learner at {self.address} has ended: {sentence}.') from error
+                raise _Ending(f'The learner at {self.address} is ending: {sentence}.') from error
             raise Disconnected(
                 f'The learner at {self.address} is not there: {sentence}.'
             ) from error
@@ -327,6 +334,10 @@ class LearnerConnection:
 
 class _DeadlineExceeded(Disconnected):
     """The learner did not answer in time."""
+
+
+class _Ending(Disconnected):
+    """The learner takes no more unrolls."""
 
 
 def _close(session: tf.compat.v1.Session) -> None:

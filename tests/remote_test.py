@@ -269,27 +269,41 @@ def test_put_waits_for_room_beyond_its_deadline(learner):
     assert learner.inbox.statistics().queued == 0
 
 
-def test_closed_inbox_ends_waiting_and_later_puts(learner):
-    connection = learner.connect()
+def fill(learner, connection):
+    """Fills the queue and returns the future of the put that has no room in it."""
     for number in range(3):
         connection.put(remote_peer.make_unroll(number), 0, '', number + 1)
     waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
     wait_until(lambda: learner.inbox.statistics().waiting == 1)
+    return waiting
+
+
+def test_finished_learner_ends_waiting_and_later_puts(learner):
+    learner.board.publish([tf.zeros([1])], 8)
+    connection = learner.connect()
+    waiting = fill(learner, connection)
     learner.board.finish()
     learner.inbox.close()
-    with pytest.raises(Closed, match="inbox '.*' is closed"):
+    assert waiting.result(TIMEOUT) == (8, True)
+    assert connection.put(remote_peer.make_unroll(3), 0, '', 4) == (8, True)
+
+
+def test_interrupted_learner_may_come_back(learner):
+    connection = learner.connect()
+    waiting = fill(learner, connection)
+    learner.inbox.close()
+    with pytest.raises(Disconnected, match="is ending: the inbox '.*' is closed.$"):
         waiting.result(TIMEOUT)
-    with pytest.raises(Closed, match="inbox '.*' is closed"):
-        connection.put(remote_peer.make_unroll(3), 0, '', 4)
-    assert connection.status().finished
+    inbox = UnrollInbox(1, remote_peer.COMPONENTS, 'version', learner.name)
+    inbox.set_latest_version(1000)
+    connection.put(remote_peer.make_unroll(3), 0, '', 4)
+    assert numbers(inbox.take(1)) == [3]
+    inbox.close()
 
 
 def test_closed_connection_ends_a_waiting_put(learner):
     connection = learner.connect()
-    for number in range(3):
-        connection.put(remote_peer.make_unroll(number), 0, '', number + 1)
-    waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
-    wait_until(lambda: learner.inbox.statistics().waiting == 1)
+    waiting = fill(learner, connection)
     connection.close()
     with pytest.raises(Closed, match='The connection to'):
         waiting.result(TIMEOUT)
