@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import ActorStatistics, Component, UnrollInbox, WeightsBoard
@@ -82,7 +83,8 @@ def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
     env = output.env_outputs
     per_unroll = [output.level_id, output.policy_version, *tf.nest.flatten(output.agent_state)]
     rows = [env.reward, *env.info, batch.ends, *env.observation.values(), *output.agent_outputs]
-    return [t.numpy()[column] for t in per_unroll] + [t.numpy()[:, column] for t in rows]
+    # Views of the tensors, where `numpy()` would copy.
+    return [np.asarray(t)[column] for t in per_unroll] + [np.asarray(t)[:, column] for t in rows]
 
 
 class RemoteActors:

@@ -438,8 +438,6 @@ def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
         ('--mode=play', r'--mode=play.*<train\|test>'),
         ('Pong', "'Pong' is not a flag"),
         ('--flagfile=/nowhere/pong.flags', '^Unable to open flagfile.*/nowhere/pong.flags'),
-        ('--task=0', '--task and --job_name belong to distributed training'),
-        ('--job_name=actor', '--task and --job_name belong to distributed training'),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):

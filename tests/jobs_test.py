@@ -87,7 +87,6 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address):
     assert lines[-1]['frames'] >= reached + 20_000
     # Every update is of 8 unrolls of 20 steps, whatever happened to those who sent them.
     assert all(line['frames'] == 8 * 20 * line['updates'] for line in lines)
-    assert {row['task'] for row in lines[-1]['actors']} == {0, 1}
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
 
 
