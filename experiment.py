@@ -3,8 +3,8 @@
     python experiment.py --level_name=ALE/Pong-v5 --num_actors=32 --logdir=/tmp/pong
     python experiment.py --mode=test --logdir=/tmp/pong
 
-Exit codes: 0 done or stopped by a signal with everything saved, 2 bad input (one sentence says
-what), 1 a failure.
+Exit codes: 0 done or stopped by a signal with everything saved, 1 a failure, 2 bad input (one
+sentence says what), 3 an actor job that has lost its learner, 130 interrupted at the start.
 """
 
 import contextlib

@@ -112,8 +112,9 @@ def train(
         stop.then(actors.close)
         stack.enter_context(actors)
         num_weights = sum(int(tf.size(weight)) for weight in learner.agent.trainable_variables)
+        who = f'{config.num_actors} actors' if learner_address is None else 'actor jobs'
         log.message(
-            f'{", ".join(config.level_names)}: {config.num_actors} actors, {network.torso} network '
+            f'{", ".join(config.level_names)}: {who}, {network.torso} network '
             f'{"with" if network.use_lstm else "without"} LSTM ({num_weights:,} weights), learner '
             f'on {"GPU" if tf.config.list_logical_devices("GPU") else "CPU"} in '
             f'{network.compute_dtype}; all goes to {config.logdir}'

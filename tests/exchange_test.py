@@ -3,7 +3,6 @@
 What must not happen (a call that waits forever) shows as a time-out.
 """
 
-import concurrent.futures
 import contextlib
 import itertools
 import threading
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.python.eager import cancellation
+from unroll_batcher_test import start
 
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
 from impala.rmsprop import RMSProp
@@ -32,20 +32,6 @@ COMPONENTS = [
 NAMES = [component.name for component in COMPONENTS]
 _names = (f'inbox {number}' for number in itertools.count())
 _sequences = itertools.count(1)
-
-
-def start(function, *args):
-    """Runs a function in a thread and returns its future."""
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Where the network matters, it is a proxy between the two that can hold back, cou
 passes. Where crashes matter, learner and actor are processes (`remote_peer.py`).
 """
 
-import concurrent.futures
 import contextlib
 import itertools
 import json
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import remote_peer
 import tensorflow as tf
+from unroll_batcher_test import start
 
 from dynamic_batching.exchange import UnrollInbox, WeightsBoard
 from impala.remote import (
@@ -34,20 +34,6 @@ from impala.remote import (
 TIMEOUT = 60  # Seconds; reached only by a deadlock.
 DEADLINE = 2.0  # Seconds for a call.
 _names = (str(number) for number in itertools.count())
-
-
-def start(function, *args):
-    """Runs a function in a thread and returns its future."""
-    future = concurrent.futures.Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
 
 
 def wait_until(condition):
