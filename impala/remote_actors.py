@@ -179,8 +179,9 @@ class RemoteActors:
     def finish(self) -> None:
         """Tells the actor jobs that training is complete, and gives them the time to hear it."""
         self._board.finish()
+        has_actors = bool(self._inbox.statistics().actors)
         self._inbox.close()
-        if self._rows:
+        if has_actors:
             time.sleep(2 * POLL_SECONDS)
 
     def check(self) -> None:

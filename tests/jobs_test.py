@@ -90,6 +90,17 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address):
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
 
 
+def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):
+    enough = '--total_environment_frames=2000'
+    with (
+        actor(tmp_path / 'actor', 0, address) as only,
+        learner(tmp_path / 'learner', tmp_path / 'run', address, enough) as short,
+    ):
+        assert short.wait() == 0
+        assert only.wait() == 0
+    assert 'Training is complete.' in only.stdout
+
+
 def test_a_learner_that_is_not_there(tmp_path, address):
     with actor(tmp_path, 0, address, '--reconnect_timeout=1') as run:
         assert run.wait() == 3
