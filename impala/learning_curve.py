@@ -25,7 +25,8 @@ class LearningCurve:
     def __init__(self) -> None:
         self.num_episodes = 0
         self._window: collections.deque[float] = collections.deque(maxlen=WINDOW)
-        self._points: list[tuple[float, float, float, float]] = []
+        self._points = np.empty([MAX_POINTS, 4])
+        self._num_points = 0
         self._stride = 1
 
     def add(self, agent_steps: int, wall_seconds: float, episode_return: float) -> None:
@@ -34,9 +35,11 @@ class LearningCurve:
             return
         self._window.append(episode_return)
         if self.num_episodes % self._stride == 0:
-            self._points.append((agent_steps, wall_seconds, episode_return, self.mean))
-            if len(self._points) == MAX_POINTS:
-                self._points = self._points[::2]
+            self._points[self._num_points] = agent_steps, wall_seconds, episode_return, self.mean
+            self._num_points += 1
+            if self._num_points == MAX_POINTS:
+                self._num_points //= 2
+                self._points[: self._num_points] = self._points[::2].copy()
                 self._stride *= 2
         self.num_episodes += 1
 
@@ -47,7 +50,7 @@ class LearningCurve:
 
     def points(self) -> np.ndarray:
         """Returns f64 `[N, 4]`: agent steps, wall seconds, return, mean return up to there."""
-        return np.array(self._points, dtype=np.float64).reshape(-1, 4)
+        return self._points[: self._num_points].copy()
 
 
 def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> None:

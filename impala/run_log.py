@@ -11,6 +11,7 @@ A full disk does not end a run: rows that cannot be written are kept and tried a
 
 import contextlib
 import csv
+import gc
 import io
 import json
 import math
@@ -241,6 +242,10 @@ class RunLog:
         self._write_line(wall_seconds)
         if self._all_levels.num_episodes and wall_seconds - self._curve_wall_seconds >= _CURVE_SECS:
             self._draw_curve()
+            # A figure is full of reference cycles. Python looks for those once there are many new
+            # objects in proportion to the old ones, and TensorFlow's are close to a million: dozens
+            # of figures, of megabytes each, would gather until then.
+            gc.collect()
         return True
 
     def close(self) -> None:
@@ -378,9 +383,12 @@ class RunLog:
                 if line['wall_seconds'] < self._summaries_not_before:
                     return
                 self._summaries = tf.summary.create_file_writer(self._path(SUMMARIES_FOLDER))
-            with self._summaries.as_default(step=self._agent_steps), tf.device('/cpu:0'):
+            # Of each Python number that it is given TensorFlow keeps a tensor for ever; of NumPy's
+            # it does not.
+            step = tf.constant(np.int64(self._agent_steps))
+            with self._summaries.as_default(step), tf.device('/cpu:0'):
                 for name, value in line.items():
-                    tf.summary.write(name, tf.constant(value, tf.float32), metadata=metadata)
+                    tf.summary.write(name, tf.constant(np.float32(value)), metadata=metadata)
             self._summaries.flush()
         except (OSError, tf.errors.OpError):
             # The same numbers are in metrics.jsonl. The file may be cut in a record, so a new one

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import fcntl
+import gc
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import pty
 import resource
 import select
 import struct
+import sys
 import termios
 
 import numpy as np
@@ -90,6 +92,38 @@ def file_size_limit(num_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_curves_leave_nothing_in_memory(logdir, clock):
+    gc.collect()
+    gc.disable()  # For it comes too late in a process as large as a learner.
+    try:
+        with create(logdir, clock) as log:
+            record(log, [1.0])
+            clock.now += 1000.0
+            assert write(log, 10)
+            assert os.path.exists(os.path.join(logdir, run_log.CURVE_FILE))
+            assert not [each for each in gc.get_objects() if type(each).__name__ == 'Figure']
+    finally:
+        gc.enable()
+
+
+def test_lines_leave_nothing_in_memory(logdir, clock):
+    """Each has 20 numbers that were never there before."""
+    lines = 50
+    with open(os.devnull, 'w') as stream, create(logdir, clock, stream) as log:
+
+        def write_lines(numbers):
+            for number in numbers:
+                clock.now += 10.0 + number / 7
+                values = {f'loss/{i}': number + i / 13 for i in range(20)}
+                log.record_update(values)
+                assert write(log, number, number)
+
+        write_lines(range(1, lines + 1))
+        before = sys.getallocatedblocks()
+        write_lines(range(lines + 1, 2 * lines + 1))
+        assert sys.getallocatedblocks() - before < 5 * lines
 
 
 def test_a_line_has_what_happened_since_the_last(logdir, clock):
