@@ -785,8 +785,10 @@ class DeepMindLabEnvironment(Environment):
                 level_cache=cache,
                 temp_folder=self._folder,
             )
-        except RuntimeError as error:
+        except BaseException as error:
             shutil.rmtree(self._folder, ignore_errors=True)
+            if not isinstance(error, RuntimeError):
+                raise
             if level_name.endswith('_test') and not config.is_test:
                 reason = 'it is a hold-out level, which is for testing only'
             else:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,8 +47,9 @@ class Workplace:
         """
         self._lifeline, self._held_end = os.pipe()
         self._temp_folder = tempfile.mkdtemp(prefix='impala-')
-        # Once more a moment later: an actor may just have been writing.
-        remove = 'read _; rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }'
+        # A job scheduler's signal to all processes of a run is not for this one. Once more a moment
+        # later: an actor may just have been writing.
+        remove = 'trap "" HUP INT TERM; read _; rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }'
         self._janitor = subprocess.Popen(
             ['/bin/sh', '-c', remove, self._temp_folder],
             stdin=self._lifeline,
@@ -64,6 +66,8 @@ class Workplace:
         os.close(self._held_end)
         os.close(self._lifeline)
         self._janitor.wait()
+        # In case somebody killed it.
+        shutil.rmtree(self._temp_folder, ignore_errors=True)
 
     def start(
         self, settings: dict[str, Any], descriptors: Sequence[int], errors: IO[bytes]

@@ -211,6 +211,19 @@ with actor_pool_test.running(['good', 'good'], 0) as (workplace, batcher, pool, 
 """
 
 
+def janitor(parent, folder):
+    (process,) = [child for child in parent.children() if folder in child.cmdline()]
+    return process
+
+
+def test_the_folder_goes_when_its_janitor_was_killed():
+    with Workplace(EnvironmentConfig()) as workplace:
+        folder = workplace.config.temp_folder
+        assert os.path.isdir(folder)
+        janitor(psutil.Process(), folder).kill()
+    assert not os.path.exists(folder)
+
+
 def test_nothing_is_left_when_the_parent_is_killed():
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
@@ -220,6 +233,8 @@ def test_nothing_is_left_when_the_parent_is_killed():
             folder, *actors = parent.stdout.readline().decode().split()
             processes = [psutil.Process(int(actor)) for actor in actors]
             assert len(processes) == 2 and os.path.isdir(folder)
+            # As a job scheduler does, which then waits a while before it kills.
+            janitor(psutil.Process(parent.pid), folder).terminate()
         finally:
             parent.kill()
         wait_until(lambda: not any(process.is_running() for process in processes))

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -66,14 +67,16 @@ def run_python(code, *arguments):
     variables = {**os.environ, 'PYTHONPATH': os.pathsep.join((ROOT, STAND_IN))}
     # Set by every DeepMind Lab environment, also by those of the tests before.
     variables.pop('LP_NUM_THREADS', None)
-    return subprocess.run(
-        [sys.executable, '-c', code, *arguments],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    # Some of it ends like the real module, with no time to clean up.
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(
+            [sys.executable, '-c', code, *arguments],
+            env=variables | {'TMPDIR': folder},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
 
 
 def random_actions(environment, count, seed=0):

@@ -1,0 +1,25 @@
+"""What all tests share: a folder for temporary files, in which none may leave anything."""
+
+import os
+import tempfile
+
+import pytest
+
+
+@pytest.fixture(scope='session', autouse=True)
+def temporary_folder(tmp_path_factory):
+    """Holds what tests, and the processes that they start, write to the system's folder.
+
+    A test that is killed leaves files behind, TensorFlow's of its autographed functions for
+    instance; pytest removes them with its own folders some runs later.
+    """
+    folder = tmp_path_factory.mktemp('temporary')
+    before = os.environ.get('TMPDIR')
+    os.environ['TMPDIR'] = tempfile.tempdir = str(folder)
+    yield
+    tempfile.tempdir = None
+    if before is None:
+        del os.environ['TMPDIR']
+    else:
+        os.environ['TMPDIR'] = before
+    assert not [path.name for path in folder.iterdir() if path.is_dir()]
