@@ -166,6 +166,9 @@ def main(unused_argv: list[str]) -> int:
     for flag in _own_flags():
         if isinstance(flag.value, float) and math.isnan(flag.value):
             return _fail(f'--{flag.name}=nan is not a number.', BAD_INPUT_EXIT_CODE)
+    for name in ('logdir', 'level_cache_dir', 'dataset_path'):
+        # A shell expands ~ only at the start of a word.
+        FLAGS[name].value = os.path.expanduser(str(FLAGS[name].value))
     logging.set_verbosity(logging.ERROR)
     with _quiet_tensorflow():
         import tensorflow as tf

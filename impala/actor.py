@@ -3,11 +3,13 @@
 Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON in the last
 argument. Exit codes: 83 the batcher was closed, 82 the environment cannot be made or played as
 asked (one sentence on stderr), anything else a failure with its traceback on stderr, if there is
-one.
+one. Warnings of `environments` go to a pipe, a line each, as stderr is read only when the process
+has died.
 """
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -62,6 +64,9 @@ def main(argument: str) -> int:
     config = environments.EnvironmentConfig(**settings['environment'])
     try:
         with contextlib.ExitStack() as stack:
+            if 'warnings' in settings:
+                pipe = stack.enter_context(os.fdopen(settings['warnings'], 'w'))
+                logging.getLogger(environments.__name__).addHandler(logging.StreamHandler(pipe))
             made = []
             for level_name, seed in zip(settings['level_names'], settings['seeds'], strict=True):
                 made.append(environments.create_environment(level_name, seed, config))

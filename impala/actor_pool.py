@@ -152,7 +152,8 @@ class ActorPool:
           level_names: of each actor.
           seed: of the run; every actor and every restart has one of its own that follows from it.
           max_restarts: of one process without a full unroll in between, before the pool gives up.
-          report: told, in a few lines, of every process that died.
+          report: told, in a few lines, of every process that died, and once of what environments
+            warn of.
           envs_per_process: consecutive actors that share a process, and its fate.
         """
         self._workplace = workplace
@@ -164,6 +165,12 @@ class ActorPool:
         self._failure: Exception | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
+        self._warnings_read, self._warnings_write = os.pipe()
+        for end in (self._warnings_read, self._warnings_write):
+            # No actor waits for a pool that is not listening any more.
+            os.set_blocking(end, False)
+        self._unfinished_warning = b''
+        self._reported_warnings: set[bytes] = set()
         actors = range(len(level_names))
         self._groups = [
             actors[first : first + envs_per_process]
@@ -175,6 +182,7 @@ class ActorPool:
 
     def __enter__(self) -> 'ActorPool':
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._selector.register(self._warnings_read, selectors.EVENT_READ, self._pass_warnings_on)
         try:
             for index in range(len(self._groups)):
                 self._start(index, restarts_in_a_row=0)
@@ -190,8 +198,13 @@ class ActorPool:
         self._batcher.close()
         self._end_processes()
         self._selector.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        for descriptor in (
+            self._wake_read,
+            self._wake_write,
+            self._warnings_read,
+            self._warnings_write,
+        ):
+            os.close(descriptor)
 
     @property
     def process_ids(self) -> list[int]:
@@ -222,8 +235,9 @@ class ActorPool:
                 'seeds': [(first_seed + actor) % 2**31 for actor in actors],
                 'segment': self._batcher.fd,
                 'actors': list(actors),
+                'warnings': self._warnings_write,
             },
-            [self._batcher.fd],
+            [self._batcher.fd, self._warnings_write],
             errors,
         )
         descriptor = os.pidfd_open(process.pid)
@@ -238,7 +252,10 @@ class ActorPool:
                 if key.data is None:
                     return
                 try:
-                    self._replace(key.data)
+                    if callable(key.data):
+                        key.data()
+                    else:
+                        self._replace(key.data)
                 except Exception as error:  # Raised again where the training loop looks.
                     self._failure = error
                     self._batcher.close()
@@ -248,6 +265,16 @@ class ActorPool:
                     end = _tail(each.errors).encode()
                     os.ftruncate(each.errors.fileno(), 0)
                     os.write(each.errors.fileno(), end + b'\n')
+
+    def _pass_warnings_on(self) -> None:
+        *lines, self._unfinished_warning = (
+            self._unfinished_warning + os.read(self._warnings_read, 65536)
+        ).split(b'\n')
+        for line in lines:
+            # All actors have much the same to say.
+            if line not in self._reported_warnings:
+                self._reported_warnings.add(line)
+                self._report(f'WARNING: {line.decode(errors="replace")}')
 
     def _replace(self, index: int) -> None:
         ended = self._processes[index]

@@ -163,6 +163,14 @@ def test_the_last_words_of_a_library_are_passed_on():
         assert not told
 
 
+def test_what_environments_warn_of_is_passed_on_once():
+    with running(['warns', 'warns', 'warns'], max_restarts=0) as (_, batcher, pool, told):
+        wait_until(lambda: all(completed > 0 for completed in batcher.statistics()[1]))
+        (text,) = wait_until(lambda: told)
+        assert text.startswith('WARNING: The level cache in /dev/null/cache fails')
+        pool.check()
+
+
 def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
     limit = 100_000
     monkeypatch.setattr(actor_pool, 'MAX_PRINTED_BYTES', limit)

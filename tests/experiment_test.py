@@ -564,6 +564,12 @@ def test_levels_of_all_kinds(tmp_path):
     assert speaks == {'lab': True, 'babyai': True, 'vizdoom': False}
 
 
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    with Run(tmp_path, '--mode=test', '--logdir=~/run') as run:
+        assert_one_sentence(run, 2, f'{tmp_path}/home/run is not the folder of a training run')
+
+
 def test_defaults_are_those_of_the_released_code():
     script = (
         'import json, experiment; experiment.FLAGS(["experiment.py"]); '

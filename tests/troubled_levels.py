@@ -79,6 +79,12 @@ def misses_something(seed, config):
     return Level(3, lambda: _raise(environments.LevelError('This level needs a map.')))
 
 
+def warns(seed, config):
+    """Has something to say, but goes on."""
+    environments.LevelCache('/dev/null/cache').write('key', '/dev/null')
+    return Level()
+
+
 def prints_and_exits(seed, config):
     """Fails without any text of Python's."""
     os.write(2, b'engine: out of polygons\n')
