@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LOGDIR ?= runs/pong
 INSTALLED = $(VENV)/.installed
-SOURCES = setup.py pyproject.toml $(wildcard dynamic_batching/cc/*)
+SOURCES = setup.py pyproject.toml $(wildcard */cc/*)
 
 .PHONY: train test install clean
 

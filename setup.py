@@ -13,8 +13,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
-OP_SOURCES = sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - set(CLIENT_SOURCES))
-OPTIMIZE = ['-O3', '-fvisibility=hidden', '-Wall', '-Wno-sign-compare']
+OP_SOURCES = sorted(set(glob.glob('*/cc/*.cc')) - set(CLIENT_SOURCES))
+# Without errno the compiler may take roots of several numbers at once.
+OPTIMIZE = ['-O3', '-fno-math-errno', '-fvisibility=hidden', '-Wall', '-Wno-sign-compare']
 
 
 class BuildWithTensorFlow(build_ext):
@@ -51,14 +52,14 @@ setup(
         Extension(
             'dynamic_batching._ops',
             OP_SOURCES,
-            depends=glob.glob('dynamic_batching/cc/*.h'),
+            depends=glob.glob('*/cc/*.h'),
             language='c++',
             extra_compile_args=[*OPTIMIZE],
         ),
         Extension(
             'dynamic_batching._actor_client',
             CLIENT_SOURCES,
-            depends=glob.glob('dynamic_batching/cc/*.h'),
+            depends=glob.glob('*/cc/*.h'),
             language='c++',
             extra_compile_args=[*OPTIMIZE, '-std=c++17'],
         ),

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import sonnet as snt
 import tensorflow as tf
 
+from dynamic_batching.op_library import ops
+
 
 class RMSProp(snt.Module):
     """RMSProp with the arithmetic of `tf.compat.v1.train.RMSPropOptimizer`, bit for bit.
@@ -21,7 +23,8 @@ class RMSProp(snt.Module):
 
     Attributes:
       mean_squares: f32 variables, one per parameter and shaped like it; start at ones.
-      steps: f32 variables, one per parameter and shaped like it; start at zeros.
+      steps: f32 variables, one per parameter and shaped like it; start at zeros and, without
+        momentum, may stay so.
     """
 
     def __init__(
@@ -84,6 +87,20 @@ class RMSProp(snt.Module):
                 raise ValueError(f'the optimizer has no slots for the parameter {parameter.name}')
             if update is None:
                 continue
+            if (
+                not self._momentum
+                and not isinstance(update, tf.IndexedSlices)
+                and _on_cpu(parameter)
+            ):
+                ops.apply_rms_prop(
+                    parameter.handle,
+                    self.mean_squares[index].handle,
+                    update,
+                    learning_rate,
+                    decay=self._decay,
+                    epsilon=self._epsilon,
+                )
+                continue
             arguments = {
                 'var': parameter.handle,
                 'ms': self.mean_squares[index].handle,
@@ -99,6 +116,10 @@ class RMSProp(snt.Module):
                 )
             else:
                 tf.raw_ops.ResourceApplyRMSProp(grad=update, **arguments)
+
+
+def _on_cpu(parameter: tf.Variable) -> bool:
+    return tf.DeviceSpec.from_string(parameter.device).device_type in (None, 'CPU')
 
 
 def sum_duplicates(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
