@@ -23,6 +23,9 @@ from impala.trajectory import EpisodeEnd
 BAD_INPUT_EXIT_CODE = 82
 CLOSED_EXIT_CODE = 83
 
+# The learner and those who answer actors go first: all actors wait for these.
+NICENESS = 5
+
 
 def act(
     environment_list: Sequence[environments.Environment], clients: Sequence[ActorClient]
@@ -61,6 +64,7 @@ def main(argument: str) -> int:
     """Runs actors, or prints the spec of an environment; returns the exit code."""
     settings = json.loads(argument)
     _exit_with_parent(settings['lifeline'])
+    os.nice(NICENESS)
     config = environments.EnvironmentConfig(**settings['environment'])
     try:
         with contextlib.ExitStack() as stack:

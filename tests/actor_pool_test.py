@@ -17,6 +17,7 @@ import troubled_levels
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from environments import EnvironmentConfig, LevelError
 from impala import actor_pool
+from impala.actor import NICENESS
 from impala.actor_pool import ActorError, ActorPool, Workplace
 from impala.trajectory import ArraySpec
 
@@ -94,6 +95,14 @@ def wait_for_failure(pool):
     with pytest.raises((ActorError, LevelError)) as caught:
         wait_until(lambda: pool.check())
     return caught.value
+
+
+def test_actors_let_the_learner_go_first():
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    with running(['good'], max_restarts=0) as (_, batcher, pool, _):
+        wait_until(lambda: batcher.statistics()[1][0] > 0)
+        (process,) = pool.process_ids
+        assert os.getpriority(os.PRIO_PROCESS, process) == min(own + NICENESS, 19)
 
 
 def test_actors_that_die_are_replaced_and_reported():
