@@ -1,4 +1,4 @@
-"""IMPALA from the command line: trains on one machine, or tests what was trained.
+"""IMPALA from the command line: trains on one machine or several, or tests what was trained.
 
     python experiment.py --level_name=ALE/Pong-v5 --num_actors=32 --logdir=/tmp/pong
     python experiment.py --mode=test --logdir=/tmp/pong
@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from absl import app, flags, logging
@@ -28,6 +28,19 @@ flags.DEFINE_integer('test_num_episodes', 10, 'Episodes per level in test mode.'
 flags.DEFINE_integer('task', -1, 'Number of a distributed job, from 0; -1 on a single machine.')
 flags.DEFINE_enum('job_name', 'learner', ['learner', 'actor'], 'Kind of a distributed job.')
 flags.DEFINE_string('learner_address', 'localhost:8000', 'Distributed: host:port of the learner.')
+flags.DEFINE_list(
+    'learner_addresses',
+    [],
+    'In place of --learner_address, for several learners that train one model: host:port of each, '
+    'by --task; actor jobs are shared out by --task modulo their number. A learner also uses the '
+    'ports 1000 and 2000 above its own.',
+)
+flags.DEFINE_list(
+    'learner_devices',
+    [],
+    'Devices that share each batch of a learner, as /gpu:0,/gpu:1; empty: the first GPU, or the '
+    'CPU; with --learner_addresses, all GPUs.',
+)
 flags.DEFINE_integer('envs_per_actor', 1, 'Environments of an actor job.', lower_bound=1)
 flags.DEFINE_float(
     'reconnect_timeout',
@@ -54,7 +67,9 @@ flags.DEFINE_integer(
     'Environments that take turns in one process; with few cores, several are faster.',
     lower_bound=1,
 )
-flags.DEFINE_integer('batch_size', 2, 'Unrolls per update of the learner.', lower_bound=1)
+flags.DEFINE_integer(
+    'batch_size', 2, 'Unrolls per update of the learner; of several, of each.', lower_bound=1
+)
 flags.DEFINE_integer('unroll_length', 100, 'Agent steps per unroll.', lower_bound=1)
 flags.DEFINE_integer(
     'num_action_repeats',
@@ -159,9 +174,17 @@ def main(unused_argv: list[str]) -> int:
             '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.',
             BAD_INPUT_EXIT_CODE,
         )
-    if not is_actor and FLAGS.task > 0:
+    is_one_of_several = not is_actor and FLAGS.mode == 'train' and len(FLAGS.learner_addresses) > 1
+    if not is_actor and FLAGS.task > 0 and not is_one_of_several:
         return _fail(
-            f'--task={FLAGS.task}: there can be one learner only, --task=0.', BAD_INPUT_EXIT_CODE
+            f'--task={FLAGS.task}: there can be one learner only, --task=0, unless '
+            '--learner_addresses has several.',
+            BAD_INPUT_EXIT_CODE,
+        )
+    if is_one_of_several and FLAGS.task < 0:
+        return _fail(
+            '--learner_addresses needs the number of this learner, --task=0 or more.',
+            BAD_INPUT_EXIT_CODE,
         )
     for flag in _own_flags():
         if isinstance(flag.value, float) and math.isnan(flag.value):
@@ -175,11 +198,14 @@ def main(unused_argv: list[str]) -> int:
 
         if is_actor and FLAGS.actor_device == 'cpu':
             tf.config.set_visible_devices([], 'GPU')
-        tf.config.list_logical_devices()
+        trains = not is_actor and FLAGS.mode == 'train'
+        if not (trains and (FLAGS.learner_devices or is_one_of_several)):
+            tf.config.list_logical_devices()
     from environments import LevelError
-    from impala import checkpoint
+    from impala import checkpoint, learner_devices
     from impala.actor_job import ActorJobError, LearnerLost
     from impala.actor_pool import ActorError
+    from impala.learner_group import LearnerGroupError
     from impala.remote import ServerError
     from impala.run_config import ConfigError
     from impala.training import TrainingError
@@ -189,6 +215,11 @@ def main(unused_argv: list[str]) -> int:
             return _act()
         if FLAGS.mode == 'test':
             return _test()
+        if FLAGS.learner_devices or is_one_of_several:
+            with _quiet_tensorflow():
+                learner_devices.prepare(FLAGS.learner_devices, is_one_of_several)
+        if is_one_of_several and FLAGS.task > 0:
+            return _train_with_first()
         lock = checkpoint.lock_logdir(FLAGS.logdir)
         try:
             return _train()
@@ -196,7 +227,7 @@ def main(unused_argv: list[str]) -> int:
             os.close(lock)
     except (ConfigError, LevelError, ServerError, checkpoint.LogdirError) as error:
         return _fail(str(error), BAD_INPUT_EXIT_CODE)
-    except (ActorError, ActorJobError, TrainingError) as error:
+    except (ActorError, ActorJobError, LearnerGroupError, TrainingError) as error:
         return _fail(str(error), 1)
     except LearnerLost as error:
         return _fail(str(error), LEARNER_LOST_EXIT_CODE)
@@ -248,21 +279,9 @@ def _quiet_tensorflow() -> Iterator[None]:
 
 
 def _train() -> int:
-    from impala import checkpoint, remote, run_log, training
+    from impala import checkpoint, run_log
 
-    is_distributed = FLAGS.task == 0
-    if is_distributed and not FLAGS.trusted_network and remote.has_network():
-        print(
-            f'WARNING: whoever reaches port {FLAGS.learner_address.rpartition(":")[2]} of this '
-            'machine can run code in this process: see docs/distributed.md, then say '
-            '--trusted_network.',
-            file=sys.stderr,
-        )
-    path = training.train(
-        _config(),
-        on_accepted=lambda: checkpoint.write_flags(FLAGS.logdir, _flags_text()),
-        learner_address=FLAGS.learner_address if is_distributed else None,
-    )
+    path = _learn(lambda: checkpoint.write_flags(FLAGS.logdir, _flags_text()))
     if path is None:
         print('Stopped before the first update: there is no checkpoint yet.')
         return 0
@@ -281,6 +300,38 @@ def _train() -> int:
     return 0
 
 
+def _train_with_first() -> int:
+    """Trains with others as a learner that is not the first, which leaves no files."""
+    _learn()
+    print('The first learner has the checkpoint.')
+    return 0
+
+
+def _learn(on_accepted: Callable[[], Any] | None = None) -> str | None:
+    """Trains; see `training.train`."""
+    from impala import remote, training
+    from impala.learner_group import Member
+
+    member, address = None, None
+    if FLAGS.task >= 0:
+        address = _own_address()
+        if len(FLAGS.learner_addresses) > 1:
+            member = Member(tuple(FLAGS.learner_addresses), FLAGS.task)
+        if not FLAGS.trusted_network and remote.has_network():
+            print(
+                f'WARNING: whoever reaches port {address.rpartition(":")[2]} of this machine can '
+                'run code in this process: see docs/distributed.md, then say --trusted_network.',
+                file=sys.stderr,
+            )
+    return training.train(_config(), on_accepted, address, member, FLAGS.learner_devices)
+
+
+def _own_address() -> str:
+    """Returns the address of this learner, or of the one that this actor job belongs to."""
+    addresses = FLAGS.learner_addresses or [FLAGS.learner_address]
+    return addresses[FLAGS.task % len(addresses)]
+
+
 def _act() -> int:
     from impala import actor_job
 
@@ -291,7 +342,7 @@ def _act() -> int:
     }
     job = actor_job.ActorJobConfig(
         task=FLAGS.task,
-        learner_address=FLAGS.learner_address,
+        learner_address=_own_address(),
         reconnect_timeout=FLAGS.reconnect_timeout,
         network_flags={
             name: value

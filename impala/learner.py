@@ -19,7 +19,7 @@ class LearnerConfig(losses.LossConfig):
     """What the learner does with a batch, beside the loss.
 
     Attributes:
-      batch_size: B, unrolls per update.
+      batch_size: B, unrolls per update; of several learners, each has so many.
       unroll_length: T, agent steps per unroll.
       total_agent_steps: agent steps over which the learning rate falls linearly to 0.
       learning_rate: at the start.
@@ -60,20 +60,43 @@ class Learner(tf.Module):
       config: as given.
       optimizer: with its slots.
       updates: i64 variable, updates of the weights so far; skipped ones do not count.
-      agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too.
+      agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too, by all
+        learners together.
     """
 
-    def __init__(self, agent: TrainableAgent, config: LearnerConfig, name: str = 'learner'):
+    def __init__(
+        self,
+        agent: TrainableAgent,
+        config: LearnerConfig,
+        strategy: tf.distribute.Strategy | None = None,
+        name: str = 'learner',
+    ):
         """Makes optimizer and counters.
 
         Args:
           agent: has made all its variables.
           config: of loss and optimizer.
+          strategy: has replicas on several devices, of this process or of several, that stay equal:
+            a `MirroredStrategy` or `MultiWorkerMirroredStrategy`. The agent was made in its scope,
+            and this object is to be. None trains on one device.
           name: of the module.
+
+        Raises:
+          ValueError: a batch cannot be divided among the devices of this process.
         """
         super().__init__(name=name)
         self.agent = agent
         self.config = config
+        self._strategy = strategy
+        self._num_parts = 1 if strategy is None else len(strategy.extended.worker_devices)
+        self._num_learners = (
+            1 if strategy is None else strategy.num_replicas_in_sync // self._num_parts
+        )
+        if config.batch_size % self._num_parts:
+            raise ValueError(
+                f'a batch of {config.batch_size} unrolls cannot be divided among {self._num_parts} '
+                'devices'
+            )
         self.optimizer = RMSProp(
             agent.trainable_variables,
             decay=config.decay,
@@ -83,14 +106,51 @@ class Learner(tf.Module):
         self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
         self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
 
+    @property
+    def weights(self) -> list[tf.Variable]:
+        """The weights of one replica, which are those of all."""
+        return [self._local(weight) for weight in self.agent.trainable_variables]
+
+    def counts(self) -> tuple[int, int]:
+        """Returns updates and agent steps so far."""
+        return int(self.version), int(self._local(self.agent_steps))
+
+    @property
+    def version(self) -> tf.Variable:
+        """`updates` of one replica."""
+        return self._local(self.updates)
+
+    def synchronize(self) -> None:
+        """Has every learner take all variables from the first one. All must call it."""
+        if self._strategy is not None:
+            self._synchronize()
+
+    @tf.function(autograph=False)
+    def _synchronize(self) -> None:
+        def copy() -> None:
+            context = tf.distribute.get_replica_context()
+            is_first = tf.equal(context.replica_id_in_sync_group, 0)
+            for variable in self.variables:
+                value = tf.where(is_first, variable, tf.zeros_like(variable))
+                value = context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+                tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+        assert self._strategy is not None
+        self._strategy.run(copy)
+
     def step(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
         """Updates the weights once, or not at all where the loss or a gradient is not finite.
 
+        Several replicas do, up to rounding, what one does with all their unrolls in one batch:
+        gradients are summed, as the loss is, before they are clipped, and what is not finite
+        anywhere is not applied anywhere. All learners must call this equally often.
+
         Args:
-          batch: `ActorOutput` of T and B as configured.
+          batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
+            devices.
 
         Returns:
-          Scalar tensors:
+          Scalar tensors, of all replicas together:
           `loss/total`, `loss/policy_gradient`, `loss/baseline`, `loss/entropy`: f32, as returned by
             `losses.vtrace_loss`.
           `gradient_norm`: f32, global norm before clipping.
@@ -103,10 +163,24 @@ class Learner(tf.Module):
           ValueError: the batch is not `[T+1, B]`.
         """
         self._check_shape(batch)
-        return self._step(batch)
+        if self._strategy is None:
+            return self._step(batch)
+        parts = iter(_divide(batch, self._num_parts))
+        return self._step_together(
+            self._strategy.experimental_distribute_values_from_function(lambda _: next(parts))
+        )
 
     @tf.function(autograph=False)
     def _step(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
+        return self._step_replica(batch)
+
+    @tf.function(autograph=False)
+    def _step_together(self, parts: Any) -> dict[str, tf.Tensor]:
+        assert self._strategy is not None
+        metrics = self._strategy.run(self._step_replica, args=(parts,))
+        return {name: self._local(value) for name, value in metrics.items()}
+
+    def _step_replica(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
         parameters = self.agent.trainable_variables
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
@@ -116,20 +190,27 @@ class Learner(tf.Module):
             total, parts = losses.vtrace_loss(
                 batch.agent_outputs, learner_outputs, batch.env_outputs, self.config
             )
+        gradients = tape.gradient(total, parameters)
+        lag = self.updates - batch.policy_version
+        if self._strategy is not None:
+            total, parts, gradients, lag = _join(total, parts, gradients, lag)
         gradients = [
             sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
-            for gradient in tape.gradient(total, parameters)
+            for gradient in gradients
         ]
-        lag = self.updates - batch.policy_version
-        metrics = {
+        # Once the first weight has changed, nothing may fail for want of another learner.
+        with tf.control_dependencies([lag]):
+            update = self._update(total, gradients, parameters)
+            with tf.control_dependencies([update['skipped']]):
+                unrolls = self.config.batch_size * self._num_learners
+                _add(self.agent_steps, self.config.unroll_length * unrolls)
+        return {
             'loss/total': total,
             **{f'loss/{name}': part for name, part in parts.items()},
             'policy_lag_mean': tf.reduce_mean(tf.cast(lag, tf.float32)),
             'policy_lag_max': tf.reduce_max(lag),
-            **self._update(total, gradients, parameters),
+            **update,
         }
-        self.agent_steps.assign_add(self.config.unroll_length * self.config.batch_size)
-        return metrics
 
     def _update(
         self,
@@ -150,7 +231,7 @@ class Learner(tf.Module):
                     gradients, self.config.gradient_clip_norm, use_norm=norm
                 )
             self.optimizer.apply(clipped, parameters, learning_rate)
-            self.updates.assign_add(1)
+            _add(self.updates, 1)
             return tf.constant(False)
 
         skipped = tf.cond(finite, apply, lambda: tf.constant(True))
@@ -161,6 +242,12 @@ class Learner(tf.Module):
         done = tf.cast(self.agent_steps, tf.float64) / self.config.total_agent_steps
         return tf.cast(self.config.learning_rate * tf.maximum(1.0 - done, 0.0), tf.float32)
 
+    def _local(self, value: Any) -> Any:
+        """Returns what the first replica of this process has of a value."""
+        if self._strategy is None:
+            return value
+        return self._strategy.experimental_local_results(value)[0]
+
     def _check_shape(self, batch: ActorOutput) -> None:
         expected = [self.config.unroll_length + 1, self.config.batch_size]
         shape = batch.env_outputs.reward.shape
@@ -169,3 +256,41 @@ class Learner(tf.Module):
                 f'rewards of shape {shape} do not fit unroll_length {self.config.unroll_length} '
                 f'and batch_size {self.config.batch_size}, for which they should be {expected}'
             )
+
+
+def _divide(batch: ActorOutput, num_parts: int) -> list[ActorOutput]:
+    """Returns a batch `[T+1, B, ...]` as `num_parts` of `[T+1, B / num_parts, ...]`."""
+
+    def split(nest: Any, axis: int) -> list[Any]:
+        pieces = [tf.split(tensor, num_parts, axis) for tensor in tf.nest.flatten(nest)]
+        return [
+            tf.nest.pack_sequence_as(nest, [piece[i] for piece in pieces]) for i in range(num_parts)
+        ]
+
+    if num_parts == 1:
+        return [batch]
+    per_unroll = split((batch.level_id, batch.policy_version, batch.agent_state), 0)
+    rows = split((batch.env_outputs, batch.agent_outputs), 1)
+    return [ActorOutput(*per_unroll[i], *rows[i]) for i in range(num_parts)]
+
+
+def _join(
+    loss: tf.Tensor,
+    parts: dict[str, tf.Tensor],
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+    lag: tf.Tensor,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor]:
+    """Sums losses and gradients over all replicas, and has the lags of all, `[N]`."""
+    context = tf.distribute.get_replica_context()
+    present = [gradient for gradient in gradients if gradient is not None]
+    loss, parts, present = context.all_reduce(tf.distribute.ReduceOp.SUM, (loss, parts, present))
+    summed = iter(present)
+    gradients = [None if gradient is None else next(summed) for gradient in gradients]
+    return loss, parts, gradients, context.all_gather(lag, axis=0)
+
+
+def _add(variable: tf.Variable, amount: int) -> None:
+    """Adds to the variable of the replica that is computing, which `assign_add` would refuse."""
+    tf.raw_ops.AssignAddVariableOp(
+        resource=variable.handle, value=tf.constant(amount, variable.dtype)
+    )

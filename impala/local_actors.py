@@ -9,8 +9,8 @@ import tensorflow as tf
 from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
+from impala.learner_group import Log
 from impala.run_config import TrainingConfig
-from impala.run_log import RunLog
 from impala.trajectory import EnvironmentSpec
 
 
@@ -93,7 +93,7 @@ class LocalActors:
         """Ends playing when training is complete."""
         self.close()
 
-    def record(self, log: RunLog) -> dict[str, float]:
+    def record(self, log: Log) -> dict[str, float]:
         """Hands what there is to know of the actors to the log.
 
         Returns:

@@ -82,7 +82,7 @@ class LearnerServer:
         except tf.errors.OpError as error:
             raise ServerError(
                 f'The learner cannot listen on {address}: '
-                f'{"another process does" if _in_use(port) else _sentence(error)}.'
+                f'{"another process does" if is_in_use(port) else _sentence(error)}.'
             ) from error
         self.port = split_address(server.target.removeprefix('grpc://'))[1]
 
@@ -369,7 +369,8 @@ def _keep_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
-def _in_use(port: int) -> bool:
+def is_in_use(port: int) -> bool:
+    """Returns whether a process of this machine listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -12,9 +12,9 @@ import tensorflow as tf
 from dynamic_batching.exchange import ActorStatistics, Component, UnrollInbox, WeightsBoard
 from impala.acting import UnrollBatch, stream
 from impala.agent import Agent
+from impala.learner_group import Log
 from impala.remote import LearnerServer
 from impala.run_config import TrainingConfig
-from impala.run_log import RunLog
 from impala.trajectory import (
     INSTRUCTION_BUCKETS,
     ActorOutput,
@@ -187,7 +187,7 @@ class RemoteActors:
     def check(self) -> None:
         """Does nothing: what befalls an actor job is its own."""
 
-    def record(self, log: RunLog) -> dict[str, float]:
+    def record(self, log: Log) -> dict[str, float]:
         """Hands a row per actor job that was heard of lately to the log.
 
         Returns:

@@ -15,6 +15,7 @@ import gc
 import io
 import json
 import math
+import operator
 import os
 import sys
 import time
@@ -101,7 +102,7 @@ class RunLog:
         )
         self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
         self._episodes: list[tuple[str, float, int, str]] = []
-        self._actors: list[Mapping[str, Any]] | None = None
+        self._actors: dict[int, list[Mapping[str, Any]]] = {}
         self._stage_seconds: dict[str, float] = {}
         self._reported_stage_seconds: dict[str, float] = {}
         self._clear_interval()
@@ -205,13 +206,14 @@ class RunLog:
         """Counts actors that died and were started again."""
         self._actor_restarts += count
 
-    def record_actors(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
         """Takes the state of actor jobs, which lines have as `actors` until there is another.
 
         Args:
           rows: JSON-serialisable, one for each.
+          learner: whose actors they are, of several learners.
         """
-        self._actors = list(rows)
+        self._actors[learner] = list(rows)
 
     @property
     def line_is_due(self) -> bool:
@@ -362,7 +364,10 @@ class RunLog:
             else:
                 self._num_non_finite += 1
         line['non_finite_values'] = self._num_non_finite
-        row = line if self._actors is None else line | {'actors': self._actors}
+        row: dict[str, Any] = dict(line)
+        if self._actors:
+            actors = [actor for rows in self._actors.values() for actor in rows]
+            row['actors'] = sorted(actors, key=operator.itemgetter('task'))
         self._append(self._metrics_file, json.dumps(row, allow_nan=False) + '\n')
         self._write_summaries(line)
         self._terminal.line(line, self.mean_return)

@@ -1,9 +1,9 @@
-"""Training on one machine: actors, behaviour policy, queue and learner, put together (Figure 1)."""
+"""Training: actors, behaviour policy, queue and learner, put together (Figure 1)."""
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,17 @@ import tensorflow as tf
 from impala.acting import UnrollBatch
 from impala.actor_pool import Workplace
 from impala.agent import Agent
-from impala.checkpoint import Checkpointer, LogdirError, check_same_network
-from impala.learner import Learner
+from impala.checkpoint import Checkpointer, LogdirError, check_same_network, report_to_stderr
+from impala.learner import Learner, LearnerConfig
+from impala.learner_group import (
+    FollowerLog,
+    LearnerGroup,
+    Log,
+    Member,
+    check_member,
+    strategy_of_devices,
+    strategy_of_learners,
+)
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings
 from impala.run_config import (
@@ -39,6 +48,8 @@ def train(
     config: TrainingConfig,
     on_accepted: Callable[[], Any] | None = None,
     learner_address: str | None = None,
+    member: Member | None = None,
+    learner_devices: Sequence[str] = (),
 ) -> str | None:
     """Trains until all frames are done, or until SIGINT or SIGTERM. Main thread only.
 
@@ -49,14 +60,18 @@ def train(
       on_accepted: called once it is certain that the level can be played and that the network is
         the one of the checkpoints, before anything is trained.
       learner_address: `host:port` at which actor jobs find the learner; None for actors of its own.
+      member: which of several learners, with `learner_address`, this is; None if it is alone.
+      learner_devices: names, as `/gpu:0`, of the devices that share each batch of a learner that is
+        alone; none for the one that TensorFlow chooses.
 
     Returns:
-      The path of the last checkpoint, None if there is none yet. At once if all frames were done
-      before.
+      The path of the last checkpoint, None if there is none yet or another learner has it. At once
+      if all frames were done before.
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
-      ConfigError, LevelError, LogdirError, TrainingError: one sentence for the user.
+      ConfigError, LevelError, LogdirError, ServerError, TrainingError: one sentence for the user.
+      LearnerGroupError: another learner has ended.
       ActorError: with the actor's own error text.
     """
     if config.inference_batch_size > config.num_actors:
@@ -64,42 +79,66 @@ def train(
             f'--inference_batch_size={config.inference_batch_size} is more than there are actors '
             f'(--num_actors={config.num_actors}).'
         )
+    if member is not None:
+        check_member(member)
+    is_first = member is None or member.is_first
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.environment_spec(config.level_names[0], config.seed)
         network = choose_network(config, spec)
-        check_same_network(config.logdir, network_settings(network, spec))
+        if is_first:
+            check_same_network(config.logdir, network_settings(network, spec))
+        group: LearnerGroup | None = None
+        strategy: tf.distribute.Strategy | None = None
+        if member is not None:
+            settings = _shared_settings(config, member, network_settings(network, spec))
+            group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr))
+            strategy = strategy_of_learners(member.addresses, member.task)
+        elif learner_devices:
+            strategy = strategy_of_devices(learner_devices)
         tf.random.set_seed(config.seed)
         frames_per_step = spec.num_action_repeats
-        agent = create_agent(network, spec)
-        learner = Learner(
-            agent,
-            dataclasses.replace(
-                config.learner,
-                total_agent_steps=max(1, config.total_environment_frames // frames_per_step),
-            ),
-        )
-        checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
-        checkpointer.restore()
-        if on_accepted is not None:
-            on_accepted()
-        if int(learner.agent_steps) * frames_per_step >= config.total_environment_frames:
-            return checkpointer.latest
-        restored_updates = int(learner.updates)
-        log = stack.enter_context(
-            RunLog(
-                config.logdir,
-                config.level_names,
-                frames_per_step,
-                config.total_environment_frames,
-                config.log_secs,
-                frames=int(learner.agent_steps) * frames_per_step,
-                agent_steps=int(learner.agent_steps),
-                updates=int(learner.updates),
-                wall_seconds=checkpointer.wall_seconds,
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            agent = create_agent(network, spec)
+            learner = create_learner(
+                agent,
+                dataclasses.replace(
+                    config.learner,
+                    total_agent_steps=max(1, config.total_environment_frames // frames_per_step),
+                ),
+                strategy,
             )
-        )
+        checkpointer: Checkpointer | None = None
+        if is_first:
+            checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
+            checkpointer.restore()
+            if on_accepted is not None:
+                on_accepted()
+        learner.synchronize()
+        restored_updates, agent_steps = learner.counts()
+        if agent_steps * frames_per_step >= config.total_environment_frames:
+            if group is not None:
+                group.finish()
+            return None if checkpointer is None else checkpointer.latest
+        log: Log
+        if checkpointer is not None:
+            log = stack.enter_context(
+                RunLog(
+                    config.logdir,
+                    config.level_names,
+                    frames_per_step,
+                    config.total_environment_frames,
+                    config.log_secs,
+                    frames=agent_steps * frames_per_step,
+                    agent_steps=agent_steps,
+                    updates=restored_updates,
+                    wall_seconds=checkpointer.wall_seconds,
+                )
+            )
+        else:
+            assert group is not None and member is not None
+            log = FollowerLog(group, member.task, config.log_secs)
         actors: LocalActors | RemoteActors
         if learner_address is None:
             # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing.
@@ -108,33 +147,38 @@ def train(
         else:
             settings = run_settings(config, network_settings(network, spec))
             actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)
-        actors.publish(learner.agent.trainable_variables, learner.updates)
-        stop.then(actors.close)
+        actors.publish(learner.weights, learner.version)
+        if group is None:
+            stop.then(actors.close)
+        else:
+            stop.then(_both(actors.close, group.stop))
+            group.then(actors.close)
         stack.enter_context(actors)
-        num_weights = sum(int(tf.size(weight)) for weight in learner.agent.trainable_variables)
+        num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
         who = f'{config.num_actors} actors' if learner_address is None else 'actor jobs'
         log.message(
             f'{", ".join(config.level_names)}: {who}, {network.torso} network '
             f'{"with" if network.use_lstm else "without"} LSTM ({num_weights:,} weights), learner '
-            f'on {"GPU" if tf.config.list_logical_devices("GPU") else "CPU"} in '
-            f'{network.compute_dtype}; all goes to {config.logdir}'
+            f'on {_place(member, learner_devices)} in {network.compute_dtype}'
+            + (f'; all goes to {config.logdir}' if is_first else '')
         )
-        if checkpointer.latest is not None:
-            log.message(
-                f'Going on from {checkpointer.latest}, at agent step {int(learner.agent_steps):,}'
-            )
+        if checkpointer is not None and checkpointer.latest is not None:
+            log.message(f'Going on from {checkpointer.latest}, at agent step {agent_steps:,}')
 
         def save() -> None:
             # A run that fails each time it is started must not push its good checkpoints out.
-            if int(learner.updates) > restored_updates:
+            if checkpointer is not None and learner.counts()[0] > restored_updates:
                 checkpointer.save(log.wall_seconds)
 
         try:
-            _learn(config, frames_per_step, learner, actors, log, checkpointer, stop)
+            _learn(config, frames_per_step, learner, actors, log, checkpointer, group, stop)
             # For the last line, which may come early.
             log.record_stage_seconds(actors.record(log))
             if not stop.received:
                 actors.check()
+                if group is not None:
+                    group.check()
+                    group.finish()
         except BaseException:
             # Whatever went wrong, the weights are good: updates that were not finite are skipped.
             try:
@@ -148,7 +192,57 @@ def train(
             raise TrainingError(str(error)) from error
         if not stop.received:
             actors.finish()
-    return checkpointer.latest
+    return None if checkpointer is None else checkpointer.latest
+
+
+def create_learner(
+    agent: Agent, config: LearnerConfig, strategy: tf.distribute.Strategy | None
+) -> Learner:
+    """Makes the learner, within the scope of its strategy.
+
+    Raises:
+      ConfigError: a batch cannot be divided among its devices.
+    """
+    try:
+        return Learner(agent, config, strategy)
+    except ValueError as error:
+        raise ConfigError(f'--batch_size={config.batch_size} does not fit: {error}.') from error
+
+
+def _shared_settings(
+    config: TrainingConfig, member: Member, network: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns what all learners must have the same of, by the names of the flags."""
+    of_learner = dataclasses.asdict(config.learner)
+    of_learner['vtrace_lambda'] = of_learner.pop('lambda_')
+    # Follows from the frames.
+    del of_learner['total_agent_steps']
+    return (
+        network
+        | of_learner
+        | {
+            'learner_addresses': ','.join(member.addresses),
+            'level_name': ','.join(config.level_names),
+            'total_environment_frames': config.total_environment_frames,
+        }
+    )
+
+
+def _place(member: Member | None, learner_devices: Sequence[str]) -> str:
+    if learner_devices:
+        return ' and '.join(learner_devices)
+    device = 'GPU' if tf.config.list_logical_devices('GPU') else 'CPU'
+    if member is None:
+        return device
+    return f'{device}, one of {len(member.addresses)} learners,'
+
+
+def _both(first: Callable[[], Any], second: Callable[[], Any]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def _learn(
@@ -156,14 +250,15 @@ def _learn(
     frames_per_step: int,
     learner: Learner,
     actors: LocalActors | RemoteActors,
-    log: RunLog,
-    checkpointer: Checkpointer,
+    log: Log,
+    checkpointer: Checkpointer | None,
+    group: LearnerGroup | None,
     stop: StopSignal,
 ) -> None:
     """The learner of Figure 1: until the frames are done or the actors are closed."""
     timer = StageTimer()
     skipped_in_a_row = 0
-    agent_steps = int(learner.agent_steps)
+    _, agent_steps = learner.counts()
     batches = actors.batches(config.learner.batch_size)
     while agent_steps * frames_per_step < config.total_environment_frames:
         with timer('learner/wait'):
@@ -172,17 +267,26 @@ def _learn(
         if batch is None or stop.received:
             return
         with timer('learner/train_step'):
-            metrics = _to_floats(learner.step(batch.actor_output))
+            try:
+                metrics = _to_floats(learner.step(batch.actor_output))
+            except tf.errors.OpError as error:
+                if group is None:
+                    raise
+                group.explain(error)
+                return
         with timer('learner/publish'):
-            actors.publish(learner.agent.trainable_variables, learner.updates)
+            actors.publish(learner.weights, learner.version)
         with timer('learner/log'):
-            agent_steps = int(learner.agent_steps)
+            updates, agent_steps = learner.counts()
             log.record_update(metrics)
             record_episodes(log, batch)
+            if group is not None:
+                group.collect(log)
             if log.line_is_due:
                 log.record_stage_seconds(actors.record(log) | timer.seconds)
-            log.maybe_write(agent_steps * frames_per_step, agent_steps, int(learner.updates))
-            checkpointer.maybe_save(log.wall_seconds)
+            log.maybe_write(agent_steps * frames_per_step, agent_steps, updates)
+            if checkpointer is not None:
+                checkpointer.maybe_save(log.wall_seconds)
         skipped_in_a_row = skipped_in_a_row + 1 if metrics['skipped'] else 0
         if skipped_in_a_row >= MAX_SKIPPED_UPDATES:
             raise TrainingError(
@@ -191,7 +295,7 @@ def _learn(
             )
 
 
-def record_episodes(log: RunLog, batch: UnrollBatch) -> None:
+def record_episodes(log: Log, batch: UnrollBatch) -> None:
     """Hands the episodes that ended in a batch to the log."""
     info = batch.actor_output.env_outputs.info
     # Row 0 stands in the unroll before, too, or is the first of an actor.

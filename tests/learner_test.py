@@ -26,7 +26,7 @@ _SPEC = EnvironmentSpec(
 )
 
 
-def _agent(use_lstm=True):
+def mlp_agent(use_lstm=True):
     tf.random.set_seed(0)
     return Agent(AgentConfig(torso='mlp', use_lstm=use_lstm, core_size=8), _SPEC)
 
@@ -58,7 +58,7 @@ def _config(**kwargs):
     return LearnerConfig(**{'batch_size': 3, 'unroll_length': 5, **kwargs})
 
 
-def _batch(config, state=(), seed=0):
+def batch_of(config, state=(), seed=0):
     rng = np.random.default_rng(seed)
     rows = (config.unroll_length + 1, config.batch_size)
     frames = rng.normal(size=(*rows, _OBSERVATION_SIZE)).astype(np.float32)
@@ -111,13 +111,13 @@ def test_steps_follow_rmsprop_down_the_gradient_of_the_loss():
     config = _config(
         learning_rate=0.01, decay=0.9, momentum=0.5, epsilon=0.2, total_agent_steps=150
     )
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, config)
     weights = [np.float64(v) for v in _values(agent.trainable_variables)]
     squares = [np.ones_like(w) for w in weights]
     steps = [np.zeros_like(w) for w in weights]
     for update in range(4):
-        batch = _batch(config, agent.initial_state(3), seed=update)
+        batch = batch_of(config, agent.initial_state(3), seed=update)
         gradients = _gradients(agent, batch, config)
         metrics = learner.step(batch)
         rate = 0.01 * (1 - update * 15 / 150)
@@ -135,8 +135,8 @@ def test_steps_follow_rmsprop_down_the_gradient_of_the_loss():
 
 def test_metrics_are_the_scalars_promised():
     config = _config()
-    agent = _agent()
-    batch = _batch(config, agent.initial_state(3))
+    agent = mlp_agent()
+    batch = batch_of(config, agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
     total, parts = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
     metrics = Learner(agent, config).step(batch)
@@ -160,9 +160,9 @@ def test_metrics_are_the_scalars_promised():
 
 def test_learning_rate_falls_linearly_to_zero_and_stays_there():
     config = _config(learning_rate=0.5, total_agent_steps=60)
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, config)
-    batch = _batch(config, agent.initial_state(3))
+    batch = batch_of(config, agent.initial_state(3))
     rates = [float(learner.step(batch)['learning_rate']) for _ in range(4)]
     np.testing.assert_allclose(rates, [0.5, 0.375, 0.25, 0.125], rtol=1e-6)
     before = _values(agent.trainable_variables)
@@ -173,9 +173,9 @@ def test_learning_rate_falls_linearly_to_zero_and_stays_there():
 @pytest.mark.parametrize('bad', ['nan', 'infinite_reward', 'nan_behaviour'])
 def test_loss_that_is_not_finite_changes_nothing(bad):
     config = _config(reward_clipping='none', momentum=0.9, learning_rate=0.01)
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, config)
-    good = _batch(config, agent.initial_state(3))
+    good = batch_of(config, agent.initial_state(3))
     learner.step(good)
     if bad == 'nan_behaviour':
         logits = good.agent_outputs.policy_logits * np.nan
@@ -203,7 +203,7 @@ def test_gradient_that_is_not_finite_changes_nothing():
     agent = InfiniteSlopeAgent(np.zeros((_NUM_ACTIONS, _NUM_ACTIONS + 1)))
     learner = Learner(agent, config)
     before = _values(learner.variables)
-    metrics = learner.step(_batch(config))
+    metrics = learner.step(batch_of(config))
     assert np.isfinite(metrics['loss/total'])
     assert not np.isfinite(metrics['gradient_norm'])
     assert metrics['skipped']
@@ -215,9 +215,9 @@ def test_gradient_that_is_not_finite_changes_nothing():
 @pytest.mark.parametrize(('clip_norm', 'scaled'), [(0.25, True), (1e6, False)])
 def test_gradients_are_clipped_to_their_global_norm(clip_norm, scaled):
     config = _config(gradient_clip_norm=clip_norm, learning_rate=0.1, decay=0.9, epsilon=0.1)
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, config)
-    batch = _batch(config, agent.initial_state(3))
+    batch = batch_of(config, agent.initial_state(3))
     before = _values(agent.trainable_variables)
     gradients = _gradients(agent, batch, config)
     norm = _global_norm(gradients)
@@ -235,7 +235,7 @@ def test_gradients_of_embeddings_count_like_dense_ones():
     table = np.random.default_rng(0).normal(size=(_NUM_ACTIONS, _NUM_ACTIONS + 1))
     agent = EmbeddingAgent(table)
     learner = Learner(agent, config)
-    batch = _batch(config)
+    batch = batch_of(config)
     rows = tf.one_hot(batch.agent_outputs.action, _NUM_ACTIONS)
     dense = tf.constant(table, tf.float32)
     with tf.GradientTape() as tape:
@@ -253,10 +253,10 @@ def test_gradients_of_embeddings_count_like_dense_ones():
 
 def test_policy_lag_counts_updates_since_the_weights_that_acted():
     config = _config()
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, config)
     learner.updates.assign(10)
-    batch = _batch(config, agent.initial_state(3))
+    batch = batch_of(config, agent.initial_state(3))
     metrics = learner.step(batch._replace(policy_version=tf.constant([10, 4, 9], tf.int64)))
     np.testing.assert_allclose(metrics['policy_lag_mean'], 7 / 3, rtol=1e-6)
     assert metrics['policy_lag_max'].numpy() == 6
@@ -268,9 +268,9 @@ def test_agent_state_of_the_batch_is_used():
     config = _config()
     losses = []
     for offset in (0.0, 1.0):
-        agent = _agent()
+        agent = mlp_agent()
         state = tf.nest.map_structure(lambda s, o=offset: s + o, agent.initial_state(3))
-        batch = _batch(config, state)
+        batch = batch_of(config, state)
         not_done = tf.zeros_like(batch.env_outputs.done)
         batch = batch._replace(env_outputs=batch.env_outputs._replace(done=not_done))
         losses.append(float(Learner(agent, config).step(batch)['loss/total']))
@@ -279,17 +279,17 @@ def test_agent_state_of_the_batch_is_used():
 
 def test_checkpoint_holds_all_that_the_next_steps_depend_on(tmp_path):
     config = _config(momentum=0.9, learning_rate=0.01, total_agent_steps=1000)
-    learner = Learner(_agent(), config)
+    learner = Learner(mlp_agent(), config)
     state = learner.agent.initial_state(3)
-    learner.step(_batch(config, state, seed=0))
+    learner.step(batch_of(config, state, seed=0))
     path = tf.train.Checkpoint(learner=learner).save(str(tmp_path / 'checkpoint'))
 
     tf.random.set_seed(1)
     restored = Learner(Agent(AgentConfig('mlp', True, 8), _SPEC), config)
     tf.train.Checkpoint(learner=restored).restore(path).assert_consumed()
     for seed in (1, 2):
-        expected = learner.step(_batch(config, state, seed))
-        actual = restored.step(_batch(config, state, seed))
+        expected = learner.step(batch_of(config, state, seed))
+        actual = restored.step(batch_of(config, state, seed))
         for name in expected:
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-5, err_msg=name)
     for a, b in zip(restored.variables, learner.variables, strict=True):
@@ -299,18 +299,18 @@ def test_checkpoint_holds_all_that_the_next_steps_depend_on(tmp_path):
 
 def test_step_is_traced_once():
     config = _config()
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, config)
     for seed in range(3):
-        learner.step(_batch(config, agent.initial_state(3), seed))
+        learner.step(batch_of(config, agent.initial_state(3), seed))
     assert learner._step.experimental_get_tracing_count() == 1
 
 
 def test_batches_of_another_shape_are_refused():
-    agent = _agent()
+    agent = mlp_agent()
     learner = Learner(agent, _config())
     for other in (_config(batch_size=2), _config(unroll_length=4)):
-        batch = _batch(other, agent.initial_state(other.batch_size))
+        batch = batch_of(other, agent.initial_state(other.batch_size))
         with pytest.raises(ValueError, match='unroll_length 5 and batch_size 3'):
             learner.step(batch)
 
@@ -320,7 +320,7 @@ def test_learns_to_choose_what_is_rewarded():
     config = LearnerConfig(
         batch_size=32, unroll_length=4, learning_rate=0.02, total_agent_steps=10**6
     )
-    agent = _agent(use_lstm=False)
+    agent = mlp_agent(use_lstm=False)
     learner = Learner(agent, config)
     rng = np.random.default_rng(0)
     rows = (config.unroll_length + 1, config.batch_size)

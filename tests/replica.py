@@ -1,0 +1,112 @@
+"""Trains one of several learners, or one on several devices; a script for `several_learners_test`.
+
+    python replica.py devices|learner OUTPUT NUMBER_OF_PARTS [TASK ADDRESS...]
+
+It writes all variables after every update, and what `step` returned, of every local replica.
+"""
+
+import sys
+
+import numpy as np
+import tensorflow as tf
+from learner_test import EmbeddingAgent, batch_of, mlp_agent
+
+from impala import learner_devices, learner_group
+from impala.learner import Learner, LearnerConfig
+
+BATCH_SIZE = 4
+UPDATES = 4
+# The update in which a reward is not a number, in the last unroll of the batch.
+POISONED = 2
+
+
+def config(batch_size):
+    """Everything that could differ between one learner and several is in use."""
+    return LearnerConfig(
+        batch_size=batch_size,
+        unroll_length=5,
+        reward_clipping='none',
+        total_agent_steps=UPDATES * BATCH_SIZE * 5,
+        learning_rate=0.05,
+        momentum=0.5,
+        epsilon=0.01,
+        gradient_clip_norm=0.5,
+    )
+
+
+def joined_batch(update, state):
+    """A batch for all together."""
+    batch = batch_of(config(BATCH_SIZE), state, seed=update)
+    rewards = batch.env_outputs.reward.numpy()
+    if update == POISONED:
+        rewards[2, -1] = np.nan
+    return batch._replace(
+        policy_version=tf.constant([0, 0, 0, -update], tf.int64),
+        env_outputs=batch.env_outputs._replace(reward=tf.constant(rewards)),
+    )
+
+
+def share(batch, part, num_parts):
+    """The unrolls of a joined batch that are one learner's."""
+    size = BATCH_SIZE // num_parts
+    columns = slice(part * size, (part + 1) * size)
+
+    def cut(nest, axis):
+        return tf.nest.map_structure(lambda t: t[columns] if axis == 0 else t[:, columns], nest)
+
+    return batch._replace(
+        level_id=cut(batch.level_id, 0),
+        policy_version=cut(batch.policy_version, 0),
+        agent_state=cut(batch.agent_state, 0),
+        env_outputs=cut(batch.env_outputs, 1),
+        agent_outputs=cut(batch.agent_outputs, 1),
+    )
+
+
+def train(learner, part=0, num_parts=1):
+    """Yields, for each update, what `step` returned and the learner's variables."""
+    uses_state = isinstance(learner.agent, EmbeddingAgent)
+    for update in range(UPDATES):
+        state = () if uses_state else learner.agent.initial_state(BATCH_SIZE)
+        metrics = learner.step(share(joined_batch(update, state), part, num_parts))
+        yield metrics, learner.variables
+
+
+def agents():
+    """The agents to be trained, by name."""
+    table = np.random.default_rng(0).normal(size=(3, 4))
+    return {'lstm': mlp_agent, 'embedding': lambda: EmbeddingAgent(table)}
+
+
+def main(kind, output, num_parts, task=0, *addresses):
+    """Trains each of the agents."""
+    num_parts, task = int(num_parts), int(task)
+    if kind == 'devices':
+        devices = [f'/cpu:{i}' for i in range(num_parts)]
+        learner_devices.prepare(devices, are_shared_with_others=False)
+        strategy = learner_group.strategy_of_devices(devices)
+        part, parts, batch_size = 0, 1, BATCH_SIZE
+    else:
+        strategy = learner_group.strategy_of_learners(list(addresses), task)
+        part, parts, batch_size = task, num_parts, BATCH_SIZE // num_parts
+    results = {}
+    for name, agent in agents().items():
+        with strategy.scope():
+            learner = Learner(agent(), config(batch_size), strategy)
+        if task:
+            # What the others have before does not count.
+            for variable in learner.variables:
+                for local in strategy.experimental_local_results(variable):
+                    local.assign_add(tf.ones_like(local))
+        learner.synchronize()
+        for update, (metrics, variables) in enumerate(train(learner, part, parts)):
+            for key, value in metrics.items():
+                results[f'{name}/{update}/{key}'] = value.numpy()
+            for i, variable in enumerate(variables):
+                for replica, local in enumerate(strategy.experimental_local_results(variable)):
+                    results[f'{name}/{update}/variable {i}/replica {replica}'] = local.numpy()
+    np.savez(output, **results)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Several learners and their actor jobs as real commands on this machine."""
+
+import csv
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+from experiment_test import CARTPOLE, Run, assert_one_sentence, checkpoints, frames, metrics
+from several_learners_test import free_ports
+
+ENDLESS = '--total_environment_frames=1000000000'
+# Unrolls that two learners take per update, and their length.
+STEPS_PER_UPDATE = 2 * 8 * 20
+
+
+@pytest.fixture
+def addresses():
+    """Of two learners on the loopback interface."""
+    return '--learner_addresses=' + ','.join(f'localhost:{port}' for port in free_ports(2))
+
+
+def learner(folder, logdir, task, addresses, *flags):
+    return Run(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
+               '--trusted_network', *flags)  # fmt: skip
+
+
+def actor(folder, task, addresses):
+    return Run(folder, '--job_name=actor', f'--task={task}', addresses, '--envs_per_actor=4')
+
+
+def tasks(logdir):
+    """Numbers of the actors in the last line of metrics."""
+    lines = metrics(logdir)
+    return {row['task'] for row in lines[-1]['actors']} if lines else set()
+
+
+def test_learners_train_one_model(tmp_path, addresses):
+    logdir, nowhere = tmp_path / 'run', tmp_path / 'nowhere'
+    with (
+        learner(tmp_path / 'first', logdir, 0, addresses, ENDLESS) as first,
+        learner(tmp_path / 'odd', nowhere, 1, addresses, ENDLESS, '--entropy_cost=0.5') as odd,
+        actor(tmp_path / 'a', 0, addresses) as a,
+        actor(tmp_path / 'b', 1, addresses) as b,
+    ):
+        assert odd.wait() == 2
+        assert re.search('--entropy_cost is 0.5 here and 0.01 at the first learner', odd.stderr)
+        assert 'Waiting for the learners --task=1' in first.stderr
+        with learner(tmp_path / 'second', nowhere, 1, addresses, ENDLESS) as second:
+            # The log has the actors of both.
+            first.wait_until(lambda: tasks(logdir) == {0, 1})
+            assert 'Actor 0 ' in first.stderr
+            assert 'Actor 1 ' not in first.stderr
+            assert 'Actor 1 ' in second.stderr
+            first.wait_until(lambda: checkpoints(logdir))
+            with (
+                learner(tmp_path / 'third', tmp_path / 'other', 0, addresses) as third,
+                learner(tmp_path / 'fourth', nowhere, 1, addresses, ENDLESS) as fourth,
+            ):
+                for run, task in ((third, 0), (fourth, 1)):
+                    assert run.wait() == 2
+                    assert f'There is another learner with --task={task} at' in run.stderr
+                    assert 'Traceback' not in run.stderr
+            reached = frames(logdir)
+            first.wait_until(lambda: frames(logdir) > reached)
+            os.kill(second.id, signal.SIGKILL)
+            killed_at = time.monotonic()
+            second.process.wait()
+        assert first.wait() == 1
+        assert time.monotonic() - killed_at < 60
+        assert re.search(r'Learner 1 \(localhost:\d+\) has ended. Start all', first.stderr)
+        assert 'Traceback' not in first.stderr
+        assert not nowhere.exists()
+
+        reached = frames(logdir)
+        enough = f'--total_environment_frames={reached + 40_000}'
+        with (
+            learner(tmp_path / 'fifth', logdir, 0, addresses, enough) as first,
+            learner(tmp_path / 'sixth', nowhere, 1, addresses, enough) as second,
+        ):
+            for each in (first, second, a, b):
+                assert each.wait() == 0, each.stderr
+                assert 'Traceback' not in each.stderr
+        assert 'Going on from' in first.stderr
+        for each in (a, b):
+            assert 'Training is complete.' in each.stdout
+    lines = metrics(logdir)
+    assert lines[-1]['frames'] >= reached + 40_000
+    assert all(line['frames'] == STEPS_PER_UPDATE * line['updates'] for line in lines)
+    assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
+    with open(logdir / 'episodes.csv', newline='') as file:
+        returns = [float(row['episode_return']) for row in csv.DictReader(file)]
+    # A frame is rewarded with 1, so hardly any is missing: the episodes of both learners are there.
+    assert 0.8 * lines[-1]['frames'] < sum(returns) <= lines[-1]['frames']
+
+    with Run(tmp_path / 'reader', '--mode=test', f'--logdir={logdir}') as reader:
+        assert reader.wait() == 0, reader.stderr
+    scores = json.loads((logdir / 'test_scores.json').read_text())['levels']['CartPole-v1']
+    assert len(scores['returns']) == 10
+    # A random policy's is 22.
+    assert scores['mean'] > 44
+
+
+@pytest.mark.parametrize('stopped', [0, 1])
+def test_one_that_is_stopped_ends_the_others(tmp_path, addresses, stopped):
+    """Learner 0 has an actor and waits for learner 1 within an update, which waits for actors."""
+    logdir = tmp_path / 'run'
+    with (
+        learner(tmp_path / 'a', logdir, 0, addresses) as first,
+        learner(tmp_path / 'b', logdir, 1, addresses) as second,
+        actor(tmp_path / 'actor', 0, addresses) as only,
+    ):
+        first.wait_until(lambda: 'Actor 0 ' in first.stderr)
+        second.wait_until(lambda: 'one of 2 learners' in second.stderr)
+        runs = [first, second]
+        os.kill(runs[stopped].id, signal.SIGTERM)
+        assert runs[stopped].wait() == 0
+        other = runs[1 - stopped]
+        assert other.wait() == 1
+        assert re.search(f'^Learner {stopped} was stopped. Start all', other.stderr, re.MULTILINE)
+        for each in runs:
+            assert 'Traceback' not in each.stderr
+        only.send(signal.SIGTERM)
+        assert only.wait() == 0
+    assert not checkpoints(logdir)
+
+
+def test_a_run_on_several_devices(tmp_path):
+    logdir = tmp_path / 'run'
+    flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000']
+    with Run(tmp_path / 'run of two', *CARTPOLE, f'--logdir={logdir}', *flags) as run:
+        assert run.wait() == 0, run.stderr
+    assert 'learner on /cpu:0 and /cpu:1' in run.stderr
+    assert metrics(logdir)[-1]['frames'] == metrics(logdir)[-1]['updates'] * 8 * 20 >= 3000
+    assert checkpoints(logdir)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'sentence'),
+    [
+        (['--task=2', '--learner_addresses=a:8000,b:8000'], '--task=2: there are 2 --learner_addr'),
+        (['--learner_addresses=a:8000,b:8000'], '--learner_addresses needs the number'),
+        (['--task=0', '--learner_addresses=a:8000,a:8000'], 'a:8000 and a:8000 would both use'),
+        (['--task=0', '--learner_addresses=a:8000,a:9000'], 'would both use port 9000'),
+        (['--task=0', '--learner_addresses=a:8000,b:65000'], 'port of b:65000 must be from 1 to'),
+        (['--task=0', '--learner_addresses=a:8000,b'], "'b' is no address"),
+        (['--learner_devices=/gpu:0,/gpu:0'], 'several GPUs, or several CPUs, each once'),
+        (['--learner_devices=gpu0'], "'gpu0' is no device"),
+        (['--learner_devices=/gpu:99'], 'there is no /gpu:99'),
+        (
+            ['--task=0', '--learner_addresses=a:8000,b:8000', '--learner_devices=/cpu:0,/cpu:1'],
+            'several devices must be GPUs',
+        ),
+        (
+            [*CARTPOLE, '--batch_size=3', '--learner_devices=/cpu:0,/cpu:1'],
+            '--batch_size=3 does not fit: a batch of 3 unrolls cannot be divided among 2',
+        ),
+    ],
+)
+def test_bad_flags(tmp_path, flags, sentence):
+    flags = [f'--logdir={tmp_path / "run"}', '--trusted_network', *flags]
+    with Run(tmp_path / 'bad', *flags) as run:
+        assert_one_sentence(run, 2, sentence)

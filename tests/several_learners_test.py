@@ -1,0 +1,110 @@
+"""Several learners, or devices of one, against one learner on the joined batch."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from experiment_test import PATIENCE_SECONDS, TESTS
+from replica import BATCH_SIZE, POISONED, UPDATES, agents, config, train
+
+from impala.learner import Learner
+
+
+def free_ports(number):
+    """Ports whose offsets of learners are free, too."""
+    found = []
+    port = 20_000 + os.getpid() % 10_000
+    while len(found) < number:
+        port += 1
+        with contextlib.ExitStack() as stack:
+            try:
+                for offset in (0, 1000, 2000):
+                    probe = stack.enter_context(socket.socket())
+                    probe.bind(('', port + offset))
+            except OSError:
+                continue
+        found.append(port)
+    return found
+
+
+@pytest.fixture(scope='module')
+def alone():
+    """What one learner does with the joined batches."""
+    results = {}
+    for name, agent in agents().items():
+        learner = Learner(agent(), config(BATCH_SIZE))
+        for update, (metrics, variables) in enumerate(train(learner)):
+            for key, value in metrics.items():
+                results[f'{name}/{update}/{key}'] = value.numpy()
+            for i, variable in enumerate(variables):
+                results[f'{name}/{update}/variable {i}'] = variable.numpy()
+    return results
+
+
+def run_replicas(folder, *commands):
+    """Runs one process per command; returns what each wrote."""
+    processes = []
+    try:
+        for i, (kind, *rest) in enumerate(commands):
+            output = folder / f'{i}.npz'
+            command = [sys.executable, str(TESTS / 'replica.py'), kind, str(output), *rest]
+            processes.append(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | {'PYTHONPATH': f'{TESTS.parent}{os.pathsep}{TESTS}'},
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        for process in processes:
+            _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+            assert process.returncode == 0, stderr
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [np.load(folder / f'{i}.npz') for i in range(len(commands))]
+
+
+def assert_same(results, alone):
+    """All replicas did what one learner did, and exactly the same among themselves."""
+    seen = {}
+    for result in results:
+        for key in result:
+            expected = key.partition('/replica')[0]
+            np.testing.assert_allclose(
+                result[key], alone[expected], rtol=2e-4, atol=1e-6, err_msg=key
+            )
+            np.testing.assert_array_equal(result[key], seen.setdefault(expected, result[key]), key)
+    assert seen.keys() == alone.keys()
+
+
+def test_the_joined_batches_put_everything_to_use(alone):
+    for name in agents():
+        skipped = [bool(alone[f'{name}/{update}/skipped']) for update in range(UPDATES)]
+        assert skipped == [update == POISONED for update in range(UPDATES)]
+        # Gradients are clipped to half of that.
+        assert alone[f'{name}/0/gradient_norm'] > 1
+        assert alone[f'{name}/1/policy_lag_max'] == 2
+        rates = [alone[f'{name}/{update}/learning_rate'] for update in range(UPDATES)]
+        np.testing.assert_allclose(rates, [0.05, 0.0375, 0.025, 0.0125], rtol=1e-6)
+
+
+@pytest.mark.parametrize('num_devices', [2, 4])
+def test_devices_do_what_one_does_with_the_joined_batch(tmp_path, alone, num_devices):
+    results = run_replicas(tmp_path, ('devices', str(num_devices)))
+    replicas = {key.partition('/replica ')[2] for key in results[0]} - {''}
+    assert replicas == {str(i) for i in range(num_devices)}
+    assert_same(results, alone)
+
+
+def test_learners_do_what_one_does_with_the_joined_batch(tmp_path, alone):
+    addresses = [f'localhost:{port}' for port in free_ports(2)]
+    results = run_replicas(
+        tmp_path, *[('learner', '2', str(task), *addresses) for task in range(2)]
+    )
+    assert_same(results, alone)
