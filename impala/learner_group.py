@@ -124,6 +124,8 @@ def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.S
     # The strategy would start TensorFlow's coordination service, which takes SIGTERM for itself and
     # has a learner hang at its end when the first one is gone. It has no public switch.
     eager_context.context().configure_coordination_service(service_type='')
+    # Its own health check says in many lines what `LearnerGroup` says in one.
+    tf.get_logger().addFilter(lambda record: not record.getMessage().startswith('Cluster check'))
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(
             tf.distribute.cluster_resolver.SimpleClusterResolver(

@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from impala.acting import UnrollBatch
 from impala.actor_pool import Workplace
-from impala.agent import Agent
+from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, check_same_network, report_to_stderr
-from impala.learner import Learner, LearnerConfig
+from impala.learner import Learner
 from impala.learner_group import (
     FollowerLog,
     LearnerGroup,
@@ -34,6 +34,7 @@ from impala.run_config import (
 )
 from impala.run_log import RunLog
 from impala.stop_signal import StopSignal
+from impala.trajectory import EnvironmentSpec
 
 
 class TrainingError(Exception):
@@ -89,26 +90,12 @@ def train(
         network = choose_network(config, spec)
         if is_first:
             check_same_network(config.logdir, network_settings(network, spec))
-        group: LearnerGroup | None = None
-        strategy: tf.distribute.Strategy | None = None
+        group = None
         if member is not None:
             settings = _shared_settings(config, member, network_settings(network, spec))
             group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr))
-            strategy = strategy_of_learners(member.addresses, member.task)
-        elif learner_devices:
-            strategy = strategy_of_devices(learner_devices)
-        tf.random.set_seed(config.seed)
         frames_per_step = spec.num_action_repeats
-        with contextlib.nullcontext() if strategy is None else strategy.scope():
-            agent = create_agent(network, spec)
-            learner = create_learner(
-                agent,
-                dataclasses.replace(
-                    config.learner,
-                    total_agent_steps=max(1, config.total_environment_frames // frames_per_step),
-                ),
-                strategy,
-            )
+        agent, learner = _create_learner(config, network, spec, member, learner_devices)
         checkpointer: Checkpointer | None = None
         if is_first:
             checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
@@ -195,18 +182,33 @@ def train(
     return None if checkpointer is None else checkpointer.latest
 
 
-def create_learner(
-    agent: Agent, config: LearnerConfig, strategy: tf.distribute.Strategy | None
-) -> Learner:
-    """Makes the learner, within the scope of its strategy.
-
-    Raises:
-      ConfigError: a batch cannot be divided among its devices.
-    """
-    try:
-        return Learner(agent, config, strategy)
-    except ValueError as error:
-        raise ConfigError(f'--batch_size={config.batch_size} does not fit: {error}.') from error
+def _create_learner(
+    config: TrainingConfig,
+    network: AgentConfig,
+    spec: EnvironmentSpec,
+    member: Member | None,
+    learner_devices: Sequence[str],
+) -> tuple[Agent, Learner]:
+    """Makes the agent and its learner, or, with the other learners, this one's replicas of them."""
+    strategy = None
+    if member is not None:
+        strategy = strategy_of_learners(member.addresses, member.task)
+    elif learner_devices:
+        strategy = strategy_of_devices(learner_devices)
+    tf.random.set_seed(config.seed)
+    total_agent_steps = max(1, config.total_environment_frames // spec.num_action_repeats)
+    with contextlib.nullcontext() if strategy is None else strategy.scope():
+        agent = create_agent(network, spec)
+        try:
+            return agent, Learner(
+                agent,
+                dataclasses.replace(config.learner, total_agent_steps=total_agent_steps),
+                strategy,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f'--batch_size={config.learner.batch_size} does not fit: {error}.'
+            ) from error
 
 
 def _shared_settings(

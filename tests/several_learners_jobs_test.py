@@ -72,6 +72,7 @@ def test_learners_train_one_model(tmp_path, addresses):
         assert time.monotonic() - killed_at < 60
         assert re.search(r'Learner 1 \(localhost:\d+\) has ended. Start all', first.stderr)
         assert 'Traceback' not in first.stderr
+        assert 'Cluster check' not in first.stderr
         assert not nowhere.exists()
 
         reached = frames(logdir)
@@ -142,17 +143,7 @@ def test_a_run_on_several_devices(tmp_path):
     [
         (['--task=2', '--learner_addresses=a:8000,b:8000'], '--task=2: there are 2 --learner_addr'),
         (['--learner_addresses=a:8000,b:8000'], '--learner_addresses needs the number'),
-        (['--task=0', '--learner_addresses=a:8000,a:8000'], 'a:8000 and a:8000 would both use'),
-        (['--task=0', '--learner_addresses=a:8000,a:9000'], 'would both use port 9000'),
-        (['--task=0', '--learner_addresses=a:8000,b:65000'], 'port of b:65000 must be from 1 to'),
-        (['--task=0', '--learner_addresses=a:8000,b'], "'b' is no address"),
-        (['--learner_devices=/gpu:0,/gpu:0'], 'several GPUs, or several CPUs, each once'),
         (['--learner_devices=gpu0'], "'gpu0' is no device"),
-        (['--learner_devices=/gpu:99'], 'there is no /gpu:99'),
-        (
-            ['--task=0', '--learner_addresses=a:8000,b:8000', '--learner_devices=/cpu:0,/cpu:1'],
-            'several devices must be GPUs',
-        ),
         (
             [*CARTPOLE, '--batch_size=3', '--learner_devices=/cpu:0,/cpu:1'],
             '--batch_size=3 does not fit: a batch of 3 unrolls cannot be divided among 2',
