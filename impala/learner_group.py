@@ -330,7 +330,12 @@ class LearnerGroup:
             # During the roll call, it may come again.
             is_expected = self._finishing or task in self._complete or not self._has_begun
         if not is_expected:
-            self._end(f'Learner {task} ({self._member.addresses[task]}) has ended.')
+            what = (
+                f'has not been heard of for {_SILENCE_SECONDS:g} seconds'
+                if line.is_silent
+                else 'has ended'
+            )
+            self._end(f'Learner {task} ({self._member.addresses[task]}) {what}.')
 
     def _end(self, reason: str) -> None:
         with self._changed:
@@ -495,13 +500,19 @@ Log = RunLog | FollowerLog
 
 
 class _Line:
-    """A connection between two learners. A context manager; any thread may send."""
+    """A connection between two learners. A context manager; any thread may send.
+
+    Attributes:
+      peer: network address of the other end.
+      is_silent: whether `receive` has returned None for want of any message.
+    """
 
     def __init__(self, connection: socket.socket):
         connection.settimeout(_SILENCE_SECONDS)
         self._connection = connection
         self._reader = connection.makefile('rb')
         self._sending = threading.Lock()
+        self.is_silent = False
         self.peer = connection.getpeername()[0]
 
     def __enter__(self) -> '_Line':
@@ -523,6 +534,9 @@ class _Line:
         """Returns the next message; None if the other end is gone, silent or no learner."""
         try:
             message = json.loads(self._reader.readline(_LONGEST_MESSAGE))
+        except TimeoutError:
+            self.is_silent = True
+            return None
         except (OSError, ValueError):
             return None
         return message if isinstance(message, dict) else None

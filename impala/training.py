@@ -166,6 +166,7 @@ def train(
                 if group is not None:
                     group.check()
                     group.finish()
+                    group.collect(log)
         except BaseException:
             # Whatever went wrong, the weights are good: updates that were not finite are skipped.
             try:

@@ -104,8 +104,17 @@ def test_learners_train_one_model(tmp_path, addresses):
     assert scores['mean'] > 44
 
 
-@pytest.mark.parametrize('stopped', [0, 1])
-def test_one_that_is_stopped_ends_the_others(tmp_path, addresses, stopped):
+@pytest.mark.parametrize(
+    ('task', 'number', 'sentence'),
+    [
+        (0, signal.SIGTERM, 'Learner 0 was stopped.'),
+        (1, signal.SIGTERM, 'Learner 1 was stopped.'),
+        (0, signal.SIGKILL, r'Learner 0 \(localhost:\d+\) has ended.'),
+        (1, signal.SIGSTOP, r'Learner 1 \(.*\) has not been heard of for 30 seconds.'),
+    ],
+    ids=['first stopped', 'second stopped', 'first killed', 'second hangs'],
+)
+def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, sentence):
     """Learner 0 has an actor and waits for learner 1 within an update, which waits for actors."""
     logdir = tmp_path / 'run'
     with (
@@ -115,14 +124,14 @@ def test_one_that_is_stopped_ends_the_others(tmp_path, addresses, stopped):
     ):
         first.wait_until(lambda: 'Actor 0 ' in first.stderr)
         second.wait_until(lambda: 'one of 2 learners' in second.stderr)
-        runs = [first, second]
-        os.kill(runs[stopped].id, signal.SIGTERM)
-        assert runs[stopped].wait() == 0
-        other = runs[1 - stopped]
+        one, other = (first, second) if task == 0 else (second, first)
+        os.kill(one.id, number)
+        if number == signal.SIGTERM:
+            assert one.wait() == 0
+            assert 'Traceback' not in one.stderr
         assert other.wait() == 1
-        assert re.search(f'^Learner {stopped} was stopped. Start all', other.stderr, re.MULTILINE)
-        for each in runs:
-            assert 'Traceback' not in each.stderr
+        assert re.search(f'^{sentence} Start all learners again', other.stderr, re.MULTILINE)
+        assert 'Traceback' not in other.stderr
         only.send(signal.SIGTERM)
         assert only.wait() == 0
     assert not checkpoints(logdir)
