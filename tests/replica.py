@@ -20,7 +20,7 @@ UPDATES = 4
 POISONED = 2
 
 
-def config(batch_size):
+def config(batch_size, momentum):
     """Everything that could differ between one learner and several is in use."""
     return LearnerConfig(
         batch_size=batch_size,
@@ -28,7 +28,7 @@ def config(batch_size):
         reward_clipping='none',
         total_agent_steps=UPDATES * BATCH_SIZE * 5,
         learning_rate=0.05,
-        momentum=0.5,
+        momentum=momentum,
         epsilon=0.01,
         gradient_clip_norm=0.5,
     )
@@ -36,7 +36,7 @@ def config(batch_size):
 
 def joined_batch(update, state):
     """A batch for all together."""
-    batch = batch_of(config(BATCH_SIZE), state, seed=update)
+    batch = batch_of(config(BATCH_SIZE, 0.0), state, seed=update)
     rewards = batch.env_outputs.reward.numpy()
     if update == POISONED:
         rewards[2, -1] = np.nan
@@ -73,9 +73,13 @@ def train(learner, part=0, num_parts=1):
 
 
 def agents():
-    """The agents to be trained, by name."""
+    """What makes an agent, and the momentum it is trained with, by name."""
     table = np.random.default_rng(0).normal(size=(3, 4))
-    return {'lstm': mlp_agent, 'embedding': lambda: EmbeddingAgent(table)}
+    return {
+        'lstm': (mlp_agent, 0.0),
+        'lstm with momentum': (mlp_agent, 0.5),
+        'embedding': (lambda: EmbeddingAgent(table), 0.5),
+    }
 
 
 def main(kind, output, num_parts, task=0, *addresses):
@@ -90,9 +94,9 @@ def main(kind, output, num_parts, task=0, *addresses):
         strategy = learner_group.strategy_of_learners(list(addresses), task)
         part, parts, batch_size = task, num_parts, BATCH_SIZE // num_parts
     results = {}
-    for name, agent in agents().items():
+    for name, (agent, momentum) in agents().items():
         with strategy.scope():
-            learner = Learner(agent(), config(batch_size), strategy)
+            learner = Learner(agent(), config(batch_size, momentum), strategy)
         if task:
             # What the others have before does not count.
             for variable in learner.variables:

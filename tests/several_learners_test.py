@@ -35,8 +35,8 @@ def free_ports(number):
 def alone():
     """What one learner does with the joined batches."""
     results = {}
-    for name, agent in agents().items():
-        learner = Learner(agent(), config(BATCH_SIZE))
+    for name, (agent, momentum) in agents().items():
+        learner = Learner(agent(), config(BATCH_SIZE, momentum))
         for update, (metrics, variables) in enumerate(train(learner)):
             for key, value in metrics.items():
                 results[f'{name}/{update}/{key}'] = value.numpy()
