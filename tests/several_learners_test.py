@@ -77,7 +77,7 @@ def assert_same(results, alone):
         for key in result:
             expected = key.partition('/replica')[0]
             np.testing.assert_allclose(
-                result[key], alone[expected], rtol=2e-4, atol=1e-6, err_msg=key
+                result[key], alone[expected], rtol=2e-5, atol=1e-6, err_msg=key
             )
             np.testing.assert_array_equal(result[key], seen.setdefault(expected, result[key]), key)
     assert seen.keys() == alone.keys()
