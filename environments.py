@@ -89,6 +89,12 @@ DMLAB30_LEVELS = frozenset(
         'explore_object_rewards_many',
     }
 )
+# They show the Brady-Konkle-Oliva images, which do not come with DeepMind Lab.
+DMLAB_IMAGE_LEVELS = frozenset(
+    {'psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'}
+)
+# The seed with which the paper's released agent was tested, unlike those of training.
+DEEPMIND_LAB_TEST_MIXER_SEED = 0x600D5EED
 # Look left-right and down-up (pixels per frame), strafe left-right, move back-forward, fire, jump,
 # crouch.
 DEEPMIND_LAB_ACTIONS = (
@@ -134,7 +140,8 @@ class EnvironmentConfig:
         every map anew, which takes seconds at each episode.
       temp_folder: existing folder for what an environment writes; None is the system's. A killed
         process leaves its files there, so a parent does well to remove it.
-      is_test: DeepMind Lab: allow the hold-out levels, which are for testing only.
+      is_test: DeepMind Lab: allow the hold-out levels, which are for testing only, and take the
+        mixer seed of tests.
     """
 
     width: int = 96
@@ -190,6 +197,13 @@ class Environment(abc.ABC):
           observation. An episode that ends is reset in the same step: where the end is TERMINATED
           or TRUNCATED, the observation is the first one of the next episode. After LIFE_LOST the
           game goes on.
+        """
+
+    def check(self) -> None:  # noqa: B027
+        """Finds out what keeps the level from being played, where making it does not.
+
+        Raises:
+          LevelError: it cannot be played.
         """
 
     def close(self) -> None:  # noqa: B027
@@ -773,6 +787,7 @@ class DeepMindLabEnvironment(Environment):
             settings['datasetPath'] = config.dataset_path
         if config.is_test:
             settings['allowHoldOutLevels'] = 'true'
+            settings['mixerSeed'] = str(DEEPMIND_LAB_TEST_MIXER_SEED)
         cache = LevelCache(config.level_cache_dir) if config.level_cache_dir else None
 
         self._folder = tempfile.mkdtemp(prefix='deepmind_lab_', dir=config.temp_folder)
@@ -834,7 +849,7 @@ class DeepMindLabEnvironment(Environment):
                 raise
             raise LevelError(
                 f'{self._level_name!r} needs the Brady-Konkle-Oliva images: give the folder with '
-                'brady_konkle_oliva2008 in it as the dataset path.'
+                'brady_konkle_oliva2008 in it as --dataset_path.'
             ) from error
         return self._observe(lab)
 
@@ -844,6 +859,11 @@ class DeepMindLabEnvironment(Environment):
         if lab.is_running():
             return reward, EpisodeEnd.NOT_ENDED, self._observe(lab)
         return reward, EpisodeEnd.TERMINATED, self.reset()
+
+    def check(self) -> None:
+        # Lab says so at the first reset only, which is too dear to try with every level.
+        if self._level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
+            self.reset()
 
     def close(self) -> None:
         if self._lab is not None:

@@ -93,8 +93,12 @@ flags.DEFINE_float('clip_c_threshold', 1.0, "V-trace's c-bar.", lower_bound=0)
 flags.DEFINE_float('clip_pg_rho_threshold', 1.0, 'rho-bar of the policy gradient.', lower_bound=0)
 flags.DEFINE_float('vtrace_lambda', 1.0, "V-trace's lambda.", lower_bound=0, upper_bound=1)
 
-flags.DEFINE_string('level_name', 'explore_goal_locations_small', 'Level, as a Gymnasium id '
-                    '(ALE/Pong-v5), a DeepMind Lab level, or module:callable.')  # fmt: skip
+flags.DEFINE_string(
+    'level_name',
+    'explore_goal_locations_small',
+    'Level: a Gymnasium id (ALE/Pong-v5), a DeepMind Lab level, or module:callable; several with '
+    'commas between; or a suite: dmlab30, atari57, or the path of a CSV file.',
+)
 flags.DEFINE_integer('width', 96, 'Of the frames, pixels (Atari: always 84).', lower_bound=1)
 flags.DEFINE_integer('height', 72, 'Of the frames, pixels (Atari: always 84).', lower_bound=1)
 flags.DEFINE_string('dataset_path', '', "DeepMind Lab: the psychlab levels' images.")
@@ -323,7 +327,10 @@ def _learn(on_accepted: Callable[[], Any] | None = None) -> str | None:
                 'run code in this process: see docs/distributed.md, then say --trusted_network.',
                 file=sys.stderr,
             )
-    return training.train(_config(), on_accepted, address, member, FLAGS.learner_devices)
+    config = _config()
+    # So that a test of one of many games knows of it.
+    FLAGS.full_action_set = config.environment.full_action_set
+    return training.train(config, on_accepted, address, member, FLAGS.learner_devices)
 
 
 def _own_address() -> str:
@@ -373,12 +380,20 @@ def _test() -> int:
 def _config() -> Any:
     """Returns the `TrainingConfig` that the flags describe."""
     from environments import EnvironmentConfig
+    from impala import suites
     from impala.learner import LearnerConfig
-    from impala.run_config import TrainingConfig
+    from impala.run_config import TrainingConfig, with_common_actions
 
+    if FLAGS.level_name.endswith('.csv'):
+        # The run may be resumed and tested from another folder.
+        FLAGS.level_name = os.path.abspath(FLAGS.level_name)
+    suite = suites.load(FLAGS.level_name)
+    if FLAGS.mode == 'test':
+        suite = suite.for_testing()
     return TrainingConfig(
         logdir=FLAGS.logdir,
-        level_names=(FLAGS.level_name,),
+        level_names=suite.level_names,
+        suite=suite,
         seed=FLAGS.seed,
         num_actors=FLAGS.num_actors,
         envs_per_process=FLAGS.envs_per_process,
@@ -403,18 +418,21 @@ def _config() -> Any:
             epsilon=FLAGS.epsilon,
             gradient_clip_norm=FLAGS.gradient_clip_norm or None,
         ),
-        environment=EnvironmentConfig(
-            width=FLAGS.width,
-            height=FLAGS.height,
-            num_action_repeats=FLAGS.num_action_repeats,
-            full_action_set=FLAGS.full_action_set,
-            sticky_actions=FLAGS.sticky_actions,
-            end_episode_on_life_loss=FLAGS.end_episode_on_life_loss,
-            max_noops=FLAGS.max_noops,
-            frames_per_noop=FLAGS.frames_per_noop,
-            frame_stack=FLAGS.frame_stack,
-            dataset_path=FLAGS.dataset_path,
-            level_cache_dir=FLAGS.level_cache_dir or None,
+        environment=with_common_actions(
+            EnvironmentConfig(
+                width=FLAGS.width,
+                height=FLAGS.height,
+                num_action_repeats=FLAGS.num_action_repeats,
+                full_action_set=FLAGS.full_action_set,
+                sticky_actions=FLAGS.sticky_actions,
+                end_episode_on_life_loss=FLAGS.end_episode_on_life_loss,
+                max_noops=FLAGS.max_noops,
+                frames_per_noop=FLAGS.frames_per_noop,
+                frame_stack=FLAGS.frame_stack,
+                dataset_path=FLAGS.dataset_path,
+                level_cache_dir=FLAGS.level_cache_dir or None,
+            ),
+            suite.level_names,
         ),
         inference_batch_size=FLAGS.inference_batch_size,
         inference_timeout_ms=FLAGS.inference_timeout_ms,

@@ -46,7 +46,8 @@ setup(
     version='0.1.0',
     description='Scalable distributed deep RL with importance-weighted actor-learner architectures',
     python_requires='>=3.10,<3.14',
-    packages=['impala', 'dynamic_batching'],
+    packages=['impala', 'impala.suites', 'dynamic_batching'],
+    package_data={'impala.suites': ['*.csv']},
     py_modules=['experiment', 'vtrace', 'environments'],
     ext_modules=[
         Extension(
@@ -80,6 +81,7 @@ setup(
         'matplotlib>=3.8',
         'tqdm>=4.66',
         'tabulate>=0.9',
+        'scipy>=1.15',
     ],
     extras_require={
         'vizdoom': ['vizdoom>=1.2.4'],

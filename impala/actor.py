@@ -60,12 +60,29 @@ def _exit_with_parent(lifeline: int) -> None:
     threading.Thread(target=wait, name='lifeline', daemon=True).start()
 
 
+def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig) -> str:
+    """Returns, as JSON, the spec of a level or the sentence that says why there is none."""
+    try:
+        environment = environments.create_environment(level_name, seed, config)
+        with contextlib.closing(environment):
+            environment.check()
+            return json.dumps({'spec': environment.spec.to_json()})
+    except environments.LevelError as error:
+        return json.dumps({'error': str(error)})
+
+
 def main(argument: str) -> int:
-    """Runs actors, or prints the spec of an environment; returns the exit code."""
+    """Runs actors, or tells the specs of levels; returns the exit code."""
     settings = json.loads(argument)
     _exit_with_parent(settings['lifeline'])
     os.nice(NICENESS)
     config = environments.EnvironmentConfig(**settings['environment'])
+    if 'segment' not in settings:
+        # On its own descriptor: environments may print whatever they like.
+        with os.fdopen(settings['spec_pipe'], 'w') as pipe:
+            for level_name in settings['level_names']:
+                print(_describe(level_name, settings['seed'], config), file=pipe, flush=True)
+        return 0
     try:
         with contextlib.ExitStack() as stack:
             if 'warnings' in settings:
@@ -75,11 +92,6 @@ def main(argument: str) -> int:
             for level_name, seed in zip(settings['level_names'], settings['seeds'], strict=True):
                 made.append(environments.create_environment(level_name, seed, config))
                 stack.callback(made[-1].close)
-            if 'segment' not in settings:
-                # On its own descriptor: environments may print whatever they like.
-                with os.fdopen(settings['spec_pipe'], 'w') as pipe:
-                    json.dump(made[0].spec.to_json(), pipe)
-                return 0
             observation = list(made[0].spec.observation.values())
             try:
                 act(

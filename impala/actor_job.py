@@ -15,7 +15,12 @@ from impala.actor_pool import Workplace
 from impala.agent import Agent, AgentConfig
 from impala.local_actors import LocalActors
 from impala.remote import Closed, Disconnected, LearnerConnection, Rejected
-from impala.run_config import ConfigError, TrainingConfig, network_settings
+from impala.run_config import (
+    ConfigError,
+    TrainingConfig,
+    network_settings,
+    with_common_actions,
+)
 from impala.stop_signal import StopSignal
 
 _MAX_BACK_OFF_SECONDS = 5.0
@@ -81,7 +86,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             settings = json.loads(patience.call(asking.settings))
         config = _agreed(config, job, settings)
         workplace = stack.enter_context(Workplace(config.environment))
-        spec = workplace.environment_spec(config.level_names[0], config.seed)
+        spec = workplace.common_spec(config.level_names, config.seed)
         network = settings['network']
         agent_config = AgentConfig(torso=network['torso'], use_lstm=network['use_lstm'])
         # The spec is compared before it is given to a network that may not be able to serve it.
@@ -300,6 +305,7 @@ def _agreed(
     return dataclasses.replace(
         config,
         level_names=tuple(levels),
+        environment=with_common_actions(config.environment, known),
         seed=(config.seed + first) % 2**29,
         learner=dataclasses.replace(config.learner, unroll_length=settings['unroll_length']),
     )

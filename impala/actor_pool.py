@@ -99,27 +99,73 @@ class Workplace:
         )
 
     def environment_spec(self, level_name: str, seed: int) -> EnvironmentSpec:
-        """Asks a process of its own for an environment's spec, so that none is made in this one.
+        """Returns the spec of one level; see `common_spec`."""
+        return self.common_spec([level_name], seed)
+
+    def common_spec(self, level_names: Sequence[str], seed: int) -> EnvironmentSpec:
+        """Returns the spec that all levels have, asked of a process that tries each of them.
+
+        Args:
+          level_names: at least one; repetitions do not matter.
+          seed: of the environments that are made for it.
 
         Raises:
-          LevelError: the level cannot be played; its text says why.
-          ActorError: the environment failed; the text is its traceback.
+          LevelError: levels cannot be played, or not by one agent; all of them are named.
+          ActorError: an environment failed; the text is its traceback.
         """
+        names = list(dict.fromkeys(level_names))
+        answers = self._describe(names, seed)
+        errors = {name: answer['error'] for name, answer in answers.items() if 'error' in answer}
+        if len(names) == 1 and errors:
+            raise LevelError(errors[names[0]])
+        if errors:
+            reasons: dict[str, list[str]] = {}
+            for name, reason in errors.items():
+                reasons.setdefault(reason.replace(repr(name), 'this level'), []).append(name)
+            sentences = [
+                f'{", ".join(who)}: {reason if len(who) > 1 else errors[who[0]]}'
+                for reason, who in reasons.items()
+            ]
+            raise LevelError(
+                f'{len(errors)} of the {len(names)} levels cannot be played here. '
+                + ' '.join(sentences)
+            )
+        specs = {
+            name: EnvironmentSpec.from_json(answer['spec']) for name, answer in answers.items()
+        }
+        common = specs[names[0]]
+        for what, value_of in (
+            ('observations', lambda spec: spec.observation),
+            ('actions', lambda spec: spec.num_actions),
+            ('frames per action', lambda spec: spec.num_action_repeats),
+        ):
+            others = [name for name in names if value_of(specs[name]) != value_of(common)]
+            if others:
+                raise LevelError(
+                    f'One agent cannot play levels that differ in their {what}: {names[0]} has '
+                    f'{_shown(value_of(common))}, but '
+                    + ', '.join(f'{name} {_shown(value_of(specs[name]))}' for name in others)
+                    + '.'
+                )
+        return common
+
+    def _describe(self, level_names: list[str], seed: int) -> dict[str, Any]:
+        """Returns level name -> what `impala.actor` tells of it, in a process of its own."""
         read_end, write_end = os.pipe()
         with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as pipe:
             process = self.start(
-                {'level_names': [level_name], 'seeds': [seed], 'spec_pipe': write_end},
+                {'level_names': level_names, 'seed': seed, 'spec_pipe': write_end},
                 [write_end],
                 errors,
             )
             os.close(write_end)
-            text = pipe.read()
-            code = process.wait()
-            if code == BAD_INPUT_EXIT_CODE:
-                raise LevelError(_tail(errors).splitlines()[-1])
-            if code != 0 or not text:
-                raise ActorError(f'The environment {level_name} failed:\n{_tail(errors)}')
-        return EnvironmentSpec.from_json(json.loads(text))
+            lines = pipe.read().splitlines()
+            process.wait()
+            if len(lines) < len(level_names):
+                raise ActorError(
+                    f'The environment {level_names[len(lines)]} failed:\n{_tail(errors)}'
+                )
+        return dict(zip(level_names, map(json.loads, lines), strict=True))
 
 
 @dataclasses.dataclass
@@ -318,6 +364,14 @@ class ActorPool:
                 each.process.kill()
                 each.process.wait()
             self._forget(index)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ' and '.join(
+        f'{name} {spec.dtype} {"x".join(map(str, spec.shape))}' for name, spec in value.items()
+    )
 
 
 def _tail(errors: IO[bytes]) -> str:

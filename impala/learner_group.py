@@ -322,7 +322,7 @@ class LearnerGroup:
                 if message.get('complete'):
                     self._complete.add(task)
                     self._changed.notify_all()
-                elif 'episodes' in message or 'actors' in message:
+                elif {'episodes', 'actors', 'unrolls_of'} & message.keys():
                     self._news.append((task, message))
         with self._changed:
             self._lines.pop(task, None)
@@ -427,6 +427,9 @@ class LearnerGroup:
             if 'actors' in message:
                 log.record_actors(message['actors'], task)
                 continue
+            if 'unrolls_of' in message:
+                log.record_agent_steps(np.array(message['unrolls_of'], np.int32), message['steps'])
+                continue
             level_ids, returns, steps, ends = message['episodes']
             log.record_episodes(
                 np.array(level_ids, np.int32),
@@ -473,6 +476,10 @@ class FollowerLog:
         is_end = np.isin(columns[3], (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED))
         if is_end.any():
             self._group.tell({'episodes': [column[is_end].tolist() for column in columns]})
+
+    def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
+        """See `RunLog.record_agent_steps`."""
+        self._group.tell({'unrolls_of': level_ids.tolist(), 'steps': steps})
 
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
         """See `RunLog.record_actors`; `learner` is not used."""

@@ -9,6 +9,7 @@ import tensorflow as tf
 from environments import EnvironmentConfig
 from impala.agent import Agent, AgentConfig
 from impala.learner import LearnerConfig
+from impala.suites import Suite
 from impala.trajectory import EnvironmentSpec
 
 
@@ -35,6 +36,7 @@ class TrainingConfig:
       max_actor_restarts: in a row, of one actor, before the run stops.
       save_checkpoint_secs: seconds of training between checkpoints.
       log_secs: seconds between lines of `metrics.jsonl`.
+      suite: what `level_names` are the levels of, for their scores; None where there are none.
     """
 
     logdir: str
@@ -54,6 +56,15 @@ class TrainingConfig:
     max_actor_restarts: int
     save_checkpoint_secs: float
     log_secs: float
+    suite: Suite | None = None
+
+    @property
+    def levels_text(self) -> str:
+        """What is played, in a few words."""
+        if len(self.level_names) <= 3:
+            return ', '.join(self.level_names)
+        name = self.suite.name if self.suite else ''
+        return f'{len(self.level_names)} levels{" of " if name else ""}{name}'
 
     @property
     def level_ids(self) -> list[int]:
@@ -63,6 +74,12 @@ class TrainingConfig:
 
 class ConfigError(Exception):
     """Settings that do not fit together; its text is one sentence for the user."""
+
+
+def with_common_actions(config: EnvironmentConfig, level_names: Sequence[str]) -> EnvironmentConfig:
+    """Gives several Atari games all 18 actions: an agent of them all has one set for all."""
+    games = {name for name in level_names if name.startswith('ALE/')}
+    return dataclasses.replace(config, full_action_set=config.full_action_set or len(games) > 1)
 
 
 def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:

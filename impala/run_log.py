@@ -26,8 +26,9 @@ import numpy as np
 import tensorflow as tf
 import tqdm
 
-from impala import learning_curve
+from impala import learning_curve, scores
 from impala.checkpoint import LogdirError
+from impala.suites import Suite
 from impala.trajectory import EpisodeEnd
 
 METRICS_FILE = 'metrics.jsonl'
@@ -68,6 +69,7 @@ class RunLog:
         agent_steps: int = 0,
         updates: int = 0,
         wall_seconds: float = 0.0,
+        suite: Suite | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -83,6 +85,7 @@ class RunLog:
           agent_steps: see `frames`; rows of more agent steps are moved away.
           updates: see `frames`.
           wall_seconds: see `frames`.
+          suite: of the levels; its scores are told if it has a name and they can be normalised.
           stream: where progress is shown, stderr by default: a bar on a terminal, else plain lines.
           clock: returns seconds.
 
@@ -101,6 +104,12 @@ class RunLog:
             sys.stderr if stream is None else stream, frames, total_frames, num_action_repeats
         )
         self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
+        self._scored_suite = suite if suite and suite.name and suite.has_scores else None
+        self._suite_returns: dict[str, list[float]] = {}
+        # Frames that the learner has taken in; of a single level they are those of the run.
+        self._total_level_frames = dict.fromkeys(
+            self._level_names if len(self._level_names) > 1 else (), 0
+        )
         self._episodes: list[tuple[str, float, int, str]] = []
         self._actors: dict[int, list[Mapping[str, Any]]] = {}
         self._stage_seconds: dict[str, float] = {}
@@ -122,6 +131,7 @@ class RunLog:
         self._started = clock()
         self._line_wall_seconds = self._wall_seconds_before
         self._line_frames, self._line_agent_steps = frames, agent_steps
+        self._line_level_frames = dict(self._total_level_frames)
         self._curve_wall_seconds = -math.inf
         self._closed = False
 
@@ -192,6 +202,18 @@ class RunLog:
                     _ENDED_BY[EpisodeEnd(int(end))],
                 )
             )
+
+    def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
+        """Takes in which levels the learner's agent steps were made.
+
+        Args:
+          level_ids: integer `[B]`, index into the level names, one for each unroll.
+          steps: agent steps of each of them.
+        """
+        if self._total_level_frames:
+            for level_id in level_ids:
+                name = self._level_names[level_id]
+                self._total_level_frames[name] += steps * self._num_action_repeats
 
     def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
         """Takes how long each stage has worked or waited; lines have the time since the last line.
@@ -295,6 +317,9 @@ class RunLog:
         num_dropped += _keep_rows(path, lambda line: _in(_metrics, line, agent_steps))
         for row in _rows(path, _metrics):
             wall_seconds = max(wall_seconds, row['wall_seconds'])
+            for name in self._total_level_frames:
+                frames = row.get(f'level_frames/{name}', self._total_level_frames[name])
+                self._total_level_frames[name] = int(frames)
         if num_dropped:
             self.message(
                 f'Moved {num_dropped} rows of the logs that lie behind agent step {agent_steps:,}, '
@@ -329,6 +354,7 @@ class RunLog:
             self._level_frames.setdefault(level, []).append(episode_frames)
             if math.isfinite(episode_return):
                 self._level_returns.setdefault(level, []).append(episode_return)
+                self._suite_returns.setdefault(level, []).append(episode_return)
             else:
                 self._num_non_finite += 1
         self._episodes.clear()
@@ -358,6 +384,11 @@ class RunLog:
             'updates_skipped': self._updates_skipped,
             'actor_restarts': self._actor_restarts,
         }
+        for level, total in self._total_level_frames.items():
+            line[f'level_frames/{level}'] = total
+            frames = total - self._line_level_frames[level]
+            means[f'level_frames_per_second/{level}'] = frames / seconds
+        means |= self._suite_score()
         for name, value in means.items():
             if math.isfinite(value):
                 line[name] = float(f'{value:.7g}')
@@ -373,8 +404,24 @@ class RunLog:
         self._terminal.line(line, self.mean_return)
         self._line_wall_seconds = wall_seconds
         self._line_frames, self._line_agent_steps = self._frames, self._agent_steps
+        self._line_level_frames = dict(self._total_level_frames)
         self._reported_stage_seconds = dict(self._stage_seconds)
         self._clear_interval()
+
+    def _suite_score(self) -> dict[str, float]:
+        """Returns the suite's scores, if every level has an episode since they were last told."""
+        suite = self._scored_suite
+        if suite is None or any(name not in self._suite_returns for name in suite.level_names):
+            return {}
+        score = scores.suite_score(self._suite_returns, suite.levels)
+        self._suite_returns.clear()
+        return {
+            # The first two under the names of the released code.
+            f'{suite.name}/training_no_cap': score.mean_no_cap,
+            f'{suite.name}/training_cap_100': score.mean_cap_100,
+            f'{suite.name}/training_median_no_cap': score.median_no_cap,
+            f'{suite.name}/training_median_cap_100': score.median_cap_100,
+        }
 
     def _write_summaries(self, line: Mapping[str, float]) -> None:
         # tf.summary.scalar exists only where TensorBoard is installed, which a machine that trains

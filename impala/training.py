@@ -80,13 +80,18 @@ def train(
             f'--inference_batch_size={config.inference_batch_size} is more than there are actors '
             f'(--num_actors={config.num_actors}).'
         )
+    if learner_address is None and config.num_actors < len(config.level_names):
+        raise ConfigError(
+            f'--num_actors={config.num_actors} would leave some of the {len(config.level_names)} '
+            f'levels out: give --num_actors={len(config.level_names)} or more.'
+        )
     if member is not None:
         check_member(member)
     is_first = member is None or member.is_first
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workplace = stack.enter_context(Workplace(config.environment))
-        spec = workplace.environment_spec(config.level_names[0], config.seed)
+        spec = workplace.common_spec(config.level_names, config.seed)
         network = choose_network(config, spec)
         if is_first:
             check_same_network(config.logdir, network_settings(network, spec))
@@ -121,6 +126,7 @@ def train(
                     agent_steps=agent_steps,
                     updates=restored_updates,
                     wall_seconds=checkpointer.wall_seconds,
+                    suite=config.suite,
                 )
             )
         else:
@@ -144,7 +150,7 @@ def train(
         num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
         who = f'{config.num_actors} actors' if learner_address is None else 'actor jobs'
         log.message(
-            f'{", ".join(config.level_names)}: {who}, {network.torso} network '
+            f'{config.levels_text}: {who}, {network.torso} network '
             f'{"with" if network.use_lstm else "without"} LSTM ({num_weights:,} weights), learner '
             f'on {_place(member, learner_devices)} in {network.compute_dtype}'
             + (f'; all goes to {config.logdir}' if is_first else '')
@@ -301,6 +307,7 @@ def _learn(
 def record_episodes(log: Log, batch: UnrollBatch) -> None:
     """Hands the episodes that ended in a batch to the log."""
     info = batch.actor_output.env_outputs.info
+    log.record_agent_steps(batch.actor_output.level_id.numpy(), info.episode_step.shape[0] - 1)
     # Row 0 stands in the unroll before, too, or is the first of an actor.
     log.record_episodes(
         batch.actor_output.level_id.numpy(),

@@ -19,6 +19,7 @@ from environments import EnvironmentConfig, LevelError
 from impala import actor_pool
 from impala.actor import NICENESS
 from impala.actor_pool import ActorError, ActorPool, Workplace
+from impala.run_config import with_common_actions
 from impala.trajectory import ArraySpec
 
 TIMEOUT = 60  # Seconds; reached only when something is broken.
@@ -215,6 +216,39 @@ def test_specs_come_from_a_process_of_their_own():
             workplace.environment_spec('no_such_module:level', 1)
         with pytest.raises(ActorError, match='RuntimeError: there is no joystick'):
             workplace.environment_spec('troubled_levels:fails_to_start', 1)
+
+
+def test_several_levels_have_one_spec_or_are_refused_by_name():
+    with Workplace(EnvironmentConfig()) as workplace:
+        spec = workplace.common_spec(['levels:short', 'levels:long', 'levels:short'], 1)
+        assert spec == workplace.environment_spec('levels:long', 1)
+        for other, what in (
+            ('levels:wide', 'observations: levels:short has frame float32 2, but levels:wide'),
+            ('levels:three_actions', 'actions: levels:short has 2, but levels:three_actions 3'),
+        ):
+            with pytest.raises(LevelError, match=what):
+                workplace.common_spec(['levels:short', other, 'levels:long'], 1)
+        with pytest.raises(LevelError) as error:
+            workplace.common_spec(
+                ['levels:none', 'levels:short', 'levels:incomplete', 'CartPol-v1'], 1
+            )
+        text = str(error.value)
+        assert text.startswith('3 of the 4 levels cannot be played here.')
+        assert 'levels:incomplete: Its map is missing.' in text
+        assert "CartPol-v1: Gymnasium has no 'CartPol-v1'. Did you mean 'CartPole-v1'?" in text
+        assert 'levels:short' not in text
+        with pytest.raises(ActorError, match='(?s)troubled_levels:fails_to_start.*no joystick'):
+            workplace.common_spec(['levels:short', 'troubled_levels:fails_to_start'], 1)
+
+
+def test_several_atari_games_have_one_set_of_actions():
+    names = ['ALE/Pong-v5', 'ALE/Breakout-v5']
+    with Workplace(EnvironmentConfig()) as workplace, pytest.raises(LevelError, match='actions'):
+        workplace.common_spec(names, 1)
+    config = with_common_actions(EnvironmentConfig(), names)
+    with Workplace(config) as workplace:
+        assert workplace.common_spec(names, 1).num_actions == 18
+    assert with_common_actions(EnvironmentConfig(), names[:1]) == EnvironmentConfig()
 
 
 PARENT = """

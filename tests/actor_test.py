@@ -122,7 +122,7 @@ def lifeline():
 
 
 def test_a_level_that_cannot_be_played_is_one_sentence(lifeline):
-    result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], spec_pipe=1)
+    result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], segment=lifeline[0], actors=[0])
     assert result.returncode == actor.BAD_INPUT_EXIT_CODE
     assert 'NoSuchGame' in result.stderr and 'Traceback' not in result.stderr
 

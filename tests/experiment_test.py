@@ -15,6 +15,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -568,6 +569,76 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     with Run(tmp_path, '--mode=test', '--logdir=~/run') as run:
         assert_one_sentence(run, 2, f'{tmp_path}/home/run is not the folder of a training run')
+
+
+def test_many_levels_at_once(tmp_path):
+    """Eight Atari games on one machine, and DMLab-30 as jobs, both with the suites' own names."""
+    games = ('Pong', 'Breakout', 'Alien', 'Qbert', 'Seaquest', 'Boxing', 'Freeway', 'Enduro')
+    names = [f'ALE/{game}-v5' for game in games]
+    logdir = tmp_path / 'atari' / 'run'
+    flags = ('--batch_size=8', '--unroll_length=2', '--log_secs=0', f'--logdir={logdir}')
+    with Run(
+        tmp_path / 'atari',
+        *flags,
+        f'--level_name={",".join(names)}',
+        '--num_actors=8',
+        '--envs_per_process=4',
+        '--total_environment_frames=640',
+    ) as run:
+        assert run.wait() == 0, run.stderr
+    assert '8 levels: 8 actors, shallow network without LSTM' in run.stderr
+    # The game's own set of actions would not fit; a test of one game knows.
+    assert '--full_action_set\n' in (logdir / 'flags.txt').read_text()
+    frames = {key: value for key, value in metrics(logdir)[-1].items() if 'level_frames/' in key}
+    assert {*frames} == {f'level_frames/{name}' for name in names}
+    assert sum(frames.values()) == 640 and all(frames.values())
+
+    with Run(
+        tmp_path / 'few', '--level_name=atari57', '--num_actors=8', f'--logdir={tmp_path}/few'
+    ) as few:
+        assert_one_sentence(few, 2, '--num_actors=8 would leave some of the 57 levels out')
+
+
+def test_dmlab30_as_jobs(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        address = f'localhost:{probe.getsockname()[1]}'
+    common = (
+        '--level_name=dmlab30',
+        '--unroll_length=2',
+        f'--learner_address={address}',
+        f'--dataset_path={tmp_path}/images',
+        '--level_cache_dir=',
+    )
+    lab = [TESTS / 'deepmind_lab_stand_in']
+    logdir = tmp_path / 'run'
+    learner = (
+        '--job_name=learner',
+        '--task=0',
+        '--batch_size=10',
+        '--total_environment_frames=400',
+        '--trusted_network',
+        f'--logdir={logdir}',
+    )
+    with Run(tmp_path / 'imageless', *learner, *common, pythonpath=lab) as run:
+        assert_one_sentence(
+            run,
+            2,
+            '2 of the 30 levels cannot be played here. psychlab_arbitrary_visuomotor_mapping, '
+            'psychlab_continuous_recognition: this level needs the Brady-Konkle-Oliva images',
+        )
+    (tmp_path / 'images' / 'brady_konkle_oliva2008').mkdir(parents=True)
+    actor = ('--job_name=actor', '--task=2', '--envs_per_actor=10', *common)
+    with (
+        Run(tmp_path / 'learner', *learner, *common, pythonpath=lab) as run,
+        Run(tmp_path / 'actor', *actor, pythonpath=lab) as job,
+    ):
+        assert run.wait() == 0, run.stderr
+        assert job.wait() == 0, job.stderr
+    frames = [value for key, value in metrics(logdir)[-1].items() if 'level_frames/' in key]
+    assert len(frames) == 30
+    # The third job of ten environments has the last ten levels.
+    assert not any(frames[:20]) and sum(frames[20:]) == 400 and sum(map(bool, frames)) > 1
 
 
 def test_defaults_are_those_of_the_released_code():

@@ -109,3 +109,28 @@ def short(seed: int, config: environments.EnvironmentConfig) -> environments.Env
 def long(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has episodes of 20 steps."""
     return _Level(20)
+
+
+def wide(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has observations of three numbers."""
+    level = _Level()
+    level.spec = EnvironmentSpec({'frame': ArraySpec((3,), 'float32')}, 2, 1)
+    return level
+
+
+def three_actions(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has three actions."""
+    level = _Level()
+    level.spec = EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 3, 1)
+    return level
+
+
+def incomplete(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Misses something that only a game would ask for."""
+    level = _Level()
+
+    def check() -> None:
+        raise environments.LevelError('Its map is missing.')
+
+    level.check = check  # type: ignore[method-assign]
+    return level

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from impala import run_log
+from impala import run_log, suites
 from impala.checkpoint import LogdirError
 from impala.trajectory import EpisodeEnd
 
@@ -169,6 +169,8 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'updates_skipped': 0,
         'actor_restarts': 1,
         'non_finite_values': 0,
+        **{f'level_frames/{name}': 0 for name in LEVELS},
+        **{f'level_frames_per_second/{name}': 0 for name in LEVELS},
     }
     assert second == {
         'wall_seconds': 30.0,
@@ -185,7 +187,51 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'updates_skipped': 1,
         'actor_restarts': 0,
         'non_finite_values': 0,
+        **{f'level_frames/{name}': 0 for name in LEVELS},
+        **{f'level_frames_per_second/{name}': 0 for name in LEVELS},
     }
+
+
+def test_levels_have_frames_and_speeds_of_their_own(logdir, clock):
+    pong, other = (f'level_frames/{name}' for name in LEVELS)
+    with create(logdir, clock) as log:
+        log.record_agent_steps(np.array([0, 1, 0]), 20)
+        clock.now += 10
+        write(log, 60)
+        log.record_agent_steps(np.array([1, 1, 1]), 20)
+        clock.now += 20
+        write(log, 120)
+    first, second = metrics(logdir)
+    assert (first[pong], first[other]) == (160, 80)
+    assert (second[pong], second[other]) == (160, 320)
+    assert first[f'level_frames_per_second/{LEVELS[0]}'] == 16
+    assert second[f'level_frames_per_second/{LEVELS[0]}'] == 0
+    assert second[f'level_frames_per_second/{LEVELS[1]}'] == 12
+    # The run goes on from the first line.
+    with create(logdir, clock, agent_steps=60, frames=240) as log:
+        log.record_agent_steps(np.array([0]), 20)
+        clock.now += 10
+        write(log, 80)
+    resumed = metrics(logdir)[-1]
+    assert (resumed[pong], resumed[other]) == (240, 80)
+    assert resumed[f'level_frames_per_second/{LEVELS[0]}'] == 8
+
+
+def test_a_suite_is_scored_when_every_level_has_an_episode(logdir, clock):
+    levels = [suites.Level(LEVELS[0], '', 0.0, 10.0), suites.Level(LEVELS[1], '', -1.0, 1.0)]
+    with create(logdir, clock, suite=suites.Suite('both', tuple(levels))) as log:
+        for agent_steps, returns in enumerate(([[4, 6], []], [[5], [0, 4]], [[], [0]]), 1):
+            for level_id, of_level in enumerate(returns):
+                record(log, of_level, level_id)
+            clock.now += 10
+            write(log, agent_steps)
+    first, second, third = metrics(logdir)
+    assert not [name for line in (first, third) for name in line if name.startswith('both/')]
+    # 50 percent and 150.
+    assert second['both/training_no_cap'] == 100
+    assert second['both/training_cap_100'] == 75
+    assert second['both/training_median_no_cap'] == 100
+    assert second['both/training_median_cap_100'] == 75
 
 
 def test_takes_tensors(logdir, clock):

@@ -61,12 +61,16 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
     ('flags', 'sentence'),
     [
         ({'torso': 'deep'}, 'The deep torso needs uint8 frames .*use the mlp torso'),
+        (
+            {'level_names': ('levels:short', 'levels:long', 'levels:lives')},
+            '--num_actors=2 would leave some of the 3 levels out: give --num_actors=3',
+        ),
         ({'inference_batch_size': 3}, 'inference_batch_size=3 is more than .*num_actors=2'),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, flags, sentence):
     with pytest.raises(run_config.ConfigError, match=sentence):
-        training.train(config(tmp_path, level_names=('levels:short',), num_actors=2, **flags))
+        training.train(config(tmp_path, **({'level_names': ('levels:short',)} | flags)))
     assert not (tmp_path / 'checkpoints').exists()
 
 

@@ -1,0 +1,152 @@
+"""Scores of levels and suites: human-normalised, with and without a cap, with intervals.
+
+Espeholt et al. 2018, section 5.3: the score of a level is human-normalised, `100 * (mean return -
+random) / (human - random)`. On DMLab-30 it is capped at 100 for each level before the mean over
+levels is taken; on Atari-57 it is the median that is reported.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from impala.suites import Level
+
+CAP = 100.0
+CONFIDENCE = 0.95
+_RESAMPLES = 2000
+
+
+class ScoreError(Exception):
+    """There is no score; the text is one sentence that names the level."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SuiteScore:
+    """Human-normalised percentages over the levels of a suite.
+
+    Attributes:
+      mean_no_cap: mean over levels.
+      mean_cap_100: the same, of levels above 100 as if they had 100.
+      median_no_cap: median over levels.
+      median_cap_100: see `mean_cap_100`.
+    """
+
+    mean_no_cap: float
+    mean_cap_100: float
+    median_no_cap: float
+    median_cap_100: float
+
+
+def human_normalized(value: float, level: Level) -> float:
+    """Returns a mean return in percent: 0 is that of random actions, 100 a human's.
+
+    Raises:
+      ScoreError: random or human score of the level is not known.
+    """
+    if level.random is None or level.human is None:
+        raise ScoreError(f'The random and human scores of the level {level.name} are not known.')
+    return 100.0 * (value - level.random) / (level.human - level.random)
+
+
+def mean_return(returns: Sequence[float], level_name: str) -> float:
+    """Returns the mean of a level's episode returns.
+
+    Raises:
+      ScoreError: there are none.
+    """
+    if not len(returns):
+        raise ScoreError(f'The level {level_name} has no episode: its list of returns is empty.')
+    return statistics.fmean(returns)
+
+
+def normalized_levels(
+    returns: Mapping[str, Sequence[float]], levels: Sequence[Level]
+) -> dict[str, float]:
+    """Returns the human-normalised percentage of every level.
+
+    Args:
+      returns: level name -> returns of its episodes; others than `levels` are left out.
+      levels: of the suite.
+
+    Raises:
+      ScoreError: a level is missing, has no episode, or no known random and human score.
+    """
+    missing = [level.name for level in levels if level.name not in returns]
+    if missing:
+        raise ScoreError(f'There are no returns of {", ".join(missing)}.')
+    return {
+        level.name: human_normalized(mean_return(returns[level.name], level.name), level)
+        for level in levels
+    }
+
+
+def suite_score(returns: Mapping[str, Sequence[float]], levels: Sequence[Level]) -> SuiteScore:
+    """Sums a suite up; see `normalized_levels` for arguments and errors."""
+    if not levels:
+        raise ScoreError('A suite without levels has no score.')
+    values = list(normalized_levels(returns, levels).values())
+    capped = [min(value, CAP) for value in values]
+    return SuiteScore(
+        mean_no_cap=statistics.fmean(values),
+        mean_cap_100=statistics.fmean(capped),
+        median_no_cap=statistics.median(values),
+        median_cap_100=statistics.median(capped),
+    )
+
+
+def mean_interval(returns: Sequence[float]) -> tuple[float, float] | None:
+    """Returns the 95% bootstrap interval of a mean; None of fewer than two episodes."""
+    if len(returns) < 2:
+        return None
+    if min(returns) == max(returns):
+        return float(returns[0]), float(returns[0])
+    # Taking a second to import, and only needed once something has been played.
+    from scipy import stats
+
+    low, high = stats.bootstrap(
+        (returns,),
+        np.mean,
+        confidence_level=CONFIDENCE,
+        n_resamples=_RESAMPLES,
+        method='percentile',
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(low), float(high)
+
+
+def suite_intervals(
+    returns: Mapping[str, Sequence[float]], levels: Sequence[Level]
+) -> dict[str, tuple[float, float]] | None:
+    """Returns the 95% intervals of a suite's scores: what other episodes would have made of them.
+
+    Episodes are resampled within each level, since the levels are given and not chosen by chance.
+
+    Args:
+      returns: as of `suite_score`, which is to be called before: it finds what is missing.
+      levels: of the suite.
+
+    Returns:
+      Name as in `SuiteScore` -> interval in percent; None if a level has fewer than two episodes.
+    """
+    if any(len(returns[level.name]) < 2 for level in levels):
+        return None
+    random = np.random.default_rng(0)
+    resampled = []
+    for level in levels:
+        episodes = np.asarray(returns[level.name], np.float64)
+        chosen = random.integers(len(episodes), size=(_RESAMPLES, len(episodes)))
+        resampled.append([human_normalized(mean, level) for mean in episodes[chosen].mean(1)])
+    values = np.array(resampled)
+    capped = np.minimum(values, CAP)
+    tail = 50 * (1 - CONFIDENCE)
+    return {
+        name: tuple(np.percentile(score, [tail, 100 - tail]).tolist())
+        for name, score in (
+            ('mean_no_cap', values.mean(0)),
+            ('mean_cap_100', capped.mean(0)),
+            ('median_no_cap', np.median(values, 0)),
+            ('median_cap_100', np.median(capped, 0)),
+        )
+    }
