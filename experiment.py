@@ -107,6 +107,12 @@ flags.DEFINE_string(
     os.path.join(os.path.expanduser('~'), '.cache', 'impala', 'dmlab_levels'),
     'DeepMind Lab: folder of compiled maps; empty for none.',
 )
+flags.DEFINE_float(
+    'level_cache_gb',
+    10.0,
+    'DeepMind Lab: gigabytes of that folder, the least recently used maps go.',
+    lower_bound=0,
+)
 flags.DEFINE_boolean('full_action_set', False, "Atari: all 18 actions, not the game's own.")
 flags.DEFINE_float(
     'sticky_actions', 0.0, 'Atari: probability that a frame repeats the last action.',
@@ -431,6 +437,7 @@ def _config() -> Any:
                 frame_stack=FLAGS.frame_stack,
                 dataset_path=FLAGS.dataset_path,
                 level_cache_dir=FLAGS.level_cache_dir or None,
+                level_cache_gb=FLAGS.level_cache_gb,
             ),
             suite.level_names,
         ),

@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from environments import level_cache_statistics
 from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
@@ -54,6 +55,7 @@ class LocalActors:
             report,
             config.envs_per_process,
         )
+        self._temp_folder = str(workplace.config.temp_folder)
         self._stack = contextlib.ExitStack()
         self._reported_restarts = 0
 
@@ -106,4 +108,6 @@ class LocalActors:
         restarts = self._pool.restarts
         log.record_actor_restart(restarts - self._reported_restarts)
         self._reported_restarts = restarts
+        cache = level_cache_statistics(self._temp_folder)
+        log.record_update({f'level_cache/{name}': value for name, value in cache.items()})
         return statistics.stage_seconds

@@ -1,5 +1,6 @@
 """Tests environments against the packages themselves; only DeepMind Lab has a stand-in."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -786,11 +787,11 @@ def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
 def test_deepmind_lab_compiles_a_map_once_for_all_environments(make, deepmind_lab, tmp_path):
     folder = tmp_path / 'not' / 'there' / 'yet'
     rows = play(make('rooms_watermaze', level_cache_dir=str(folder)), [])
-    (name,) = os.listdir(folder)
+    (name,) = maps_in(folder)
     written = (folder / name).stat()
     again = play(make('rooms_watermaze', level_cache_dir=str(folder)), [])
     assert same(rows, again)
-    assert (folder / name).stat().st_mtime_ns == written.st_mtime_ns
+    assert (folder / name).stat().st_ino == written.st_ino
 
     # A broken map would end the process; it is thrown away and compiled anew.
     (folder / name).write_bytes((folder / name).read_bytes()[:-10])
@@ -802,6 +803,10 @@ def test_deepmind_lab_compiles_a_map_once_for_all_environments(make, deepmind_la
 def write_map(path, text):
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('map', text)
+
+
+def maps_in(folder):
+    return [name for name in os.listdir(folder) if name.endswith('.pk3')]
 
 
 def test_level_cache(tmp_path, caplog):
@@ -817,20 +822,105 @@ def test_level_cache(tmp_path, caplog):
     assert LevelCache(str(folder)).fetch('some/../key', str(path))
     assert path.read_bytes() == first
     assert not cache.fetch('other', str(path))
-    assert len(os.listdir(folder)) == 1 and not caplog.records
+    assert len(maps_in(folder)) == 1 and not caplog.records
 
     # A map that was not written to its end is not kept.
     path.write_bytes(first[:-1])
     cache.write('broken', str(path))
-    assert len(os.listdir(folder)) == 1 and len(caplog.records) == 1
+    assert len(maps_in(folder)) == 1 and len(caplog.records) == 1
     # A flipped bit inside a map that looks whole from the outside.
-    (name,) = os.listdir(folder)
+    (name,) = maps_in(folder)
     spoilt = bytearray(first)
     spoilt[first.index(b'one')] ^= 1
     (folder / name).write_bytes(spoilt)
     assert not cache.fetch('some/../key', str(path))
-    assert not os.listdir(folder)
+    assert not maps_in(folder)
     assert sorted(os.listdir(tmp_path)) == ['cache', 'map.pk3']
+
+
+def test_level_cache_forgets_what_was_not_used_for_longest(tmp_path):
+    folder, path = tmp_path / 'cache', tmp_path / 'map.pk3'
+    size = 5000
+    cache = LevelCache(str(folder), limit_bytes=4.5 * size)
+    (tmp_path / 'cache').mkdir()
+    abandoned, fresh, foreign = (
+        folder / name for name in ('impala_map_old.tmp', 'impala_map_new.tmp', 'notes.txt')
+    )
+    for each in (abandoned, fresh, foreign):
+        each.write_bytes(bytes(10 * size))
+    for each in (abandoned, foreign):
+        os.utime(each, (1e9, 1e9))
+
+    def write(key):
+        write_map(path, bytes(size))
+        cache.write(key, str(path))
+
+    for number in range(4):
+        write(f'map {number}')
+        os.utime(cache._path(f'map {number}'), (1.5e9 + number, 1.5e9 + number))
+    assert len(maps_in(folder)) == 4
+    # The oldest is used again, so two others go with the fifth map: nine tenths are 4.05 maps.
+    assert LevelCache(str(folder)).fetch('map 0', str(path))
+    write('map 4')
+    there = [number for number in range(5) if os.path.exists(cache._path(f'map {number}'))]
+    assert there == [0, 3, 4]
+    assert sum(os.path.getsize(folder / name) for name in maps_in(folder)) <= 4.05 * size
+    seconds = [name for name in os.listdir(folder) if name.endswith('.seconds')]
+    assert len(seconds) == len(there)
+    assert not abandoned.exists() and fresh.exists() and foreign.exists()
+
+
+def test_level_cache_tells_what_it_saves(tmp_path, make, deepmind_lab, monkeypatch):
+    monkeypatch.setenv('DEEPMIND_LAB_COMPILE_SECONDS', '0.2')
+    assert environments.level_cache_statistics(str(tmp_path)) == {}
+    # Maps repeat after four seeds; each environment resets once more at its start.
+    for _ in range(3):
+        temp_folder = tmp_path / 'temp'
+        temp_folder.mkdir(exist_ok=True)
+        lab = make(
+            'rooms_watermaze',
+            level_cache_dir=str(tmp_path / 'maps'),
+            temp_folder=str(temp_folder),
+        )
+        lab.reset()
+    statistics = environments.level_cache_statistics(str(temp_folder))
+    assert statistics['hits'] == 5 and statistics['misses'] == 1
+    assert 5 * 0.2 <= statistics['seconds_saved'] < 5 * 0.2 + 5
+
+
+LEVEL_CACHE_PROCESS = """
+import sys, zipfile
+from environments import LevelCache
+folder, path = sys.argv[1:]
+cache = LevelCache(folder, limit_bytes=30_000)
+for repetition in range(6):
+    for number in range(8):
+        if not cache.fetch(f'key {number}', path):
+            with zipfile.ZipFile(path, 'w') as archive:
+                archive.writestr('map', str(number) * 5000)
+            cache.write(f'key {number}', path)
+        with zipfile.ZipFile(path) as archive:
+            assert archive.read('map') == str(number).encode() * 5000
+"""
+
+
+def test_processes_share_a_level_cache_that_is_too_small(tmp_path):
+    """They write, use and remove the same maps at the same time, and one spoils them."""
+    folder = tmp_path / 'cache'
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', LEVEL_CACHE_PROCESS, str(folder), str(tmp_path / f'{i}.pk3')],
+            stderr=subprocess.PIPE,
+        )
+        for i in range(4)
+    ]
+    while any(process.poll() is None for process in processes):
+        for name in maps_in(folder) if folder.exists() else ():
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(folder / name, 100)
+        time.sleep(0.01)
+    assert [process.communicate()[1].decode() for process in processes if process.returncode] == []
+    assert not [name for name in os.listdir(folder) if name.endswith('.tmp')]
 
 
 def test_level_cache_never_raises(tmp_path, caplog):
