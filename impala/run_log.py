@@ -485,7 +485,7 @@ def read_summary(logdir: str) -> dict[str, Any]:
     together = learning_curve.LearningCurve()
     line: dict[str, Any] = {}
     try:
-        for row in _rows(os.path.join(logdir, EPISODES_FILE), _episode, missing_ok=False):
+        for row in read_episodes(logdir):
             curve = curves.setdefault(row['level'], learning_curve.LearningCurve())
             for each in (curve, together):
                 each.add(row['agent_steps'], row['wall_seconds'], row['return'])
@@ -509,6 +509,26 @@ def read_summary(logdir: str) -> dict[str, Any]:
             for level, curve in curves.items()
         },
     }
+
+
+def read_episodes(logdir: str) -> Iterator[dict[str, Any]]:
+    """Yields the episodes of a run, in their order.
+
+    Args:
+      logdir: the log directory.
+
+    Yields:
+      `wall_seconds`, `frames`, `agent_steps`, `level` and `return` (not always finite).
+
+    Raises:
+      LogdirError: if there is no run there.
+    """
+    try:
+        yield from _rows(os.path.join(logdir, EPISODES_FILE), _episode, missing_ok=False)
+    except OSError as error:
+        raise LogdirError(
+            f'Cannot read the logs of a run in {logdir}: {error.strerror}.'
+        ) from error
 
 
 class _Terminal:
@@ -655,9 +675,10 @@ def _is_header(line: bytes) -> bool:
 def _episode(line: bytes) -> dict[str, Any]:
     """Parses a row of episodes.csv; raises ValueError if it is none."""
     (fields,) = csv.reader([line.decode()])
-    wall_seconds, _, agent_steps, level, episode_return, _, _ = fields
+    wall_seconds, frames, agent_steps, level, episode_return, _, _ = fields
     return {
         'wall_seconds': float(wall_seconds),
+        'frames': int(frames),
         'agent_steps': int(agent_steps),
         'level': level,
         'return': float(episode_return),

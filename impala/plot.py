@@ -1,0 +1,312 @@
+"""Draws runs: learning curves, where the time went, and how old the policies were.
+
+    python -m impala.plot runs/pong_1 runs/pong_2 [--output=FOLDER] [--over=frames]
+
+Runs whose flags differ in nothing but seed and folder are one line, their mean, with the spread
+between the lowest and the highest. Every picture is written as PNG and as SVG.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from environments import LevelError
+from impala import suites
+from impala.checkpoint import FLAG_FILE, LogdirError
+from impala.run_log import METRICS_FILE, read_episodes
+
+WINDOW = 100
+POINTS = 200
+_OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall time (h)'}
+# What tells runs of one kind apart.
+_OF_ONE_RUN = ('seed', 'logdir', 'learner_address', 'task')
+_STAGES = ('learner/', 'batcher/', 'actor/', 'queue/')
+_STYLE: Any = {
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'grid.color': '0.9',
+    'grid.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'legend.frameon': False,
+    'svg.fonttype': 'none',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is left of a run.
+
+    Attributes:
+      logdir: its folder.
+      flags: name -> text of the value.
+      episodes: level name -> f64 `[N, 4]`: frames, agent steps, hours, return.
+      metrics: lines of `metrics.jsonl`.
+    """
+
+    logdir: str
+    flags: Mapping[str, str]
+    episodes: Mapping[str, np.ndarray]
+    metrics: Sequence[Mapping[str, Any]]
+
+
+def read_run(logdir: str) -> Run:
+    """Reads a run's files.
+
+    Raises:
+      LogdirError: there is no run there.
+    """
+    rows: dict[str, list[tuple[float, float, float, float]]] = {}
+    for row in read_episodes(logdir):
+        if math.isfinite(row['return']):
+            rows.setdefault(row['level'], []).append(
+                (row['frames'], row['agent_steps'], row['wall_seconds'] / 3600, row['return'])
+            )
+    metrics = []
+    flags = {}
+    try:
+        with open(os.path.join(logdir, METRICS_FILE), encoding='utf-8') as file:
+            # Of a run that goes on the last line may be cut.
+            metrics = [json.loads(line) for line in file if line.endswith('}\n')]
+        path = os.path.join(logdir, FLAG_FILE)
+        if os.path.exists(path):
+            with open(path, encoding='utf-8') as file:
+                for line in file:
+                    name, _, value = line.strip().removeprefix('--').partition('=')
+                    flags[name] = value
+    except (OSError, ValueError) as error:
+        raise LogdirError(f'Cannot read the run in {logdir}: {error}.') from error
+    return Run(logdir, flags, {name: np.array(values) for name, values in rows.items()}, metrics)
+
+
+def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Puts runs that differ in their seeds only together; returns name -> runs.
+
+    A name is that of the run's folder, without the number at its end if there are several.
+    """
+    kinds: dict[Any, list[Run]] = {}
+    for run in runs:
+        flags = {name: value for name, value in run.flags.items() if name not in _OF_ONE_RUN}
+        # Without flags nothing is known of what a run has in common with others.
+        kind = tuple(sorted(flags.items())) if flags else run.logdir
+        kinds.setdefault(kind, []).append(run)
+    named: dict[str, list[Run]] = {}
+    for members in kinds.values():
+        names = [os.path.basename(os.path.normpath(run.logdir)) for run in members]
+        name = names[0]
+        if len(members) > 1:
+            name = os.path.commonprefix(names).rstrip('_-. ') or names[0]
+            name = f'{name} ({len(members)} seeds)'
+        while name in named:
+            name += "'"
+        named[name] = members
+    return named
+
+
+def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """Returns the mean of the last `window` values, of fewer at the start, f64 `[N]`."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def spread(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], points: int = POINTS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns x, mean, lowest and highest of curves, where all of them are there, f64 `[points]`.
+
+    Args:
+      curves: x (rising) and y of each, f64 `[N]`.
+      points: number of x.
+    """
+    first = max(x[0] for x, _ in curves)
+    last = min(x[-1] for x, _ in curves)
+    x = np.linspace(first, max(first, last), points)
+    y = np.array([np.interp(x, *curve) for curve in curves])
+    return x, y.mean(0), y.min(0), y.max(0)
+
+
+def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') -> Any:
+    """Returns a figure with the returns of each level, with random, human and published lines.
+
+    Args:
+      kinds: as of `group`.
+      over: `'frames'`, `'agent_steps'` or `'wall_time'`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    levels = list(
+        dict.fromkeys(name for runs in kinds.values() for r in runs for name in r.episodes)
+    )
+    columns = min(4, math.ceil(math.sqrt(max(1, len(levels)))))
+    rows = max(1, math.ceil(len(levels) / columns))
+    size = (6.0, 3.6) if len(levels) <= 1 else (2.9 * columns, 2.3 * rows)
+    figure: Any = Figure(figsize=(size[0], size[1] + 0.3), dpi=200, layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    column = list(_OVER).index(over)
+    for axes, name in zip(grid, levels, strict=False):
+        for color, (kind, runs) in enumerate(kinds.items()):
+            curves = [
+                (run.episodes[name][:, column], running_mean(run.episodes[name][:, 3]))
+                for run in runs
+                if name in run.episodes
+            ]
+            if not curves:
+                continue
+            x, mean, low, high = spread(curves)
+            axes.plot(x, mean, color=f'C{color}', linewidth=1.5, label=kind)
+            if len(curves) > 1:
+                axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+        _draw_known_scores(axes, name, len(levels) == 1)
+        axes.set_title(name, fontsize=8)
+        if over != 'wall_time':
+            axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axes.set_xlim(left=0)
+    for axes in grid[len(levels) :]:
+        axes.set_visible(False)
+    figure.supxlabel(_OVER[over], fontsize=9)
+    figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
+    if levels:
+        handles: dict[str, Any] = {}
+        for axes in grid[: len(levels)]:
+            drawn = axes.get_legend_handles_labels()
+            handles |= dict(zip(drawn[1], drawn[0], strict=True))
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc='outside lower center',
+            ncols=min(4, len(handles)),
+            fontsize=8,
+        )
+    else:
+        grid[0].text(0.5, 0.5, 'no episode has ended', ha='center', transform=grid[0].transAxes)
+    return figure
+
+
+def _draw_known_scores(axes: Any, level_name: str, with_published: bool) -> None:
+    level = suites.known_level(level_name)
+    known = {'random': level.random, 'human': level.human}
+    if with_published:
+        known |= {f'paper: {name}': value for name, value in level.published.items()}
+    styles = ((0, (1, 1)), (0, (4, 2)), '-.', (0, (6, 1, 1, 1)), (0, (2, 3)))
+    for (name, value), style in zip(known.items(), styles, strict=False):
+        if value is not None:
+            axes.axhline(value, color='0.4', linewidth=1, linestyle=style, label=name)
+
+
+def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:
+    """Returns a figure with the share of the time that each stage of each clock took."""
+    from matplotlib.figure import Figure
+
+    totals: dict[str, dict[str, float]] = {}
+    for kind, runs in kinds.items():
+        for run in runs:
+            for line in run.metrics:
+                for name, value in line.items():
+                    if name.startswith('stage_seconds/'):
+                        stage = name.partition('/')[2]
+                        of_kind = totals.setdefault(kind, {})
+                        of_kind[stage] = of_kind.get(stage, 0.0) + value
+    clocks = [c for c in _STAGES if any(s.startswith(c) for kind in totals.values() for s in kind)]
+    height = 0.9 + 0.32 * max(1, len(totals)) * max(1, len(clocks))
+    figure: Any = Figure(figsize=(6.5, height + 0.8), dpi=200, layout='constrained')
+    axes = figure.subplots()
+    stages = list(dict.fromkeys(s for kind in totals.values() for s in kind))
+    labels = []
+    for clock in clocks:
+        for kind, seconds in totals.items():
+            total = sum(value for stage, value in seconds.items() if stage.startswith(clock))
+            left = 0.0
+            labels.append(f'{kind}: {clock[:-1]}' if len(totals) > 1 else clock[:-1])
+            for stage, value in seconds.items():
+                if stage.startswith(clock) and total > 0:
+                    color = f'C{stages.index(stage) % 10}'
+                    hatch = '///' if stage.endswith('wait') else None
+                    axes.barh(
+                        len(labels) - 1, 100 * value / total, left=left, height=0.75, label=stage,
+                        color='0.85' if hatch else color, hatch=hatch, edgecolor='white',
+                    )  # fmt: skip
+                    left += 100 * value / total
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel('% of its time (hatched: waiting)')
+    drawn = axes.get_legend_handles_labels()
+    handles = dict(zip(drawn[1], drawn[0], strict=True))
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc='outside lower center', ncols=4, fontsize=7
+        )
+    return figure
+
+
+def policy_lag(kinds: Mapping[str, Sequence[Run]]) -> Any:
+    """Returns a figure with the updates between the weights that acted and those that learned."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure: Any = Figure(figsize=(6.0, 3.2), dpi=200, layout='constrained')
+    axes = figure.subplots()
+    for color, (kind, runs) in enumerate(kinds.items()):
+        for number, run in enumerate(runs):
+            lines = [line for line in run.metrics if 'policy_lag_mean' in line]
+            x = [line['agent_steps'] for line in lines]
+            label = {'label': kind} if number == 0 else {}
+            axes.plot(x, [line['policy_lag_mean'] for line in lines], f'C{color}', **label)
+            highest = [line.get('policy_lag_max', math.nan) for line in lines]
+            axes.plot(x, highest, f'C{color}', linewidth=0.6, alpha=0.6)
+    axes.set_xlabel('agent steps')
+    axes.set_ylabel('policy lag (updates; thin: largest)')
+    axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main(argv: list[str]) -> int:
+    """Draws what the command line says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m impala.plot', description='Draws training runs as PNG and SVG.'
+    )
+    parser.add_argument('logdirs', nargs='+', metavar='LOGDIR', help='folder of a training run')
+    parser.add_argument('--output', default='.', help='folder of the pictures; . by default')
+    parser.add_argument('--over', choices=list(_OVER), default='frames', help='horizontal axis')
+    arguments = parser.parse_args(argv)
+
+    import matplotlib
+
+    drawings: dict[str, Callable[[], Any]] = {
+        'learning_curves': lambda: learning_curves(kinds, arguments.over),
+        'stage_times': lambda: stage_times(kinds),
+        'policy_lag': lambda: policy_lag(kinds),
+    }
+    try:
+        kinds = group([read_run(logdir) for logdir in arguments.logdirs])
+        os.makedirs(arguments.output, exist_ok=True)
+        with matplotlib.rc_context(_STYLE):
+            for name, draw in drawings.items():
+                figure = draw()
+                for form in ('png', 'svg'):
+                    path = os.path.join(arguments.output, f'{name}.{form}')
+                    figure.savefig(path)
+                    print(path)
+    except (LogdirError, LevelError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f'Cannot write to {arguments.output}: {error.strerror}.', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

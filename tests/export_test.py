@@ -1,0 +1,94 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from run_config_test import config
+
+from impala import export, training
+from impala.agent import Agent
+from impala.trajectory import StepOutput, StepOutputInfo
+
+# What somebody has who knows TensorFlow only. One row's inputs are JSON on stdin.
+STRANGER = """
+import json, os, sys
+import numpy as np, tensorflow as tf
+assert not [path for path in sys.path if os.path.exists(os.path.join(path, 'vtrace.py'))]
+model = tf.saved_model.load(sys.argv[1])
+step = model.signatures['step']
+state = model.signatures['initial_state'](batch_size=tf.constant(2))
+state = {name: value for name, value in state.items() if name != 'no_state'}
+specs = step.structured_input_signature[1]
+rows = []
+for inputs in json.load(sys.stdin):
+    tensors = {name: tf.constant(value, specs[name].dtype) for name, value in inputs.items()}
+    outputs = step(**tensors, **state)
+    state = {name: outputs[name] for name in state}
+    rows.append({name: value.numpy().tolist() for name, value in outputs.items()})
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize('use_lstm', [True, False])
+def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm):
+    logdir = tmp_path / 'run'
+    training.train(config(logdir, use_lstm=use_lstm, total_environment_frames=20))
+    output = tmp_path / 'model'
+    assert export.main([str(logdir), f'--output={output}']) == 0
+
+    random = np.random.default_rng(1)
+    inputs = [
+        {
+            'prev_action': random.integers(2, size=2).tolist(),
+            'reward': random.normal(size=2).tolist(),
+            'done': [step == 0, step == 2],
+            'frame': random.normal(size=(2, 2)).tolist(),
+        }
+        for step in range(4)
+    ]
+    result = subprocess.run(
+        [sys.executable, '-I', '-c', STRANGER, str(output)],
+        input=json.dumps(inputs),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads(result.stdout)
+
+    network, spec = export.spec_of_run(str(logdir))
+    assert network.use_lstm == use_lstm
+    agent = Agent(network, spec)
+    restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
+    restored.restore(str(logdir / 'checkpoints' / 'ckpt-1')).expect_partial()
+    state = agent.initial_state(2)
+    for row, values in zip(rows, inputs, strict=True):
+        reward = tf.constant(values['reward'])
+        env_output = StepOutput(
+            reward,
+            StepOutputInfo(reward, tf.zeros(2, tf.int32)),
+            tf.constant(values['done']),
+            {'frame': tf.constant(values['frame'])},
+        )
+        expected, state = agent.step(tf.constant(values['prev_action']), env_output, state)
+        np.testing.assert_allclose(row['policy_logits'], expected.policy_logits, atol=1e-5)
+        np.testing.assert_allclose(row['baseline'], expected.baseline, atol=1e-5)
+        assert row['greedy_action'] == np.argmax(expected.policy_logits, 1).tolist()
+        assert set(row['action']) <= {0, 1}
+
+
+def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):
+    assert export.main([str(tmp_path)]) == 2
+    assert 'is not the folder of a training run' in capsys.readouterr().err
+    settings = {
+        'torso': 'mlp',
+        'use_lstm': False,
+        'level_name or --full_action_set (number of actions)': 2,
+        'level_name, --width, --height or --frame_stack (shape of the frames)': [2],
+        'level_name (whether it has instructions)': False,
+    }
+    (tmp_path / 'network.json').write_text(json.dumps(settings))
+    assert export.main([str(tmp_path)]) == 2
+    assert 'There is no checkpoint in' in capsys.readouterr().err

@@ -1,0 +1,97 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from impala import plot, run_log
+
+
+def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=ALE/Pong-v5',)):
+    """A run of one episode every 100 agent steps, 400 frames and 36 seconds."""
+    folder.mkdir(parents=True)
+    rows = [','.join(run_log.EPISODES_HEADER)]
+    lines = []
+    for number, value in enumerate(returns, 1):
+        rows.append(f'{36 * number},{400 * number},{100 * number},{level},{value},400,terminated')
+        lines.append(
+            json.dumps(
+                {
+                    'wall_seconds': 36.0 * number,
+                    'agent_steps': 100 * number,
+                    'policy_lag_mean': 2.0,
+                    'policy_lag_max': 4,
+                    'stage_seconds/learner/wait': 1.0,
+                    'stage_seconds/learner/train_step': 3.0,
+                    'stage_seconds/actor/environment': 2.0,
+                }
+            )
+        )
+    (folder / 'episodes.csv').write_text('\n'.join(rows) + '\n')
+    # The last line of a run that goes on.
+    (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n{"wall_sec')
+    own = (f'--seed={seed}', f'--logdir={folder}')
+    (folder / 'flags.txt').write_text('\n'.join((*flags, *own)) + '\n')
+    return str(folder)
+
+
+def test_running_mean():
+    assert plot.running_mean(np.array([1.0, 3, 5, 7]), 2).tolist() == [1, 2, 4, 6]
+    values = np.random.default_rng(1).normal(size=500)
+    expected = [values[max(0, end - 100) : end].mean() for end in range(1, 501)]
+    np.testing.assert_allclose(plot.running_mean(values), expected)
+
+
+def test_spread_is_where_all_curves_are():
+    short = np.array([0.0, 10.0]), np.array([0.0, 10.0])
+    long = np.array([5.0, 20.0]), np.array([20.0, 20.0])
+    x, mean, low, high = plot.spread([short, long], points=3)
+    assert x.tolist() == [5, 7.5, 10]
+    assert low.tolist() == [5, 7.5, 10] and high.tolist() == [20, 20, 20]
+    assert mean.tolist() == [12.5, 13.75, 15]
+
+
+def test_runs_that_differ_in_their_seeds_are_one_line(tmp_path):
+    logdirs = [
+        write_run(tmp_path / 'pong_1', 1, [1, 2, 3]),
+        write_run(tmp_path / 'pong_2', 2, [3, 4, 5]),
+        write_run(tmp_path / 'other', 1, [1, 2], flags=('--batch_size=4',)),
+    ]
+    kinds = plot.group([plot.read_run(logdir) for logdir in logdirs])
+    assert {name: len(runs) for name, runs in kinds.items()} == {'pong (2 seeds)': 2, 'other': 1}
+    (axes,) = [axes for axes in plot.learning_curves(kinds).axes if axes.get_visible()]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    mean = lines['pong (2 seeds)'].get_xydata()
+    # Means of the last 100: 1, 1.5, 2 and 3, 3.5, 4.
+    np.testing.assert_allclose(mean[[0, -1]], [[400, 2], [1200, 3]])
+    assert lines['human'].get_ydata()[0] == 14.6 and lines['random'].get_ydata()[0] == -20.7
+    assert lines['paper: impala_shallow'].get_ydata()[0] == 20.4
+    hours = plot.learning_curves(kinds, 'wall_time').axes[0].get_lines()[0].get_xdata()
+    np.testing.assert_allclose([hours[0], hours[-1]], [0.01, 0.03])
+
+    bars = plot.stage_times(kinds).axes[0].patches
+    assert sorted({round(bar.get_width(), 6) for bar in bars}) == [25, 75, 100]
+    lag = plot.policy_lag(kinds).axes[0].get_lines()[0]
+    assert lag.get_ydata().tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize('over', ['frames', 'wall_time'])
+def test_pictures_from_the_command_line(tmp_path, capsys, over):
+    logdirs = [
+        write_run(tmp_path / 'a', 1, [1.0, 2.0]),
+        write_run(tmp_path / 'b', 1, [], flags=('--batch_size=4',)),
+        write_run(tmp_path / 'c', 1, [1.0], 'CartPole-v1', flags=('--batch_size=8',)),
+    ]
+    output = tmp_path / 'pictures'
+    assert plot.main([*logdirs, f'--output={output}', f'--over={over}']) == 0
+    for name in ('learning_curves', 'stage_times', 'policy_lag'):
+        picture = cv2.imread(str(output / f'{name}.png'))
+        assert np.ptp(picture) > 200
+        assert '<svg' in (output / f'{name}.svg').read_text()
+    assert 'CartPole-v1' in (output / 'learning_curves.svg').read_text()
+    assert capsys.readouterr().out.count(str(output)) == 6
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
+    assert plot.main([str(tmp_path / 'none')]) == 2
+    assert 'Cannot read the logs of a run' in capsys.readouterr().err
