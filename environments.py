@@ -154,6 +154,7 @@ class EnvironmentConfig:
         process leaves its files there, so a parent does well to remove it.
       is_test: DeepMind Lab: allow the hold-out levels, which are for testing only, and take the
         mixer seed of tests.
+      render: `Environment.render` will be called.
     """
 
     width: int = 96
@@ -170,6 +171,7 @@ class EnvironmentConfig:
     level_cache_gb: float = 10.0
     temp_folder: str | None = None
     is_test: bool = False
+    render: bool = False
 
     def __post_init__(self) -> None:
         for name in ('width', 'height', 'frame_stack', 'frames_per_noop'):
@@ -211,6 +213,24 @@ class Environment(abc.ABC):
           or TRUNCATED, the observation is the first one of the next episode. After LIFE_LOST the
           game goes on.
         """
+
+    def seed_next(self, seed: int) -> bool:
+        """Has the next `reset`, and with it the end of this episode, start from another seed.
+
+        Args:
+          seed: the next episode is the first one of an environment made with it.
+
+        Returns:
+          Whether that is possible; if not, a new environment has to be made.
+        """
+        return False
+
+    def render(self) -> np.ndarray | None:
+        """Returns what a person would see now, uint8 RGB `[H, W, 3]`; None if there is nothing.
+
+        Needs `EnvironmentConfig.render`.
+        """
+        return None
 
     def check(self) -> None:  # noqa: B027
         """Finds out what keeps the level from being played, where making it does not.
@@ -294,14 +314,12 @@ class AtariEnvironment(Environment):
         library, rom_folder = _load_ale()
         library.ALEInterface.setLoggerMode(library.LoggerMode.Error)
         ale = library.ALEInterface()
-        # The derivation of both seeds is that of ale_py's own Gymnasium environment.
-        noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
-        self._noop_random = np.random.default_rng(int(noop_seed))
-        ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
         ale.setInt('max_num_frames_per_episode', ATARI_MAX_EPISODE_FRAMES)
         ale.setFloat('repeat_action_probability', config.sticky_actions)
-        ale.loadROM(os.path.join(rom_folder, game + '.bin'))
         self._ale = ale
+        self._rom = os.path.join(rom_folder, game + '.bin')
+        self._load(seed)
+        self._next_seed: int | None = None
 
         full = config.full_action_set
         actions = ale.getLegalActionSet() if full else ale.getMinimalActionSet()
@@ -334,8 +352,25 @@ class AtariEnvironment(Environment):
             'atari',
         )
 
+    def _load(self, seed: int) -> None:
+        # The derivation of both seeds is that of ale_py's own Gymnasium environment.
+        noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
+        self._noop_random = np.random.default_rng(int(noop_seed))
+        self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
+        self._ale.loadROM(self._rom)
+
+    def seed_next(self, seed: int) -> bool:
+        self._next_seed = seed
+        return True
+
+    def render(self) -> np.ndarray | None:
+        return self._ale.getScreenRGB()
+
     def reset(self) -> Observation:
         ale = self._ale
+        if self._next_seed is not None:
+            self._load(self._next_seed)
+            self._next_seed = None
         ale.reset_game()
         if self._max_noops:
             noops = self._noop_random.integers(1, self._max_noops + 1)
@@ -521,7 +556,9 @@ def _create_gymnasium_environment(
     is_vizdoom = entry_point.startswith('vizdoom.')
     repeats = config.num_action_repeats or (4 if is_vizdoom else 1)
     # VizDoom repeats by itself and renders the last frame only.
-    options = {'frame_skip': repeats} if is_vizdoom else {}
+    options: dict[str, Any] = {'frame_skip': repeats} if is_vizdoom else {}
+    if config.render:
+        options['render_mode'] = 'rgb_array'
     try:
         env = gymnasium.make(plain_id, disable_env_checker=True, **options)
     except (gymnasium.error.Error, ImportError) as error:
@@ -662,6 +699,22 @@ class GymnasiumEnvironment(Environment):
             if terminated or truncated:
                 return total_reward, self._end(terminated, truncated), self.reset()
         return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation)
+
+    def seed_next(self, seed: int) -> bool:
+        self._seed = seed
+        return True
+
+    def render(self) -> np.ndarray | None:
+        import gymnasium
+
+        try:
+            picture = self._env.render()
+        except gymnasium.error.Error:
+            # Some draw with packages that they do not ask for.
+            return None
+        if not isinstance(picture, np.ndarray) or picture.shape[2:] != (3,):
+            return None
+        return picture
 
     def close(self) -> None:
         self._env.close()
@@ -876,6 +929,10 @@ class DeepMindLabEnvironment(Environment):
         if lab.is_running():
             return reward, EpisodeEnd.NOT_ENDED, self._observe(lab)
         return reward, EpisodeEnd.TERMINATED, self.reset()
+
+    def seed_next(self, seed: int) -> bool:
+        self._episode_seeds = np.random.RandomState(seed)
+        return True
 
     def check(self) -> None:
         # Lab says so at the first reset only, which is too dear to try with every level.

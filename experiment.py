@@ -24,6 +24,16 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string('logdir', '/tmp/agent', 'Folder of the run: checkpoints, metrics, curve.')
 flags.DEFINE_enum('mode', 'train', ['train', 'test'], 'Train, or test the newest checkpoint.')
 flags.DEFINE_integer('test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1)
+flags.DEFINE_enum(
+    'test_policy',
+    'sample',
+    ['sample', 'greedy'],
+    'Test: sample actions as the paper does, or take the most probable one.',
+)
+flags.DEFINE_string('checkpoint', '', 'Test: a checkpoint other than the newest, for instance '
+                    'RUN/checkpoints/ckpt-3.')  # fmt: skip
+flags.DEFINE_boolean('watch', False, 'Test each new checkpoint of a run as it appears.')
+flags.DEFINE_integer('save_video', 0, 'Test: episodes per level to write as videos.', lower_bound=0)
 
 flags.DEFINE_integer('task', -1, 'Number of a distributed job, from 0; -1 on a single machine.')
 flags.DEFINE_enum('job_name', 'learner', ['learner', 'actor'], 'Kind of a distributed job.')
@@ -172,7 +182,15 @@ LEARNER_LOST_EXIT_CODE = 3
 INTERRUPTED = 'Interrupted before anything was done.'
 
 # Flags that say what to do, not what the run is.
-_NOT_OF_THE_RUN = ('mode', 'logdir', 'test_num_episodes')
+_NOT_OF_THE_RUN = (
+    'mode',
+    'logdir',
+    'test_num_episodes',
+    'test_policy',
+    'checkpoint',
+    'watch',
+    'save_video',
+)
 
 
 def main(unused_argv: list[str]) -> int:
@@ -372,13 +390,23 @@ def _act() -> int:
 def _test() -> int:
     from impala import evaluation
 
+    path = FLAGS.checkpoint.removesuffix('.index')
+    if path and not FLAGS['logdir'].present:
+        FLAGS.logdir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
     _restore_flags()
-    returns = evaluation.evaluate(_config(), FLAGS.test_num_episodes, print)
+    returns = evaluation.evaluate(
+        _config(),
+        evaluation.EvaluationConfig(
+            num_episodes=FLAGS.test_num_episodes,
+            policy=FLAGS.test_policy,
+            checkpoint=path or None,
+            watch=FLAGS.watch,
+            num_videos=FLAGS.save_video,
+        ),
+        lambda text: print(text, flush=True),
+    )
     if returns is None:
         return _fail('Interrupted; nothing was written.', 130)
-    for level, values in returns.items():
-        print(f'{level}: mean return {sum(values) / len(values):.2f} over {len(values)} episodes')
-        print('  ' + ' '.join(f'{value:g}' for value in values))
     print(f'Written to {os.path.join(FLAGS.logdir, evaluation.SCORES_FILE)}')
     return 0
 

@@ -1,10 +1,10 @@
 """The actor process: environments and their seats at the batcher, without TensorFlow.
 
 Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON in the last
-argument. Exit codes: 83 the batcher was closed, 82 the environment cannot be made or played as
-asked (one sentence on stderr), anything else a failure with its traceback on stderr, if there is
-one. Warnings of `environments` go to a pipe, a line each, as stderr is read only when the process
-has died.
+argument. Exit codes: 83 the batcher was closed or all episodes asked for are played, 82 the
+environment cannot be made or played as asked (one sentence on stderr), anything else a failure with
+its traceback on stderr, if there is one. Warnings of `environments` go to a pipe, a line each, as
+stderr is read only when the process has died.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
+from impala.episode_series import EpisodeSeries
 from impala.trajectory import EpisodeEnd
 
 # Codes with which no environment's own library ends the process.
@@ -32,6 +33,8 @@ def act(
 ) -> None:
     """Plays until the batcher is closed: Figure 1's actors, with the policy at the batcher's end.
 
+    Returns when all environments are `EpisodeSeries` that are done.
+
     Several environments take turns in one process: fewer switches between processes, between which
     the processor's caches would have to take in interpreter and game engine anew.
 
@@ -44,10 +47,12 @@ def act(
         observation = environment.reset()
         # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
         client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
-    while True:
-        for environment, client in actors:
+    while actors:
+        for environment, client in list(actors):
             reward, end, observation = environment.step(client.wait())
             client.send(reward, end, [observation[name] for name in names])
+            if isinstance(environment, EpisodeSeries) and environment.is_done:
+                actors.remove((environment, client))
 
 
 def _exit_with_parent(lifeline: int) -> None:
@@ -89,9 +94,16 @@ def main(argument: str) -> int:
                 pipe = stack.enter_context(os.fdopen(settings['warnings'], 'w'))
                 logging.getLogger(environments.__name__).addHandler(logging.StreamHandler(pipe))
             made = []
-            for level_name, seed in zip(settings['level_names'], settings['seeds'], strict=True):
-                made.append(environments.create_environment(level_name, seed, config))
-                stack.callback(made[-1].close)
+            for index, level_name in enumerate(settings['level_names']):
+                environment: environments.Environment
+                if 'episodes' in settings:
+                    environment = EpisodeSeries(level_name, config, **settings['episodes'][index])
+                else:
+                    environment = environments.create_environment(
+                        level_name, settings['seeds'][index], config
+                    )
+                stack.callback(environment.close)
+                made.append(environment)
             observation = list(made[0].spec.observation.values())
             try:
                 act(
@@ -106,7 +118,7 @@ def main(argument: str) -> int:
     except environments.LevelError as error:
         print(error, file=sys.stderr)
         return BAD_INPUT_EXIT_CODE
-    return 0
+    return CLOSED_EXIT_CODE
 
 
 if __name__ == '__main__':

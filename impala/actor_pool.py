@@ -189,6 +189,7 @@ class ActorPool:
         max_restarts: int,
         report: Callable[[str], None],
         envs_per_process: int = 1,
+        episodes: Callable[[int], dict[str, Any]] | None = None,
     ):
         """Prepares; processes start with the `with` block.
 
@@ -201,6 +202,8 @@ class ActorPool:
           report: told, in a few lines, of every process that died, and once of what environments
             warn of.
           envs_per_process: consecutive actors that share a process, and its fate.
+          episodes: asked, whenever an actor is started, for the arguments of its `EpisodeSeries`;
+            None for actors that play until the batcher is closed.
         """
         self._workplace = workplace
         self._batcher = batcher
@@ -208,6 +211,7 @@ class ActorPool:
         self._seed = seed
         self._max_restarts = max_restarts
         self._report = report
+        self._episodes = episodes
         self._failure: Exception | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
@@ -275,14 +279,18 @@ class ActorPool:
         actors = self._groups[index]
         # The same episodes again might well end in the same crash.
         first_seed = self._seed + len(self._level_names) * self.restarts
+        settings: dict[str, Any] = {
+            'level_names': [self._level_names[actor] for actor in actors],
+            'segment': self._batcher.fd,
+            'actors': list(actors),
+            'warnings': self._warnings_write,
+        }
+        if self._episodes is None:
+            settings['seeds'] = [(first_seed + actor) % 2**31 for actor in actors]
+        else:
+            settings['episodes'] = [self._episodes(actor) for actor in actors]
         process = self._workplace.start(
-            {
-                'level_names': [self._level_names[actor] for actor in actors],
-                'seeds': [(first_seed + actor) % 2**31 for actor in actors],
-                'segment': self._batcher.fd,
-                'actors': list(actors),
-                'warnings': self._warnings_write,
-            },
+            settings,
             [self._batcher.fd, self._warnings_write],
             errors,
         )
@@ -325,7 +333,7 @@ class ActorPool:
     def _replace(self, index: int) -> None:
         ended = self._processes[index]
         code = ended.process.wait()
-        if code == CLOSED_EXIT_CODE:  # Soon this pool is, too.
+        if code == CLOSED_EXIT_CODE:  # Soon this pool is, too, or the test is over for this one.
             self._selector.unregister(ended.descriptor)
             return
         text = _tail(ended.errors)

@@ -28,6 +28,10 @@ class LogdirError(Exception):
     """What lies in the log directory cannot be used, or nothing can be written there."""
 
 
+class NoIntactCheckpointError(LogdirError):
+    """There are checkpoints, and all of them are damaged, or not written to their end yet."""
+
+
 def report_to_stderr(text: str) -> None:
     """Prints a line to stderr without tearing a progress bar that stands there."""
     with contextlib.suppress(OSError):
@@ -199,11 +203,15 @@ class Checkpointer:
         """Path of the checkpoint saved or restored last, without file extension."""
         return self._latest
 
-    def restore(self) -> bool:
-        """Restores the newest intact checkpoint.
+    def restore(self, path: str | None = None) -> bool:
+        """Restores the newest intact checkpoint, or a given one.
 
         Damaged newer ones are reported and passed over: at most some minutes of training are
-        lost, where refusing would stop a run that restarts unattended.
+        lost, where refusing would stop a run that restarts unattended. Another process may be
+        writing and removing checkpoints all the while.
+
+        Args:
+          path: of the checkpoint, without file extension; None for the newest.
 
         Returns:
           Whether there was a checkpoint.
@@ -212,8 +220,23 @@ class Checkpointer:
           LogdirError: if there are checkpoints and all are damaged, or if the one restored does
             not fit the learner.
         """
+        if path is not None:
+            fault = _fault(path)
+            if fault:
+                raise LogdirError(f'The checkpoint {path} cannot be used: {fault}.')
+            self._read(path)
+            return True
+        while True:
+            paths = _checkpoint_paths(self._logdir)
+            try:
+                return self._restore_newest(paths)
+            except LogdirError:
+                if _checkpoint_paths(self._logdir) == paths:
+                    raise
+
+    def _restore_newest(self, paths: list[str]) -> bool:
         damaged = []
-        for path in reversed(_checkpoint_paths(self._logdir)):
+        for path in reversed(paths):
             fault = _fault(path)
             if fault:
                 damaged.append(f'{path} ({fault})')
@@ -226,7 +249,7 @@ class Checkpointer:
             self._read(path)
             return True
         if damaged:
-            raise LogdirError(
+            raise NoIntactCheckpointError(
                 f'No checkpoint in {self._folder} is intact: {", ".join(damaged)}; put an intact '
                 'copy there, or remove the folder to start the training anew.'
             )
@@ -322,6 +345,12 @@ class Checkpointer:
             ) from error
         self._last_attempt = self.wall_seconds
         self._latest = path
+
+
+def newest_checkpoint(logdir: str) -> str | None:
+    """Returns the path of the newest checkpoint that seems to be complete, None without any."""
+    complete = [path for path in _checkpoint_paths(logdir) if os.path.exists(f'{path}.index')]
+    return complete[-1] if complete else None
 
 
 def _checkpoint_paths(logdir: str) -> list[str]:

@@ -1,38 +1,88 @@
-"""Test mode: plays episodes with the weights of a checkpoint, on the machinery of training."""
+"""Test mode: plays episodes with the weights of a checkpoint, on the machinery of training.
+
+All levels are played at once. Which episodes are played is decided beforehand: each has a seed that
+follows from the run's seed, its level and its number, whatever process plays it. Taking the first
+episodes that end would favour short ones.
+"""
 
 import contextlib
 import dataclasses
-import json
 import os
-import statistics
-from collections.abc import Callable
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import tqdm
 
+from impala import test_report
 from impala.actor_pool import Workplace
 from impala.agent import Agent
 from impala.checkpoint import (
     Checkpointer,
     LogdirError,
+    NoIntactCheckpointError,
     check_same_network,
+    newest_checkpoint,
     report_to_stderr,
 )
 from impala.local_actors import LocalActors
 from impala.run_config import (
+    ConfigError,
     TrainingConfig,
     choose_network,
     create_agent,
     network_settings,
 )
 from impala.stop_signal import StopSignal
-from impala.trajectory import EpisodeEnd
+from impala.suites import Suite, known_level
+from impala.test_report import SCORES_FILE, CheckpointScores
+from impala.trajectory import AgentOutput, EnvironmentSpec, EpisodeEnd, StepOutput
 
-SCORES_FILE = 'test_scores.json'
+__all__ = ['POLICIES', 'SCORES_FILE', 'VIDEO_FOLDER', 'EvaluationConfig', 'evaluate']
 
-# Far from those of training, so that a test does not repeat the episodes trained on.
-_SEED_OFFSET = 1 << 30
+POLICIES = ('sample', 'greedy')
+VIDEO_FOLDER = 'videos'
+
+# Short, since an unroll has to be full before its episodes are counted.
+_UNROLL_LENGTH = 20
+_INFERENCE_TIMEOUT_MS = 2.0
+_WATCH_SECONDS = 2.0
+_WRITING_SECONDS = 3.0
+# Part of every seed, so that a test does not repeat the episodes trained on.
+_TEST = 0x7E57
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How a run is tested.
+
+    Attributes:
+      num_episodes: per level.
+      policy: `'sample'` as in the paper, or `'greedy'`: the most probable action.
+      checkpoint: path without file extension; None for the newest.
+      watch: test each checkpoint of a run that goes on.
+      num_videos: episodes per level that are filmed.
+    """
+
+    num_episodes: int = 10
+    policy: str = 'sample'
+    checkpoint: str | None = None
+    watch: bool = False
+    num_videos: int = 0
+
+
+class _GreedyAgent(Agent):
+    """Does what it deems best, where `Agent` acts by chance."""
+
+    def step(
+        self, prev_action: tf.Tensor, env_output: StepOutput, state: Any
+    ) -> tuple[AgentOutput, Any]:
+        output, state = super().step(prev_action, env_output, state)
+        return output._replace(action=tf.argmax(output.policy_logits, -1, tf.int32)), state
 
 
 class _Restorable(tf.Module):
@@ -41,107 +91,290 @@ class _Restorable(tf.Module):
     def __init__(self, agent: Agent):
         super().__init__()
         self.agent = agent
+        self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+
+class _Players:
+    """The actors that play at present; closing them closes those to come, too."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._actors: LocalActors | None = None
+
+    @contextlib.contextmanager
+    def playing(self, actors: LocalActors) -> Iterator[None]:
+        with self._lock:
+            self._actors = actors
+        try:
+            with actors:
+                if self._closed.is_set():
+                    actors.close()
+                yield
+        finally:
+            with self._lock:
+                self._actors = None
+
+    def close(self) -> None:
+        self._closed.set()
+        with self._lock:
+            if self._actors is not None:
+                self._actors.close()
+
+    def wait(self, seconds: float) -> bool:
+        """Returns, in so many seconds or when closed, whether it is closed."""
+        return self._closed.wait(seconds)
 
 
 def evaluate(
-    config: TrainingConfig, num_episodes: int, report: Callable[[str], None]
+    config: TrainingConfig, evaluation: EvaluationConfig, report: Callable[[str], None]
 ) -> dict[str, list[float]] | None:
-    """Plays whole episodes with the newest checkpoint and writes `test_scores.json`.
+    """Plays whole episodes with a checkpoint and writes what came out; see `test_report`.
 
-    Every environment plays a number of episodes that is fixed beforehand: taking the first ones
-    that end would favour short episodes. A game that is lost life by life counts as one episode.
+    A game that is lost life by life counts as one episode. Main thread only.
 
     Args:
-      config: of the run that is tested.
-      num_episodes: per level.
-      report: told in a line which checkpoint is tested.
+      config: of the run that is tested; its levels are those to be played.
+      evaluation: how.
+      report: told in lines which checkpoint is tested and what its scores are.
 
     Returns:
-      Level name -> undiscounted, unclipped returns; None if SIGINT or SIGTERM came first.
+      Level name -> undiscounted, unclipped returns in the order of the episodes' numbers within
+      each environment, of the checkpoint tested last; None if SIGINT or SIGTERM came first.
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came before anything was played.
       ConfigError, LevelError, LogdirError: one sentence for the user.
       ActorError: with the actor's own error text.
     """
-    num_actors = len(config.level_names) * min(config.num_actors, num_episodes)
+    if evaluation.watch and evaluation.checkpoint is not None:
+        raise ConfigError(
+            '--watch tests the checkpoints to come, so it does not go with --checkpoint.'
+        )
+    slots_per_level = min(
+        max(1, config.num_actors // len(config.level_names)), evaluation.num_episodes
+    )
+    # As many processes as the run had, unless that is more than there is to play in.
+    processes = max(1, config.num_actors // config.envs_per_process)
+    num_slots = slots_per_level * len(config.level_names)
+    suite = config.suite or Suite('', tuple(map(known_level, config.level_names)))
+    final_frames = config.total_environment_frames
     config = dataclasses.replace(
         config,
-        num_actors=num_actors,
-        queue_capacity=num_actors,
-        inference_batch_size=0,
-        seed=config.seed + _SEED_OFFSET,
+        num_actors=num_slots,
+        envs_per_process=max(config.envs_per_process, -(-num_slots // processes)),
+        queue_capacity=num_slots,
+        # Towards the end only few play: they are not to wait for the others for long.
+        inference_batch_size=max(1, num_slots // 4),
+        inference_timeout_ms=min(config.inference_timeout_ms, _INFERENCE_TIMEOUT_MS),
+        learner=dataclasses.replace(config.learner, unroll_length=_UNROLL_LENGTH),
         environment=dataclasses.replace(
-            config.environment, end_episode_on_life_loss=False, is_test=True
+            config.environment,
+            end_episode_on_life_loss=False,
+            is_test=True,
+            render=evaluation.num_videos > 0,
         ),
     )
-    quotas = _quotas(config, num_episodes)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workplace = stack.enter_context(Workplace(config.environment))
-        spec = workplace.environment_spec(config.level_names[0], config.seed)
-        network = choose_network(config, spec)
-        agent = create_agent(dataclasses.replace(network, compute_dtype='float32'), spec)
-        checkpointer = Checkpointer(config.logdir, _Restorable(agent))
-        check_same_network(config.logdir, network_settings(network, spec))
-        if not checkpointer.restore():
-            raise LogdirError(
-                f'There is no checkpoint in {config.logdir}: give the --logdir of a training run.'
-            )
-        report(f'Testing {checkpointer.latest}')
-        tf.random.set_seed(config.seed)
-        actors = LocalActors(config, spec, agent, workplace, report_to_stderr)
-        progress = stack.enter_context(tqdm.tqdm(total=sum(quotas), unit='episode', disable=None))
-        stop.then(actors.close)
-        stack.enter_context(actors)
-        returns: dict[str, list[float]] = {name: [] for name in config.level_names}
+        spec = workplace.common_spec(config.level_names, config.seed)
+        network = dataclasses.replace(choose_network(config, spec), compute_dtype='float32')
+        agent = create_agent(network, spec)
+        if evaluation.policy == 'greedy':
+            agent = _GreedyAgent(network, spec)
+        restorable = _Restorable(agent)
+        checkpointer = Checkpointer(config.logdir, restorable)
+        if newest_checkpoint(config.logdir) is not None:
+            check_same_network(config.logdir, network_settings(network, spec))
+        players = _Players()
+        if not _restore(checkpointer, evaluation):
+            if not evaluation.watch:
+                raise LogdirError(
+                    f'There is no checkpoint in {config.logdir}: give the --logdir of a training '
+                    'run.'
+                )
+            report(f'Waiting for the first checkpoint in {config.logdir}')
+        stop.then(players.close)
+        returns = None
+        while True:
+            if checkpointer.latest is not None:
+                played = _test(
+                    config, evaluation, suite, spec, agent, checkpointer.latest, workplace,
+                    players, stop, int(restorable.agent_steps), report,
+                )  # fmt: skip
+                returns = played or returns
+                if played is None or not evaluation.watch:
+                    return returns
+                if int(restorable.agent_steps) * spec.num_action_repeats >= final_frames:
+                    report('Training is complete.')
+                    return returns
+            if not _await_checkpoint(config.logdir, checkpointer, evaluation, players):
+                return returns
+
+
+def _restore(checkpointer: Checkpointer, evaluation: EvaluationConfig) -> bool:
+    """Restores a checkpoint; returns whether there was one."""
+    deadline = time.monotonic() + _WRITING_SECONDS
+    while True:
+        try:
+            return checkpointer.restore(evaluation.checkpoint)
+        except NoIntactCheckpointError:
+            # The first one of a run may be being written at this moment.
+            if evaluation.watch:
+                return False
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _await_checkpoint(
+    logdir: str, checkpointer: Checkpointer, evaluation: EvaluationConfig, players: _Players
+) -> bool:
+    """Waits for a checkpoint newer than the last and restores it; False if that is ended."""
+    while True:
+        if players.wait(_WATCH_SECONDS):
+            return False
+        last = checkpointer.latest
+        # The newest one may be cut short as yet.
+        if (
+            newest_checkpoint(logdir) != last
+            and _restore(checkpointer, evaluation)
+            and checkpointer.latest != last
+        ):
+            return True
+
+
+def _test(
+    config: TrainingConfig,
+    evaluation: EvaluationConfig,
+    suite: Suite,
+    spec: EnvironmentSpec,
+    agent: Agent,
+    checkpoint: str,
+    workplace: Workplace,
+    players: _Players,
+    stop: StopSignal,
+    agent_steps: int,
+    report: Callable[[str], None],
+) -> dict[str, list[float]] | None:
+    """Tests one checkpoint, whose weights the agent has; None if a signal came first."""
+    report(f'Testing {checkpoint}')
+    video_folder = None
+    if evaluation.num_videos:
+        video_folder = _make_video_folder(config.logdir, checkpoint)
+    tf.random.set_seed(config.seed)
+    schedule = _Schedule(config, evaluation, video_folder)
+    actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule.episodes_left)
+    total = evaluation.num_episodes * len(config.level_names)
+    with (
+        tqdm.tqdm(total=total, unit='episode', disable=None) as progress,
+        players.playing(actors),
+    ):
         for batch in actors.batches(1):
-            actor = int(batch.actors[0])
             ends = batch.ends.numpy()[1:, 0]
-            finished = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
-            ended = batch.actor_output.env_outputs.info.episode_return.numpy()[1:, 0][finished]
-            counted = ended[: quotas[actor]]
-            quotas[actor] -= len(counted)
-            returns[config.level_names[config.level_ids[actor]]] += [
-                float(np.float64(str(value))) for value in counted
-            ]
-            progress.update(len(counted))
-            if not any(quotas):
+            is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
+            ended = batch.actor_output.env_outputs.info.episode_return.numpy()[1:, 0][is_end]
+            progress.update(schedule.count(int(batch.actors[0]), ended))
+            if schedule.is_complete:
                 break
         else:
             if stop.received:
                 return None
             actors.check()
-    _write_scores(config.logdir, str(checkpointer.latest), returns)
+    returns = schedule.returns()
+    scores = CheckpointScores(
+        checkpoint=checkpoint,
+        agent_steps=agent_steps,
+        frames=agent_steps * spec.num_action_repeats,
+        policy=evaluation.policy,
+        seed=config.seed,
+        suite=suite,
+        returns=returns,
+    )
+    try:
+        test_report.write(config.logdir, scores, add_to_history=evaluation.watch)
+    except OSError as error:
+        raise LogdirError(
+            f'Cannot write the scores in {config.logdir}: {error.strerror}.'
+        ) from error
+    report(test_report.table(scores))
+    if video_folder is not None:
+        num_videos = len(os.listdir(video_folder))
+        report(
+            f'{num_videos} videos are in {video_folder}'
+            if num_videos
+            else 'There are no videos: these levels have no picture.'
+        )
     return returns
 
 
-def _quotas(config: TrainingConfig, num_episodes: int) -> list[int]:
-    """Returns the episodes that each actor plays; those of a level add up to `num_episodes`."""
-    actors_per_level = config.num_actors // len(config.level_names)
-    return [
-        num_episodes // actors_per_level
-        + (actor // len(config.level_names) < num_episodes % actors_per_level)
-        for actor in range(config.num_actors)
-    ]
-
-
-def _write_scores(logdir: str, checkpoint: str, returns: dict[str, list[float]]) -> None:
-    scores = {
-        'checkpoint': checkpoint,
-        'levels': {
-            level: {
-                'returns': values,
-                'mean': statistics.fmean(values),
-                'median': statistics.median(values),
-            }
-            for level, values in returns.items()
-        },
-    }
-    path = os.path.join(logdir, SCORES_FILE)
+def _make_video_folder(logdir: str, checkpoint: str) -> str:
+    folder = os.path.join(os.path.abspath(logdir), VIDEO_FOLDER, os.path.basename(checkpoint))
     try:
-        with open(path, 'w', encoding='utf-8') as file:
-            json.dump(scores, file, indent=2)
-            file.write('\n')
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise LogdirError(f'Cannot write {path}: {error.strerror}.') from error
+        raise LogdirError(f'Cannot make the folder {folder}: {error.strerror}.') from error
+    return folder
+
+
+class _Schedule:
+    """Who plays which episodes, and what has come of them."""
+
+    def __init__(
+        self, config: TrainingConfig, evaluation: EvaluationConfig, video_folder: str | None
+    ):
+        self._config = config
+        self._evaluation = evaluation
+        self._video_folder = video_folder
+        slots_per_level = config.num_actors // len(config.level_names)
+        self._numbers = [
+            range(actor // len(config.level_names), evaluation.num_episodes, slots_per_level)
+            for actor in range(config.num_actors)
+        ]
+        self._returns: list[list[float]] = [[] for _ in self._numbers]
+
+    def episodes_left(self, actor: int) -> dict[str, Any]:
+        """Returns the arguments of an actor's `EpisodeSeries`; from any thread.
+
+        One that has to be started again may play an episode once more whose unroll is on its way.
+        """
+        level = self._config.level_names[self._config.level_ids[actor]]
+        numbers = self._numbers[actor][len(self._returns[actor]) :]
+        return {
+            'seeds': [episode_seed(self._config.seed, level, number) for number in numbers],
+            'numbers': list(numbers),
+            'final_steps': self._config.learner.unroll_length,
+            'video_folder': self._video_folder,
+            'num_videos': self._evaluation.num_videos,
+        }
+
+    def count(self, actor: int, returns: np.ndarray) -> int:
+        """Takes the returns, f32 `[N]`, of an actor's next episodes; returns how many count."""
+        missing = len(self._numbers[actor]) - len(self._returns[actor])
+        # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
+        counted = [float(str(value)) for value in returns[:missing]]
+        self._returns[actor] += counted
+        return len(counted)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all episodes have been counted."""
+        return all(map(lambda n, r: len(n) == len(r), self._numbers, self._returns))
+
+    def returns(self) -> dict[str, list[float]]:
+        """Returns level name -> returns in the order of the episodes' numbers."""
+        by_level: dict[str, dict[int, float]] = {name: {} for name in self._config.level_names}
+        for actor, returns in enumerate(self._returns):
+            level = self._config.level_names[self._config.level_ids[actor]]
+            by_level[level].update(zip(self._numbers[actor], returns, strict=True))
+        return {
+            name: [value for _, value in sorted(values.items())]
+            for name, values in by_level.items()
+        }
+
+
+def episode_seed(seed: int, level_name: str, number: int) -> int:
+    """Returns the seed of a level's episode with a number, in `[0, 2**31)`."""
+    words = [seed, _TEST, zlib.crc32(level_name.encode()), number]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) & (2**31 - 1)

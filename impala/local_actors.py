@@ -25,6 +25,7 @@ class LocalActors:
         agent: Agent,
         workplace: Workplace,
         report: Callable[[str], None],
+        episodes: Callable[[int], dict[str, Any]] | None = None,
     ):
         """Prepares; nothing plays yet.
 
@@ -35,6 +36,7 @@ class LocalActors:
             nobody else may use it.
           workplace: where the processes run.
           report: told, in a few lines, of every process that died.
+          episodes: see `ActorPool`.
         """
         self._source = UnrollSource(
             spec,
@@ -54,6 +56,7 @@ class LocalActors:
             config.max_actor_restarts,
             report,
             config.envs_per_process,
+            episodes,
         )
         self._temp_folder = str(workplace.config.temp_folder)
         self._stack = contextlib.ExitStack()

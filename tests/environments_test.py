@@ -204,6 +204,25 @@ def gymnasium_atari(game, frame_skip=4, noop_max=30, **options):
 
 
 @pytest.mark.parametrize(
+    'level_name, config',
+    [
+        ('ALE/Breakout-v5', {'sticky_actions': 0.25}),
+        ('CartPole-v1', {}),
+        ('VizdoomBasic-v1', {}),
+        ('BabyAI-GoToRedBall-v0', {}),
+        ('explore_goal_locations_small', {}),
+    ],
+)
+def test_a_seed_for_the_next_episode(level_name, config, make, deepmind_lab):
+    """It is the episode that an environment of that seed plays first."""
+    environment = make(level_name, seed=5, **config)
+    actions = random_actions(environment, 60)
+    play(environment, actions)
+    assert environment.seed_next(6)
+    assert same(play(environment, actions), play(make(level_name, seed=6, **config), actions))
+
+
+@pytest.mark.parametrize(
     'game, seed, config, options',
     [
         ('Pong', 1, {}, {}),
@@ -778,8 +797,8 @@ def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
     make('rooms_collect_good_objects_test', is_test=True).reset()
 
     level_name = 'psychlab_continuous_recognition'
-    with pytest.raises(LevelError, match=f'{level_name}.*dataset path'):
-        make(level_name).reset()
+    with pytest.raises(LevelError, match=f'{level_name}.*--dataset_path'):
+        make(level_name).check()
     (tmp_path / 'brady_konkle_oliva2008').mkdir()
     make(level_name, dataset_path=str(tmp_path)).reset()
 

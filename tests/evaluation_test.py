@@ -1,11 +1,17 @@
 import dataclasses
 import json
+import os
+import shutil
+import threading
 
+import cv2
+import numpy as np
 import pytest
 from run_config_test import config
 
 import environments
-from impala import checkpoint, evaluation, training
+from impala import checkpoint, evaluation, run_config, suites, training
+from impala.evaluation import EvaluationConfig, evaluate
 
 
 @pytest.fixture(scope='module')
@@ -19,47 +25,177 @@ def logdir(tmp_path_factory):
 
 def lives_config(logdir, **changes):
     lives_count = environments.EnvironmentConfig(end_episode_on_life_loss=True)
-    return config(logdir, level_names=('levels:lives',), environment=lives_count, **changes)
+    return config(
+        logdir, **({'level_names': ('levels:lives',), 'environment': lives_count} | changes)
+    )
 
 
 @pytest.mark.parametrize('num_episodes', [1, 5])
 def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episodes):
     lines = []
-    returns = evaluation.evaluate(lives_config(logdir), num_episodes, lines.append)
+    returns = evaluate(lives_config(logdir), EvaluationConfig(num_episodes), lines.append)
     # Three lives of four steps, 1 each.
     assert returns == {'levels:lives': [12.0] * num_episodes}
-    assert lines == [f'Testing {logdir}/checkpoints/ckpt-1']
+    assert lines[0] == f'Testing {logdir}/checkpoints/ckpt-1'
     with open(logdir / 'test_scores.json') as file:
         scores = json.load(file)
     assert scores == {
         'checkpoint': f'{logdir}/checkpoints/ckpt-1',
+        'agent_steps': 100,
+        'frames': 100,
+        'policy': 'sample',
+        'seed': 1,
         'levels': {
-            'levels:lives': {'returns': [12.0] * num_episodes, 'mean': 12.0, 'median': 12.0}
+            'levels:lives': {
+                'returns': [12.0] * num_episodes,
+                'mean': 12.0,
+                'interval_95': None if num_episodes == 1 else [12.0, 12.0],
+                'median': 12.0,
+            }
         },
     }
 
 
+def test_seeds_do_not_depend_on_who_plays(logdir):
+    """Each return of this level is a function of the environment's seed."""
+    names = ('levels:seeded', 'levels:short')
+    expected = [
+        float(evaluation.episode_seed(1, 'levels:seeded', number) % 1000) for number in range(5)
+    ]
+    assert len({*expected}) == 5
+    for num_actors, envs_per_process in ((1, 1), (6, 2), (20, 1)):
+        run = lives_config(
+            logdir, level_names=names, num_actors=num_actors, envs_per_process=envs_per_process
+        )
+        returns = evaluate(run, EvaluationConfig(5), print)
+        assert returns == {'levels:seeded': expected, 'levels:short': [5.0] * 5}
+
+
 def test_every_level_plays_its_episodes_however_long_they_are(logdir):
-    run = lives_config(logdir, num_actors=3)
-    run = dataclasses.replace(run, level_names=('levels:short', 'levels:long'))
-    assert evaluation.evaluate(run, 4, print) == {
-        'levels:short': [5.0] * 4,
-        'levels:long': [20.0] * 4,
-    }
+    run = lives_config(logdir, num_actors=3, level_names=('levels:short', 'levels:long'))
+    levels = (
+        suites.Level('levels:short', 'levels:short', 0.0, 10.0),
+        suites.Level('levels:long', 'levels:long', 0.0, 10.0),
+    )
+    run = dataclasses.replace(run, suite=suites.Suite('both', levels))
+    lines = []
+    returns = evaluate(run, EvaluationConfig(4), lines.append)
+    assert returns == {'levels:short': [5.0] * 4, 'levels:long': [20.0] * 4}
+    with open(logdir / 'test_scores.json') as file:
+        scores = json.load(file)
+    assert scores['levels']['levels:long']['human_normalized'] == 200
+    assert scores['suite']['name'] == 'both'
+    assert scores['suite']['mean_no_cap'] == 125
+    assert scores['suite']['mean_cap_100'] == 75
+    assert scores['suite']['intervals_95']['mean_no_cap'] == [125, 125]
+    assert 'mean over levels, each capped at 100' in lines[-1]
+
+
+def test_a_greedy_policy_does_what_is_most_probable(logdir):
+    """The return counts how often action 1 was chosen; observations are always the same."""
+    run = lives_config(logdir, level_names=('levels:counting',))
+    greedy = evaluate(run, EvaluationConfig(4, 'greedy'), print)['levels:counting']
+    assert set(greedy) in ({0.0}, {50.0})
+    sampled = evaluate(run, EvaluationConfig(4), print)['levels:counting']
+    assert all(5 < value < 45 for value in sampled)
+
+
+def test_a_chosen_checkpoint(logdir, tmp_path):
+    shutil.copytree(logdir, tmp_path, dirs_exist_ok=True)
+    older = str(tmp_path / 'checkpoints' / 'ckpt-1')
+    training.train(lives_config(tmp_path, total_environment_frames=140))
+    lines = []
+    evaluate(lives_config(tmp_path), EvaluationConfig(1, checkpoint=older), lines.append)
+    assert lines[0] == f'Testing {older}'
+    assert json.loads((tmp_path / 'test_scores.json').read_text())['agent_steps'] == 100
+    for path, sentence in (
+        (str(tmp_path / 'checkpoints' / 'ckpt-7'), 'ckpt-7 cannot be used: its .index file is mis'),
+        (str(tmp_path / 'flags'), 'flags cannot be used'),
+    ):
+        with pytest.raises(checkpoint.LogdirError, match=sentence):
+            evaluate(lives_config(tmp_path), EvaluationConfig(1, checkpoint=path), print)
+
+
+def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_path):
+    """What is cut short or gone is passed over."""
+    run = lives_config(tmp_path, total_environment_frames=100)
+    ready = tmp_path / 'ready'
+    shutil.copytree(logdir / 'checkpoints', ready)
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir()
+    shutil.copy(ready / 'ckpt-1.index', folder / 'ckpt-1.index')
+    lines = []
+
+    def finish_writing():
+        for path in ready.iterdir():
+            shutil.copy(path, folder / path.name)
+
+    timer = threading.Timer(3.0, finish_writing)
+    timer.start()
+    try:
+        returns = evaluate(dataclasses.replace(run), EvaluationConfig(2, watch=True), lines.append)
+    finally:
+        timer.join()
+    assert returns == {'levels:lives': [12.0, 12.0]}
+    assert lines[-1] == 'Training is complete.'
+    rows = (tmp_path / 'test_history.csv').read_text().splitlines()
+    assert rows == [
+        'checkpoint,agent_steps,frames,level,episodes,mean,low,high',
+        f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0',
+    ]
+
+
+def test_videos_show_what_agent_and_person_see(tmp_path):
+    run = config(tmp_path, level_names=('ALE/Boxing-v5',), total_environment_frames=20)
+    run = dataclasses.replace(
+        run, environment=environments.EnvironmentConfig(num_action_repeats=60)
+    )
+    training.train(run)
+    evaluate(run, EvaluationConfig(2, num_videos=1), print)
+    folder = tmp_path / 'videos' / 'ckpt-1'
+    assert sorted(os.listdir(folder)) == ['ALE_Boxing_v5_0_agent.mp4', 'ALE_Boxing_v5_0_person.mp4']
+    counts = set()
+    for path, shape in (('agent', (168, 168, 3)), ('person', (210, 160, 3))):
+        video = cv2.VideoCapture(str(folder / f'ALE_Boxing_v5_0_{path}.mp4'))
+        frames = []
+        while True:
+            is_there, frame = video.read()
+            if not is_there:
+                break
+            frames.append(frame)
+        assert frames[0].shape == shape or frames[0].shape == (420, 320, 3)
+        assert np.ptp(frames[0]) > 50
+        counts.add(len(frames))
+    # A game of Boxing lasts two minutes: 120 actions of a second.
+    assert len(counts) == 1 and 60 < counts.pop() < 130
 
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(checkpoint.LogdirError, match='There is no checkpoint in'):
-        evaluation.evaluate(config(tmp_path), 1, print)
-    assert not (tmp_path / 'test_scores.json').exists()
+        evaluate(config(tmp_path), EvaluationConfig(1), print)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(run_config.ConfigError, match='--watch'):
+        evaluate(config(tmp_path), EvaluationConfig(checkpoint='a', watch=True), print)
 
 
 def test_another_network_is_refused(logdir):
     with pytest.raises(checkpoint.LogdirError, match='--use_lstm was false and is now true'):
-        evaluation.evaluate(lives_config(logdir, use_lstm=True), 1, print)
+        evaluate(lives_config(logdir, use_lstm=True), EvaluationConfig(1), print)
 
 
 def test_a_failing_environment_raises_its_error(logdir):
-    run = dataclasses.replace(lives_config(logdir), level_names=('levels:failing',))
+    run = lives_config(logdir, level_names=('levels:failing',))
     with pytest.raises(Exception, match='the joystick is broken'):
-        evaluation.evaluate(run, 1, print)
+        evaluate(run, EvaluationConfig(1), print)
+
+
+def test_an_actor_that_dies_plays_what_is_left(logdir, tmp_path):
+    run = lives_config(
+        logdir, level_names=('levels:dies_once',), num_actors=1, max_actor_restarts=1
+    )
+    os.environ['LEVELS_FOLDER'] = str(tmp_path)
+    try:
+        assert evaluate(run, EvaluationConfig(6), print) == {'levels:dies_once': [10.0] * 6}
+    finally:
+        del os.environ['LEVELS_FOLDER']
+    assert (tmp_path / 'died').exists()

@@ -387,7 +387,7 @@ def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path)
     test = ('--mode=test', '--test_num_episodes=1', f'--logdir={other_logdir}')
     with Run(tmp_path / 'c', *test) as run:
         assert run.wait() == 0
-    assert 'over 1 episodes' in run.stdout
+    assert re.search(r'CartPole-v1 +1 +\d', run.stdout)
 
 
 def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
@@ -401,7 +401,13 @@ def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
     assert len(returns) == 6
     assert scores['levels']['CartPole-v1']['mean'] == pytest.approx(np.mean(returns))
     assert np.mean(returns) > 4 * RANDOM_CARTPOLE_RETURN
-    assert f'mean return {np.mean(returns):.2f} over 6 episodes' in run.stdout
+    assert re.search(rf'CartPole-v1 +6 +{np.mean(returns):.2f} ', run.stdout)
+    with open(logdir / 'test_scores.csv') as file:
+        (row,) = csv.DictReader(file)
+    assert float(row['mean']) == pytest.approx(np.mean(returns))
+    assert float(row['low']) <= float(row['mean']) <= float(row['high'])
+    for name in ('test_scores.png', 'test_scores.svg'):
+        assert (logdir / name).stat().st_size > 1000
     assert (logdir / 'flags.txt').read_text() == (trained[1] / 'flags.txt').read_text()
 
 

@@ -4,6 +4,7 @@ Actor processes import this module: it knows no TensorFlow.
 """
 
 import math
+import os
 import time
 from typing import Any
 
@@ -75,6 +76,46 @@ class _Lives(_Level):
         return reward, end, observation
 
 
+class _Seeded(_Level):
+    """The return is the seed, modulo 1000."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(5)
+        self.seed = seed
+
+    def step(self, action: int) -> Any:
+        _, end, observation = super().step(action)
+        return self.seed % 1000 if end else 0.0, end, observation
+
+
+class _Counting(_Level):
+    """The return is how often action 1 was chosen; there is nothing to be seen."""
+
+    def step(self, action: int) -> Any:
+        _, end, observation = super().step(action)
+        return float(action), end, {'frame': observation['frame'] * 0}
+
+
+class _DiesOnce(_Level):
+    """Takes its process down at the end of its third episode, the first time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark = os.path.join(os.environ['LEVELS_FOLDER'], 'died')
+        self.episodes = 0
+
+    def seed_next(self, seed: int) -> bool:
+        return True
+
+    def step(self, action: int) -> Any:
+        if self.steps == self.length - 1:
+            self.episodes += 1
+            if self.episodes == 3 and not os.path.exists(self.mark):
+                with open(self.mark, 'w', encoding='utf-8'):
+                    os._exit(1)
+        return super().step(action)
+
+
 def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Takes for ever, as a download or a compiler may seem to."""
     time.sleep(600)
@@ -134,3 +175,18 @@ def incomplete(seed: int, config: environments.EnvironmentConfig) -> environment
 
     level.check = check  # type: ignore[method-assign]
     return level
+
+
+def seeded(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has a return that tells its seed."""
+    return _Seeded(seed)
+
+
+def counting(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has a return that counts actions."""
+    return _Counting(50)
+
+
+def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Dies once; the environment variable LEVELS_FOLDER names the folder where it notes that."""
+    return _DiesOnce()
