@@ -388,7 +388,7 @@ def _act() -> int:
 
 
 def _test() -> int:
-    from impala import evaluation
+    from impala import evaluation, test_report
 
     path = FLAGS.checkpoint.removesuffix('.index')
     if path and not FLAGS['logdir'].present:
@@ -407,7 +407,7 @@ def _test() -> int:
     )
     if returns is None:
         return _fail('Interrupted; nothing was written.', 130)
-    print(f'Written to {os.path.join(FLAGS.logdir, evaluation.SCORES_FILE)}')
+    print(f'Written to {os.path.join(FLAGS.logdir, test_report.SCORES_FILE)}')
     return 0
 
 

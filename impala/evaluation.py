@@ -39,12 +39,9 @@ from impala.run_config import (
 )
 from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
-from impala.test_report import SCORES_FILE, CheckpointScores
+from impala.test_report import CheckpointScores
 from impala.trajectory import AgentOutput, EnvironmentSpec, EpisodeEnd, StepOutput
 
-__all__ = ['POLICIES', 'SCORES_FILE', 'VIDEO_FOLDER', 'EvaluationConfig', 'evaluate']
-
-POLICIES = ('sample', 'greedy')
 VIDEO_FOLDER = 'videos'
 
 # Short, since an unroll has to be full before its episodes are counted.
@@ -151,30 +148,9 @@ def evaluate(
         raise ConfigError(
             '--watch tests the checkpoints to come, so it does not go with --checkpoint.'
         )
-    slots_per_level = min(
-        max(1, config.num_actors // len(config.level_names)), evaluation.num_episodes
-    )
-    # As many processes as the run had, unless that is more than there is to play in.
-    processes = max(1, config.num_actors // config.envs_per_process)
-    num_slots = slots_per_level * len(config.level_names)
     suite = config.suite or Suite('', tuple(map(known_level, config.level_names)))
     final_frames = config.total_environment_frames
-    config = dataclasses.replace(
-        config,
-        num_actors=num_slots,
-        envs_per_process=max(config.envs_per_process, -(-num_slots // processes)),
-        queue_capacity=num_slots,
-        # Towards the end only few play: they are not to wait for the others for long.
-        inference_batch_size=max(1, num_slots // 4),
-        inference_timeout_ms=min(config.inference_timeout_ms, _INFERENCE_TIMEOUT_MS),
-        learner=dataclasses.replace(config.learner, unroll_length=_UNROLL_LENGTH),
-        environment=dataclasses.replace(
-            config.environment,
-            end_episode_on_life_loss=False,
-            is_test=True,
-            render=evaluation.num_videos > 0,
-        ),
-    )
+    config = settings_of_test(config, evaluation)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         workplace = stack.enter_context(Workplace(config.environment))
@@ -211,6 +187,32 @@ def evaluate(
                     return returns
             if not _await_checkpoint(config.logdir, checkpointer, evaluation, players):
                 return returns
+
+
+def settings_of_test(config: TrainingConfig, evaluation: EvaluationConfig) -> TrainingConfig:
+    """Returns a run's settings with those of its test."""
+    slots_per_level = min(
+        max(1, config.num_actors // len(config.level_names)), evaluation.num_episodes
+    )
+    # As many processes as the run had, unless that is more than there is to play in.
+    processes = max(1, config.num_actors // config.envs_per_process)
+    num_slots = slots_per_level * len(config.level_names)
+    return dataclasses.replace(
+        config,
+        num_actors=num_slots,
+        envs_per_process=max(config.envs_per_process, -(-num_slots // processes)),
+        queue_capacity=num_slots,
+        # Towards the end only few play: they are not to wait for the others for long.
+        inference_batch_size=max(1, num_slots // 4),
+        inference_timeout_ms=min(config.inference_timeout_ms, _INFERENCE_TIMEOUT_MS),
+        learner=dataclasses.replace(config.learner, unroll_length=_UNROLL_LENGTH),
+        environment=dataclasses.replace(
+            config.environment,
+            end_episode_on_life_loss=False,
+            is_test=True,
+            render=evaluation.num_videos > 0,
+        ),
+    )
 
 
 def _restore(checkpointer: Checkpointer, evaluation: EvaluationConfig) -> bool:
@@ -264,7 +266,7 @@ def _test(
     if evaluation.num_videos:
         video_folder = _make_video_folder(config.logdir, checkpoint)
     tf.random.set_seed(config.seed)
-    schedule = _Schedule(config, evaluation, video_folder)
+    schedule = Schedule(config, evaluation, video_folder)
     actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule.episodes_left)
     total = evaluation.num_episodes * len(config.level_names)
     with (
@@ -318,7 +320,7 @@ def _make_video_folder(logdir: str, checkpoint: str) -> str:
     return folder
 
 
-class _Schedule:
+class Schedule:
     """Who plays which episodes, and what has come of them."""
 
     def __init__(

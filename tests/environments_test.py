@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 
 import environments
 from environments import EnvironmentConfig, LevelCache, LevelError, create_environment
+from impala import suites
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 gymnasium.register_envs(ale_py)
@@ -220,6 +222,19 @@ def test_a_seed_for_the_next_episode(level_name, config, make, deepmind_lab):
     play(environment, actions)
     assert environment.seed_next(6)
     assert same(play(environment, actions), play(make(level_name, seed=6, **config), actions))
+
+
+def test_every_game_of_atari57(make):
+    for name in suites.load('atari57').level_names:
+        environment = make(name, full_action_set=True)
+        assert environment.spec.num_actions == 18
+        first = environment.reset()['frame'].copy()
+        # Some show a still picture for a while.
+        actions = random_actions(environment, 2000)
+        assert any(
+            not np.array_equal(environment.step(action)[2]['frame'], first) for action in actions
+        ), name
+        environment.close()
 
 
 @pytest.mark.parametrize(
@@ -801,6 +816,29 @@ def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
         make(level_name).check()
     (tmp_path / 'brady_konkle_oliva2008').mkdir()
     make(level_name, dataset_path=str(tmp_path)).reset()
+
+
+@pytest.mark.parametrize('is_test', [False, True])
+def test_every_level_of_dmlab30(is_test, make, deepmind_lab, tmp_path):
+    (tmp_path / 'brady_konkle_oliva2008').mkdir()
+    suite = suites.load('dmlab30')
+    for name in (suite.for_testing() if is_test else suite).level_names:
+        environment = make(name, dataset_path=str(tmp_path), is_test=is_test)
+        environment.check()
+        rows = play(environment, random_actions(environment, 3))
+        assert rows[-1][2]['frame'].shape == (72, 96, 3) and environment.spec.num_actions == 9
+        environment.close()
+
+
+def test_the_mixer_seed_of_tests(make, deepmind_lab, monkeypatch):
+    configs = []
+    lab = importlib.import_module('deepmind_lab')
+    real = lab.Lab
+    monkeypatch.setattr(lab, 'Lab', lambda *a, **k: configs.append(a[2]) or real(*a, **k))
+    for is_test in (True, False):
+        make('rooms_watermaze', is_test=is_test)
+    assert configs[0]['mixerSeed'] == str(0x600D5EED)
+    assert 'mixerSeed' not in configs[1]
 
 
 def test_deepmind_lab_compiles_a_map_once_for_all_environments(make, deepmind_lab, tmp_path):

@@ -1,0 +1,177 @@
+"""How much of the cores' time test mode turns into play.
+
+    python -m benchmarks.evaluation --num_episodes=10
+
+Eight Atari games are played by test mode with the tiny agent of `benchmarks.infrastructure`, and,
+for comparison, by as many processes as there are cores, with random actions and nothing else. Both
+play whole episodes, the same number of each game, and both take turns for a while, since the speed
+of shared machines drifts.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+import tabulate
+
+from environments import EnvironmentConfig
+from impala.episode_series import EpisodeSeries
+from impala.trajectory import EpisodeEnd
+
+GAMES = ('Pong', 'Breakout', 'Boxing', 'Freeway', 'Qbert', 'Seaquest', 'SpaceInvaders', 'Enduro')
+LEVELS = tuple(f'ALE/{game}-v5' for game in GAMES)
+CONFIG = EnvironmentConfig(full_action_set=True)
+
+
+def play_at_random(level_names: list[str], num_episodes: int) -> int:
+    """Plays whole episodes with random actions; returns the agent steps."""
+    random = np.random.default_rng(1)
+    steps = 0
+    for name in level_names:
+        series = EpisodeSeries(name, CONFIG, range(num_episodes), range(num_episodes), 0)
+        series.reset()
+        ended = 0
+        while ended < num_episodes:
+            end = series.step(int(random.integers(series.spec.num_actions)))[1]
+            ended += end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED)
+            steps += 1
+        series.close()
+    return steps
+
+
+class Stopwatch:
+    """Seconds, and processor seconds of this process and of those that it has waited for."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._processor_started = self._processor_seconds()
+
+    def rates(self, steps: int) -> tuple[float, float]:
+        """Returns steps per second and per processor second since it was made."""
+        processor_seconds = self._processor_seconds() - self._processor_started
+        return steps / (time.perf_counter() - self._started), steps / processor_seconds
+
+    def _processor_seconds(self) -> float:
+        times = os.times()
+        return times.user + times.system + times.children_user + times.children_system
+
+
+def without_agent(num_episodes: int) -> tuple[float, float]:
+    """Returns the speeds of one process per core, from their start to the last's end.
+
+    Each has its share of the episodes of every game, so that none is at an end much earlier.
+    """
+    cores = len(os.sched_getaffinity(0))
+    shares = [num_episodes // cores + (core < num_episodes % cores) for core in range(cores)]
+    stopwatch = Stopwatch()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-m', 'benchmarks.evaluation', f'--random={share}'],
+            stdout=subprocess.PIPE,
+        )
+        for share in shares
+        if share
+    ]
+    steps = sum(int(process.communicate()[0]) for process in processes)
+    return stopwatch.rates(steps)
+
+
+def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> tuple[float, float]:
+    """Returns the speeds of test mode, from the actors' start to their end."""
+    import tensorflow as tf
+
+    from benchmarks.infrastructure import TinyAgent
+    from impala import evaluation
+    from impala.actor_pool import Workplace
+    from impala.learner import LearnerConfig
+    from impala.local_actors import LocalActors
+    from impala.run_config import TrainingConfig
+
+    num_slots = slots_per_level * len(LEVELS)
+    options = evaluation.EvaluationConfig(num_episodes=num_episodes)
+    config = evaluation.settings_of_test(
+        TrainingConfig(
+            logdir='',
+            level_names=LEVELS,
+            seed=1,
+            num_actors=num_slots,
+            envs_per_process=-(-num_slots // num_processes),
+            total_environment_frames=1,
+            torso='shallow',
+            use_lstm=False,
+            compute_dtype='float32',
+            learner=LearnerConfig(),
+            environment=CONFIG,
+            inference_batch_size=0,
+            inference_timeout_ms=20.0,
+            queue_capacity=1,
+            max_actor_restarts=0,
+            save_checkpoint_secs=600.0,
+            log_secs=10.0,
+        ),
+        options,
+    )
+    with Workplace(config.environment) as workplace:
+        spec = workplace.common_spec(LEVELS, 1)
+        tf.random.set_seed(1)
+        schedule = evaluation.Schedule(config, options, None)
+        actors = LocalActors(
+            config, spec, TinyAgent(spec.num_actions), workplace, print, schedule.episodes_left
+        )
+        stopwatch = Stopwatch()
+        steps = 0
+        with actors:
+            for batch in actors.batches(1):
+                ends = batch.ends.numpy()[1:, 0]
+                info = batch.actor_output.env_outputs.info
+                is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
+                steps += int(info.episode_step.numpy()[1:, 0][is_end].sum())
+                schedule.count(int(batch.actors[0]), info.episode_return.numpy()[1:, 0][is_end])
+                if schedule.is_complete:
+                    break
+        return stopwatch.rates(steps)
+
+
+def main() -> None:
+    """Prints one table and a line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--num_episodes', type=int, default=10)
+    parser.add_argument('--slots_per_level', type=int, default=2)
+    parser.add_argument('--processes', type=int, default=4)
+    parser.add_argument('--repetitions', type=int, default=3)
+    parser.add_argument('--random', type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.random:
+        print(play_at_random(list(LEVELS), args.random))
+        return
+
+    from benchmarks import machine
+
+    rows = []
+    shares = []
+    for _ in range(args.repetitions):
+        reference = without_agent(args.num_episodes)
+        tested = with_agent(args.num_episodes, args.processes, args.slots_per_level)
+        shares.append([mine / limit for mine, limit in zip(tested, reference, strict=True)])
+        for what, limit, mine in zip(
+            ('second', 'processor second'), reference, tested, strict=True
+        ):
+            rows.append([what, f'{limit:,.0f}', f'{mine:,.0f}', f'{mine / limit:.0%}'])
+    print(machine.describe())
+    print(f'`python -m benchmarks.evaluation {" ".join(sys.argv[1:])}`')
+    headers = ['agent steps per', 'random actions alone', 'test mode', 'share']
+    print(tabulate.tabulate(rows, headers, 'github'))
+    medians = [round(statistics.median(share), 3) for share in zip(*shares, strict=True)]
+    print(json.dumps(dict(zip(('share', 'share_of_processor_time'), medians, strict=True))))
+
+
+if __name__ == '__main__':
+    main()
