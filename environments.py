@@ -52,6 +52,7 @@ INSTRUCTION_LENGTH = 32
 
 ATARI_FRAME_SIZE = 84
 ATARI_MAX_EPISODE_FRAMES = 108_000
+ATARI_NUM_ACTIONS = 18
 # The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
 ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
 
@@ -321,9 +322,10 @@ class AtariEnvironment(Environment):
         self._load(seed)
         self._next_seed: int | None = None
 
-        full = config.full_action_set
-        actions = ale.getLegalActionSet() if full else ale.getMinimalActionSet()
-        self._actions = [action.value for action in actions]
+        # All 18 also where a game (Skiing) has no use for the fire button: it takes them for no-ops.
+        self._actions = list(range(ATARI_NUM_ACTIONS))
+        if not config.full_action_set:
+            self._actions = [action.value for action in ale.getMinimalActionSet()]
         self._max_noops = config.max_noops
         self._frames_per_noop = config.frames_per_noop
         self._lives_count = config.end_episode_on_life_loss
@@ -347,7 +349,7 @@ class AtariEnvironment(Environment):
         self._pool_two_frames = repeats > 1
         self.spec = EnvironmentSpec(
             {'frame': ArraySpec((size, size, config.frame_stack), 'uint8')},
-            len(actions),
+            len(self._actions),
             repeats,
             'atari',
         )
