@@ -174,7 +174,9 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
         axes.set_xlim(left=0)
     for axes in grid[len(levels) :]:
         axes.set_visible(False)
-    figure.supxlabel(_OVER[over], fontsize=9)
+    # Not as the label of the whole figure, which the legend would be drawn over.
+    for axes in grid[max(0, len(levels) - columns) : max(1, len(levels))]:
+        axes.set_xlabel(_OVER[over])
     figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
     if levels:
         handles: dict[str, Any] = {}
