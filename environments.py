@@ -322,7 +322,7 @@ class AtariEnvironment(Environment):
         self._load(seed)
         self._next_seed: int | None = None
 
-        # All 18 also where a game (Skiing) has no use for the fire button: it takes them for no-ops.
+        # All 18 also where a game (Skiing) has no use for some: it takes those for no-ops.
         self._actions = list(range(ATARI_NUM_ACTIONS))
         if not config.full_action_set:
             self._actions = [action.value for action in ale.getMinimalActionSet()]

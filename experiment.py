@@ -217,7 +217,7 @@ def main(unused_argv: list[str]) -> int:
     for flag in _own_flags():
         if isinstance(flag.value, float) and math.isnan(flag.value):
             return _fail(f'--{flag.name}=nan is not a number.', BAD_INPUT_EXIT_CODE)
-    for name in ('logdir', 'level_cache_dir', 'dataset_path'):
+    for name in ('logdir', 'level_cache_dir', 'dataset_path', 'checkpoint'):
         # A shell expands ~ only at the start of a word.
         FLAGS[name].value = os.path.expanduser(str(FLAGS[name].value))
     logging.set_verbosity(logging.ERROR)
@@ -420,7 +420,7 @@ def _config() -> Any:
 
     if FLAGS.level_name.endswith('.csv'):
         # The run may be resumed and tested from another folder.
-        FLAGS.level_name = os.path.abspath(FLAGS.level_name)
+        FLAGS.level_name = os.path.abspath(os.path.expanduser(FLAGS.level_name))
     suite = suites.load(FLAGS.level_name)
     if FLAGS.mode == 'test':
         suite = suite.for_testing()
