@@ -34,11 +34,14 @@ class Log:
     """Keeps what it is given."""
 
     def __init__(self):
-        self.episodes, self.actors = [], {}
+        self.episodes, self.actors, self.unrolls = [], {}, []
 
     def record_episodes(self, *columns):
         assert [column.dtype for column in columns] == ['int32', 'float32', 'int32', 'uint8']
         self.episodes += zip(*columns, strict=True)
+
+    def record_agent_steps(self, level_ids, steps):
+        self.unrolls.append((level_ids.tolist(), steps))
 
     def record_actors(self, rows, learner):
         self.actors[learner] = rows
@@ -70,6 +73,7 @@ def test_the_first_hears_of_the_others_until_all_are_done(addresses, threads):
             follower_log.record_episodes(
                 np.array([7, 8], np.int32), returns, np.full((3, 2), 5, np.int32), ends
             )
+            follower_log.record_agent_steps(np.array([7, 8], np.int32), 10 * task)
             assert follower_log.line_is_due
             follower_log.record_actors([{'task': task}])
             it.finish()
@@ -90,6 +94,7 @@ def test_the_first_hears_of_the_others_until_all_are_done(addresses, threads):
             (7, 0.4, EpisodeEnd.TERMINATED),
         )
     )
+    assert sorted(log.unrolls) == [([7, 8], 10), ([7, 8], 20)]
     assert log.actors == {1: [{'task': 1}], 2: [{'task': 2}]}
 
 
