@@ -170,6 +170,7 @@ class _Patience:
 
         Raises:
           LearnerLost: it has not come back in time.
+          _OfALostPolicy: of `before_again`.
         """
         away_since = None
         back_off = 0.25
@@ -181,6 +182,9 @@ class _Patience:
                 if away_since is not None:
                     self._report(f'The learner at {self._job.learner_address} is there')
                 return result
+            except _OfALostPolicy:
+                self._report(f'The learner at {self._job.learner_address} is there')
+                raise
             except Disconnected as error:
                 if self._stop.received:
                     raise _Finished from error
@@ -224,6 +228,8 @@ class _Learner:
     def send(self, unroll: list[Any], task: int, level: str, sequence: int) -> None:
         """Sends an unroll, and refreshes the weights if there are newer ones.
 
+        Unrolls of weights that the learner has lost are thrown away.
+
         Raises:
           Rejected: the learner refuses it.
           _Finished: training is complete.
@@ -234,6 +240,10 @@ class _Learner:
             if self._connection.status().version < unroll[1]:
                 raise _OfALostPolicy
 
+        # Begun before the learner came back without those weights; there may be one from each
+        # environment.
+        if unroll[1] > self._version:
+            return
         try:
             status = self._patience.call(
                 lambda: self._connection.put(unroll, task, level, sequence), forget_what_is_lost

@@ -1,14 +1,33 @@
 """Learner and actor jobs as real commands on this machine, killed and started again."""
 
+import contextlib
+import json
 import os
 import re
 import signal
 import socket
 
 import pytest
-from experiment_test import CARTPOLE, Run, assert_one_sentence, checkpoints, frames, metrics
+from experiment_test import (
+    CARTPOLE,
+    Run,
+    assert_one_sentence,
+    checkpoints,
+    episodes,
+    frames,
+    metrics,
+)
+
+from benchmarks import numbered_level
+from dynamic_batching.exchange import WeightsBoard
+from impala.agent import AgentConfig
+from impala.remote import LearnerServer
+from impala.remote_actors import PROTOCOL
+from impala.run_config import network_settings
+from impala.trajectory import ArraySpec, EnvironmentSpec
 
 ENVIRONMENTS = 4
+NUMBERED = 'benchmarks.numbered_level:cart_pole'
 
 
 @pytest.fixture
@@ -35,12 +54,24 @@ def tasks(logdir):
     return {row['task'] for row in lines[-1]['actors']} if lines else set()
 
 
-def test_jobs_come_and_go_and_training_goes_on(tmp_path, address):
+def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
+    numbers = tmp_path / 'numbers'
+    numbers.mkdir()
+    monkeypatch.setenv(numbered_level.FOLDER_VARIABLE, str(numbers))
+    level = f'--level_name={NUMBERED}'
     logdir = tmp_path / 'run'
     endless = '--total_environment_frames=1000000000'
+
+    def account():
+        return numbered_level.account(episodes(logdir), str(numbers))
+
     with (
-        actor(tmp_path / 'early', 0, address) as early,
-        learner(tmp_path / 'first', logdir, address, endless) as first,
+        # So many that what they have begun when the learner goes would, if it were sent to the next
+        # one, be refused more often than a job survives.
+        actor(
+            tmp_path / 'early', 0, address, '--envs_per_actor=12', '--envs_per_process=12'
+        ) as early,
+        learner(tmp_path / 'first', logdir, address, endless, level) as first,
     ):
         # Whoever comes first waits and says so.
         first.wait_until(lambda: re.search(r'Waiting for actors on port \d+', first.stderr))
@@ -48,7 +79,7 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address):
         with actor(tmp_path / 'killed', 1, address) as killed:
             first.wait_until(lambda: tasks(logdir) == {0, 1})
             row = metrics(logdir)[-1]['actors'][1]
-            assert row['level'] == 'CartPole-v1'
+            assert row['level'] == NUMBERED
             assert row['host'] == socket.gethostname()
             assert row['rejected'] == row['duplicates'] == 0
             os.kill(killed.id, signal.SIGKILL)
@@ -57,26 +88,23 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address):
         reached = frames(logdir)
         first.wait_until(lambda: frames(logdir) > reached + 2000)
 
-        with (
-            actor(tmp_path / 'misled', 2, address, '--unroll_length=7') as misled,
-            actor(tmp_path / 'lost', 3, address, '--level_name=Acrobot-v1') as lost,
-            learner(tmp_path / 'second', tmp_path / 'other', address, endless) as second,
-        ):
-            assert_one_sentence(misled, 2, r'--unroll_length=7 does not fit .* has 20')
-            assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is none of the levels')
-            assert_one_sentence(second, 2, f'cannot listen on {address}: another process does')
-
         with actor(tmp_path / 'late', 1, address) as late:
             first.wait_until(lambda: frames(logdir) > reached + 4000)
             last = checkpoints(logdir)[-1]
             first.wait_until(lambda: checkpoints(logdir)[-1] > last)
+            late.wait_until(lambda: 'Actor job 1: ' in late.stderr)
             reached = frames(logdir)
+            waited = [each.stderr.count('Waiting for it') for each in (early, late)]
             os.kill(first.id, signal.SIGKILL)
             first.process.wait()
-            for each in (early, late):
-                each.wait_until(lambda each=each: each.stderr.count('Waiting for it') >= 1)
+            # Though an actor was killed in the midst of its unrolls, nothing is missing or twice.
+            so_far = account()
+            assert so_far.episodes > 100
+            assert (so_far.duplicates, so_far.gaps) == (0, {})
+            for each, before in zip((early, late), waited, strict=True):
+                each.wait_until(lambda each=each, n=before: each.stderr.count('Waiting for it') > n)
             enough = f'--total_environment_frames={reached + 20_000}'
-            with learner(tmp_path / 'third', logdir, address, enough) as third:
+            with learner(tmp_path / 'third', logdir, address, enough, level) as third:
                 assert third.wait() == 0
                 assert 'Going on from' in third.stderr
             for each in (early, late):
@@ -88,6 +116,12 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address):
     # Every update is of 8 unrolls of 20 steps, whatever happened to those who sent them.
     assert all(line['frames'] == 8 * 20 * line['updates'] for line in lines)
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
+    # What the learner had not saved went with it, and what was begun with weights that it had not
+    # saved is no use to the next one. Between the two there may be an unroll of older weights.
+    result = account()
+    assert result.duplicates == 0
+    assert 0 < len(result.gaps) <= 12 + ENVIRONMENTS
+    assert max(result.gaps.values()) <= 2
 
 
 def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):
@@ -101,11 +135,91 @@ def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):
     assert 'Training is complete.' in only.stdout
 
 
-def test_a_learner_that_is_not_there(tmp_path, address):
-    with actor(tmp_path, 0, address, '--reconnect_timeout=1') as run:
+@pytest.fixture(scope='module')
+def server():
+    """TensorFlow's server in this process, without a learner: a test brings its settings."""
+    return LearnerServer('localhost:0')
+
+
+@pytest.fixture
+def show(server):
+    """Shows settings as a learner does; returns its address."""
+    boards = []
+
+    def show(**changes):
+        spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
+        settings = {
+            'protocol': PROTOCOL,
+            'network': network_settings(AgentConfig(torso='mlp', use_lstm=False), spec),
+            'unroll_length': 20,
+            'level_names': ['CartPole-v1'],
+        }
+        assert changes.keys() <= settings.keys()
+        boards.append(WeightsBoard(json.dumps(settings | changes)))
+        return f'localhost:{server.port}'
+
+    yield show
+    for board in boards:
+        board.close()
+
+
+def test_an_actor_of_another_version(tmp_path, show):
+    address = show(protocol=PROTOCOL + 1)
+    with actor(tmp_path, 0, address) as run:
+        assert_one_sentence(
+            run, 2, rf'^The learner at {address} runs another version .* install the same one\.$'
+        )
+
+
+def test_an_actor_with_flags_of_another_run(tmp_path, show):
+    address = show()
+    with actor(tmp_path / 'misled', 2, address, '--unroll_length=7') as misled:
+        assert_one_sentence(misled, 2, r'--unroll_length=7 does not fit .* has 20')
+    with actor(tmp_path / 'lost', 3, address, '--level_name=Acrobot-v1') as lost:
+        assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is none of the levels')
+
+
+def test_a_learner_whose_port_is_in_use(tmp_path, address):
+    with (
+        socket.create_server(('', int(address.partition(':')[2]))),
+        learner(tmp_path, tmp_path / 'run', address) as second,
+    ):
+        assert_one_sentence(second, 2, f'cannot listen on {address}: another process does')
+
+
+def test_an_actor_with_another_network(tmp_path, show):
+    spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 3, 1)
+    network = network_settings(AgentConfig(torso='mlp', use_lstm=False), spec)
+    address = show(network=network)
+    # What is said of the network on the command line, and what the environment makes of it here.
+    with actor(tmp_path / 'a', 0, address, '--torso=deep') as run:
+        assert_one_sentence(
+            run, 2, rf'^--torso=deep does not fit the learner at {address}, which has mlp: leave'
+        )
+    with actor(tmp_path / 'b', 0, address) as run:
+        assert_one_sentence(
+            run, 2, rf'^This job does not fit the learner at {address}: .*actions.* is 2 .* and 3 '
+        )
+
+
+@pytest.mark.parametrize('kind', ['nobody', 'no name', 'another program'])
+def test_a_wrong_address(tmp_path, address, kind):
+    with contextlib.ExitStack() as stack:
+        if kind == 'no name':
+            address = 'no-such-host.invalid:8000'
+        elif kind == 'another program':
+            # It accepts and never answers.
+            host, _, port = address.partition(':')
+            stack.enter_context(socket.create_server((host, int(port))))
+        run = stack.enter_context(actor(tmp_path, 0, address, '--reconnect_timeout=1'))
         assert run.wait() == 3
-    assert re.search(rf'The learner at {address} was not there for 1 seconds', run.stderr)
-    assert 'Traceback' not in run.stderr
+    first, second = run.stderr.strip().splitlines()
+    assert re.match(rf'The learner at {address} (is not there|does not answer)', first)
+    assert first.endswith('Waiting for it, 1 seconds at most')
+    assert second == (
+        f'The learner at {address} was not there for 1 seconds (--reconnect_timeout).'
+    )
+    assert run.stdout == ''
 
 
 @pytest.mark.parametrize(
