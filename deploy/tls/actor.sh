@@ -1,0 +1,56 @@
+#!/bin/sh
+# Runs an actor job whose learner was started by learner.sh.
+#
+#     actor.sh CERTIFICATES LEARNER:PORT FLAGS...
+#
+# CERTIFICATES is the folder of this machine that make_certificates.sh has made, FLAGS are those of
+# experiment.py, `--task` among them. LOCAL_PORT (8000) is this machine's end of the tunnel: jobs on
+# one machine need one each, and whoever may log in here can use it while the job runs. PYTHON is
+# the interpreter (python). Needs stunnel; no root.
+set -eu
+if [ $# -lt 2 ]; then
+  echo "usage: $0 CERTIFICATES LEARNER:PORT FLAGS..." >&2
+  exit 2
+fi
+certificates=$(cd "$1" && pwd)
+learner=$2
+shift 2
+program=$(cd "$(dirname "$0")/../.." && pwd)/experiment.py
+folder=$(mktemp -d)
+tunnel= actor=
+finish() {
+  [ -z "$tunnel" ] || kill "$tunnel" 2>/dev/null || true
+  rm -r "$folder"
+}
+trap finish EXIT
+
+cat >"$folder/stunnel.conf" <<END
+foreground = quiet
+syslog = no
+pid =
+[learner]
+client = yes
+accept = 127.0.0.1:${LOCAL_PORT:-8000}
+connect = $learner
+cert = $certificates/certificate.pem
+key = $certificates/key.pem
+CAfile = $certificates/ca.pem
+verifyChain = yes
+checkHost = learner
+sslVersionMin = TLSv1.3
+socket = l:TCP_NODELAY=1
+socket = r:TCP_NODELAY=1
+END
+stunnel "$folder/stunnel.conf" &
+tunnel=$!
+
+"${PYTHON:-python}" "$program" --job_name=actor "$@" \
+  --learner_address="localhost:${LOCAL_PORT:-8000}" &
+actor=$!
+trap 'kill -TERM $actor' TERM
+trap 'kill -INT $actor' INT
+while :; do
+  code=0
+  wait $actor || code=$?
+  kill -0 $actor 2>/dev/null || exit $code
+done

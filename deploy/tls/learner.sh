@@ -1,0 +1,67 @@
+#!/bin/sh
+# Runs the learner job where nobody reaches it but actors that hold a certificate.
+#
+#     learner.sh CERTIFICATES PORT FLAGS...
+#
+# CERTIFICATES is the folder `learner` that make_certificates.sh has made, PORT is where actors come
+# in, FLAGS are those of experiment.py. PYTHON is the interpreter (python).
+#
+# The learner gets a network namespace of its own with nothing in it but the loopback interface: the
+# port that TensorFlow opens on all interfaces is reachable from nowhere, also not by other users of
+# this machine. What stunnel lets in comes through a Unix socket in a folder of this user's. Needs
+# stunnel, socat, iproute2 and namespaces for users (`unshare --user` works); no root.
+set -eu
+if [ $# -lt 2 ]; then
+  echo "usage: $0 CERTIFICATES PORT FLAGS..." >&2
+  exit 2
+fi
+certificates=$(cd "$1" && pwd)
+port=$2
+shift 2
+program=$(cd "$(dirname "$0")/../.." && pwd)/experiment.py
+folder=$(mktemp -d)
+tunnel= learner=
+finish() {
+  for pid in $tunnel $(cat "$folder/relay" 2>/dev/null); do
+    kill "$pid" 2>/dev/null || true
+  done
+  rm -r "$folder"
+}
+trap finish EXIT
+
+cat >"$folder/stunnel.conf" <<END
+foreground = quiet
+syslog = no
+pid =
+[learner]
+accept = $port
+connect = $folder/learner
+cert = $certificates/certificate.pem
+key = $certificates/key.pem
+CAfile = $certificates/ca.pem
+verifyChain = yes
+requireCert = yes
+sslVersionMin = TLSv1.3
+socket = l:TCP_NODELAY=1
+END
+stunnel "$folder/stunnel.conf" &
+tunnel=$!
+
+# exec, so that signals reach the learner itself.
+unshare --user --map-root-user --net sh -c '
+  folder=$1 && shift
+  ip link set lo up
+  socat "UNIX-LISTEN:$folder/learner,fork,backlog=1024" TCP:127.0.0.1:8000,nodelay &
+  echo $! >"$folder/relay"
+  exec "$@"
+' sh "$folder" "${PYTHON:-python}" "$program" --job_name=learner --task=0 "$@" \
+  --learner_address=localhost:8000 &
+learner=$!
+trap 'kill -TERM $learner' TERM
+trap 'kill -INT $learner' INT
+# A signal ends `wait`, but not the learner, which saves what it has first.
+while :; do
+  code=0
+  wait $learner || code=$?
+  kill -0 $learner 2>/dev/null || exit $code
+done

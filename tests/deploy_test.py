@@ -1,0 +1,123 @@
+"""Tests of what deploy/ says, as far as that can be told without containers and clusters.
+
+The scripts of deploy/tls are run by network_test.py.
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / 'deploy'
+PORT = 8000
+
+# Prints, as experiment.py understands them, the flags that are given.
+READ_FLAGS = """
+import json, sys
+import experiment
+experiment.FLAGS(sys.argv)
+names = 'job_name', 'task', 'learner_address', 'envs_per_actor', 'level_name', 'trusted_network'
+print(json.dumps({name: experiment.FLAGS[name].value for name in names}))
+"""
+
+
+def read_flags(args):
+    yaml = pytest.importorskip('yaml')
+    result = subprocess.run(
+        [sys.executable, '-c', READ_FLAGS, *args], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return yaml.safe_load(result.stdout)
+
+
+def load(*names):
+    yaml = pytest.importorskip('yaml')
+    return [
+        document
+        for name in names
+        for document in yaml.safe_load_all((DEPLOY / name).read_text(encoding='utf-8'))
+    ]
+
+
+def test_compose_actors_reach_a_learner_that_nobody_else_does():
+    (compose,) = load('compose.yaml')
+    services = compose['services']
+    flags = {name: read_flags(service['command']) for name, service in services.items()}
+    learner = flags.pop('learner')
+    assert (learner['job_name'], learner['task']) == ('learner', 0)
+    assert learner['learner_address'] == f'localhost:{PORT}'
+    assert learner['trusted_network']
+    assert [each['task'] for each in flags.values()] == list(range(len(flags)))
+    for each in flags.values():
+        assert each['job_name'] == 'actor'
+        assert each['learner_address'] == f'learner:{PORT}'
+        assert each['level_name'] == learner['level_name']
+    for service in services.values():
+        assert 'ports' not in service
+        assert 'network_mode' not in service
+        (network,) = service['networks']
+        assert compose['networks'][network] == {'internal': True}
+
+
+def test_kubernetes_actors_reach_a_learner_that_nobody_else_does():
+    (kustomization,) = load('kubernetes/kustomization.yaml')
+    files = {path.name for path in (DEPLOY / 'kubernetes').iterdir()} - {'kustomization.yaml'}
+    assert set(kustomization['resources']) == files
+    documents = load(*(f'kubernetes/{name}' for name in files))
+    found = {(each['kind'], each['metadata']['name']): each['spec'] for each in documents
+             if 'spec' in each}  # fmt: skip
+    learner, actors = (found['Job', f'impala-{name}'] for name in ('learner', 'actors'))
+    pods = [job['template'] for job in (learner, actors)]
+    labels = [pod['metadata']['labels'] for pod in pods]
+    containers = [pod['spec']['containers'][0] for pod in pods]
+    assert found['Service', 'impala-learner']['selector'] == labels[0]
+
+    learner_flags = read_flags(containers[0]['args'])
+    actor_flags = read_flags([each.replace('$(JOB_COMPLETION_INDEX)', '7')
+                              for each in containers[1]['args']])  # fmt: skip
+    assert (learner_flags['job_name'], learner_flags['task']) == ('learner', 0)
+    assert (actor_flags['job_name'], actor_flags['task']) == ('actor', 7)
+    assert actors['completionMode'] == 'Indexed'
+    assert actor_flags['learner_address'] == f'impala-learner:{PORT}'
+    assert actor_flags['level_name'] == learner_flags['level_name']
+    (port,) = found['Service', 'impala-learner']['ports']
+    assert port['port'] == containers[0]['ports'][0]['containerPort'] == PORT
+    assert containers[0]['readinessProbe']['tcpSocket']['port'] == PORT
+    assert containers[0]['resources']['limits']['nvidia.com/gpu'] == 1
+    claim = pods[0]['spec']['volumes'][0]['persistentVolumeClaim']['claimName']
+    assert ('PersistentVolumeClaim', claim) in found
+
+    # A policy that selects a pod forbids all that it does not name.
+    of_learner, of_actors = (found['NetworkPolicy', f'impala-{name}'] for name in
+                             ('learner', 'actors'))  # fmt: skip
+    assert of_learner['podSelector'] == {'matchLabels': labels[0]}
+    assert of_learner['ingress'] == [
+        {
+            'from': [{'podSelector': {'matchLabels': labels[1]}}],
+            'ports': [{'protocol': 'TCP', 'port': PORT}],
+        }
+    ]
+    assert of_learner['egress'] == of_actors['ingress'] == []
+    assert of_actors['podSelector'] == {'matchLabels': labels[1]}
+    for policy in (of_learner, of_actors):
+        assert set(policy['policyTypes']) == {'Ingress', 'Egress'}
+
+
+def test_scripts_are_shell():
+    subprocess.run(['bash', '-n', DEPLOY / 'slurm' / 'impala.sbatch'], check=True)
+    for path in (DEPLOY / 'tls').iterdir():
+        subprocess.run(['sh', '-n', path], check=True)
+
+
+def test_slurm_jobs_have_ports_of_their_own_below_those_that_systems_hand_out():
+    text = (DEPLOY / 'slurm' / 'impala.sbatch').read_text()
+    expressions = re.findall(r'=\$\(\((.*SLURM_JOB_ID.*)\)\)', text)
+    assert len(expressions) == 2
+    for job in (0, 79, 80, 999, 1000, 123456789):
+        learner, base = (eval(each, {'SLURM_JOB_ID': job}) for each in expressions)
+        assert 1024 < learner < 11000 <= base
+        # Of a node's jobs.
+        assert base + 255 < 32768
