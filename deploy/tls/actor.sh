@@ -23,6 +23,8 @@ finish() {
   rm -r "$folder"
 }
 trap finish EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
 
 cat >"$folder/stunnel.conf" <<END
 foreground = quiet
@@ -41,16 +43,23 @@ sslVersionMin = TLSv1.3
 socket = l:TCP_NODELAY=1
 socket = r:TCP_NODELAY=1
 END
-stunnel "$folder/stunnel.conf" &
+stunnel "$folder/stunnel.conf" 2>"$folder/log" &
 tunnel=$!
+# It ends at once if it cannot listen.
+sleep 1
+if ! kill -0 $tunnel 2>/dev/null || grep -q '^State:.Z' "/proc/$tunnel/status"; then
+  echo "stunnel cannot listen on port ${LOCAL_PORT:-8000}: $(grep -m 1 'in use\|rror\|failed' "$folder/log")" >&2
+  exit 2
+fi
 
 "${PYTHON:-python}" "$program" --job_name=actor "$@" \
   --learner_address="localhost:${LOCAL_PORT:-8000}" &
 actor=$!
-trap 'kill -TERM $actor' TERM
-trap 'kill -INT $actor' INT
+trap 'interrupted=1; kill -TERM $actor' TERM
+trap 'interrupted=1; kill -INT $actor' INT
 while :; do
-  code=0
+  interrupted= code=0
   wait $actor || code=$?
-  kill -0 $actor 2>/dev/null || exit $code
+  # A signal ends `wait`, but not yet the job, which first puts in order what it has.
+  [ -n "$interrupted" ] || exit $code
 done

@@ -28,6 +28,8 @@ finish() {
   rm -r "$folder"
 }
 trap finish EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
 
 cat >"$folder/stunnel.conf" <<END
 foreground = quiet
@@ -44,8 +46,14 @@ requireCert = yes
 sslVersionMin = TLSv1.3
 socket = l:TCP_NODELAY=1
 END
-stunnel "$folder/stunnel.conf" &
+stunnel "$folder/stunnel.conf" 2>"$folder/log" &
 tunnel=$!
+# It ends at once if it cannot listen.
+sleep 1
+if ! kill -0 $tunnel 2>/dev/null || grep -q '^State:.Z' "/proc/$tunnel/status"; then
+  echo "stunnel cannot listen on port $port: $(grep -m 1 'in use\|rror\|failed' "$folder/log")" >&2
+  exit 2
+fi
 
 # exec, so that signals reach the learner itself.
 unshare --user --map-root-user --net sh -c '
@@ -55,13 +63,13 @@ unshare --user --map-root-user --net sh -c '
   echo $! >"$folder/relay"
   exec "$@"
 ' sh "$folder" "${PYTHON:-python}" "$program" --job_name=learner --task=0 "$@" \
-  --learner_address=localhost:8000 &
+  --learner_address=localhost:8000 --trusted_network &
 learner=$!
-trap 'kill -TERM $learner' TERM
-trap 'kill -INT $learner' INT
-# A signal ends `wait`, but not the learner, which saves what it has first.
+trap 'interrupted=1; kill -TERM $learner' TERM
+trap 'interrupted=1; kill -INT $learner' INT
 while :; do
-  code=0
+  interrupted= code=0
   wait $learner || code=$?
-  kill -0 $learner 2>/dev/null || exit $code
+  # A signal ends `wait`, but not yet the job, which first puts in order what it has.
+  [ -n "$interrupted" ] || exit $code
 done
