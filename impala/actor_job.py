@@ -82,7 +82,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         patience = _Patience(job, report, stop)
-        with LearnerConnection(job.learner_address) as asking:
+        with _before_play(), LearnerConnection(job.learner_address) as asking:
             settings = json.loads(patience.call(asking.settings))
         config = _agreed(config, job, settings)
         workplace = stack.enter_context(Workplace(config.environment))
@@ -107,7 +107,8 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         )
         actors = LocalActors(config, spec, agent, workplace, report)
         learner = _Learner(connection, actors, patience)
-        learner.refresh()
+        with _before_play():
+            learner.refresh()
 
         def end() -> None:
             actors.close()
@@ -125,6 +126,15 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         if not stop.received and not learner.finished:
             actors.check()
     return 'Training is complete.' if learner.finished else 'Stopped.'
+
+
+@contextlib.contextmanager
+def _before_play():
+    """Makes a signal, within the block, one that came before anything was done."""
+    try:
+        yield
+    except _Finished as error:
+        raise KeyboardInterrupt from error
 
 
 def _play(

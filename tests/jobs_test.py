@@ -222,6 +222,15 @@ def test_a_wrong_address(tmp_path, address, kind):
     assert run.stdout == ''
 
 
+def test_an_actor_that_is_stopped_while_it_waits_for_its_learner(tmp_path, address):
+    with actor(tmp_path, 0, address) as run:
+        run.wait_until(lambda: 'Waiting for it' in run.stderr)
+        run.send(signal.SIGINT)
+        assert run.wait() == 130
+    assert 'Traceback' not in run.stderr
+    assert run.stderr.endswith('Interrupted before anything was done.\n')
+
+
 @pytest.mark.parametrize(
     ('flags', 'sentence'),
     [
