@@ -562,7 +562,14 @@ def _create_gymnasium_environment(
     if config.render:
         options['render_mode'] = 'rgb_array'
     try:
-        env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+        try:
+            env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+        except TypeError:
+            if not config.render:
+                raise
+            # It cannot draw, and takes no such argument.
+            del options['render_mode']
+            env = gymnasium.make(plain_id, disable_env_checker=True, **options)
     except (gymnasium.error.Error, ImportError) as error:
         raise LevelError(f'{level_name!r} cannot be made: {_one_line(error)}') from error
     if is_vizdoom:
@@ -711,8 +718,8 @@ class GymnasiumEnvironment(Environment):
 
         try:
             picture = self._env.render()
-        except gymnasium.error.Error:
-            # Some draw with packages that they do not ask for.
+        except (gymnasium.error.Error, ImportError, NotImplementedError):
+            # Some do not draw, or with packages that they do not ask for.
             return None
         if not isinstance(picture, np.ndarray) or picture.shape[2:] != (3,):
             return None

@@ -340,7 +340,8 @@ class ActorPool:
         if code == BAD_INPUT_EXIT_CODE:
             raise LevelError(text.splitlines()[-1])
         completed = self._batcher.statistics().completed_unrolls
-        has_worked = any(completed[actor] > 0 for actor in ended.actors)
+        # Fixed episodes are played again from the first: what was done before proves nothing.
+        has_worked = self._episodes is None and any(completed[actor] > 0 for actor in ended.actors)
         in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
         what = f'signal {-code}' if code < 0 else f'exit code {code}'
         who = ', '.join(f'{actor} ({self._level_names[actor]})' for actor in ended.actors)

@@ -156,5 +156,10 @@ class _Film:
             self._writers[kind] = cv2.VideoWriter(
                 f'{self._path}_{kind}.mp4', cv2.VideoWriter.fourcc(*'mp4v'), self._rate, size
             )
+            if not self._writers[kind].isOpened():
+                raise environments.LevelError(
+                    f'--save_video: cannot write {self._path}_{kind}.mp4: the folder must be '
+                    'writable, and OpenCV able to encode mp4v.'
+                )
         bgr = cv2.cvtColor(np.ascontiguousarray(rgb, np.uint8), cv2.COLOR_RGB2BGR)
         self._writers[kind].write(cv2.resize(bgr, size, interpolation=cv2.INTER_NEAREST))

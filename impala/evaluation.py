@@ -7,6 +7,8 @@ episodes that end would favour short ones.
 
 import contextlib
 import dataclasses
+import gc
+import glob
 import os
 import threading
 import time
@@ -48,6 +50,7 @@ VIDEO_FOLDER = 'videos'
 _UNROLL_LENGTH = 20
 _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
+_WATCH_TRIES = 3
 _WRITING_SECONDS = 3.0
 # Part of every seed, so that a test does not repeat the episodes trained on.
 _TEST = 0x7E57
@@ -180,6 +183,9 @@ def evaluate(
                     players, stop, int(restorable.agent_steps), report,
                 )  # fmt: skip
                 returns = played or returns
+                # Figures and functions of TensorFlow are full of reference cycles, which Python
+                # would leave for long among so many older objects.
+                gc.collect()
                 if played is None or not evaluation.watch:
                     return returns
                 if int(restorable.agent_steps) * spec.num_action_repeats >= final_frames:
@@ -234,16 +240,19 @@ def _await_checkpoint(
     logdir: str, checkpointer: Checkpointer, evaluation: EvaluationConfig, players: _Players
 ) -> bool:
     """Waits for a checkpoint newer than the last and restores it; False if that is ended."""
+    last = checkpointer.latest
+    tried, tries = last, 0
     while True:
         if players.wait(_WATCH_SECONDS):
             return False
-        last = checkpointer.latest
-        # The newest one may be cut short as yet.
-        if (
-            newest_checkpoint(logdir) != last
-            and _restore(checkpointer, evaluation)
-            and checkpointer.latest != last
-        ):
+        newest = newest_checkpoint(logdir)
+        if newest != tried:
+            tried, tries = newest, 0
+        # It may be cut short as yet; if it stays so, it is damaged.
+        if newest == last or tries == _WATCH_TRIES:
+            continue
+        tries += 1
+        if _restore(checkpointer, evaluation) and checkpointer.latest != last:
             return True
 
 
@@ -276,8 +285,12 @@ def _test(
         for batch in actors.batches(1):
             ends = batch.ends.numpy()[1:, 0]
             is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
-            ended = batch.actor_output.env_outputs.info.episode_return.numpy()[1:, 0][is_end]
-            progress.update(schedule.count(int(batch.actors[0]), ended))
+            info = batch.actor_output.env_outputs.info
+            ended = info.episode_return.numpy()[1:, 0][is_end]
+            # Only the row that an actor starts with ends an episode of no steps.
+            is_first = batch.ends.numpy()[0, 0] != 0 and info.episode_step.numpy()[0, 0] == 0
+            schedule.count(int(batch.actors[0]), ended, bool(is_first))
+            progress.update(schedule.num_counted - progress.n)
             if schedule.is_complete:
                 break
         else:
@@ -315,6 +328,9 @@ def _make_video_folder(logdir: str, checkpoint: str) -> str:
     folder = os.path.join(os.path.abspath(logdir), VIDEO_FOLDER, os.path.basename(checkpoint))
     try:
         os.makedirs(folder, exist_ok=True)
+        # Of an earlier test, perhaps of other levels.
+        for file in glob.glob(os.path.join(glob.escape(folder), '*.mp4')):
+            os.remove(file)
     except OSError as error:
         raise LogdirError(f'Cannot make the folder {folder}: {error.strerror}.') from error
     return folder
@@ -339,10 +355,11 @@ class Schedule:
     def episodes_left(self, actor: int) -> dict[str, Any]:
         """Returns the arguments of an actor's `EpisodeSeries`; from any thread.
 
-        One that has to be started again may play an episode once more whose unroll is on its way.
+        One that has to be started again plays all its episodes again: how many are on their way
+        from the one that died cannot be known.
         """
         level = self._config.level_names[self._config.level_ids[actor]]
-        numbers = self._numbers[actor][len(self._returns[actor]) :]
+        numbers = self._numbers[actor]
         return {
             'seeds': [episode_seed(self._config.seed, level, number) for number in numbers],
             'numbers': list(numbers),
@@ -351,13 +368,24 @@ class Schedule:
             'num_videos': self._evaluation.num_videos,
         }
 
-    def count(self, actor: int, returns: np.ndarray) -> int:
-        """Takes the returns, f32 `[N]`, of an actor's next episodes; returns how many count."""
+    def count(self, actor: int, returns: np.ndarray, is_first: bool) -> None:
+        """Takes the returns of an actor's next episodes.
+
+        Args:
+          actor: who played them.
+          returns: f32 `[N]`, of episodes that ended in one unroll.
+          is_first: whether it is the first unroll of a series, from whose start all counts.
+        """
+        if is_first:
+            self._returns[actor].clear()
         missing = len(self._numbers[actor]) - len(self._returns[actor])
         # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
-        counted = [float(str(value)) for value in returns[:missing]]
-        self._returns[actor] += counted
-        return len(counted)
+        self._returns[actor] += [float(str(value)) for value in returns[:missing]]
+
+    @property
+    def num_counted(self) -> int:
+        """Episodes counted so far, of all actors."""
+        return sum(map(len, self._returns))
 
     @property
     def is_complete(self) -> bool:

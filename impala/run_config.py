@@ -98,7 +98,8 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
         use_lstm = not (is_vector or is_atari)
     compute_dtype = config.compute_dtype
     if compute_dtype == 'auto':
-        fast = has_fast_bfloat16() and not tf.config.list_logical_devices('GPU')
+        # Asked for in a way that does not start TensorFlow: several learners have to prepare that.
+        fast = has_fast_bfloat16() and not tf.config.get_visible_devices('GPU')
         compute_dtype = 'bfloat16' if fast else 'float32'
     return AgentConfig(torso=torso, use_lstm=use_lstm, compute_dtype=compute_dtype)
 

@@ -132,6 +132,13 @@ def write(logdir: str, result: CheckpointScores, add_to_history: bool = False) -
     if add_to_history:
         path = os.path.join(logdir, HISTORY_FILE)
         is_new = not os.path.exists(path)
+        # A test that was stopped begins with the checkpoint that it ended with.
+        if not is_new:
+            with open(path, encoding='utf-8', newline='') as old_file:
+                if [result.checkpoint, str(result.agent_steps)] in (
+                    row[:2] for row in csv.reader(old_file)
+                ):
+                    return
         history = [(result.checkpoint, result.agent_steps, result.frames, *row[:5]) for row in rows]
         with open(path, 'ab') as history_file:
             history_file.write(_csv_text([*([_HISTORY_HEADER] if is_new else []), *history]))

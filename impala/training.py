@@ -97,7 +97,7 @@ def train(
             check_same_network(config.logdir, network_settings(network, spec))
         group = None
         if member is not None:
-            settings = _shared_settings(config, member, network_settings(network, spec))
+            settings = _shared_settings(config, member, spec, network_settings(network, spec))
             group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr))
         frames_per_step = spec.num_action_repeats
         agent, learner = _create_learner(config, network, spec, member, learner_devices)
@@ -219,12 +219,12 @@ def _create_learner(
 
 
 def _shared_settings(
-    config: TrainingConfig, member: Member, network: dict[str, Any]
+    config: TrainingConfig, member: Member, spec: EnvironmentSpec, network: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns what all learners must have the same of, by the names of the flags."""
     of_learner = dataclasses.asdict(config.learner)
     of_learner['vtrace_lambda'] = of_learner.pop('lambda_')
-    # Follows from the frames.
+    # Follows from the frames and the repeats.
     del of_learner['total_agent_steps']
     return (
         network
@@ -233,6 +233,7 @@ def _shared_settings(
             'learner_addresses': ','.join(member.addresses),
             'level_name': ','.join(config.level_names),
             'total_environment_frames': config.total_environment_frames,
+            'num_action_repeats': spec.num_action_repeats,
         }
     )
 

@@ -11,6 +11,7 @@ from run_config_test import config
 
 import environments
 from impala import checkpoint, evaluation, run_config, suites, training
+from impala.actor_pool import ActorError
 from impala.evaluation import EvaluationConfig, evaluate
 
 
@@ -138,6 +139,7 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
         timer.join()
     assert returns == {'levels:lives': [12.0, 12.0]}
     assert lines[-1] == 'Training is complete.'
+    evaluate(run, EvaluationConfig(2, watch=True), lines.append)
     rows = (tmp_path / 'test_history.csv').read_text().splitlines()
     assert rows == [
         'checkpoint,agent_steps,frames,level,episodes,mean,low,high',
@@ -189,13 +191,23 @@ def test_a_failing_environment_raises_its_error(logdir):
         evaluate(run, EvaluationConfig(1), print)
 
 
-def test_an_actor_that_dies_plays_what_is_left(logdir, tmp_path):
+def test_no_episode_is_lost_or_counted_twice_when_an_actor_dies(logdir, tmp_path, monkeypatch):
     run = lives_config(
         logdir, level_names=('levels:dies_once',), num_actors=1, max_actor_restarts=1
     )
-    os.environ['LEVELS_FOLDER'] = str(tmp_path)
-    try:
-        assert evaluate(run, EvaluationConfig(6), print) == {'levels:dies_once': [10.0] * 6}
-    finally:
-        del os.environ['LEVELS_FOLDER']
+    monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
+    expected = [
+        float(evaluation.episode_seed(1, 'levels:dies_once', number) % 1000) for number in range(8)
+    ]
+    assert evaluate(run, EvaluationConfig(8), print) == {'levels:dies_once': expected}
     assert (tmp_path / 'died').exists()
+
+
+def test_an_episode_that_cannot_be_played_ends_the_test(logdir, tmp_path, monkeypatch):
+    """Each restart comes as far as full unrolls, but to the same episode."""
+    run = lives_config(
+        logdir, level_names=('levels:dies_again',), num_actors=1, max_actor_restarts=2
+    )
+    monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
+    with pytest.raises(ActorError, match='restarted 2 times'):
+        evaluate(run, EvaluationConfig(8), print)

@@ -96,24 +96,32 @@ class _Counting(_Level):
         return float(action), end, {'frame': observation['frame'] * 0}
 
 
-class _DiesOnce(_Level):
-    """Takes its process down at the end of its third episode, the first time."""
+class _Dies(_Seeded):
+    """Takes its process down at the end of its fifth episode, the first time or each time."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, seed: int, once: bool) -> None:
+        super().__init__(seed)
+        self.length = 10
+        self.once = once
+        self.next_seed = seed
         self.mark = os.path.join(os.environ['LEVELS_FOLDER'], 'died')
         self.episodes = 0
 
     def seed_next(self, seed: int) -> bool:
+        self.next_seed = seed
         return True
 
     def step(self, action: int) -> Any:
-        if self.steps == self.length - 1:
+        is_last = self.steps == self.length - 1
+        if is_last:
             self.episodes += 1
-            if self.episodes == 3 and not os.path.exists(self.mark):
+            if self.episodes == 5 and not (self.once and os.path.exists(self.mark)):
                 with open(self.mark, 'w', encoding='utf-8'):
                     os._exit(1)
-        return super().step(action)
+        result = super().step(action)
+        if is_last:
+            self.seed = self.next_seed
+        return result
 
 
 def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
@@ -189,4 +197,9 @@ def counting(seed: int, config: environments.EnvironmentConfig) -> environments.
 
 def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Dies once; the environment variable LEVELS_FOLDER names the folder where it notes that."""
-    return _DiesOnce()
+    return _Dies(seed, once=True)
+
+
+def dies_again(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Dies in the same episode whenever that is played."""
+    return _Dies(seed, once=False)
