@@ -23,8 +23,9 @@ def addresses():
 
 
 def learner(folder, logdir, task, addresses, *flags):
+    # What is found out for `auto` must not start TensorFlow before the learners' strategy is made.
     return Run(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
-               '--trusted_network', *flags)  # fmt: skip
+               '--trusted_network', '--compute_dtype=auto', *flags)  # fmt: skip
 
 
 def actor(folder, task, addresses):

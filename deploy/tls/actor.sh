@@ -20,7 +20,7 @@ folder=$(mktemp -d)
 tunnel= actor=
 finish() {
   [ -z "$tunnel" ] || kill "$tunnel" 2>/dev/null || true
-  rm -r "$folder"
+  rm -rf "$folder"
 }
 trap finish EXIT
 trap 'exit 143' TERM

@@ -25,7 +25,8 @@ finish() {
   for pid in $tunnel $(cat "$folder/relay" 2>/dev/null); do
     kill "$pid" 2>/dev/null || true
   done
-  rm -r "$folder"
+  # The relay removes its socket at the same time.
+  rm -rf "$folder" || rm -rf "$folder"
 }
 trap finish EXIT
 trap 'exit 143' TERM
