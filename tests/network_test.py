@@ -208,9 +208,11 @@ def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network
             time.sleep(0.1)
         there = learner_host.address
         assert 'answer' in knock(other_host, there, TUNNEL_PORT, ours / 'actors' / 'mine')
-        assert 'alert certificate required' in knock(other_host, there, TUNNEL_PORT)
+        # What is heard of it depends on whether the alert or the end of the connection is seen first.
         stranger = others / 'actors' / 'mine'
-        assert 'alert unknown ca' in knock(other_host, there, TUNNEL_PORT, stranger)
+        for owner, alert in ((None, 'alert certificate required'), (stranger, 'alert unknown ca')):
+            heard = knock(other_host, there, TUNNEL_PORT, owner)
+            assert alert in heard or heard.startswith(('SSLEOFError', 'ConnectionResetError'))
         # The learner's own port is nowhere, not even on its machine.
         for host, address in ((other_host, there), (learner_host, there),
                               (learner_host, 'localhost')):  # fmt: skip
