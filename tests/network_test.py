@@ -208,7 +208,7 @@ def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network
             time.sleep(0.1)
         there = learner_host.address
         assert 'answer' in knock(other_host, there, TUNNEL_PORT, ours / 'actors' / 'mine')
-        # What is heard of it depends on whether the alert or the end of the connection is seen first.
+        # What is heard depends on whether the alert or the end of the connection is seen first.
         stranger = others / 'actors' / 'mine'
         for owner, alert in ((None, 'alert certificate required'), (stranger, 'alert unknown ca')):
             heard = knock(other_host, there, TUNNEL_PORT, owner)
