@@ -124,7 +124,7 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
         tf.random.set_seed(1)
         schedule = evaluation.Schedule(config, options, None)
         actors = LocalActors(
-            config, spec, TinyAgent(spec.num_actions), workplace, print, schedule.episodes_left
+            config, spec, TinyAgent(spec.num_actions), workplace, print, schedule.episodes_of
         )
         stopwatch = Stopwatch()
         steps = 0
@@ -134,7 +134,7 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
                 info = batch.actor_output.env_outputs.info
                 is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
                 steps += int(info.episode_step.numpy()[1:, 0][is_end].sum())
-                schedule.count(int(batch.actors[0]), info.episode_return.numpy()[1:, 0][is_end])
+                schedule.count(batch)
                 if schedule.is_complete:
                     break
         return stopwatch.rates(steps)

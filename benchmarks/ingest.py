@@ -300,13 +300,13 @@ def measure_connected(address: str, clients: int, args: argparse.Namespace) -> l
 def main() -> None:
     """Prints tables and a line of JSON."""
     if len(sys.argv) > 1 and sys.argv[1].startswith('--role='):
-        role, args = sys.argv[1].removeprefix('--role='), sys.argv[2:]
+        role, rest = sys.argv[1].removeprefix('--role='), sys.argv[2:]
         if role == 'send':
-            send(args[0], int(args[2]), int(args[1]))
+            send(rest[0], int(rest[2]), int(rest[1]))
         elif role == 'read':
-            read_weights(args[0], int(args[1]), float(args[2]))
+            read_weights(rest[0], int(rest[1]), float(rest[2]))
         elif role == 'connect':
-            connect(args[0], int(args[1]), int(args[2]))
+            connect(rest[0], int(rest[1]), int(rest[2]))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--actors', type=int, default=2)

@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Found whether this runs as a module or as a file.
@@ -43,7 +44,7 @@ from impala.trajectory import (
     StepOutputInfo,
 )
 
-_SETTINGS = {
+_SETTINGS: dict[str, dict[str, Any]] = {
     'shallow': {'frame': (84, 84, 4), 'unroll_length': 20, 'batch_size': 32, 'num_actions': 6},
     'deep': {'frame': (72, 96, 3), 'unroll_length': 100, 'batch_size': 4, 'num_actions': 9},
 }
@@ -136,7 +137,7 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
         batch.agent_outputs.action, batch.env_outputs, batch.agent_state
     )
     outputs = outputs._replace(action=batch.agent_outputs.action)
-    times = []
+    times: list[tuple[float, float, float]] = []
 
     def timed(function, *args):
         start = time.perf_counter()

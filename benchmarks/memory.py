@@ -108,8 +108,9 @@ def main() -> None:
     bare = bare_environments(args.level_name, args.envs_per_process)
     logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
     process = None
+    pid = args.pid
     try:
-        if not args.pid:
+        if not pid:
             process = subprocess.Popen(
                 [
                     sys.executable,
@@ -124,7 +125,8 @@ def main() -> None:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-        samples = watch(args.pid or process.pid, args.minutes, args.interval)
+            pid = process.pid
+        samples = watch(pid, args.minutes, args.interval)
     finally:
         if process is not None:
             process.send_signal(signal.SIGINT)

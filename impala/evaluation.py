@@ -21,6 +21,7 @@ import tensorflow as tf
 import tqdm
 
 from impala import test_report
+from impala.acting import UnrollBatch
 from impala.actor_pool import Workplace
 from impala.agent import Agent
 from impala.checkpoint import (
@@ -64,7 +65,7 @@ class EvaluationConfig:
       num_episodes: per level.
       policy: `'sample'` as in the paper, or `'greedy'`: the most probable action.
       checkpoint: path without file extension; None for the newest.
-      watch: test each checkpoint of a run that goes on.
+      watch: test the newest checkpoint of a run that goes on whenever there is a newer one.
       num_videos: episodes per level that are filmed.
     """
 
@@ -276,20 +277,14 @@ def _test(
         video_folder = _make_video_folder(config.logdir, checkpoint)
     tf.random.set_seed(config.seed)
     schedule = Schedule(config, evaluation, video_folder)
-    actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule.episodes_left)
+    actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule.episodes_of)
     total = evaluation.num_episodes * len(config.level_names)
     with (
         tqdm.tqdm(total=total, unit='episode', disable=None) as progress,
         players.playing(actors),
     ):
         for batch in actors.batches(1):
-            ends = batch.ends.numpy()[1:, 0]
-            is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
-            info = batch.actor_output.env_outputs.info
-            ended = info.episode_return.numpy()[1:, 0][is_end]
-            # Only the row that an actor starts with ends an episode of no steps.
-            is_first = batch.ends.numpy()[0, 0] != 0 and info.episode_step.numpy()[0, 0] == 0
-            schedule.count(int(batch.actors[0]), ended, bool(is_first))
+            schedule.count(batch)
             progress.update(schedule.num_counted - progress.n)
             if schedule.is_complete:
                 break
@@ -352,7 +347,7 @@ class Schedule:
         ]
         self._returns: list[list[float]] = [[] for _ in self._numbers]
 
-    def episodes_left(self, actor: int) -> dict[str, Any]:
+    def episodes_of(self, actor: int) -> dict[str, Any]:
         """Returns the arguments of an actor's `EpisodeSeries`; from any thread.
 
         One that has to be started again plays all its episodes again: how many are on their way
@@ -368,19 +363,21 @@ class Schedule:
             'num_videos': self._evaluation.num_videos,
         }
 
-    def count(self, actor: int, returns: np.ndarray, is_first: bool) -> None:
-        """Takes the returns of an actor's next episodes.
+    def count(self, batch: UnrollBatch) -> None:
+        """Takes the episodes that ended in the next unroll of an actor.
 
         Args:
-          actor: who played them.
-          returns: f32 `[N]`, of episodes that ended in one unroll.
-          is_first: whether it is the first unroll of a series, from whose start all counts.
+          batch: of one unroll.
         """
-        if is_first:
-            self._returns[actor].clear()
-        missing = len(self._numbers[actor]) - len(self._returns[actor])
+        ends = batch.ends.numpy()[:, 0]
+        info = batch.actor_output.env_outputs.info
+        counted = self._returns[int(batch.actors[0])]
+        # Only the row that an actor starts with ends an episode of no steps; it has begun anew.
+        if ends[0] and info.episode_step.numpy()[0, 0] == 0:
+            counted.clear()
+        is_end = (ends[1:] == EpisodeEnd.TERMINATED) | (ends[1:] == EpisodeEnd.TRUNCATED)
         # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
-        self._returns[actor] += [float(str(value)) for value in returns[:missing]]
+        counted += [float(str(value)) for value in info.episode_return.numpy()[1:, 0][is_end]]
 
     @property
     def num_counted(self) -> int:
