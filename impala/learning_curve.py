@@ -12,6 +12,19 @@ import numpy as np
 WINDOW = 100
 MAX_POINTS = 8192
 
+# Matplotlib's settings for all pictures of runs.
+STYLE: Any = {
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'grid.color': '0.9',
+    'grid.linewidth': 0.6,
+    'axes.axisbelow': True,
+    'axes.titlesize': 10,
+    'legend.frameon': False,
+}
+
 _MAX_LEVELS_WITH_DOTS = 4
 
 
@@ -77,22 +90,11 @@ def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> Non
         u for u in ((3600, 'h'), (60, 'min'), (1, 's')) if longest >= 2 * u[0] or u[0] == 1
     )
 
-    style: dict[Any, Any] = {
-        'font.size': 9,
-        'axes.spines.top': False,
-        'axes.spines.right': False,
-        'axes.grid': True,
-        'grid.color': '0.9',
-        'grid.linewidth': 0.6,
-        'axes.axisbelow': True,
-        'axes.titlesize': 10,
-        'legend.frameon': False,
-    }
     # About 100 characters of the legend fit side by side.
     columns = max(1, min(4, len(drawn), 100 // (8 + max(map(len, drawn), default=0))))
     height = 2.8 + 0.17 * math.ceil(len(drawn) / columns)
     with_dots = len(drawn) <= _MAX_LEVELS_WITH_DOTS
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, height), dpi=200, layout='constrained')
         by_steps, by_time = figure.subplots(1, 2, sharey=True)
         lines = []

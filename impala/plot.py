@@ -20,6 +20,7 @@ import numpy as np
 from environments import LevelError
 from impala import suites
 from impala.checkpoint import FLAG_FILE, LogdirError
+from impala.learning_curve import STYLE
 from impala.run_log import METRICS_FILE, read_episodes
 
 WINDOW = 100
@@ -28,17 +29,7 @@ _OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall ti
 # What tells runs of one kind apart.
 _OF_ONE_RUN = ('seed', 'logdir', 'learner_address', 'task')
 _STAGES = ('learner/', 'batcher/', 'actor/', 'queue/')
-_STYLE: Any = {
-    'font.size': 9,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
-    'axes.grid': True,
-    'grid.color': '0.9',
-    'grid.linewidth': 0.6,
-    'axes.axisbelow': True,
-    'legend.frameon': False,
-    'svg.fonttype': 'none',
-}
+_STYLE: Any = STYLE | {'svg.fonttype': 'none'}
 
 
 @dataclasses.dataclass(frozen=True)
