@@ -2,8 +2,8 @@
 
     python -m benchmarks.learning pong_quick --threshold=18
 
-writes `docs/results/pong_quick.md`, `.csv` (a row per episode) and `.png`. A run that was stopped
-goes on; one that is complete is only reported. Random actions and test mode stand beside it.
+writes `docs/results/pong_quick.md`, `.csv` and `.png`. A run that was stopped goes on; one
+that is complete is only reported. Random actions and test mode stand beside it.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from impala.trajectory import EpisodeEnd
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, 'docs', 'results')
 WINDOW = 100  # Episodes in a rolling mean.
+MAX_ROWS = 10_000  # Of a CSV file in docs/results; of more episodes every n-th is filed.
 
 
 def random_returns(level_name: str, num_episodes: int) -> list[float]:
@@ -94,10 +95,14 @@ def main() -> None:
     last = metrics[-1]
     solved = first_above(episodes, args.threshold)
     os.makedirs(RESULTS, exist_ok=True)
-    for source, target in (('episodes.csv', 'csv'), ('learning_curve.png', 'png')):
-        shutil.copyfile(
-            os.path.join(logdir, source), os.path.join(RESULTS, f'{args.name}.{target}')
-        )
+    picture = os.path.join(RESULTS, f'{args.name}.png')
+    shutil.copyfile(os.path.join(logdir, 'learning_curve.png'), picture)
+    stride = -(-len(episodes) // MAX_ROWS)
+    with open(os.path.join(RESULTS, f'{args.name}.csv'), 'w', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, episodes[0], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(episodes[::stride])
+    filed = 'Every episode' if stride == 1 else f'One episode in {stride}'
 
     def minutes(row: dict) -> str:
         return f'{float(row["wall_seconds"]) / 60:.1f} min'
@@ -128,7 +133,7 @@ def main() -> None:
 
 ![Learning curve]({args.name}.png)
 
-Every episode is in [{args.name}.csv]({args.name}.csv), the settings are in
+{filed} is in [{args.name}.csv]({args.name}.csv), the settings are in
 [configs/{args.name}.flags](../../configs/{args.name}.flags). This page was written by
 `python -m benchmarks.learning {args.name} --threshold={args.threshold:g}`.
 """
