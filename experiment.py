@@ -161,6 +161,12 @@ flags.DEFINE_float(
 )
 
 flags.DEFINE_integer(
+    'intra_op_threads',
+    0,
+    'Threads that share an operation on the CPU; 0: one per core.',
+    lower_bound=0,
+)
+flags.DEFINE_integer(
     'inference_batch_size', 0, 'Requests that make a batch; 0: half the actors.', lower_bound=0
 )
 flags.DEFINE_float(
@@ -224,6 +230,8 @@ def main(unused_argv: list[str]) -> int:
     with _quiet_tensorflow():
         import tensorflow as tf
 
+        if FLAGS.intra_op_threads:
+            tf.config.threading.set_intra_op_parallelism_threads(FLAGS.intra_op_threads)
         if is_actor and FLAGS.actor_device == 'cpu':
             tf.config.set_visible_devices([], 'GPU')
         trains = not is_actor and FLAGS.mode == 'train'

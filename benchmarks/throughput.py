@@ -4,9 +4,9 @@
 
 Runs `experiment.py` for `--seconds` after a warm-up, then measures its parts alone on the same
 machine: environments with random actions on all cores, the agent's step at the batch size seen in
-training, and the learner's step. Each part's share of the cores' time is its rate in training over
-its rate alone; `rest` is what is left: hand-over, contention, idleness. `--rounds` repeats the
-whole in turn, because shared machines drift; medians are given.
+training, and the learner's step, both with a thread per core. Each part's share of the cores' time
+is its rate in training over its rate alone; `rest` is what is left: hand-over, contention,
+idleness. `--rounds` repeats the whole in turn, because shared machines drift; medians are given.
 """
 
 import argparse
@@ -163,8 +163,8 @@ def main() -> None:
     """Prints one table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--level_name', default='ALE/Pong-v5')
-    parser.add_argument('--num_actors', type=int, default=32)
-    parser.add_argument('--envs_per_process', type=int, default=4)
+    parser.add_argument('--num_actors', type=int, default=48)
+    parser.add_argument('--envs_per_process', type=int, default=8)
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--unroll_length', type=int, default=20)
     parser.add_argument('--torso', default='shallow')
@@ -173,7 +173,8 @@ def main() -> None:
         default='bfloat16' if has_fast_bfloat16() else 'float32',
         help='float32 or bfloat16; default: the faster one on this processor',
     )
-    parser.add_argument('--inference_batch_size', type=int, default=0, help='as experiment.py')
+    parser.add_argument('--inference_batch_size', type=int, default=16)
+    parser.add_argument('--intra_op_threads', type=int, default=1, help='of training')
     parser.add_argument('--warm_up', type=float, default=10, help='seconds')
     parser.add_argument('--seconds', type=float, default=30)
     parser.add_argument('--rounds', type=int, default=1)
@@ -182,7 +183,7 @@ def main() -> None:
         f'--{name}={getattr(args, name)}'
         for name in (
             'level_name', 'num_actors', 'envs_per_process', 'batch_size', 'unroll_length', 'torso',
-            'compute_dtype', 'inference_batch_size',
+            'compute_dtype', 'inference_batch_size', 'intra_op_threads',
         )
     ]  # fmt: skip
     environment = create_environment(args.level_name, 1, EnvironmentConfig())

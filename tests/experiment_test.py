@@ -578,6 +578,19 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         assert_one_sentence(run, 2, f'{tmp_path}/home/run is not the folder of a training run')
 
 
+def test_threads_of_an_operation(tmp_path):
+    script = (
+        'import sys, experiment; sys.argv[0] = "experiment"; experiment.FLAGS(sys.argv); '
+        'experiment.main([]); '
+        'import tensorflow as tf; print(tf.config.threading.get_intra_op_parallelism_threads())'
+    )
+    flags = ('--mode=test', f'--logdir={tmp_path}', '--intra_op_threads=3')
+    run = subprocess.run(
+        [sys.executable, '-c', script, *flags], cwd=PROGRAM.parent, capture_output=True, check=True
+    )
+    assert run.stdout == b'3\n'
+
+
 def test_many_levels_at_once(tmp_path):
     """Eight Atari games on one machine, and DMLab-30 as jobs, both with the suites' own names."""
     games = ('Pong', 'Breakout', 'Alien', 'Qbert', 'Seaquest', 'Boxing', 'Freeway', 'Enduro')
