@@ -46,8 +46,12 @@ def stop(jobs: list[subprocess.Popen]) -> None:
         job.wait()
 
 
-def train(args: argparse.Namespace, delay_ms: float, loss: float) -> list[str]:
-    """Trains for `args.minutes` and returns a row of the table."""
+def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> list[str]:
+    """Trains for `args.minutes`; keeps the run in a folder if it names one.
+
+    Returns:
+      A row of the table.
+    """
     with contextlib.ExitStack() as stack:
         folder = tempfile.mkdtemp(prefix='impala-benchmark-')
         stack.callback(shutil.rmtree, folder)
@@ -55,7 +59,7 @@ def train(args: argparse.Namespace, delay_ms: float, loss: float) -> list[str]:
             Network(1 + args.actors, delay_ms / 1000, loss, args.congestion_control)
         )
         learner_host, *actor_hosts = network.hosts
-        logdir = os.path.join(folder, 'run')
+        logdir = os.path.abspath(keep) if keep else os.path.join(folder, 'run')
         jobs: list[subprocess.Popen] = []
         stack.callback(stop, jobs)
         run = ['--flagfile=configs/pong_quick.flags', f'--level_name={args.level_name}']
@@ -119,11 +123,14 @@ def main() -> None:
     parser.add_argument('--level_name', default='ALE/Pong-v5')
     parser.add_argument('--alone', action='store_true', help='leave the comparison out')
     parser.add_argument('--congestion_control', default='', help="of TCP; the machine's by default")
+    parser.add_argument('--keep', default='', help='new folder for the run through the bad network')
     args = parser.parse_args()
+    if args.keep and os.path.exists(args.keep):
+        sys.exit(f'--keep={args.keep} exists already.')
     try:
-        rows = [train(args, args.delay_ms, args.loss)]
+        rows = [train(args, args.delay_ms, args.loss, args.keep)]
         if not args.alone:
-            rows.append(train(args, 0, 0))
+            rows.append(train(args, 0, 0, keep=''))
     except Unavailable as error:
         sys.exit(f'This benchmark needs network namespaces: {error}.')
     print(machine.describe())
