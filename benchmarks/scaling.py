@@ -5,8 +5,8 @@
 Nothing here is run but a simulation, on service times that other benchmarks have measured: how long
 the learner's machine is busy with taking in an unroll, handing out the weights, and an update.
 `--actors` are environments, `--envs_per_actor` of which make a job. A job sends its unrolls one
-after the other, waits for each until there is room in the queue, and then reads the weights if
-there are new ones; the environment goes on. All that goes through the learner's network does so one
+after the other, and waits for each until there is room in the queue; once it has sent as many as it
+has environments, it reads the weights if there are new ones; the environment goes on. All that goes through the learner's network does so one
 after the other, first come first served; the next batch is taken from the queue while the present
 one trains.
 """
@@ -86,7 +86,8 @@ class _Job:
     """An actor job, whose unrolls go out one after the other."""
 
     def __init__(self) -> None:
-        self.version = -1
+        self.version = 0
+        self.sent_with_it = 0
         self.outbox: collections.deque[_Unroll] = collections.deque()
         self.is_sending = False
 
@@ -168,16 +169,18 @@ def simulate(
             if waiting and len(queue) < setting.queue_capacity:
                 job, unroll = waiting.popleft()
                 queue.append(unroll)
-                is_new = job.version != version
-                job.version = version
-                reads += is_new and settled
-                at(pass_network(setting.hand_out) if is_new else now, 'sent', job)
+                job.sent_with_it += 1
+                reading = job.version != version and job.sent_with_it >= envs_per_job
+                if reading:
+                    job.version, job.sent_with_it = version, 0
+                reads += reading and settled
+                at(pass_network(setting.hand_out) if reading else now, 'sent', job)
             elif len(batch_ahead) < setting.batch_size and queue:
                 batch_ahead.append(queue.popleft())
             elif len(batch_ahead) == setting.batch_size and not is_training:
                 if settled:
                     queue_lags += [now - each.played_at for each in batch_ahead]
-                    policy_lags += [version - max(0, each.version) for each in batch_ahead]
+                    policy_lags += [version - each.version for each in batch_ahead]
                     learner_busy += setting.update
                 batch_ahead = []
                 is_training = True

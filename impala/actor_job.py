@@ -106,7 +106,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             )
         )
         actors = LocalActors(config, spec, agent, workplace, report)
-        learner = _Learner(connection, actors, patience)
+        learner = _Learner(connection, actors, patience, config.num_actors)
         with _before_play():
             learner.refresh()
 
@@ -220,25 +220,36 @@ class _Learner:
       finished: whether training is complete.
     """
 
-    def __init__(self, connection: LearnerConnection, actors: LocalActors, patience: _Patience):
+    def __init__(
+        self,
+        connection: LearnerConnection,
+        actors: LocalActors,
+        patience: _Patience,
+        num_environments: int,
+    ):
         self._connection = connection
         self._actors = actors
         self._patience = patience
+        self._num_environments = num_environments
         self._version = -1
+        self._sent_with_it = 0
         self.finished = False
 
     def refresh(self) -> None:
         """Has the actors act with the learner's present weights."""
         version, values = self._patience.call(self._connection.weights)
         self._version = version
+        self._sent_with_it = 0
         self._actors.publish(
             [tf.constant(value) for value in values], tf.constant(version, tf.int64)
         )
 
     def send(self, unroll: list[Any], task: int, level: str, sequence: int) -> None:
-        """Sends an unroll, and refreshes the weights if there are newer ones.
+        """Sends an unroll; refreshes the weights if each environment has sent one with these.
 
-        Unrolls of weights that the learner has lost are thrown away.
+        So each environment begins its next unroll with newer ones, as in the paper; reading them
+        after each unroll of the job would make them most of the traffic. Unrolls of weights that
+        the learner has lost are thrown away.
 
         Raises:
           Rejected: the learner refuses it.
@@ -264,7 +275,8 @@ class _Learner:
         if status.finished:
             self.finished = True
             raise _Finished
-        if status.version != self._version:
+        self._sent_with_it += 1
+        if status.version != self._version and self._sent_with_it >= self._num_environments:
             self.refresh()
 
     @contextlib.contextmanager

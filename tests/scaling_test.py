@@ -42,6 +42,6 @@ def test_a_full_network_carries_as_much_as_it_can():
 def test_environments_of_one_job_share_its_weights():
     setting = Setting(play=1.0, take_in=0.001, hand_out=0.001, update=0.5, batch_size=10)
     outcome = simulate(setting, num_jobs=1, envs_per_job=20)
-    # At most one reading for each update.
+    # One reading for each round of all environments, though there are two updates in it.
     assert outcome.unrolls_per_second == pytest.approx(20, rel=0.02)
-    assert outcome.reads_per_second == pytest.approx(2, rel=0.02)
+    assert outcome.reads_per_second == pytest.approx(1, rel=0.05)

@@ -1,0 +1,44 @@
+"""Tests of impala/actor_job.py where a command does not show it; the rest is in jobs_test.py."""
+
+import contextlib
+
+import remote_peer
+import tensorflow as tf
+from remote_test import Learner
+
+from impala.actor_job import ActorJobConfig, _Learner, _Patience
+from impala.remote import LearnerServer
+from impala.stop_signal import StopSignal
+
+
+class Publications(list):
+    """The versions that actors have been given."""
+
+    def publish(self, weights, version):
+        self.append(int(version))
+
+
+def test_weights_are_read_once_for_an_unroll_of_each_environment():
+    server = LearnerServer('localhost:0')
+    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
+        connection = learner.connect(weights=[tf.TensorSpec([1])])
+        publications = Publications()
+        patience = _Patience(ActorJobConfig(learner.address, 0, 600.0, {}, False), print, StopSignal())
+        job = _Learner(connection, publications, patience, num_environments=3)
+
+        def send(number):
+            job.send(remote_peer.make_unroll(number), 0, '', number)
+
+        learner.board.publish([tf.zeros([1])], 100)
+        job.refresh()
+        for number in range(1, 10):
+            # An update between any two unrolls.
+            learner.board.publish([tf.zeros([1])], 100 + number)
+            send(number)
+        assert publications == [100, 103, 106, 109]
+        for number in range(10, 20):
+            send(number)
+        assert publications == [100, 103, 106, 109], 'there were no newer ones'
+        learner.board.publish([tf.zeros([1])], 200)
+        send(20)
+        assert publications[-1] == 200, 'each environment has sent several with the old ones'
