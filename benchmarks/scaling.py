@@ -6,9 +6,9 @@ Nothing here is run but a simulation, on service times that other benchmarks hav
 the learner's machine is busy with taking in an unroll, handing out the weights, and an update.
 `--actors` are environments, `--envs_per_actor` of which make a job. A job sends its unrolls one
 after the other, and waits for each until there is room in the queue; once it has sent as many as it
-has environments, it reads the weights if there are new ones; the environment goes on. All that goes through the learner's network does so one
-after the other, first come first served; the next batch is taken from the queue while the present
-one trains.
+has environments, it reads the weights if there are new ones; the environment goes on. All that goes
+through the learner's network does so one after the other, first come first served; the next batch
+is taken from the queue while the present one trains.
 """
 
 import argparse

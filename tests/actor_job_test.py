@@ -23,7 +23,8 @@ def test_weights_are_read_once_for_an_unroll_of_each_environment():
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
         connection = learner.connect(weights=[tf.TensorSpec([1])])
         publications = Publications()
-        patience = _Patience(ActorJobConfig(learner.address, 0, 600.0, {}, False), print, StopSignal())
+        config = ActorJobConfig(0, learner.address, 600.0, {}, False)
+        patience = _Patience(config, print, StopSignal())
         job = _Learner(connection, publications, patience, num_environments=3)
 
         def send(number):
