@@ -145,6 +145,12 @@ flags.DEFINE_enum(
     ['auto', 'true', 'false'],
     'LSTM core; auto: not for Atari and vectors.',
 )
+flags.DEFINE_boolean(
+    'popart',
+    False,
+    'Normalise values per level (PopArt), for levels of different rewards; usually together with '
+    '--reward_clipping=none.',
+)
 flags.DEFINE_enum(
     'compute_dtype',
     'float32',
@@ -378,6 +384,7 @@ def _act() -> int:
         'torso': FLAGS.torso,
         'use_lstm': {'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
         'unroll_length': FLAGS.unroll_length,
+        'popart': FLAGS.popart,
     }
     job = actor_job.ActorJobConfig(
         task=FLAGS.task,
@@ -443,6 +450,7 @@ def _config() -> Any:
         torso=FLAGS.torso,
         use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
         compute_dtype=FLAGS.compute_dtype,
+        popart=FLAGS.popart,
         learner=LearnerConfig(
             batch_size=FLAGS.batch_size,
             unroll_length=FLAGS.unroll_length,

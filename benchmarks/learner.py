@@ -124,7 +124,7 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
     def loss(batch, outputs, gradients):
         with tf.GradientTape() as tape:
             tape.watch([outputs.policy_logits, outputs.baseline])
-            total, parts = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+            total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
         outputs_gradients = tape.gradient(total, [outputs.policy_logits, outputs.baseline])
         metrics = idle._update(total, gradients, idle.agent.trainable_variables)
         return outputs_gradients, parts, metrics

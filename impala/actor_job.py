@@ -19,6 +19,7 @@ from impala.run_config import (
     ConfigError,
     TrainingConfig,
     network_settings,
+    popart_levels,
     with_common_actions,
 )
 from impala.stop_signal import StopSignal
@@ -88,7 +89,11 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = settings['network']
-        agent_config = AgentConfig(torso=network['torso'], use_lstm=network['use_lstm'])
+        agent_config = AgentConfig(
+            torso=network['torso'],
+            use_lstm=network['use_lstm'],
+            popart_levels=popart_levels(network),
+        )
         # The spec is compared before it is given to a network that may not be able to serve it.
         _check_network(network_settings(agent_config, spec), network, job.learner_address)
         agent = Agent(agent_config, spec)
@@ -316,7 +321,10 @@ def _agreed(
             f'(protocol {settings.get("protocol")}, here {remote_actors.PROTOCOL}): '
             'install the same one.'
         )
-    of_the_learner = settings['network'] | {'unroll_length': settings['unroll_length']}
+    of_the_learner = settings['network'] | {
+        'unroll_length': settings['unroll_length'],
+        'popart': bool(popart_levels(settings['network'])),
+    }
     for flag, value in job.network_flags.items():
         if value != of_the_learner[flag]:
             raise ConfigError(

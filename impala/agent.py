@@ -1,7 +1,7 @@
 """The agent: observation, last reward and action in, policy and baseline out (paper, Figure 3).
 
 Letters: T unroll length, B batch size, A number of actions, L instruction length, N rows (merged
-time and batch).
+time and batch), V number of levels that have values of their own.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import tensorflow as tf
 import tensorflow_probability as tfp
 
 from impala import lstm, torsos
+from impala.popart import PopArt
 from impala.trajectory import (
     INSTRUCTION_BUCKETS,
     AgentOutput,
@@ -36,6 +37,8 @@ class AgentConfig:
       compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
         follows the torso, are float32 either way.
       max_reward_input: the last reward, as an input, is clipped to plus or minus this.
+      popart_levels: names of the levels, in the order of their ids, whose values PopArt normalises,
+        each for itself; none is without PopArt.
     """
 
     torso: str = 'deep'
@@ -43,12 +46,16 @@ class AgentConfig:
     core_size: int = 256
     compute_dtype: str = 'float32'
     max_reward_input: float = 1.0
+    popart_levels: tuple[str, ...] = ()
 
 
 class Agent(snt.Module):
     """The policy, the baseline and, with `use_lstm`, their memory.
 
     All variables exist once it is constructed.
+
+    Attributes:
+      popart: the last layer of a baseline that is normalised per level; None without PopArt.
 
     Args:
       config: shapes the network.
@@ -80,7 +87,11 @@ class Agent(snt.Module):
             self._core = lstm.LSTM(size, config.core_size, name='core')
             size = config.core_size
         self._policy = torsos.Linear(size, spec.num_actions, name='policy')
-        self._baseline = torsos.Linear(size, 1, name='baseline')
+        self.popart: PopArt | None = None
+        if config.popart_levels:
+            self.popart = PopArt(size, len(config.popart_levels))
+        else:
+            self._baseline = torsos.Linear(size, 1, name='baseline')
 
     @property
     def state_spec(self) -> Any:
@@ -109,6 +120,8 @@ class Agent(snt.Module):
 
         Returns:
           `AgentOutput` of `[B, ...]`, its action sampled from the policy, and the state after it.
+          With PopArt its baseline is 0: who acts does not know the level, and needs the policy
+          only.
         """
         x = self._inputs(prev_action, env_output)
         if self._core is not None:
@@ -117,6 +130,8 @@ class Agent(snt.Module):
             state = self._core.step(self._core.project(x), state)
             x = state.hidden
         logits, baseline = self._heads(x)
+        if self.popart is not None:
+            baseline = tf.zeros_like(env_output.reward)
         action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
         # Of logits that are not finite the sample is `num_actions`, which no environment knows. The
         # learner is the one to see to such logits.
@@ -136,7 +151,8 @@ class Agent(snt.Module):
 
         Returns:
           `AgentOutput` of `[T+1, B, ...]` and the state after the last row. No action is sampled:
-          `action` is the policy's most probable one, for a learner knows what was done.
+          `action` is the policy's most probable one, for a learner knows what was done. With
+          PopArt `baseline` is `[T+1, B, V]`, normalised, for each level.
         """
         x = self._inputs(*tf.nest.map_structure(_merge, (prev_actions, env_outputs)))
         if self._core is not None:
@@ -164,7 +180,9 @@ class Agent(snt.Module):
         return tf.concat(parts, -1)
 
     def _heads(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns policy logits f32 `[N, A]` and baseline f32 `[N]`."""
+        """Returns policy logits f32 `[N, A]` and baseline f32 `[N]`, or `[N, V]` with PopArt."""
+        if self.popart is not None:
+            return self._policy(x), self.popart(x)
         return self._policy(x), tf.squeeze(self._baseline(x), -1)
 
 

@@ -32,6 +32,7 @@ from impala.checkpoint import (
     newest_checkpoint,
     report_to_stderr,
 )
+from impala.checkpoint import network_settings as settings_of_run
 from impala.local_actors import LocalActors
 from impala.run_config import (
     ConfigError,
@@ -39,6 +40,7 @@ from impala.run_config import (
     choose_network,
     create_agent,
     network_settings,
+    popart_levels,
 )
 from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
@@ -160,6 +162,10 @@ def evaluate(
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = dataclasses.replace(choose_network(config, spec), compute_dtype='float32')
+        trained_levels = popart_levels(settings_of_run(config.logdir) or {})
+        if network.popart_levels and trained_levels:
+            # The levels that are tested may be others.
+            network = dataclasses.replace(network, popart_levels=trained_levels)
         agent = create_agent(network, spec)
         if evaluation.policy == 'greedy':
             agent = _GreedyAgent(network, spec)

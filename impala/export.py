@@ -9,7 +9,8 @@ Its signatures, of any batch size B:
 * `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)` and,
   where the environment speaks, `instruction i32 [B, 32]`: `action` i32 `[B]`, sampled,
   `greedy_action` i32 `[B]`, `policy_logits` f32 `[B, A]`, `baseline` f32 `[B]`, and the state after
-  it. Give `done=True` with the first observation of an episode.
+  it. An agent trained with `--popart` has no `baseline`, whose values belong to its levels. Give
+  `done=True` with the first observation of an episode.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import tensorflow as tf
 from environments import INSTRUCTION_LENGTH
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, network_settings
+from impala.run_config import popart_levels
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
@@ -54,7 +56,9 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
     observation = {'frame': ArraySpec(shape, 'uint8' if len(shape) == 3 else 'float32')}
     if value('whether it has instructions'):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
-    network = AgentConfig(torso=value('torso'), use_lstm=value('use_lstm'))
+    network = AgentConfig(
+        torso=value('torso'), use_lstm=value('use_lstm'), popart_levels=popart_levels(settings)
+    )
     return network, EnvironmentSpec(observation, value('number of actions'), 1)
 
 
@@ -112,13 +116,15 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
             ),
             tf.nest.pack_sequence_as(agent.state_spec, [inputs[name] for name in state_names]),
         )
-        return {
+        outputs = {
             'action': output.action,
             'greedy_action': tf.argmax(output.policy_logits, -1, tf.int32),
             'policy_logits': output.policy_logits,
-            'baseline': output.baseline,
             **dict(zip(state_names, tf.nest.flatten(state), strict=True)),
         }
+        if agent.popart is None:
+            outputs['baseline'] = output.baseline
+        return outputs
 
     signatures = {
         'initial_state': initial_state,

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from impala import losses
+from impala.popart import PopArt
 from impala.rmsprop import RMSProp, sum_duplicates
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
 
@@ -45,6 +46,10 @@ class TrainableAgent(Protocol):
     @property
     def trainable_variables(self) -> Sequence[tf.Variable]:
         """The weights; all of them, from construction on, in an order that never changes."""
+
+    @property
+    def popart(self) -> PopArt | None:
+        """The last layer of the baseline, if that is normalised per level."""
 
     def unroll(
         self, prev_actions: tf.Tensor, env_outputs: StepOutput, state: Any
@@ -143,7 +148,8 @@ class Learner(tf.Module):
 
         Several replicas do, up to rounding, what one does with all their unrolls in one batch:
         gradients are summed, as the loss is, before they are clipped, and what is not finite
-        anywhere is not applied anywhere. All learners must call this equally often.
+        anywhere is not applied anywhere. Statistics of PopArt are of all unrolls, and change after
+        the weights. All learners must call this equally often.
 
         Args:
           batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
@@ -152,7 +158,7 @@ class Learner(tf.Module):
         Returns:
           Scalar tensors, of all replicas together:
           `loss/total`, `loss/policy_gradient`, `loss/baseline`, `loss/entropy`: f32, as returned by
-            `losses.vtrace_loss`.
+            `losses.vtrace_loss`; with PopArt in units of each level's standard deviation.
           `gradient_norm`: f32, global norm before clipping.
           `learning_rate`: f32, of this update.
           `policy_lag_mean` f32, `policy_lag_max` i64: updates between the weights that acted and
@@ -182,25 +188,32 @@ class Learner(tf.Module):
 
     def _step_replica(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
         parameters = self.agent.trainable_variables
+        popart, value_stddev = self.agent.popart, None
+        if popart is not None:
+            value_stddev = popart.stddev(batch.level_id)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
             learner_outputs, _ = self.agent.unroll(
                 batch.agent_outputs.action, batch.env_outputs, batch.agent_state
             )
-            total, parts = losses.vtrace_loss(
-                batch.agent_outputs, learner_outputs, batch.env_outputs, self.config
+            if popart is not None:
+                values = popart.values(learner_outputs.baseline, batch.level_id)
+                learner_outputs = learner_outputs._replace(baseline=values)
+            total, parts, targets = losses.vtrace_loss(
+                batch.agent_outputs, learner_outputs, batch.env_outputs, self.config, value_stddev
             )
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
+        moments = None if popart is None else popart.moments(targets, batch.level_id)
         if self._strategy is not None:
-            total, parts, gradients, lag = _join(total, parts, gradients, lag)
+            total, parts, gradients, lag, moments = _join(total, parts, gradients, lag, moments)
         gradients = [
             sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
             for gradient in gradients
         ]
         # Once the first weight has changed, nothing may fail for want of another learner.
-        with tf.control_dependencies([lag]):
-            update = self._update(total, gradients, parameters)
+        with tf.control_dependencies([lag] if moments is None else [lag, moments]):
+            update = self._update(total, gradients, parameters, moments)
             with tf.control_dependencies([update['skipped']]):
                 unrolls = self.config.batch_size * self._num_learners
                 _add(self.agent_steps, self.config.unroll_length * unrolls)
@@ -217,6 +230,7 @@ class Learner(tf.Module):
         loss: tf.Tensor,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         parameters: Sequence[tf.Variable],
+        moments: tf.Tensor | None,
     ) -> dict[str, tf.Tensor]:
         """Applies the gradients if they and the loss are finite; returns what there is to log."""
         learning_rate = self._learning_rate()
@@ -231,6 +245,8 @@ class Learner(tf.Module):
                     gradients, self.config.gradient_clip_norm, use_norm=norm
                 )
             self.optimizer.apply(clipped, parameters, learning_rate)
+            if self.agent.popart is not None:
+                self.agent.popart.update(moments)
             _add(self.updates, 1)
             return tf.constant(False)
 
@@ -279,14 +295,19 @@ def _join(
     parts: dict[str, tf.Tensor],
     gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
     lag: tf.Tensor,
-) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor]:
-    """Sums losses and gradients over all replicas, and has the lags of all, `[N]`."""
+    moments: tf.Tensor | None,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor, tf.Tensor | None]:
+    """Sums losses, gradients and moments over all replicas, and has the lags of all, `[N]`."""
     context = tf.distribute.get_replica_context()
     present = [gradient for gradient in gradients if gradient is not None]
     loss, parts, present = context.all_reduce(tf.distribute.ReduceOp.SUM, (loss, parts, present))
     summed = iter(present)
     gradients = [None if gradient is None else next(summed) for gradient in gradients]
-    return loss, parts, gradients, context.all_gather(lag, axis=0)
+    lag = context.all_gather(lag, axis=0)
+    if moments is not None:
+        # Not together with the others: what is summed together is of one dtype.
+        moments = context.all_reduce(tf.distribute.ReduceOp.SUM, moments)
+    return loss, parts, gradients, lag, moments
 
 
 def _add(variable: tf.Variable, amount: int) -> None:

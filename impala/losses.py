@@ -112,7 +112,8 @@ def vtrace_loss(
     learner_outputs: AgentOutput,
     env_outputs: StepOutput,
     config: LossConfig,
-) -> tuple[tf.Tensor, dict[str, tf.Tensor]]:
+    value_stddev: tf.Tensor | None = None,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
     """Computes the loss of a batch of unrolls.
 
     The rows are those of `impala.trajectory`: what is estimated at row t is compared with what was
@@ -124,10 +125,13 @@ def vtrace_loss(
         not used.
       env_outputs: `[T+1, B, ...]`; `reward` and `done` alone are used.
       config: weights, discount and thresholds.
+      value_stddev: f32 `[B]`, sigma of `impala.popart`: baseline errors and advantages count in
+        this unit. None is 1.
 
     Returns:
-      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`, and these
-      three terms, f32 scalars, not weighted, under those names.
+      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`; these
+      three terms, f32 scalars, not weighted, under those names; and the V-trace targets, f32
+      `[T, B]`, in the units of the rewards.
 
     Raises:
       ValueError: shapes do not fit together; or an unknown reward clipping.
@@ -151,11 +155,13 @@ def vtrace_loss(
         lambda_=config.lambda_,
     )
 
+    errors, advantages = targets.vs - baseline, targets.pg_advantages
+    if value_stddev is not None:
+        errors, advantages = errors / value_stddev, advantages / value_stddev
+
     parts = {
-        'policy_gradient': policy_gradient_loss(
-            targets.target_action_log_probs, targets.pg_advantages
-        ),
-        'baseline': baseline_loss(targets.vs - baseline),
+        'policy_gradient': policy_gradient_loss(targets.target_action_log_probs, advantages),
+        'baseline': baseline_loss(errors),
         'entropy': entropy_loss(policy_logits),
     }
     total = (
@@ -163,4 +169,4 @@ def vtrace_loss(
         + config.baseline_cost * parts['baseline']
         + config.entropy_cost * parts['entropy']
     )
-    return total, parts
+    return total, parts, targets.vs

@@ -1,7 +1,7 @@
 """What a run is: its settings, the network that follows from them, and what must not change."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -11,6 +11,9 @@ from impala.agent import Agent, AgentConfig
 from impala.learner import LearnerConfig
 from impala.suites import Suite
 from impala.trajectory import EnvironmentSpec
+
+# In the settings of a network: names of the levels, in their order; not there without PopArt.
+POPART_LEVELS = 'popart or --level_name (levels whose values are normalised)'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class TrainingConfig:
       save_checkpoint_secs: seconds of training between checkpoints.
       log_secs: seconds between lines of `metrics.jsonl`.
       suite: what `level_names` are the levels of, for their scores; None where there are none.
+      popart: whether values are normalised per level.
     """
 
     logdir: str
@@ -57,6 +61,7 @@ class TrainingConfig:
     save_checkpoint_secs: float
     log_secs: float
     suite: Suite | None = None
+    popart: bool = False
 
     @property
     def levels_text(self) -> str:
@@ -101,7 +106,12 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
         # Asked for in a way that does not start TensorFlow: several learners have to prepare that.
         fast = has_fast_bfloat16() and not tf.config.get_visible_devices('GPU')
         compute_dtype = 'bfloat16' if fast else 'float32'
-    return AgentConfig(torso=torso, use_lstm=use_lstm, compute_dtype=compute_dtype)
+    return AgentConfig(
+        torso=torso,
+        use_lstm=use_lstm,
+        compute_dtype=compute_dtype,
+        popart_levels=config.level_names if config.popart else (),
+    )
 
 
 def create_agent(network: AgentConfig, spec: EnvironmentSpec) -> Agent:
@@ -131,10 +141,19 @@ def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
 def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
     """Returns the flags that shape the network, for `checkpoint.check_same_network`."""
     frame: Sequence[int] = spec.observation['frame'].shape
-    return {
+    settings: dict[str, Any] = {
         'torso': network.torso,
         'use_lstm': network.use_lstm,
         'level_name or --full_action_set (number of actions)': spec.num_actions,
         'level_name, --width, --height or --frame_stack (shape of the frames)': list(frame),
         'level_name (whether it has instructions)': 'instruction' in spec.observation,
     }
+    # Left out without it, so that runs from before there was such a thing can be resumed.
+    if network.popart_levels:
+        settings[POPART_LEVELS] = list(network.popart_levels)
+    return settings
+
+
+def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns `AgentConfig.popart_levels` of what `network_settings` returned."""
+    return tuple(settings.get(POPART_LEVELS, ()))

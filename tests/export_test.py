@@ -31,10 +31,10 @@ print(json.dumps(rows))
 """
 
 
-@pytest.mark.parametrize('use_lstm', [True, False])
-def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm):
+@pytest.mark.parametrize(('use_lstm', 'popart'), [(True, False), (False, False), (False, True)])
+def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
     logdir = tmp_path / 'run'
-    training.train(config(logdir, use_lstm=use_lstm, total_environment_frames=20))
+    training.train(config(logdir, use_lstm=use_lstm, popart=popart, total_environment_frames=20))
     output = tmp_path / 'model'
     assert export.main([str(logdir), f'--output={output}']) == 0
 
@@ -74,7 +74,10 @@ def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm):
         )
         expected, state = agent.step(tf.constant(values['prev_action']), env_output, state)
         np.testing.assert_allclose(row['policy_logits'], expected.policy_logits, atol=1e-5)
-        np.testing.assert_allclose(row['baseline'], expected.baseline, atol=1e-5)
+        if popart:
+            assert 'baseline' not in row
+        else:
+            np.testing.assert_allclose(row['baseline'], expected.baseline, atol=1e-5)
         assert row['greedy_action'] == np.argmax(expected.policy_logits, 1).tolist()
         assert set(row['action']) <= {0, 1}
 

@@ -175,6 +175,8 @@ def test_an_actor_with_flags_of_another_run(tmp_path, show):
     address = show()
     with actor(tmp_path / 'misled', 2, address, '--unroll_length=7') as misled:
         assert_one_sentence(misled, 2, r'--unroll_length=7 does not fit .* has 20')
+    with actor(tmp_path / 'normal', 2, address, '--popart') as normal:
+        assert_one_sentence(normal, 2, '--popart=True does not fit .* has False: leave it out')
     with actor(tmp_path / 'lost', 3, address, '--level_name=Acrobot-v1') as lost:
         assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is none of the levels')
 

@@ -26,13 +26,16 @@ _SPEC = EnvironmentSpec(
 )
 
 
-def mlp_agent(use_lstm=True):
+def mlp_agent(use_lstm=True, popart_levels=()):
     tf.random.set_seed(0)
-    return Agent(AgentConfig(torso='mlp', use_lstm=use_lstm, core_size=8), _SPEC)
+    config = AgentConfig('mlp', use_lstm, core_size=8, popart_levels=popart_levels)
+    return Agent(config, _SPEC)
 
 
 class EmbeddingAgent(snt.Module):
     """Looks logits and baseline up by the last action; one variable of its own is never used."""
+
+    popart = None
 
     def __init__(self, rows):
         super().__init__()
@@ -99,7 +102,7 @@ def _assert_equal(actual, expected):
 def _gradients(agent, batch, config):
     with tf.GradientTape() as tape:
         outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
-        total, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
     return _values(tape.gradient(total, agent.trainable_variables))
 
 
@@ -138,7 +141,7 @@ def test_metrics_are_the_scalars_promised():
     agent = mlp_agent()
     batch = batch_of(config, agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
-    total, parts = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+    total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
     metrics = Learner(agent, config).step(batch)
     assert {name: value.dtype for name, value in metrics.items()} == {
         'loss/total': tf.float32,
@@ -242,7 +245,7 @@ def test_gradients_of_embeddings_count_like_dense_ones():
         tape.watch(dense)
         looked_up = tf.einsum('tba,ac->tbc', rows, dense)
         outputs = AgentOutput(None, looked_up[..., :-1], looked_up[..., -1])
-        total, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
     gradient = tape.gradient(total, dense).numpy()
     metrics = learner.step(batch)
     np.testing.assert_allclose(metrics['gradient_norm'], _global_norm([gradient]), rtol=1e-4)

@@ -62,7 +62,7 @@ def _slow_loss(agent_outputs, learner_outputs, env_outputs, config):
 def test_vtrace_loss_equals_the_slow_one():
     config = losses.LossConfig(discounting=0.9, entropy_cost=0.07, baseline_cost=0.3)
     unrolls = _unrolls()
-    total, parts = losses.vtrace_loss(*unrolls, config)
+    total, parts, _ = losses.vtrace_loss(*unrolls, config)
     expected = _slow_loss(*unrolls, config)
     assert set(parts) == set(expected)
     for name, value in expected.items():
@@ -74,6 +74,32 @@ def test_vtrace_loss_equals_the_slow_one():
     )
 
 
+def test_rewards_in_another_unit_do_not_matter_if_it_is_given():
+    config = losses.LossConfig(reward_clipping='none', discounting=0.9)
+    agent_outputs, learner_outputs, env_outputs = _unrolls()
+    factors = np.array([1000.0, 1.0, 0.01], np.float32)
+    normalised = tf.constant(learner_outputs.baseline)
+
+    def loss(factors, value_stddev):
+        with tf.GradientTape() as tape:
+            tape.watch(normalised)
+            total, parts, targets = losses.vtrace_loss(
+                agent_outputs,
+                learner_outputs._replace(baseline=factors * normalised),
+                env_outputs._replace(reward=factors * env_outputs.reward),
+                config,
+                value_stddev,
+            )
+        return parts, targets, tape.gradient(total, normalised)
+
+    plain, plain_targets, plain_gradient = loss(np.float32(1.0), None)
+    parts, targets, gradient = loss(factors, tf.constant(factors))
+    for name, value in plain.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(targets, factors * plain_targets, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradient, plain_gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_is_that_of_section_4_2():
     config = losses.LossConfig(discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
     agent_outputs, learner_outputs, env_outputs = _unrolls(length=1, batch=2)
@@ -82,7 +108,7 @@ def test_gradient_is_that_of_section_4_2():
     baseline = tf.constant(learner_outputs.baseline)
     with tf.GradientTape() as tape:
         tape.watch([logits, baseline])
-        total, _ = losses.vtrace_loss(
+        total, _, _ = losses.vtrace_loss(
             agent_outputs,
             AgentOutput(action=learner_outputs.action, policy_logits=logits, baseline=baseline),
             env_outputs,
@@ -119,8 +145,8 @@ def test_terms_are_summed_over_time_and_batch():
     twice = tf.nest.map_structure(
         lambda x: np.concatenate([x, x], axis=1), (agent_outputs, learner_outputs, env_outputs)
     )
-    total, _ = losses.vtrace_loss(agent_outputs, learner_outputs, env_outputs, config)
-    total_twice, _ = losses.vtrace_loss(*twice, config)
+    total, _, _ = losses.vtrace_loss(agent_outputs, learner_outputs, env_outputs, config)
+    total_twice, _, _ = losses.vtrace_loss(*twice, config)
     np.testing.assert_allclose(total_twice, 2 * total, rtol=1e-5)
 
 
@@ -137,8 +163,8 @@ def test_terms_are_summed_over_time_and_batch():
 )
 def test_config_reaches_the_loss(change):
     unrolls = _unrolls()
-    plain, _ = losses.vtrace_loss(*unrolls, losses.LossConfig())
-    changed, _ = losses.vtrace_loss(*unrolls, losses.LossConfig(**change))
+    plain, _, _ = losses.vtrace_loss(*unrolls, losses.LossConfig())
+    changed, _, _ = losses.vtrace_loss(*unrolls, losses.LossConfig(**change))
     assert abs(float(plain) - float(changed)) > 1e-3
 
 

@@ -41,6 +41,7 @@ def joined_batch(update, state):
     if update == POISONED:
         rewards[2, -1] = np.nan
     return batch._replace(
+        level_id=tf.constant([0, 1, 1, 2]),
         policy_version=tf.constant([0, 0, 0, -update], tf.int64),
         env_outputs=batch.env_outputs._replace(reward=tf.constant(rewards)),
     )
@@ -79,6 +80,8 @@ def agents():
         'lstm': (mlp_agent, 0.0),
         'lstm with momentum': (mlp_agent, 0.5),
         'embedding': (lambda: EmbeddingAgent(table), 0.5),
+        # The last level is none of theirs.
+        'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), 0.5),
     }
 
 

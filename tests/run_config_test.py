@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import tensorflow as tf
@@ -83,6 +84,10 @@ def test_every_level_has_its_actors_in_turn():
     [
         ({'torso': 'deep'}, '--torso was "mlp" and is now "deep"'),
         ({'use_lstm': True}, '--use_lstm was false and is now true'),
+        (
+            {'popart_levels': ('a', 'b')},
+            r'--popart or --level_name \(.*\) was not set and is now \["a", "b"\]',
+        ),
     ],
 )
 def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
@@ -98,6 +103,28 @@ def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
     # Precision is no shape: a run may go on in another.
     faster = dataclasses.replace(network, compute_dtype='bfloat16')
     checkpoint.check_same_network(logdir, run_config.network_settings(faster, VECTOR))
+
+
+def test_with_popart_other_levels_are_another_network(tmp_path):
+    levels = ('a', 'b')
+    network = run_config.choose_network(config(tmp_path, level_names=levels, popart=True), VECTOR)
+    settings = run_config.network_settings(network, VECTOR)
+    assert run_config.popart_levels(json.loads(json.dumps(settings))) == levels
+    (tmp_path / 'checkpoints').mkdir()
+    checkpoint.check_same_network(str(tmp_path), settings)
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    for other, now in (((), 'not set'), (('b', 'a'), r'\["b", "a"\]'), (('a',), r'\["a"\]')):
+        changed = dataclasses.replace(network, popart_levels=other)
+        with pytest.raises(
+            checkpoint.LogdirError,
+            match=rf'--popart or --level_name .* was \["a", "b"\] and is now {now}',
+        ):
+            checkpoint.check_same_network(
+                str(tmp_path), run_config.network_settings(changed, VECTOR)
+            )
+    # Without PopArt the network does not know its levels.
+    plain = run_config.choose_network(config(tmp_path, level_names=levels), VECTOR)
+    assert run_config.popart_levels(run_config.network_settings(plain, VECTOR)) == ()
 
 
 @pytest.mark.parametrize(
