@@ -70,6 +70,13 @@ flags.DEFINE_boolean(
 flags.DEFINE_integer(
     'total_environment_frames', 1_000_000_000, 'Frames to train for.', lower_bound=1
 )
+flags.DEFINE_integer(
+    'stop_at_frames',
+    0,
+    'Frames of the whole run at which it is saved and ends for now, though the learning rate falls '
+    'over all of --total_environment_frames; 0: only then.',
+    lower_bound=0,
+)
 flags.DEFINE_integer('num_actors', 4, 'Environments.', lower_bound=1)
 flags.DEFINE_integer(
     'envs_per_process',
@@ -202,6 +209,7 @@ _NOT_OF_THE_RUN = (
     'checkpoint',
     'watch',
     'save_video',
+    'stop_at_frames',
 )
 
 
@@ -244,7 +252,7 @@ def main(unused_argv: list[str]) -> int:
         if not (trains and (FLAGS.learner_devices or is_one_of_several)):
             tf.config.list_logical_devices()
     from environments import LevelError
-    from impala import checkpoint, learner_devices
+    from impala import checkpoint, learner_devices, run_files
     from impala.actor_job import ActorJobError, LearnerLost
     from impala.actor_pool import ActorError
     from impala.learner_group import LearnerGroupError
@@ -262,7 +270,7 @@ def main(unused_argv: list[str]) -> int:
                 learner_devices.prepare(FLAGS.learner_devices, is_one_of_several)
         if is_one_of_several and FLAGS.task > 0:
             return _train_with_first()
-        lock = checkpoint.lock_logdir(FLAGS.logdir)
+        lock = run_files.lock_logdir(FLAGS.logdir)
         try:
             return _train()
         finally:
@@ -335,7 +343,9 @@ def _train() -> int:
         + ('none has ended yet' if mean_return is None else f'{mean_return:.2f}')
         + f'.\nCheckpoint: {path}'
     )
-    if summary['frames'] < FLAGS.total_environment_frames:
+    if 0 < FLAGS.stop_at_frames <= summary['frames'] < FLAGS.total_environment_frames:
+        print(f'Stopped at --stop_at_frames={FLAGS.stop_at_frames}; without it the run goes on.')
+    elif summary['frames'] < FLAGS.total_environment_frames:
         print('The same command goes on from there.')
     else:
         print('The run is complete; a larger --total_environment_frames goes on from there.')
@@ -447,6 +457,7 @@ def _config() -> Any:
         num_actors=FLAGS.num_actors,
         envs_per_process=FLAGS.envs_per_process,
         total_environment_frames=FLAGS.total_environment_frames,
+        stop_at_frames=FLAGS.stop_at_frames,
         torso=FLAGS.torso,
         use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
         compute_dtype=FLAGS.compute_dtype,
@@ -499,7 +510,12 @@ def _own_flags() -> list[flags.Flag]:
 
 
 def _flags_text() -> str:
-    lines = [flag.serialize() for flag in _own_flags() if flag.value is not None]
+    # Whoever goes on with the run from its flag file means to go on.
+    lines = [
+        flag.serialize()
+        for flag in _own_flags()
+        if flag.value is not None and flag.name != 'stop_at_frames'
+    ]
     return ''.join(line + '\n' for line in lines)
 
 

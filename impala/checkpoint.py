@@ -4,7 +4,6 @@ Everything here fails with a `LogdirError`, whose text is one sentence for the u
 """
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -17,15 +16,16 @@ from typing import Any
 import tensorflow as tf
 import tqdm
 
-CHECKPOINT_FOLDER = 'checkpoints'
-FLAG_FILE = 'flags.txt'
+from impala.run_files import (
+    CHECKPOINT_FOLDER,
+    CHECKPOINT_PREFIX,
+    FLAG_FILE,
+    LogdirError,
+    checkpoint_paths,
+    write_atomically,
+)
+
 NETWORK_FILE = 'network.json'
-
-_PREFIX = 'ckpt'
-
-
-class LogdirError(Exception):
-    """What lies in the log directory cannot be used, or nothing can be written there."""
 
 
 class NoIntactCheckpointError(LogdirError):
@@ -36,39 +36,6 @@ def report_to_stderr(text: str) -> None:
     """Prints a line to stderr without tearing a progress bar that stands there."""
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(text, file=sys.stderr)
-
-
-def lock_logdir(logdir: str) -> int:
-    """Makes this process the only run that writes to a log directory, until it ends in any way.
-
-    Two runs that share a directory, easily done with a default one, would delete each other's
-    checkpoints and mix their logs.
-
-    Args:
-      logdir: the directory; created if missing.
-
-    Returns:
-      The file descriptor that holds the lock; `os.close` releases it.
-
-    Raises:
-      LogdirError: if another run holds it, or the directory cannot be made.
-    """
-    try:
-        os.makedirs(logdir, exist_ok=True)
-        descriptor = os.open(logdir, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise LogdirError(f'Cannot use {logdir} as log directory: {error.strerror}.') from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise LogdirError(
-            f'Another run is writing to {logdir}: stop it, or give this one another --logdir.'
-        ) from None
-    except OSError:
-        # Some network file systems cannot lock directories; that is no reason not to train there.
-        pass
-    return descriptor
 
 
 def write_flags(logdir: str, text: str) -> str:
@@ -85,7 +52,7 @@ def write_flags(logdir: str, text: str) -> str:
       LogdirError: if it cannot be written; a file from before is left as it was.
     """
     path = os.path.join(logdir, FLAG_FILE)
-    _write_atomically(path, text)
+    write_atomically(path, text)
     return path
 
 
@@ -126,10 +93,10 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
         the file cannot be read or written.
     """
     settings = json.loads(json.dumps(settings))
-    stored = network_settings(logdir) if _checkpoint_paths(logdir) else None
+    stored = network_settings(logdir) if checkpoint_paths(logdir) else None
     if stored is None:
         text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
-        _write_atomically(os.path.join(logdir, NETWORK_FILE), text)
+        write_atomically(os.path.join(logdir, NETWORK_FILE), text)
         return
     different = [
         f'--{name} was {_shown(stored, name)} and is now {_shown(settings, name)}'
@@ -227,11 +194,11 @@ class Checkpointer:
             self._read(path)
             return True
         while True:
-            paths = _checkpoint_paths(self._logdir)
+            paths = checkpoint_paths(self._logdir)
             try:
                 return self._restore_newest(paths)
             except LogdirError:
-                if _checkpoint_paths(self._logdir) == paths:
+                if checkpoint_paths(self._logdir) == paths:
                     raise
 
     def _restore_newest(self, paths: list[str]) -> bool:
@@ -291,9 +258,9 @@ class Checkpointer:
             nothing of the new one stays.
         """
         self._last_attempt = wall_seconds
-        before = _checkpoint_paths(self._logdir)
+        before = checkpoint_paths(self._logdir)
         number = _number(before[-1]) if before else 0
-        path = os.path.join(self._folder, f'{_PREFIX}-{number + 1}')
+        path = os.path.join(self._folder, f'{CHECKPOINT_PREFIX}-{number + 1}')
         self._wall_seconds.assign(wall_seconds)
         try:
             if self._manager is None:
@@ -314,7 +281,7 @@ class Checkpointer:
 
     def _create_manager(self, paths: list[str]) -> tf.train.CheckpointManager:
         os.makedirs(self._folder, exist_ok=True)
-        for leftover in glob.glob(os.path.join(glob.escape(self._folder), f'{_PREFIX}-*_temp')):
+        for leftover in glob.glob(f'{glob.escape(self._folder)}/{CHECKPOINT_PREFIX}-*_temp'):
             shutil.rmtree(leftover, ignore_errors=True)
         if paths:
             # The manager deletes old checkpoints by the state file, which may be lost or damaged.
@@ -330,7 +297,7 @@ class Checkpointer:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self._folder, 'checkpoint'))
         return tf.train.CheckpointManager(
-            self._checkpoint, self._folder, self._max_to_keep, checkpoint_name=_PREFIX
+            self._checkpoint, self._folder, self._max_to_keep, checkpoint_name=CHECKPOINT_PREFIX
         )
 
     def _read(self, path: str) -> None:
@@ -345,26 +312,6 @@ class Checkpointer:
             ) from error
         self._last_attempt = self.wall_seconds
         self._latest = path
-
-
-def newest_checkpoint(logdir: str) -> str | None:
-    """Returns the path of the newest checkpoint that seems to be complete, None without any."""
-    complete = [path for path in _checkpoint_paths(logdir) if os.path.exists(f'{path}.index')]
-    return complete[-1] if complete else None
-
-
-def _checkpoint_paths(logdir: str) -> list[str]:
-    """Returns the checkpoints, oldest first; one that lacks a file is listed too."""
-    folder = os.path.join(logdir, CHECKPOINT_FOLDER)
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise LogdirError(f'Cannot read {folder}: {error.strerror}.') from error
-    pattern = re.compile(rf'{_PREFIX}-(\d+)\.(index|data-\d+-of-\d+)')
-    numbers = {int(match[1]) for match in map(pattern.fullmatch, names) if match}
-    return [os.path.join(folder, f'{_PREFIX}-{number}') for number in sorted(numbers)]
 
 
 def _number(path: str) -> int:
@@ -410,22 +357,6 @@ def _remove_checkpoint(path: str) -> None:
     for name in glob.glob(state):
         with contextlib.suppress(OSError):
             os.remove(name)
-
-
-def _write_atomically(path: str, text: str) -> None:
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            with open(temporary, 'w', encoding='utf-8') as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
-    except OSError as error:
-        raise LogdirError(f'Cannot write {path}: {error.strerror}.') from error
 
 
 def _shown(settings: dict[str, Any], name: str) -> str:

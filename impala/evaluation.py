@@ -29,7 +29,6 @@ from impala.checkpoint import (
     LogdirError,
     NoIntactCheckpointError,
     check_same_network,
-    newest_checkpoint,
     report_to_stderr,
 )
 from impala.checkpoint import network_settings as settings_of_run
@@ -42,6 +41,7 @@ from impala.run_config import (
     network_settings,
     popart_levels,
 )
+from impala.run_files import newest_checkpoint
 from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.test_report import CheckpointScores

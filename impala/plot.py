@@ -19,9 +19,8 @@ import numpy as np
 
 from environments import LevelError
 from impala import suites
-from impala.checkpoint import FLAG_FILE, LogdirError
 from impala.learning_curve import STYLE
-from impala.run_log import METRICS_FILE, read_episodes
+from impala.run_files import FLAG_FILE, METRICS_FILE, LogdirError, read_episodes
 
 WINDOW = 100
 POINTS = 200

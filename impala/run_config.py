@@ -41,6 +41,8 @@ class TrainingConfig:
       log_secs: seconds between lines of `metrics.jsonl`.
       suite: what `level_names` are the levels of, for their scores; None where there are none.
       popart: whether values are normalised per level.
+      stop_at_frames: frames at which the run ends for now, though the learning rate falls over
+        `total_environment_frames`; 0 for none.
     """
 
     logdir: str
@@ -62,6 +64,13 @@ class TrainingConfig:
     log_secs: float
     suite: Suite | None = None
     popart: bool = False
+    stop_at_frames: int = 0
+
+    @property
+    def last_frames(self) -> int:
+        """Frames after which the process that trains ends."""
+        total = self.total_environment_frames
+        return min(self.stop_at_frames or total, total)
 
     @property
     def levels_text(self) -> str:

@@ -19,7 +19,7 @@ import operator
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -27,12 +27,18 @@ import tensorflow as tf
 import tqdm
 
 from impala import learning_curve, scores
-from impala.checkpoint import LogdirError
+from impala.run_files import (
+    EPISODES_FILE,
+    METRICS_FILE,
+    LogdirError,
+    parse_episode,
+    parse_metrics,
+    read_episodes,
+    read_rows,
+)
 from impala.suites import Suite
 from impala.trajectory import EpisodeEnd
 
-METRICS_FILE = 'metrics.jsonl'
-EPISODES_FILE = 'episodes.csv'
 CURVE_FILE = 'learning_curve.png'
 SUMMARIES_FOLDER = 'summaries'
 EPISODES_HEADER = (
@@ -308,14 +314,14 @@ class RunLog:
         num_dropped = 0
         path = self._path(EPISODES_FILE)
         num_dropped += _keep_rows(
-            path, lambda line: _is_header(line) or _in(_episode, line, agent_steps)
+            path, lambda line: _is_header(line) or _in(parse_episode, line, agent_steps)
         )
-        for row in _rows(path, _episode):
+        for row in read_rows(path, parse_episode):
             self._take_episode(row['level'], row['agent_steps'], row['wall_seconds'], row['return'])
             wall_seconds = max(wall_seconds, row['wall_seconds'])
         path = self._path(METRICS_FILE)
-        num_dropped += _keep_rows(path, lambda line: _in(_metrics, line, agent_steps))
-        for row in _rows(path, _metrics):
+        num_dropped += _keep_rows(path, lambda line: _in(parse_metrics, line, agent_steps))
+        for row in read_rows(path, parse_metrics):
             wall_seconds = max(wall_seconds, row['wall_seconds'])
             for name in self._total_level_frames:
                 frames = row.get(f'level_frames/{name}', self._total_level_frames[name])
@@ -489,7 +495,7 @@ def read_summary(logdir: str) -> dict[str, Any]:
             curve = curves.setdefault(row['level'], learning_curve.LearningCurve())
             for each in (curve, together):
                 each.add(row['agent_steps'], row['wall_seconds'], row['return'])
-        for row in _rows(os.path.join(logdir, METRICS_FILE), _metrics):
+        for row in read_rows(os.path.join(logdir, METRICS_FILE), parse_metrics):
             line = row
     except OSError as error:
         raise LogdirError(
@@ -509,26 +515,6 @@ def read_summary(logdir: str) -> dict[str, Any]:
             for level, curve in curves.items()
         },
     }
-
-
-def read_episodes(logdir: str) -> Iterator[dict[str, Any]]:
-    """Yields the episodes of a run, in their order.
-
-    Args:
-      logdir: the log directory.
-
-    Yields:
-      `wall_seconds`, `frames`, `agent_steps`, `level` and `return` (not always finite).
-
-    Raises:
-      LogdirError: if there is no run there.
-    """
-    try:
-        yield from _rows(os.path.join(logdir, EPISODES_FILE), _episode, missing_ok=False)
-    except OSError as error:
-        raise LogdirError(
-            f'Cannot read the logs of a run in {logdir}: {error.strerror}.'
-        ) from error
 
 
 class _Terminal:
@@ -672,46 +658,12 @@ def _is_header(line: bytes) -> bool:
     return line == _csv_text([EPISODES_HEADER]).encode()
 
 
-def _episode(line: bytes) -> dict[str, Any]:
-    """Parses a row of episodes.csv; raises ValueError if it is none."""
-    (fields,) = csv.reader([line.decode()])
-    wall_seconds, frames, agent_steps, level, episode_return, _, _ = fields
-    return {
-        'wall_seconds': float(wall_seconds),
-        'frames': int(frames),
-        'agent_steps': int(agent_steps),
-        'level': level,
-        'return': float(episode_return),
-    }
-
-
-def _metrics(line: bytes) -> dict[str, Any]:
-    """Parses a line of metrics.jsonl; raises ValueError if it is none."""
-    row = json.loads(line)
-    if not isinstance(row, dict) or not {'agent_steps', 'wall_seconds'} <= row.keys():
-        raise ValueError('not a line of metrics')
-    return row
-
-
 def _in(parse: Callable[[bytes], dict[str, Any]], line: bytes, agent_steps: int) -> bool:
     """Returns whether a line is whole and not beyond `agent_steps`."""
     try:
         return line.endswith(b'\n') and parse(line)['agent_steps'] <= agent_steps
     except ValueError:
         return False
-
-
-def _rows(
-    path: str, parse: Callable[[bytes], dict[str, Any]], missing_ok: bool = True
-) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file; skips lines that are none, like the header or a cut last one."""
-    if missing_ok and not os.path.exists(path):
-        return
-    with open(path, 'rb') as file:
-        for line in file:
-            if line.endswith(b'\n'):
-                with contextlib.suppress(ValueError):
-                    yield parse(line)
 
 
 def _keep_rows(path: str, keep: Callable[[bytes], bool]) -> int:

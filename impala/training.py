@@ -52,7 +52,7 @@ def train(
     member: Member | None = None,
     learner_devices: Sequence[str] = (),
 ) -> str | None:
-    """Trains until all frames are done, or until SIGINT or SIGTERM. Main thread only.
+    """Trains until the frames are done, or until SIGINT or SIGTERM. Main thread only.
 
     A run that finds checkpoints in its logdir goes on where they end.
 
@@ -109,7 +109,7 @@ def train(
                 on_accepted()
         learner.synchronize()
         restored_updates, agent_steps = learner.counts()
-        if agent_steps * frames_per_step >= config.total_environment_frames:
+        if agent_steps * frames_per_step >= config.last_frames:
             if group is not None:
                 group.finish()
             return None if checkpointer is None else checkpointer.latest
@@ -184,7 +184,9 @@ def train(
             save()
         except LogdirError as error:
             raise TrainingError(str(error)) from error
-        if not stop.received:
+        _, agent_steps = learner.counts()
+        # Actor jobs wait for a run that ends for now, whether by a signal or by its flag.
+        if not stop.received and agent_steps * frames_per_step >= config.total_environment_frames:
             actors.finish()
     return None if checkpointer is None else checkpointer.latest
 
@@ -233,6 +235,7 @@ def _shared_settings(
             'learner_addresses': ','.join(member.addresses),
             'level_name': ','.join(config.level_names),
             'total_environment_frames': config.total_environment_frames,
+            'stop_at_frames': config.stop_at_frames,
             'num_action_repeats': spec.num_action_repeats,
         }
     )
@@ -270,7 +273,7 @@ def _learn(
     skipped_in_a_row = 0
     _, agent_steps = learner.counts()
     batches = actors.batches(config.learner.batch_size)
-    while agent_steps * frames_per_step < config.total_environment_frames:
+    while agent_steps * frames_per_step < config.last_frames:
         with timer('learner/wait'):
             batch = next(batches, None)
         # Behind the signal there may still be a batch that was assembled ahead.

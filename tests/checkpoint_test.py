@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from impala import checkpoint
+from impala import checkpoint, run_files
 
 NUM_WEIGHTS = 5000
 
@@ -410,10 +410,10 @@ def test_one_run_per_logdir_also_after_a_kill(logdir):
         try:
             assert other.stdout.readline() == b'locked\n'
             with pytest.raises(checkpoint.LogdirError, match='Another run'):
-                checkpoint.lock_logdir(logdir)
+                run_files.lock_logdir(logdir)
         finally:
             other.kill()
-    os.close(checkpoint.lock_logdir(logdir))
+    os.close(run_files.lock_logdir(logdir))
 
 
 @pytest.mark.parametrize('name', ['run[1]', 'run*', 'run?', 'a\\b'])
@@ -425,6 +425,6 @@ def test_names_that_tensorflow_cannot_restore_from(tmp_path, name):
 def test_unusable_logdir(tmp_path):
     path = tmp_path / 'file'
     path.write_text('')
-    for use in (checkpoint.lock_logdir, lambda name: checkpoint.write_flags(name, '')):
+    for use in (run_files.lock_logdir, lambda name: checkpoint.write_flags(name, '')):
         with pytest.raises(checkpoint.LogdirError, match=re.escape(str(path))):
             use(str(path))

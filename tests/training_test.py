@@ -1,8 +1,11 @@
 import dataclasses
+import json
 import threading
 import time
 
+import numpy as np
 import pytest
+import tensorflow as tf
 from run_config_test import config
 
 import environments
@@ -44,6 +47,39 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     assert [line.split('"frames": ')[1].split(',')[0] for line in lines] == [
         str(frames) for frames in (20, 40, 60, 80, 100, 120)
     ]
+
+
+def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
+    run = config(tmp_path, stop_at_frames=40)
+    run = dataclasses.replace(
+        run, learner=dataclasses.replace(run.learner, learning_rate=0.1, epsilon=0.1)
+    )
+    first = training.train(run)
+    # Weights do not move where epsilon is huge, nor do they for entropy's sake without its cost.
+    other = dataclasses.replace(
+        run.learner, learning_rate=0.5, epsilon=1e30, entropy_cost=0.0, baseline_cost=0.0
+    )
+    second = training.train(dataclasses.replace(run, stop_at_frames=80, learner=other))
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['frames'] for line in lines] == [20, 40, 60, 80]
+    # Falls over all 100 frames, from where it starts now.
+    rates = [line['learning_rate'] for line in lines]
+    np.testing.assert_allclose(rates, [0.1, 0.08, 0.3, 0.2], rtol=1e-6)
+    for line in lines[2:]:
+        np.testing.assert_allclose(line['loss/total'], line['loss/policy_gradient'], rtol=1e-5)
+    weights = [
+        {
+            name: tf.train.load_variable(path, name)
+            for name, _ in tf.train.list_variables(path)
+            if name.startswith('learner/agent/') and name.endswith('VARIABLE_VALUE')
+        }
+        for path in (first, second)
+    ]
+    assert weights[0] and weights[0].keys() == weights[1].keys()
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(weights[1][name], value, atol=1e-12)
+    # There is nothing to do before a stop that lies behind.
+    assert training.train(dataclasses.replace(run, stop_at_frames=60)) == second
 
 
 def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):

@@ -1,0 +1,148 @@
+"""The files of a run's `--logdir`, for those who read them without TensorFlow."""
+
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+CHECKPOINT_FOLDER = 'checkpoints'
+CHECKPOINT_PREFIX = 'ckpt'
+FLAG_FILE = 'flags.txt'
+METRICS_FILE = 'metrics.jsonl'
+EPISODES_FILE = 'episodes.csv'
+
+
+class LogdirError(Exception):
+    """What lies in the log directory cannot be used, or nothing can be written there."""
+
+
+def lock_logdir(logdir: str) -> int:
+    """Makes this process the only run that writes to a log directory, until it ends in any way.
+
+    Two runs that share a directory, easily done with a default one, would delete each other's
+    checkpoints and mix their logs.
+
+    Args:
+      logdir: the directory; created if missing.
+
+    Returns:
+      The file descriptor that holds the lock; `os.close` releases it.
+
+    Raises:
+      LogdirError: if another run holds it, or the directory cannot be made.
+    """
+    try:
+        os.makedirs(logdir, exist_ok=True)
+        descriptor = os.open(logdir, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise LogdirError(f'Cannot use {logdir} as log directory: {error.strerror}.') from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise LogdirError(
+            f'Another run is writing to {logdir}: stop it, or give this one another --logdir.'
+        ) from None
+    except OSError:
+        # Some network file systems cannot lock directories; that is no reason not to train there.
+        pass
+    return descriptor
+
+
+def newest_checkpoint(logdir: str) -> str | None:
+    """Returns the path of the newest checkpoint that seems to be complete, None without any."""
+    complete = [path for path in checkpoint_paths(logdir) if os.path.exists(f'{path}.index')]
+    return complete[-1] if complete else None
+
+
+def checkpoint_paths(logdir: str) -> list[str]:
+    """Returns the checkpoints, oldest first; one that lacks a file is listed too."""
+    folder = os.path.join(logdir, CHECKPOINT_FOLDER)
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise LogdirError(f'Cannot read {folder}: {error.strerror}.') from error
+    pattern = re.compile(rf'{CHECKPOINT_PREFIX}-(\d+)\.(index|data-\d+-of-\d+)')
+    numbers = {int(match[1]) for match in map(pattern.fullmatch, names) if match}
+    return [os.path.join(folder, f'{CHECKPOINT_PREFIX}-{number}') for number in sorted(numbers)]
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Replaces a file as a whole; its folder is made if missing.
+
+    Raises:
+      LogdirError: if it cannot be written; a file from before is left as it was.
+    """
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            with open(temporary, 'w', encoding='utf-8') as file:
+                file.write(text)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+    except OSError as error:
+        raise LogdirError(f'Cannot write {path}: {error.strerror}.') from error
+
+
+def read_episodes(logdir: str) -> Iterator[dict[str, Any]]:
+    """Yields the episodes of a run, in their order.
+
+    Args:
+      logdir: the log directory.
+
+    Yields:
+      `wall_seconds`, `frames`, `agent_steps`, `level` and `return` (not always finite).
+
+    Raises:
+      LogdirError: if there is no run there.
+    """
+    try:
+        yield from read_rows(os.path.join(logdir, EPISODES_FILE), parse_episode, missing_ok=False)
+    except OSError as error:
+        raise LogdirError(
+            f'Cannot read the logs of a run in {logdir}: {error.strerror}.'
+        ) from error
+
+
+def parse_episode(line: bytes) -> dict[str, Any]:
+    """Parses a row of episodes.csv; raises ValueError if it is none."""
+    (fields,) = csv.reader([line.decode()])
+    wall_seconds, frames, agent_steps, level, episode_return, _, _ = fields
+    return {
+        'wall_seconds': float(wall_seconds),
+        'frames': int(frames),
+        'agent_steps': int(agent_steps),
+        'level': level,
+        'return': float(episode_return),
+    }
+
+
+def parse_metrics(line: bytes) -> dict[str, Any]:
+    """Parses a line of metrics.jsonl; raises ValueError if it is none."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or not {'agent_steps', 'wall_seconds'} <= row.keys():
+        raise ValueError('not a line of metrics')
+    return row
+
+
+def read_rows(
+    path: str, parse: Callable[[bytes], dict[str, Any]], missing_ok: bool = True
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file; skips lines that are none, like the header or a cut last one."""
+    if missing_ok and not os.path.exists(path):
+        return
+    with open(path, 'rb') as file:
+        for line in file:
+            if line.endswith(b'\n'):
+                with contextlib.suppress(ValueError):
+                    yield parse(line)
