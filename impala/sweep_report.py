@@ -53,7 +53,7 @@ def outcome(member: Member) -> str:
 
 
 def write_tables(logdir: str, state: State) -> None:
-    """Writes `results.csv`, the fittest member first, and `history.csv`, by rounds.
+    """Writes `results.csv`, the fittest member first, and of a population `history.csv`, by rounds.
 
     Raises:
       LogdirError: one of them cannot be written.
@@ -65,6 +65,8 @@ def write_tables(logdir: str, state: State) -> None:
         for m in ranked(state.members)
     ]
     write_atomically(os.path.join(logdir, RESULTS_FILE), _csv_text([header, *rows]))
+    if state.identity['method'] != 'pbt':
+        return
     header = ['round', 'member', 'frames', 'fitness', *names, 'copied_from', 'error']
     rows = [
         [row['round'], row['member'], row['frames'], row['fitness'], *row['values'].values(),
