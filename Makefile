@@ -16,7 +16,8 @@ test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+# A file at a time on each of two processes: many tests wait for others to start or to end.
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 install: $(INSTALLED)
 

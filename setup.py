@@ -87,6 +87,13 @@ setup(
         'vizdoom': ['vizdoom>=1.2.4'],
         'minigrid': ['minigrid>=3'],
         'gpu': ['tensorflow[and-cuda]==2.21.*'],
-        'dev': ['pytest>=8', 'ruff==0.17.*', 'mypy==2.4.*', 'psutil>=6', 'pyyaml>=6'],
+        'dev': [
+            'pytest>=8',
+            'pytest-xdist>=3.6',
+            'ruff==0.17.*',
+            'mypy==2.4.*',
+            'psutil>=6',
+            'pyyaml>=6',
+        ],
     },
 )
