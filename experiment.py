@@ -96,7 +96,40 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer('seed', 1, 'Seed of everything random.', lower_bound=0, upper_bound=2**29)
 
+flags.DEFINE_enum(
+    'loss',
+    'vtrace',
+    ['vtrace', 'appo'],
+    "The paper's V-trace policy gradient, or the clipped surrogate of asynchronous PPO.",
+)
+flags.DEFINE_float('clip_epsilon', 0.2, 'appo: bounds the ratio of policies.', lower_bound=1e-6)
+flags.DEFINE_integer(
+    'target_update_steps',
+    0,
+    'appo: updates between those of the target network of IMPACT; 0 for none.',
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    'clip_target_rho_threshold',
+    2.0,
+    "appo: IMPACT's rho, which bounds mu / pi_target.",
+    lower_bound=1,
+)
+flags.DEFINE_float('kl_cost', 0.0, 'appo: weight of a divergence penalty.', lower_bound=0)
+flags.DEFINE_boolean(
+    'normalize_advantages', False, 'appo: to mean 0 and standard deviation 1 in every batch.'
+)
+flags.DEFINE_integer('sample_reuse', 1, 'Updates made of each batch.', lower_bound=1)
+flags.DEFINE_integer(
+    'reuse_buffer', 1, 'Batches held for that: the last so many; 1: in a row.', lower_bound=1
+)
 flags.DEFINE_float('entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0)
+flags.DEFINE_float(
+    'final_entropy_cost',
+    None,
+    'What that weight turns into, linearly over the run; default: it stays.',
+    lower_bound=0,
+)
 flags.DEFINE_float('baseline_cost', 0.5, 'Weight of the baseline loss.', lower_bound=0)
 flags.DEFINE_float('discounting', 0.99, 'Discount per agent step.', lower_bound=0, upper_bound=1)
 flags.DEFINE_enum(
@@ -166,9 +199,13 @@ flags.DEFINE_enum(
 )
 
 flags.DEFINE_float('learning_rate', 0.00048, 'At the start; falls linearly to 0.', lower_bound=0)
+flags.DEFINE_enum('optimizer', 'rmsprop', ['rmsprop', 'adam'], 'What applies the gradients.')
 flags.DEFINE_float('decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon, inside the root.", lower_bound=0)
+flags.DEFINE_float('adam_beta1', 0.9, 'Of the mean.', lower_bound=0, upper_bound=0.999999)
+flags.DEFINE_float('adam_beta2', 0.999, 'Of the mean square.', lower_bound=0, upper_bound=0.999999)
+flags.DEFINE_float('adam_epsilon', 1e-8, "Adam's epsilon, beside the root.", lower_bound=0)
 flags.DEFINE_float(
     'gradient_clip_norm', 0.0, 'Global norm to clip gradients to; 0 for none.', lower_bound=0
 )
@@ -465,18 +502,31 @@ def _config() -> Any:
         learner=LearnerConfig(
             batch_size=FLAGS.batch_size,
             unroll_length=FLAGS.unroll_length,
+            sample_reuse=FLAGS.sample_reuse,
+            reuse_buffer=FLAGS.reuse_buffer,
+            loss=FLAGS.loss,
             discounting=FLAGS.discounting,
             entropy_cost=FLAGS.entropy_cost,
+            final_entropy_cost=FLAGS.final_entropy_cost,
             baseline_cost=FLAGS.baseline_cost,
             reward_clipping=FLAGS.reward_clipping,
             clip_rho_threshold=FLAGS.clip_rho_threshold,
             clip_c_threshold=FLAGS.clip_c_threshold,
             clip_pg_rho_threshold=FLAGS.clip_pg_rho_threshold,
             lambda_=FLAGS.vtrace_lambda,
+            clip_epsilon=FLAGS.clip_epsilon,
+            clip_target_rho_threshold=FLAGS.clip_target_rho_threshold,
+            target_update_steps=FLAGS.target_update_steps,
+            kl_cost=FLAGS.kl_cost,
+            normalize_advantages=FLAGS.normalize_advantages,
             learning_rate=FLAGS.learning_rate,
+            optimizer=FLAGS.optimizer,
             decay=FLAGS.decay,
             momentum=FLAGS.momentum,
             epsilon=FLAGS.epsilon,
+            adam_beta1=FLAGS.adam_beta1,
+            adam_beta2=FLAGS.adam_beta2,
+            adam_epsilon=FLAGS.adam_epsilon,
             gradient_clip_norm=FLAGS.gradient_clip_norm or None,
         ),
         environment=with_common_actions(

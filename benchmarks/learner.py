@@ -126,7 +126,9 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
             tape.watch([outputs.policy_logits, outputs.baseline])
             total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
         outputs_gradients = tape.gradient(total, [outputs.policy_logits, outputs.baseline])
-        metrics = idle._update(total, gradients, idle.agent.trainable_variables)
+        parameters = idle.agent.trainable_variables
+        rate = idle._schedules()['learning_rate']
+        metrics = idle._update(total, gradients, parameters, rate, None)
         return outputs_gradients, parts, metrics
 
     @tf.function

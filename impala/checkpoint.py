@@ -105,7 +105,7 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
     ]
     if different:
         raise LogdirError(
-            f'The run in {logdir} has another network: {", ".join(different)}; '
+            f'The run in {logdir} has another network or optimizer: {", ".join(different)}; '
             'set them back, or give another --logdir.'
         )
 

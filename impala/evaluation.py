@@ -38,6 +38,7 @@ from impala.run_config import (
     TrainingConfig,
     choose_network,
     create_agent,
+    learner_settings,
     network_settings,
     popart_levels,
 )
@@ -172,7 +173,9 @@ def evaluate(
         restorable = _Restorable(agent)
         checkpointer = Checkpointer(config.logdir, restorable)
         if newest_checkpoint(config.logdir) is not None:
-            check_same_network(config.logdir, network_settings(network, spec))
+            check_same_network(
+                config.logdir, network_settings(network, spec) | learner_settings(config.learner)
+            )
         players = _Players()
         if not _restore(checkpointer, evaluation):
             if not evaluation.watch:

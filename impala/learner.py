@@ -5,14 +5,17 @@ Espeholt et al. 2018, section 4. Letters: T unroll length, B batch size.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import tensorflow as tf
 
 from impala import losses
+from impala.adam import Adam
 from impala.popart import PopArt
 from impala.rmsprop import RMSProp, sum_duplicates
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
+
+Optimizer = Literal['rmsprop', 'adam']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,21 +25,39 @@ class LearnerConfig(losses.LossConfig):
     Attributes:
       batch_size: B, unrolls per update; of several learners, each has so many.
       unroll_length: T, agent steps per unroll.
+      sample_reuse: how often the loop trains on each batch; see `impala.sample_reuse`.
+      reuse_buffer: batches that it holds for that.
+      target_update_steps: updates between those of the target network of `losses.appo_loss`; 0 for
+        none.
       total_agent_steps: agent steps over which the learning rate falls linearly to 0.
       learning_rate: at the start.
+      final_entropy_cost: what `entropy_cost` turns into, linearly over `total_agent_steps`; None
+        leaves it.
+      optimizer: `'rmsprop'` or `'adam'`.
       decay: RMSProp's, per update.
       momentum: RMSProp's.
       epsilon: RMSProp's, inside the root.
+      adam_beta1: Adam's, of the mean.
+      adam_beta2: Adam's, of the mean square.
+      adam_epsilon: Adam's, beside the root.
       gradient_clip_norm: gradients are scaled down to this global norm; None leaves them.
     """
 
     batch_size: int = 2
     unroll_length: int = 100
+    sample_reuse: int = 1
+    reuse_buffer: int = 1
+    target_update_steps: int = 0
     total_agent_steps: int = 250_000_000
     learning_rate: float = 0.00048
+    final_entropy_cost: float | None = None
+    optimizer: Optimizer = 'rmsprop'
     decay: float = 0.99
     momentum: float = 0.0
     epsilon: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
     gradient_clip_norm: float | None = None
 
 
@@ -63,10 +84,11 @@ class Learner(tf.Module):
     Attributes:
       agent: the agent whose weights are updated in place.
       config: as given.
+      target_agent: the target network; None if there is none.
       optimizer: with its slots.
       updates: i64 variable, updates of the weights so far; skipped ones do not count.
-      agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too, by all
-        learners together.
+      agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too but each
+        only once, by all learners together.
     """
 
     def __init__(
@@ -74,6 +96,7 @@ class Learner(tf.Module):
         agent: TrainableAgent,
         config: LearnerConfig,
         strategy: tf.distribute.Strategy | None = None,
+        target_agent: TrainableAgent | None = None,
         name: str = 'learner',
     ):
         """Makes optimizer and counters.
@@ -84,13 +107,22 @@ class Learner(tf.Module):
           strategy: has replicas on several devices, of this process or of several, that stay equal:
             a `MirroredStrategy` or `MultiWorkerMirroredStrategy`. The agent was made in its scope,
             and this object is to be. None trains on one device.
+          target_agent: another agent of the same shape, the target network, which takes the weights
+            of `agent` over at the first update; given if there is to be one.
           name: of the module.
 
         Raises:
-          ValueError: a batch cannot be divided among the devices of this process.
+          ValueError: a batch cannot be divided among the devices of this process; or the target
+            network is missing or never updated.
         """
         super().__init__(name=name)
+        if (target_agent is None) != (config.target_update_steps == 0):
+            raise ValueError(
+                f'target_update_steps={config.target_update_steps} does not fit target_agent: '
+                'there is to be such an agent if it is updated, and only then'
+            )
         self.agent = agent
+        self.target_agent = target_agent
         self.config = config
         self._strategy = strategy
         self._num_parts = 1 if strategy is None else len(strategy.extended.worker_devices)
@@ -102,14 +134,12 @@ class Learner(tf.Module):
                 f'a batch of {config.batch_size} unrolls cannot be divided among {self._num_parts} '
                 'devices'
             )
-        self.optimizer = RMSProp(
-            agent.trainable_variables,
-            decay=config.decay,
-            momentum=config.momentum,
-            epsilon=config.epsilon,
-        )
+        self.optimizer = _create_optimizer(agent.trainable_variables, config)
         self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
         self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
+        steps = config.batch_size * config.unroll_length * self._num_learners
+        self._steps_of_batch = tf.constant(steps, tf.int64)
+        self._no_steps = tf.constant(0, tf.int64)
 
     @property
     def weights(self) -> list[tf.Variable]:
@@ -143,7 +173,7 @@ class Learner(tf.Module):
         assert self._strategy is not None
         self._strategy.run(copy)
 
-    def step(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
+    def step(self, batch: ActorOutput, is_fresh: bool = True) -> dict[str, tf.Tensor]:
         """Updates the weights once, or not at all where the loss or a gradient is not finite.
 
         Several replicas do, up to rounding, what one does with all their unrolls in one batch:
@@ -154,13 +184,17 @@ class Learner(tf.Module):
         Args:
           batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
             devices.
+          is_fresh: whether its agent steps are new; those of a batch that was given before do not
+            count again.
 
         Returns:
           Scalar tensors, of all replicas together:
           `loss/total`, `loss/policy_gradient`, `loss/baseline`, `loss/entropy`: f32, as returned by
-            `losses.vtrace_loss`; with PopArt in units of each level's standard deviation.
+            `losses.vtrace_loss`; or these and `loss/kl`, as by `losses.appo_loss`; with PopArt in units
+            of each level's standard deviation.
           `gradient_norm`: f32, global norm before clipping.
           `learning_rate`: f32, of this update.
+          `entropy_cost`: f32, of this update; only if it changes over the run.
           `policy_lag_mean` f32, `policy_lag_max` i64: updates between the weights that acted and
             those being updated, over the unrolls of the batch.
           `skipped`: bool, loss or gradient was not finite; weights and optimizer are as before.
@@ -169,28 +203,37 @@ class Learner(tf.Module):
           ValueError: the batch is not `[T+1, B]`.
         """
         self._check_shape(batch)
+        new_steps = self._steps_of_batch if is_fresh else self._no_steps
         if self._strategy is None:
-            return self._step(batch)
+            return self._step(batch, new_steps)
         parts = iter(_divide(batch, self._num_parts))
         return self._step_together(
-            self._strategy.experimental_distribute_values_from_function(lambda _: next(parts))
+            self._strategy.experimental_distribute_values_from_function(lambda _: next(parts)),
+            new_steps,
         )
 
     @tf.function(autograph=False)
-    def _step(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
-        return self._step_replica(batch)
+    def _step(self, batch: ActorOutput, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        return self._step_replica(batch, new_steps)
 
     @tf.function(autograph=False)
-    def _step_together(self, parts: Any) -> dict[str, tf.Tensor]:
+    def _step_together(self, parts: Any, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
         assert self._strategy is not None
-        metrics = self._strategy.run(self._step_replica, args=(parts,))
+        metrics = self._strategy.run(self._step_replica, args=(parts, new_steps))
         return {name: self._local(value) for name, value in metrics.items()}
 
-    def _step_replica(self, batch: ActorOutput) -> dict[str, tf.Tensor]:
+    def _step_replica(self, batch: ActorOutput, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
         parameters = self.agent.trainable_variables
         popart, value_stddev = self.agent.popart, None
         if popart is not None:
             value_stddev = popart.stddev(batch.level_id)
+        schedules = self._schedules()
+        target_outputs = None
+        if self.target_agent is not None:
+            self._update_target()
+            target_outputs, _ = self.target_agent.unroll(
+                batch.agent_outputs.action, batch.env_outputs, batch.agent_state
+            )
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
             learner_outputs, _ = self.agent.unroll(
@@ -199,9 +242,21 @@ class Learner(tf.Module):
             if popart is not None:
                 values = popart.values(learner_outputs.baseline, batch.level_id)
                 learner_outputs = learner_outputs._replace(baseline=values)
-            total, parts, targets = losses.vtrace_loss(
-                batch.agent_outputs, learner_outputs, batch.env_outputs, self.config, value_stddev
-            )
+            outputs = (batch.agent_outputs, learner_outputs, batch.env_outputs)
+            entropy_cost = schedules.get('entropy_cost')
+            if self.config.loss == 'appo':
+                total, parts, targets = losses.appo_loss(
+                    *outputs,
+                    self.config,
+                    value_stddev,
+                    entropy_cost,
+                    target_outputs,
+                    self._sum_over_replicas,
+                )
+            else:
+                total, parts, targets = losses.vtrace_loss(
+                    *outputs, self.config, value_stddev, entropy_cost
+                )
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
         moments = None if popart is None else popart.moments(targets, batch.level_id)
@@ -213,15 +268,15 @@ class Learner(tf.Module):
         ]
         # Once the first weight has changed, nothing may fail for want of another learner.
         with tf.control_dependencies([lag] if moments is None else [lag, moments]):
-            update = self._update(total, gradients, parameters, moments)
+            update = self._update(total, gradients, parameters, schedules['learning_rate'], moments)
             with tf.control_dependencies([update['skipped']]):
-                unrolls = self.config.batch_size * self._num_learners
-                _add(self.agent_steps, self.config.unroll_length * unrolls)
+                _add(self.agent_steps, new_steps)
         return {
             'loss/total': total,
             **{f'loss/{name}': part for name, part in parts.items()},
             'policy_lag_mean': tf.reduce_mean(tf.cast(lag, tf.float32)),
             'policy_lag_max': tf.reduce_max(lag),
+            **schedules,
             **update,
         }
 
@@ -230,10 +285,10 @@ class Learner(tf.Module):
         loss: tf.Tensor,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         parameters: Sequence[tf.Variable],
+        learning_rate: tf.Tensor,
         moments: tf.Tensor | None,
     ) -> dict[str, tf.Tensor]:
         """Applies the gradients if they and the loss are finite; returns what there is to log."""
-        learning_rate = self._learning_rate()
         # Any NaN or infinity among the gradients is one in their norm too, which is wanted anyway.
         norm = tf.linalg.global_norm(gradients)
         finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
@@ -247,16 +302,41 @@ class Learner(tf.Module):
             self.optimizer.apply(clipped, parameters, learning_rate)
             if self.agent.popart is not None:
                 self.agent.popart.update(moments)
-            _add(self.updates, 1)
+            _add(self.updates, tf.constant(1, tf.int64))
             return tf.constant(False)
 
         skipped = tf.cond(finite, apply, lambda: tf.constant(True))
-        return {'gradient_norm': norm, 'learning_rate': learning_rate, 'skipped': skipped}
+        return {'gradient_norm': norm, 'skipped': skipped}
 
-    def _learning_rate(self) -> tf.Tensor:
+    def _update_target(self) -> None:
+        """Has the target network take the weights over every so many updates, from the first on."""
+        assert self.target_agent is not None
+        targets = self.target_agent.trainable_variables
+
+        def copy() -> tf.Tensor:
+            for target, weight in zip(targets, self.agent.trainable_variables, strict=True):
+                tf.raw_ops.AssignVariableOp(resource=target.handle, value=weight.read_value())
+            return tf.constant(True)
+
+        is_due = tf.equal(self.updates % self.config.target_update_steps, 0)
+        tf.cond(is_due, copy, lambda: tf.constant(False))
+
+    def _schedules(self) -> dict[str, tf.Tensor]:
+        """Returns what changes over the run, f32 scalars."""
         # In float64, as float32 cannot tell the later agent steps of a long run apart.
         done = tf.cast(self.agent_steps, tf.float64) / self.config.total_agent_steps
-        return tf.cast(self.config.learning_rate * tf.maximum(1.0 - done, 0.0), tf.float32)
+        left = tf.maximum(1.0 - done, 0.0)
+        schedules = {'learning_rate': self.config.learning_rate * left}
+        final = self.config.final_entropy_cost
+        if final is not None:
+            schedules['entropy_cost'] = final + (self.config.entropy_cost - final) * left
+        return {name: tf.cast(value, tf.float32) for name, value in schedules.items()}
+
+    def _sum_over_replicas(self, value: tf.Tensor) -> tf.Tensor:
+        if self._strategy is None:
+            return value
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(value))
 
     def _local(self, value: Any) -> Any:
         """Returns what the first replica of this process has of a value."""
@@ -272,6 +352,12 @@ class Learner(tf.Module):
                 f'rewards of shape {shape} do not fit unroll_length {self.config.unroll_length} '
                 f'and batch_size {self.config.batch_size}, for which they should be {expected}'
             )
+
+
+def _create_optimizer(parameters: Sequence[tf.Variable], config: LearnerConfig) -> RMSProp | Adam:
+    if config.optimizer == 'adam':
+        return Adam(parameters, config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+    return RMSProp(parameters, decay=config.decay, momentum=config.momentum, epsilon=config.epsilon)
 
 
 def _divide(batch: ActorOutput, num_parts: int) -> list[ActorOutput]:
@@ -310,8 +396,6 @@ def _join(
     return loss, parts, gradients, lag, moments
 
 
-def _add(variable: tf.Variable, amount: int) -> None:
+def _add(variable: tf.Variable, amount: tf.Tensor) -> None:
     """Adds to the variable of the replica that is computing, which `assign_add` would refuse."""
-    tf.raw_ops.AssignAddVariableOp(
-        resource=variable.handle, value=tf.constant(amount, variable.dtype)
-    )
+    tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=amount)

@@ -147,6 +147,70 @@ def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
         return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(file.read().split())
 
 
+def check_learner(config: LearnerConfig, popart: bool = False) -> None:
+    """Refuses settings of loss, optimizer and re-use that have no effect or do not go together.
+
+    Args:
+      config: of loss, optimizer and re-use.
+      popart: whether values are normalised per level.
+
+    Raises:
+      ConfigError: names the flags.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(LearnerConfig)}
+    belongs_to = {
+        '--loss=appo': (
+            'clip_epsilon',
+            'clip_target_rho_threshold',
+            'kl_cost',
+            'normalize_advantages',
+            'target_update_steps',
+        ),
+        '--loss=vtrace': ('clip_pg_rho_threshold',),
+        '--optimizer=adam': ('adam_beta1', 'adam_beta2', 'adam_epsilon'),
+        '--optimizer=rmsprop': ('momentum',),
+    }
+    chosen = (f'--loss={config.loss}', f'--optimizer={config.optimizer}')
+    for setting, names in belongs_to.items():
+        for name in names:
+            value = getattr(config, name)
+            if setting not in chosen and value != defaults[name]:
+                flag = f'--{name}' if value is True else f'--{name}={value}'
+                raise ConfigError(
+                    f'{flag} belongs to {setting}; this run has {" and ".join(chosen)}.'
+                )
+    if popart and config.target_update_steps:
+        raise ConfigError(
+            f'--target_update_steps={config.target_update_steps} does not go with --popart: the '
+            'units of the values would be others by then.'
+        )
+    if config.target_update_steps == 0:
+        value = config.clip_target_rho_threshold
+        if value != defaults['clip_target_rho_threshold']:
+            raise ConfigError(
+                f'--clip_target_rho_threshold={value} is for the ratio to a target network: give '
+                '--target_update_steps=1 or more, too.'
+            )
+    if config.reuse_buffer > 1 and config.sample_reuse == 1:
+        raise ConfigError(
+            f'--reuse_buffer={config.reuse_buffer} holds batches that no one uses again: give '
+            '--sample_reuse=2 or more, too.'
+        )
+
+
+def learner_settings(config: LearnerConfig) -> dict[str, Any]:
+    """Returns the flags that shape what the learner keeps beside the network, if not as ever.
+
+    They are for `checkpoint.check_same_network`; runs that have no such flags stored have neither.
+    """
+    settings: dict[str, Any] = {}
+    if config.optimizer != 'rmsprop':
+        settings['optimizer'] = config.optimizer
+    if config.target_update_steps:
+        settings['target_update_steps (whether there is a target network)'] = True
+    return settings
+
+
 def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
     """Returns the flags that shape the network, for `checkpoint.check_same_network`."""
     frame: Sequence[int] = spec.observation['frame'].shape

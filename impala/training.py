@@ -28,11 +28,14 @@ from impala.remote_actors import RemoteActors, run_settings
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
+    check_learner,
     choose_network,
     create_agent,
+    learner_settings,
     network_settings,
 )
 from impala.run_log import RunLog
+from impala.sample_reuse import reused
 from impala.stop_signal import StopSignal
 from impala.trajectory import EnvironmentSpec
 
@@ -85,6 +88,7 @@ def train(
             f'--num_actors={config.num_actors} would leave some of the {len(config.level_names)} '
             f'levels out: give --num_actors={len(config.level_names)} or more.'
         )
+    check_learner(config.learner, config.popart)
     if member is not None:
         check_member(member)
     is_first = member is None or member.is_first
@@ -94,7 +98,9 @@ def train(
         spec = workplace.common_spec(config.level_names, config.seed)
         network = choose_network(config, spec)
         if is_first:
-            check_same_network(config.logdir, network_settings(network, spec))
+            check_same_network(
+                config.logdir, network_settings(network, spec) | learner_settings(config.learner)
+            )
         group = None
         if member is not None:
             settings = _shared_settings(config, member, spec, network_settings(network, spec))
@@ -208,11 +214,13 @@ def _create_learner(
     total_agent_steps = max(1, config.total_environment_frames // spec.num_action_repeats)
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         agent = create_agent(network, spec)
+        target_agent = create_agent(network, spec) if config.learner.target_update_steps else None
         try:
             return agent, Learner(
                 agent,
                 dataclasses.replace(config.learner, total_agent_steps=total_agent_steps),
                 strategy,
+                target_agent,
             )
         except ValueError as error:
             raise ConfigError(
@@ -272,16 +280,20 @@ def _learn(
     timer = StageTimer()
     skipped_in_a_row = 0
     _, agent_steps = learner.counts()
-    batches = actors.batches(config.learner.batch_size)
+    batches = reused(
+        actors.batches(config.learner.batch_size),
+        config.learner.sample_reuse,
+        config.learner.reuse_buffer,
+    )
     while agent_steps * frames_per_step < config.last_frames:
         with timer('learner/wait'):
-            batch = next(batches, None)
+            batch, is_fresh = next(batches, (None, False))
         # Behind the signal there may still be a batch that was assembled ahead.
         if batch is None or stop.received:
             return
         with timer('learner/train_step'):
             try:
-                metrics = _to_floats(learner.step(batch.actor_output))
+                metrics = _to_floats(learner.step(batch.actor_output, is_fresh))
             except tf.errors.OpError as error:
                 if group is None:
                     raise
@@ -291,8 +303,9 @@ def _learn(
             actors.publish(learner.weights, learner.version)
         with timer('learner/log'):
             updates, agent_steps = learner.counts()
-            log.record_update(metrics)
-            record_episodes(log, batch)
+            log.record_update(metrics if is_fresh else _of_reuse(metrics))
+            if is_fresh:
+                record_episodes(log, batch)
             if group is not None:
                 group.collect(log)
             if log.line_is_due:
@@ -306,6 +319,14 @@ def _learn(
                 f'Loss or gradient was not finite in {skipped_in_a_row} updates in a row (none of '
                 'them was applied): try a lower --learning_rate or --gradient_clip_norm.'
             )
+
+
+def _of_reuse(metrics: dict[str, float]) -> dict[str, float]:
+    """Returns metrics of an update by a batch used before, whose policy lag is told apart."""
+    return {
+        f'reused_{name}' if name.startswith('policy_lag') else name: value
+        for name, value in metrics.items()
+    }
 
 
 def record_episodes(log: Log, batch: UnrollBatch) -> None:

@@ -461,6 +461,7 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
         ((), 'DeepMind Lab level, but the module deepmind_lab cannot be imported'),
         (('--level_name=ALE/Pongg-v5',), "no Atari game 'ALE/Pongg-v5'.*ALE/Pong-v5"),
         (('--level_name=CartPol-v1',), "Did you mean 'CartPole-v1'"),
+        (('--target_update_steps=5',), '--target_update_steps=5 belongs to --loss=appo'),
         (('--inference_batch_size=5',), '--inference_batch_size=5 is more than .*num_actors=4'),
         (('--logdir=/dev/null/run',), 'Cannot use /dev/null/run as log directory'),
         (('--mode=test', f'--logdir={tmp_path}/none'), 'none is not the folder of a training run'),

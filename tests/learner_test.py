@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from impala.agent import Agent, AgentConfig
 from impala.learner import Learner, LearnerConfig
-from impala.losses import vtrace_loss
+from impala.losses import appo_loss, vtrace_loss
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,
@@ -318,13 +318,167 @@ def test_batches_of_another_shape_are_refused():
             learner.step(batch)
 
 
-def test_learns_to_choose_what_is_rewarded():
-    """In episodes of one step, the frame shows which action earns 1; the others earn 0."""
-    config = LearnerConfig(
-        batch_size=32, unroll_length=4, learning_rate=0.02, total_agent_steps=10**6
+_APPO = {
+    'loss': 'appo',
+    'optimizer': 'adam',
+    'learning_rate': 0.01,
+    'target_update_steps': 2,
+    'normalize_advantages': True,
+    'kl_cost': 0.1,
+}
+
+
+def appo_learner(**changes):
+    config = _config(**(_APPO | changes))
+    has_target = config.target_update_steps > 0
+    return Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
+
+
+def test_the_target_network_follows_every_so_many_updates():
+    learner = appo_learner(target_update_steps=3)
+    for variable in learner.target_agent.trainable_variables:
+        variable.assign_add(tf.ones_like(variable))
+    history = []
+    for update in range(8):
+        history.append(_values(learner.agent.trainable_variables))
+        learner.step(batch_of(learner.config, learner.agent.initial_state(3), seed=update))
+        expected = history[update - update % 3]
+        _assert_equal(_values(learner.target_agent.trainable_variables), expected)
+    assert not np.array_equal(history[0][0], history[1][0])
+
+
+@pytest.mark.parametrize('target_update_steps', [0, 2])
+def test_metrics_of_appo_are_those_of_its_loss(target_update_steps):
+    learner = appo_learner(target_update_steps=target_update_steps)
+    agent, config = learner.agent, learner.config
+    batches = [batch_of(config, agent.initial_state(3), seed=seed) for seed in range(2)]
+
+    def outputs(batch):
+        inputs = (batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
+        return agent.unroll(*inputs)[0]
+
+    # At the second update the target network is still what the agent was before the first.
+    target = outputs(batches[1]) if target_update_steps else None
+    learner.step(batches[0])
+    batch = batches[1]
+    total, parts, _ = appo_loss(
+        batch.agent_outputs, outputs(batch), batch.env_outputs, config, target_outputs=target
     )
-    agent = mlp_agent(use_lstm=False)
+    metrics = learner.step(batch)
+    np.testing.assert_allclose(metrics['loss/total'], total, rtol=1e-4)
+    assert set(parts) == {'policy_gradient', 'baseline', 'entropy', 'kl'}
+    for name, part in parts.items():
+        np.testing.assert_allclose(metrics[f'loss/{name}'], part, rtol=1e-4, err_msg=name)
+
+
+def test_steps_follow_adam_down_the_gradient_of_the_loss():
+    config = _config(
+        optimizer='adam',
+        learning_rate=0.01,
+        adam_beta1=0.8,
+        adam_beta2=0.75,
+        adam_epsilon=0.5,
+        total_agent_steps=150,
+    )
+    agent = mlp_agent()
     learner = Learner(agent, config)
+    weights = [np.float64(v) for v in _values(agent.trainable_variables)]
+    means, squares = ([np.zeros_like(w) for w in weights] for _ in range(2))
+    for update in range(3):
+        batch = batch_of(config, agent.initial_state(3), seed=update)
+        gradients = _gradients(agent, batch, config)
+        learner.step(batch)
+        # In the order of section 2 of the paper, in which epsilon is not corrected for its bias.
+        t = update + 1
+        rate = 0.01 * (1 - update * 15 / 150) * np.sqrt(1 - 0.75**t) / (1 - 0.8**t)
+        for i, g in enumerate(gradients):
+            means[i] = 0.8 * means[i] + 0.2 * g
+            squares[i] = 0.75 * squares[i] + 0.25 * np.float64(g) ** 2
+            weights[i] -= rate * means[i] / (np.sqrt(squares[i]) + 0.5)
+        for actual, expected in zip(agent.trainable_variables, weights, strict=True):
+            np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_batches_used_again_count_as_updates_only():
+    learner = appo_learner(total_agent_steps=60, entropy_cost=0.5, final_entropy_cost=0.1)
+    batches = [batch_of(learner.config, learner.agent.initial_state(3), seed) for seed in range(2)]
+    seen = []
+    for batch, is_fresh in [(0, True), (0, False), (1, True), (0, False), (1, False)]:
+        metrics = learner.step(batches[batch], is_fresh)
+        seen.append(
+            [*learner.counts(), metrics['policy_lag_max'].numpy()]
+            + [metrics['learning_rate'].numpy(), metrics['entropy_cost'].numpy()]
+        )
+    # Updates, agent steps, policy lag, learning rate, entropy cost.
+    expected = [
+        [1, 15, 0, 0.01, 0.5],
+        [2, 15, 1, 0.0075, 0.4],
+        [3, 30, 2, 0.0075, 0.4],
+        [4, 30, 3, 0.005, 0.3],
+        [5, 30, 4, 0.005, 0.3],
+    ]
+    np.testing.assert_allclose(seen, expected, rtol=1e-6)
+    assert learner._step.experimental_get_tracing_count() == 1
+
+
+def test_entropy_cost_of_the_end_is_reached():
+    learner = appo_learner(total_agent_steps=15, entropy_cost=0.5, final_entropy_cost=0.0)
+    batch = batch_of(learner.config, learner.agent.initial_state(3))
+    assert [float(learner.step(batch)['entropy_cost']) for _ in range(3)] == [0.5, 0.0, 0.0]
+
+
+def test_appo_that_is_not_finite_changes_nothing():
+    learner = appo_learner(reward_clipping='none')
+    good = batch_of(learner.config, learner.agent.initial_state(3))
+    learner.step(good)
+    before = _values([*learner.agent.variables, *learner.optimizer.variables])
+    logits = good.agent_outputs.policy_logits * np.nan
+    nan_behaviour = good._replace(agent_outputs=good.agent_outputs._replace(policy_logits=logits))
+    for poisoned in (_with_reward(good, np.nan), _with_reward(good, np.inf), nan_behaviour):
+        assert learner.step(poisoned)['skipped']
+        _assert_equal([*learner.agent.variables, *learner.optimizer.variables], before)
+    assert learner.updates.numpy() == 1
+    assert not learner.step(good)['skipped']
+
+
+def test_checkpoint_holds_target_network_and_adam(tmp_path):
+    learner = appo_learner(target_update_steps=3)
+    state = learner.agent.initial_state(3)
+    for seed in range(2):
+        learner.step(batch_of(learner.config, state, seed))
+    path = tf.train.Checkpoint(learner=learner).save(str(tmp_path / 'checkpoint'))
+    restored = appo_learner(target_update_steps=3)
+    tf.train.Checkpoint(learner=restored).restore(path).assert_consumed()
+    for seed in (2, 3):
+        for each in (learner, restored):
+            each.step(batch_of(learner.config, state, seed))
+    for a, b in zip(restored.variables, learner.variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert len(learner.variables) == 4 * len(learner.agent.variables) + 3
+
+
+@pytest.mark.parametrize('has_target', [False, True])
+def test_a_target_network_and_its_updates_go_together(has_target):
+    config = _config(loss='appo', target_update_steps=0 if has_target else 5)
+    with pytest.raises(ValueError, match='target_update_steps=. does not fit target_agent'):
+        Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'learning_rate': 0.02},
+        {'loss': 'appo', 'learning_rate': 0.02},
+        {'loss': 'appo', 'learning_rate': 0.01, 'optimizer': 'adam', 'target_update_steps': 4},
+        {'loss': 'appo', 'learning_rate': 0.02, 'kl_cost': 0.1, 'normalize_advantages': True},
+    ],
+)
+def test_learns_to_choose_what_is_rewarded(changes):
+    """In episodes of one step, the frame shows which action earns 1; the others earn 0."""
+    config = LearnerConfig(batch_size=32, unroll_length=4, total_agent_steps=10**6, **changes)
+    agent = mlp_agent(use_lstm=False)
+    target_agent = mlp_agent(use_lstm=False) if config.target_update_steps else None
+    learner = Learner(agent, config, target_agent=target_agent)
     rng = np.random.default_rng(0)
     rows = (config.unroll_length + 1, config.batch_size)
     zeros = np.zeros(rows, np.int32)

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import threading
 import time
@@ -9,8 +10,9 @@ import tensorflow as tf
 from run_config_test import config
 
 import environments
-from impala import run_config, training
+from impala import checkpoint, run_config, training
 from impala.actor_pool import ActorError
+from impala.learner import LearnerConfig
 
 
 def test_stage_timer_adds_up_also_when_a_stage_fails():
@@ -120,3 +122,154 @@ def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
     assert not accepted
     assert not list(tmp_path.iterdir())
     assert 'stop signal' not in {thread.name for thread in threading.enumerate()}
+
+
+# What may be chosen of each setting of the learner; the first is the default.
+CHOICES = {
+    'use_lstm': (False, True),
+    'popart': (False, True),
+    'loss': ('vtrace', 'appo'),
+    'sample_reuse': (1, 2, 4),
+    'reuse_buffer': (1, 3),
+    'optimizer': ('rmsprop', 'adam'),
+    'target_update_steps': (0, 2),
+    'normalize_advantages': (False, True),
+    'kl_cost': (0.0, 0.1),
+    'final_entropy_cost': (None, 0.0),
+}
+
+
+def _pairs(choice):
+    return set(itertools.combinations(choice.items(), 2))
+
+
+def _learner(choice):
+    of_learner = {
+        name: value for name, value in choice.items() if name not in ('use_lstm', 'popart')
+    }
+    return LearnerConfig(batch_size=2, unroll_length=10, **of_learner)
+
+
+def _is_accepted(choice):
+    try:
+        run_config.check_learner(_learner(choice), choice['popart'])
+    except run_config.ConfigError:
+        return False
+    return True
+
+
+def _pairwise():
+    """Returns choices in which every pair that any accepted choice has occurs."""
+    choices = [
+        dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
+    ]
+    accepted = [choice for choice in choices if _is_accepted(choice)]
+    missing = set().union(*map(_pairs, accepted))
+    chosen = []
+    while missing:
+        chosen.append(max(accepted, key=lambda choice: len(missing & _pairs(choice))))
+        missing -= _pairs(chosen[-1])
+    return chosen
+
+
+def test_pairs_that_never_train_are_those_refused_by_name():
+    trained = set().union(*map(_pairs, _pairwise()))
+    pairs = {
+        tuple(pair)
+        for a, b in itertools.combinations(CHOICES, 2)
+        for pair in itertools.product(
+            [(a, value) for value in CHOICES[a]], [(b, value) for value in CHOICES[b]]
+        )
+    }
+    assert pairs - trained == {
+        (('popart', True), ('target_update_steps', 2)),
+        (('loss', 'vtrace'), ('target_update_steps', 2)),
+        (('loss', 'vtrace'), ('normalize_advantages', True)),
+        (('loss', 'vtrace'), ('kl_cost', 0.1)),
+        (('sample_reuse', 1), ('reuse_buffer', 3)),
+    }
+
+
+@pytest.mark.parametrize('choice', _pairwise(), ids=str)
+def test_every_pair_of_settings_trains(tmp_path, choice):
+    run = config(
+        tmp_path,
+        use_lstm=choice['use_lstm'],
+        popart=choice['popart'],
+        learner=_learner(choice),
+        total_environment_frames=200,
+    )
+    assert training.train(run) == str(tmp_path / 'checkpoints' / 'ckpt-1')
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['frames'] == 200
+    updates = _uses(200 // 20, choice['sample_reuse'], choice['reuse_buffer'])
+    assert lines[-1]['updates'] == updates
+    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
+    assert any('reused_policy_lag_mean' in line for line in lines) == (choice['sample_reuse'] > 1)
+
+
+def _uses(batches, times, buffer_size):
+    """Returns updates up to the first use of the last batch, with which the run ends."""
+    ages = [round(use * (buffer_size - 1) / max(1, times - 1)) for use in range(times)]
+    return 1 + sum(age < held for held in range(1, batches) for age in ages)
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'clip_epsilon': 0.1}, '--clip_epsilon=0.1 belongs to --loss=appo'),
+        ({'clip_target_rho_threshold': 3.0}, '--clip_target_rho_threshold=3.0 belongs to --loss=a'),
+        ({'kl_cost': 0.5}, '--kl_cost=0.5 belongs to --loss=appo'),
+        ({'normalize_advantages': True}, '--normalize_advantages belongs to --loss=appo'),
+        ({'target_update_steps': 9}, '--target_update_steps=9 belongs to --loss=appo; .*vtrace'),
+        (
+            {'loss': 'appo', 'clip_pg_rho_threshold': 2.0},
+            '--clip_pg_rho_threshold=2.0 belongs to --loss=vtrace; this run has --loss=appo',
+        ),
+        (
+            {'loss': 'appo', 'clip_target_rho_threshold': 3.0},
+            '--clip_target_rho_threshold=3.0 is .* give --target_update_steps=1 or more',
+        ),
+        ({'reuse_buffer': 4}, '--reuse_buffer=4 holds .* give --sample_reuse=2 or more'),
+        ({'adam_epsilon': 1e-5}, '--adam_epsilon=1e-05 belongs to --optimizer=adam'),
+        ({'adam_beta1': 0.5}, '--adam_beta1=0.5 belongs to --optimizer=adam'),
+        ({'adam_beta2': 0.5}, '--adam_beta2=0.5 belongs to --optimizer=adam'),
+        ({'optimizer': 'adam', 'momentum': 0.5}, '--momentum=0.5 belongs to --optimizer=rmsprop'),
+    ],
+)
+def test_settings_without_effect_are_refused_by_name(tmp_path, changes, sentence):
+    learner = LearnerConfig(batch_size=2, unroll_length=10, **changes)
+    with pytest.raises(run_config.ConfigError, match=sentence):
+        training.train(config(tmp_path, learner=learner))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_target_network_and_popart_do_not_go_together(tmp_path):
+    learner = LearnerConfig(batch_size=2, unroll_length=10, loss='appo', target_update_steps=2)
+    with pytest.raises(run_config.ConfigError, match='--target_update_steps=2 .* with --popart'):
+        training.train(config(tmp_path, learner=learner, popart=True))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'sentence'),
+    [
+        ({'loss': 'appo', 'optimizer': 'adam'}, '--optimizer was not set and is now "adam"'),
+        (
+            {'loss': 'appo', 'target_update_steps': 5},
+            r'--target_update_steps \(whether there is a target network\) was not set',
+        ),
+    ],
+)
+def test_a_run_goes_on_with_another_loss_but_not_with_other_variables(tmp_path, changes, sentence):
+    training.train(config(tmp_path))
+    with pytest.raises(checkpoint.LogdirError, match=sentence):
+        training.train(
+            config(
+                tmp_path,
+                learner=LearnerConfig(batch_size=2, unroll_length=10, **changes),
+                total_environment_frames=200,
+            )
+        )
+    appo = LearnerConfig(batch_size=2, unroll_length=10, loss='appo', sample_reuse=2)
+    run = config(tmp_path, learner=appo, total_environment_frames=200)
+    assert training.train(run) == str(tmp_path / 'checkpoints' / 'ckpt-2')
