@@ -190,8 +190,8 @@ class Learner(tf.Module):
         Returns:
           Scalar tensors, of all replicas together:
           `loss/total`, `loss/policy_gradient`, `loss/baseline`, `loss/entropy`: f32, as returned by
-            `losses.vtrace_loss`; or these and `loss/kl`, as by `losses.appo_loss`; with PopArt in units
-            of each level's standard deviation.
+            `losses.vtrace_loss`; or these and `loss/kl`, as by `losses.appo_loss`; with PopArt in
+            units of each level's standard deviation.
           `gradient_norm`: f32, global norm before clipping.
           `learning_rate`: f32, of this update.
           `entropy_cost`: f32, of this update; only if it changes over the run.

@@ -19,24 +19,44 @@ UPDATES = 4
 # The update in which a reward is not a number, in the last unroll of the batch.
 POISONED = 2
 
+APPO = {
+    'loss': 'appo',
+    'target_update_steps': 2,
+    'normalize_advantages': True,
+    'kl_cost': 0.1,
+    'optimizer': 'adam',
+    # Steps of Adam do not shrink with the gradient, so they would show how that was rounded.
+    'adam_epsilon': 0.01,
+    'final_entropy_cost': 0.1,
+}
 
-def config(batch_size, momentum):
+
+def config(batch_size, **changes):
     """Everything that could differ between one learner and several is in use."""
     return LearnerConfig(
         batch_size=batch_size,
-        unroll_length=5,
-        reward_clipping='none',
-        total_agent_steps=UPDATES * BATCH_SIZE * 5,
-        learning_rate=0.05,
-        momentum=momentum,
-        epsilon=0.01,
-        gradient_clip_norm=0.5,
+        **{
+            'unroll_length': 5,
+            'reward_clipping': 'none',
+            'total_agent_steps': UPDATES * BATCH_SIZE * 5,
+            'learning_rate': 0.05,
+            'epsilon': 0.01,
+            'gradient_clip_norm': 0.5,
+            **changes,
+        },
     )
+
+
+def create_learner(agent, changes, batch_size, strategy=None):
+    """Makes a learner, with the target network that its settings ask for."""
+    settings = config(batch_size, **changes)
+    target_agent = agent() if settings.target_update_steps else None
+    return Learner(agent(), settings, strategy, target_agent)
 
 
 def joined_batch(update, state):
     """A batch for all together."""
-    batch = batch_of(config(BATCH_SIZE, 0.0), state, seed=update)
+    batch = batch_of(config(BATCH_SIZE), state, seed=update)
     rewards = batch.env_outputs.reward.numpy()
     if update == POISONED:
         rewards[2, -1] = np.nan
@@ -74,14 +94,15 @@ def train(learner, part=0, num_parts=1):
 
 
 def agents():
-    """What makes an agent, and the momentum it is trained with, by name."""
+    """What makes an agent, and the settings it is trained with, by name."""
     table = np.random.default_rng(0).normal(size=(3, 4))
     return {
-        'lstm': (mlp_agent, 0.0),
-        'lstm with momentum': (mlp_agent, 0.5),
-        'embedding': (lambda: EmbeddingAgent(table), 0.5),
+        'lstm': (mlp_agent, {}),
+        'lstm with momentum': (mlp_agent, {'momentum': 0.5}),
+        'embedding': (lambda: EmbeddingAgent(table), {'momentum': 0.5}),
         # The last level is none of theirs.
-        'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), 0.5),
+        'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
+        'appo': (mlp_agent, APPO),
     }
 
 
@@ -97,9 +118,9 @@ def main(kind, output, num_parts, task=0, *addresses):
         strategy = learner_group.strategy_of_learners(list(addresses), task)
         part, parts, batch_size = task, num_parts, BATCH_SIZE // num_parts
     results = {}
-    for name, (agent, momentum) in agents().items():
+    for name, (agent, changes) in agents().items():
         with strategy.scope():
-            learner = Learner(agent(), config(batch_size, momentum), strategy)
+            learner = create_learner(agent, changes, batch_size, strategy)
         if task:
             # What the others have before does not count.
             for variable in learner.variables:

@@ -138,13 +138,28 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
     assert not checkpoints(logdir)
 
 
-def test_a_run_on_several_devices(tmp_path):
+@pytest.mark.parametrize(
+    ('flags', 'updates_per_batch'),
+    [
+        ([], 1),
+        (
+            ['--loss=appo', '--sample_reuse=3', '--target_update_steps=4', '--optimizer=adam']
+            + ['--epsilon=0.1', '--normalize_advantages', '--kl_cost=0.1'],
+            3,
+        ),
+    ],
+)
+def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch):
     logdir = tmp_path / 'run'
-    flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000']
+    flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000', *flags]
     with Run(tmp_path / 'run of two', *CARTPOLE, f'--logdir={logdir}', *flags) as run:
         assert run.wait() == 0, run.stderr
     assert 'learner on /cpu:0 and /cpu:1' in run.stderr
-    assert metrics(logdir)[-1]['frames'] == metrics(logdir)[-1]['updates'] * 8 * 20 >= 3000
+    last = metrics(logdir)[-1]
+    batches = last['frames'] // (8 * 20)
+    assert last['frames'] == batches * 8 * 20 >= 3000
+    # The run ends with the last frame, so the last batch is used once.
+    assert last['updates'] == (batches - 1) * updates_per_batch + 1
     assert checkpoints(logdir)
 
 

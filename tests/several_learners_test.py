@@ -9,9 +9,7 @@ import sys
 import numpy as np
 import pytest
 from experiment_test import PATIENCE_SECONDS, TESTS
-from replica import BATCH_SIZE, POISONED, UPDATES, agents, config, train
-
-from impala.learner import Learner
+from replica import BATCH_SIZE, POISONED, UPDATES, agents, create_learner, train
 
 
 def free_ports(number):
@@ -35,8 +33,8 @@ def free_ports(number):
 def alone():
     """What one learner does with the joined batches."""
     results = {}
-    for name, (agent, momentum) in agents().items():
-        learner = Learner(agent(), config(BATCH_SIZE, momentum))
+    for name, (agent, changes) in agents().items():
+        learner = create_learner(agent, changes, BATCH_SIZE)
         for update, (metrics, variables) in enumerate(train(learner)):
             for key, value in metrics.items():
                 results[f'{name}/{update}/{key}'] = value.numpy()
