@@ -10,9 +10,10 @@ import pytest
 from run_config_test import config
 
 import environments
-from impala import checkpoint, evaluation, run_config, suites, training
+from impala import checkpoint, evaluation, export, run_config, suites, training
 from impala.actor_pool import ActorError
 from impala.evaluation import EvaluationConfig, evaluate
+from impala.learner import LearnerConfig
 
 
 @pytest.fixture(scope='module')
@@ -55,6 +56,17 @@ def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episod
             }
         },
     }
+
+
+def test_what_the_learner_keeps_beside_the_network_is_not_in_the_way(tmp_path):
+    learner = LearnerConfig(
+        batch_size=2, unroll_length=10, loss='appo', target_update_steps=3, optimizer='adam'
+    )
+    run = config(tmp_path, learner=learner)
+    training.train(run)
+    assert evaluate(run, EvaluationConfig(2), print) == {'levels:short': [5.0] * 2}
+    network, spec = export.spec_of_run(str(tmp_path))
+    assert (network.torso, network.use_lstm, spec.num_actions) == ('mlp', False, 2)
 
 
 def test_seeds_do_not_depend_on_who_plays(logdir):
