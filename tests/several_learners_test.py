@@ -92,11 +92,10 @@ def test_the_joined_batches_put_everything_to_use(alone):
         np.testing.assert_allclose(rates, [0.05, 0.0375, 0.025, 0.0125], rtol=1e-6)
 
 
-@pytest.mark.parametrize('num_devices', [2, 4])
-def test_devices_do_what_one_does_with_the_joined_batch(tmp_path, alone, num_devices):
-    results = run_replicas(tmp_path, ('devices', str(num_devices)))
+def test_devices_do_what_one_does_with_the_joined_batch(tmp_path, alone):
+    results = run_replicas(tmp_path, ('devices', '2'))
     replicas = {key.partition('/replica ')[2] for key in results[0]} - {''}
-    assert replicas == {str(i) for i in range(num_devices)}
+    assert replicas == {'0', '1'}
     assert_same(results, alone)
 
 
