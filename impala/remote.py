@@ -14,8 +14,9 @@ import ctypes
 import errno
 import secrets
 import socket
+import textwrap
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ _JOB = 'learner'
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
+_LONGEST_SENTENCE = 300
 
 
 class RemoteError(Exception):
@@ -314,9 +316,7 @@ class LearnerConnection:
                 config.rpc_options.use_rpc_for_inprocess_master = True
                 # A handful of operations: there is nothing to optimize.
                 config.graph_options.rewrite_options.disable_meta_optimizer = True
-                self._session = tf.compat.v1.Session(
-                    f'grpc://{self.address}', graph=self._graph, config=config
-                )
+                self._session = _Session(f'grpc://{self.address}', graph=self._graph, config=config)
             return self._session
 
     def _closed_error(self) -> Closed:
@@ -380,12 +380,28 @@ def is_in_use(port: int) -> bool:
     return False
 
 
+class _Session(tf.compat.v1.Session):
+    """A session that leaves the messages of errors as they are.
+
+    TensorFlow looks for names of operations in them, in a time that grows with the square of their
+    length, and some hold the whole request: an unroll that a broken connection has delivered twice
+    is an error of a megabyte, on which a job spent hours.
+    """
+
+    def _do_call(self, fn: Callable[..., Any], *args: Any) -> Any:
+        return fn(*args)
+
+
 def _sentence(error: Exception) -> str:
-    """What the learner has to say, without the stack traces that the session puts around it."""
-    said = error.__context__ if isinstance(error.__context__, tf.errors.OpError) else error
-    message = said.message if isinstance(said, tf.errors.OpError) else str(said)
-    lines = [line for line in message.splitlines() if line and not line.startswith('From /job:')]
-    return lines[0].rstrip('.') if lines else type(error).__name__
+    """What the learner has to say, but for the data that it may have put into it."""
+    message = error.message if isinstance(error, tf.errors.OpError) else str(error)
+    # Only the start of it: all of it may be long.
+    lines = [
+        line for line in message[:2000].splitlines() if line and not line.startswith('From /job:')
+    ]
+    if not lines:
+        return type(error).__name__
+    return textwrap.shorten(lines[0].rstrip('.'), _LONGEST_SENTENCE, placeholder=' ...')
 
 
 def has_network() -> bool:

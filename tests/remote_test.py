@@ -28,6 +28,8 @@ from impala.remote import (
     LearnerServer,
     Rejected,
     ServerError,
+    _sentence,
+    _Session,
     split_address,
 )
 
@@ -181,6 +183,25 @@ def test_unrolls_reach_the_learner(learner):
     actor = learner.inbox.statistics().actors[5]
     assert (actor.host, actor.level, actor.accepted) == (socket.gethostname(), 'rooms', 3)
     assert tf.executing_eagerly()
+
+
+def test_errors_as_long_as_an_unroll_take_no_time(server, monkeypatch):
+    # What comes of a request that a broken connection has delivered twice; it ends with the unroll.
+    text = 'From /job:learner:\nThe same request was received twice. ' + 'x' * 300_000
+
+    def fail(*unused):
+        raise tf.errors.AbortedError(None, None, text)
+
+    with tf.Graph().as_default():
+        zero = tf.constant(0)
+        with _Session(f'grpc://localhost:{server.port}') as session:
+            monkeypatch.setattr(session, '_call_tf_sessionrun', fail)
+            started = time.monotonic()
+            with pytest.raises(tf.errors.AbortedError) as error:
+                session.run(zero)
+            # TensorFlow's own session takes minutes.
+            assert time.monotonic() - started < 10
+    assert _sentence(error.value) == 'The same request was received twice. ...'
 
 
 def test_eager_tensors_and_views_of_them_are_unrolls(learner):
