@@ -60,6 +60,14 @@ def finish(process: subprocess.Popen) -> None:
         sys.exit(f'{process.args!r} has failed:\n{errors}')
 
 
+def lines_of(path: str) -> list[dict]:
+    """Returns the lines of a run's metrics.jsonl."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding='utf-8') as file:
+        return [json.loads(line) for line in file if line.endswith('\n')]
+
+
 def measure(level_name: str, seconds: float) -> dict[str, object]:
     """Trains and tests a game; returns its row of the table."""
     with tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder:
@@ -68,15 +76,13 @@ def measure(level_name: str, seconds: float) -> dict[str, object]:
         training = start(
             f'--level_name={level_name}', f'--logdir={logdir}', '--log_secs=1', *TRAINING
         )
-        while not os.path.exists(metrics) and training.poll() is None:
+        # A line a second, but for the first one, of the first update, and the last.
+        while len(lines_of(metrics)) < seconds + 2 and training.poll() is None:
             time.sleep(0.1)
         if training.poll() is None:
-            time.sleep(seconds)
             training.send_signal(signal.SIGINT)
         finish(training)
-        with open(metrics, encoding='utf-8') as file:
-            lines = [json.loads(line) for line in file]
-        # The first line is of the first update, the last may stand for less than a second.
+        lines = lines_of(metrics)
         first, last = lines[1], lines[-2]
         finish(start('--mode=test', f'--logdir={logdir}', '--test_num_episodes=1'))
         with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
