@@ -250,11 +250,11 @@ class _Learner:
         )
 
     def send(self, unroll: list[Any], task: int, level: str, sequence: int) -> None:
-        """Sends an unroll; refreshes the weights if each environment has sent one with these.
+        """Sends an unroll; refreshes the weights after as many unrolls as there are environments.
 
-        So each environment begins its next unroll with newer ones, as in the paper; reading them
-        after each unroll of the job would make them most of the traffic. Unrolls of weights that
-        the learner has lost are thrown away.
+        So on the average each environment begins each unroll with newer ones, as in the paper;
+        reading them after each unroll of the job would make them most of the traffic. Unrolls of
+        weights that the learner has lost are thrown away, and its own are read at once.
 
         Raises:
           Rejected: the learner refuses it.
@@ -277,11 +277,19 @@ class _Learner:
         except _OfALostPolicy:
             self.refresh()
             return
+        except Rejected:
+            # By a learner that does not know these weights? It may have been away unnoticed.
+            if self._patience.call(self._connection.status).version >= self._version:
+                raise
+            self.refresh()
+            return
         if status.finished:
             self.finished = True
             raise _Finished
         self._sent_with_it += 1
-        if status.version != self._version and self._sent_with_it >= self._num_environments:
+        is_newer = status.version > self._version
+        is_lost = status.version < self._version
+        if is_lost or (is_newer and self._sent_with_it >= self._num_environments):
             self.refresh()
 
     @contextlib.contextmanager

@@ -314,7 +314,8 @@ def _learn(
             if checkpointer is not None:
                 checkpointer.maybe_save(log.wall_seconds)
         skipped_in_a_row = skipped_in_a_row + 1 if metrics['skipped'] else 0
-        if skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+        # One bad batch is not many, however often it is used.
+        if skipped_in_a_row >= MAX_SKIPPED_UPDATES * config.learner.sample_reuse:
             raise TrainingError(
                 f'Loss or gradient was not finite in {skipped_in_a_row} updates in a row (none of '
                 'them was applied): try a lower --learning_rate or --gradient_clip_norm.'

@@ -2,13 +2,19 @@
 
 import contextlib
 
+import pytest
 import remote_peer
 import tensorflow as tf
 from remote_test import Learner
 
 from impala.actor_job import ActorJobConfig, _Learner, _Patience
-from impala.remote import LearnerServer
+from impala.remote import LearnerServer, Rejected
 from impala.stop_signal import StopSignal
+
+
+@pytest.fixture(scope='module')
+def server():
+    return LearnerServer('localhost:0')
 
 
 class Publications(list):
@@ -18,8 +24,7 @@ class Publications(list):
         self.append(int(version))
 
 
-def test_weights_are_read_once_for_an_unroll_of_each_environment():
-    server = LearnerServer('localhost:0')
+def test_weights_are_read_once_for_an_unroll_of_each_environment(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
         connection = learner.connect(weights=[tf.TensorSpec([1])])
         publications = Publications()
@@ -43,3 +48,26 @@ def test_weights_are_read_once_for_an_unroll_of_each_environment():
         learner.board.publish([tf.zeros([1])], 200)
         send(20)
         assert publications[-1] == 200, 'each environment has sent several with the old ones'
+
+
+@pytest.mark.parametrize('is_known', [True, False])
+def test_lost_weights_are_replaced_at_once(server, is_known):
+    """The learner has come back from a checkpoint, and the job has not noticed it."""
+    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
+        connection = learner.connect(weights=[tf.TensorSpec([1])])
+        publications = Publications()
+        config = ActorJobConfig(0, learner.address, 600.0, {}, False)
+        patience = _Patience(config, print, StopSignal())
+        job = _Learner(connection, publications, patience, num_environments=100)
+        learner.board.publish([tf.zeros([1])], 10)
+        job.refresh()
+        learner.board.publish([tf.zeros([1])], 7)
+        if is_known:
+            job.send(remote_peer.make_unroll(5), 0, '', 1)
+        else:
+            learner.inbox.set_latest_version(7)
+            job.send(remote_peer.make_unroll(10), 0, '', 1)
+        assert publications == [10, 7]
+        with pytest.raises(Rejected):
+            # That is another reason.
+            job.send(remote_peer.make_unroll(3)[:1] * 4, 0, '', 2)
