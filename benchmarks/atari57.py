@@ -4,7 +4,7 @@
 
 writes `docs/results/atari57.md` and `.csv`. `experiment.py` trains each game for `--seconds`, is
 stopped as a user would, and tested for an episode; a game that cannot be ends the program. Games
-that the CSV file has already are left out: remove it to begin anew.
+that the CSV file has already are left out: remove it to begin anew, or with other `--seconds`.
 """
 
 import argparse
@@ -41,23 +41,23 @@ TRAINING = (
 )
 
 
-def start(*flags: str) -> subprocess.Popen:
-    """Starts experiment.py."""
-    return subprocess.Popen(
-        [sys.executable, 'experiment.py', *flags],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(output: str, *flags: str) -> subprocess.Popen:
+    """Starts experiment.py, which writes to a file what it says."""
+    with open(output, 'wb') as file:
+        return subprocess.Popen(
+            [sys.executable, 'experiment.py', *flags],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+        )
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen, output: str) -> None:
     """Waits for a command; ends the program if it has failed."""
-    _, errors = process.communicate()
-    if process.returncode:
-        sys.exit(f'{process.args!r} has failed:\n{errors}')
+    if process.wait():
+        with open(output, encoding='utf-8') as file:
+            sys.exit(f'{process.args!r} has failed:\n{file.read()}')
 
 
 def lines_of(path: str) -> list[dict]:
@@ -73,18 +73,20 @@ def measure(level_name: str, seconds: float) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder:
         logdir = os.path.join(folder, 'run')
         metrics = os.path.join(logdir, 'metrics.jsonl')
+        output = os.path.join(folder, 'output')
         training = start(
-            f'--level_name={level_name}', f'--logdir={logdir}', '--log_secs=1', *TRAINING
+            output, f'--level_name={level_name}', f'--logdir={logdir}', '--log_secs=1', *TRAINING
         )
         # A line a second, but for the first one, of the first update, and the last.
         while len(lines_of(metrics)) < seconds + 2 and training.poll() is None:
             time.sleep(0.1)
         if training.poll() is None:
             training.send_signal(signal.SIGINT)
-        finish(training)
+        finish(training, output)
         lines = lines_of(metrics)
         first, last = lines[1], lines[-2]
-        finish(start('--mode=test', f'--logdir={logdir}', '--test_num_episodes=1'))
+        test = start(output, '--mode=test', f'--logdir={logdir}', '--test_num_episodes=1')
+        finish(test, output)
         with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
             tested = json.load(file)['levels'][level_name]
         rate = (last['agent_steps'] - first['agent_steps']) / (

@@ -62,7 +62,6 @@ def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> 
         logdir = os.path.abspath(keep) if keep else os.path.join(folder, 'run')
         jobs: list[subprocess.Popen] = []
         stack.callback(stop, jobs)
-        lines_before = len(lines_of(logdir))
         run = ['--flagfile=configs/pong_quick.flags', f'--level_name={args.level_name}']
 
         def start(host, *flags: str) -> None:
@@ -92,12 +91,8 @@ def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> 
                             sys.exit(f'A job has ended:\n{file.read()[-2000:]}')
                 time.sleep(0.5)
 
-        wait(
-            lambda: (
-                len(lines_of(logdir)) > lines_before
-                and len(lines_of(logdir)[-1]['actors']) == args.actors
-            )
-        )
+        wait(lambda: lines_of(logdir) and len(lines_of(logdir)[-1]['actors']) == args.actors)
+        num_before = len(lines_of(logdir))
         first, before = lines_of(logdir)[-1], network.bytes
         started = time.monotonic()
         wait(lambda: time.monotonic() - started > args.minutes * 60)
@@ -106,7 +101,7 @@ def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> 
         seconds = last['wall_seconds'] - first['wall_seconds']
         lags = [
             line['policy_lag_mean']
-            for line in lines_of(logdir)[lines_before:]
+            for line in lines_of(logdir)[num_before:]
             if 'policy_lag_mean' in line
         ]
         setting = learner_host.run('cat', '/proc/sys/net/ipv4/tcp_congestion_control').strip()
@@ -133,10 +128,10 @@ def main() -> None:
     parser.add_argument('--level_name', default='ALE/Pong-v5')
     parser.add_argument('--alone', action='store_true', help='leave the comparison out')
     parser.add_argument('--congestion_control', default='', help="of TCP; the machine's by default")
-    parser.add_argument(
-        '--keep', default='', help='folder for the run through the bad network, to go on with'
-    )
+    parser.add_argument('--keep', default='', help='new folder for the run through the bad network')
     args = parser.parse_args()
+    if args.keep and os.path.exists(args.keep):
+        sys.exit(f'--keep={args.keep} exists already.')
     try:
         rows = [train(args, args.delay_ms, args.loss, args.keep)]
         if not args.alone:
