@@ -130,7 +130,7 @@ def main() -> None:
 
 {machine.describe()}, no GPU, {datetime.date.today()}. {args.remark}
 
-    python -m benchmarks.atari57
+    python -m benchmarks.atari57 {' '.join(sys.argv[1:])}
 
 Each game is trained with `{' '.join(TRAINING)}`
 for {args.seconds:g} seconds after its first update, stopped, and tested for one episode. Nothing is
