@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-import sonnet as snt
 import tensorflow as tf
 
+from impala.optimizer import Optimizer
 
-class Adam(snt.Module):
+
+class Adam(Optimizer):
     """Adam: Kingma & Ba 2015 (https://arxiv.org/abs/1412.6980), in the order of its section 2.
 
     For gradient g of a parameter at update t = 1, 2, ...:
@@ -32,9 +33,6 @@ class Adam(snt.Module):
     ):
         """Makes the slots.
 
-        They are made here, not at the first update, so that a checkpoint restored before that
-        finds its variables.
-
         Args:
           parameters: all variables that `apply` will ever be given.
           beta1: of the running mean of gradients, per update.
@@ -42,11 +40,10 @@ class Adam(snt.Module):
           epsilon: added to the root.
           name: of the module.
         """
-        super().__init__(name=name)
+        super().__init__(parameters, name)
         self._beta1 = beta1
         self._beta2 = beta2
         self._epsilon = epsilon
-        self._indices = {parameter.ref(): i for i, parameter in enumerate(parameters)}
         self.means = [
             tf.Variable(tf.zeros_like(p), trainable=False, name='mean') for p in parameters
         ]
@@ -72,11 +69,7 @@ class Adam(snt.Module):
         Raises:
           ValueError: the sequences differ in length, or a parameter was not given at construction.
         """
-        if len(updates) != len(parameters):
-            raise ValueError(f'{len(updates)} updates for {len(parameters)} parameters')
-        for parameter in parameters:
-            if parameter.ref() not in self._indices:
-                raise ValueError(f'the optimizer has no slots for the parameter {parameter.name}')
+        slots = self._slots(updates, parameters)
         # Of the replica that is computing, which `assign_add` would refuse.
         tf.raw_ops.AssignAddVariableOp(resource=self.updates.handle, value=tf.constant(1, tf.int64))
         # In float64, as 1 - beta2^t is a small difference at first.
@@ -85,10 +78,9 @@ class Adam(snt.Module):
             tf.cast(tf.pow(tf.constant(beta, tf.float64), done), tf.float32)
             for beta in (self._beta1, self._beta2)
         ]
-        for update, parameter in zip(updates, parameters, strict=True):
+        for update, parameter, index in zip(updates, parameters, slots, strict=True):
             if update is None:
                 continue
-            index = self._indices[parameter.ref()]
             tf.raw_ops.ResourceApplyAdam(
                 var=parameter.handle,
                 m=self.means[index].handle,

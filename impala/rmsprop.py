@@ -6,13 +6,13 @@ the first steps small, and epsilon is added inside the square root.
 
 from collections.abc import Sequence
 
-import sonnet as snt
 import tensorflow as tf
 
 from dynamic_batching.op_library import ops
+from impala.optimizer import Optimizer
 
 
-class RMSProp(snt.Module):
+class RMSProp(Optimizer):
     """RMSProp with the arithmetic of `tf.compat.v1.train.RMSPropOptimizer`, bit for bit.
 
     For gradient g of a parameter:
@@ -37,9 +37,6 @@ class RMSProp(snt.Module):
     ):
         """Makes the slots.
 
-        They are made here, not at the first update, so that a checkpoint restored before that
-        finds its variables.
-
         Args:
           parameters: all variables that `apply` will ever be given.
           decay: of the running mean of squared gradients, per update.
@@ -47,11 +44,10 @@ class RMSProp(snt.Module):
           epsilon: added to the mean square, inside the root.
           name: of the module.
         """
-        super().__init__(name=name)
+        super().__init__(parameters, name)
         self._decay = decay
         self._momentum = momentum
         self._epsilon = epsilon
-        self._indices = {parameter.ref(): i for i, parameter in enumerate(parameters)}
         self.mean_squares = [
             tf.Variable(tf.ones_like(p), trainable=False, name='mean_square') for p in parameters
         ]
@@ -79,12 +75,8 @@ class RMSProp(snt.Module):
         Raises:
           ValueError: the sequences differ in length, or a parameter was not given at construction.
         """
-        if len(updates) != len(parameters):
-            raise ValueError(f'{len(updates)} updates for {len(parameters)} parameters')
-        for update, parameter in zip(updates, parameters, strict=True):
-            index = self._indices.get(parameter.ref())
-            if index is None:
-                raise ValueError(f'the optimizer has no slots for the parameter {parameter.name}')
+        slots = self._slots(updates, parameters)
+        for update, parameter, index in zip(updates, parameters, slots, strict=True):
             if update is None:
                 continue
             if (
