@@ -27,6 +27,7 @@ import tqdm
 
 from benchmarks import machine
 from impala import suites
+from impala.run_files import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, 'docs', 'results')
@@ -60,30 +61,21 @@ def finish(process: subprocess.Popen, output: str) -> None:
             sys.exit(f'{process.args!r} has failed:\n{file.read()}')
 
 
-def lines_of(path: str) -> list[dict]:
-    """Returns the lines of a run's metrics.jsonl."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding='utf-8') as file:
-        return [json.loads(line) for line in file if line.endswith('\n')]
-
-
 def measure(level_name: str, seconds: float) -> dict[str, object]:
     """Trains and tests a game; returns its row of the table."""
     with tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder:
         logdir = os.path.join(folder, 'run')
-        metrics = os.path.join(logdir, 'metrics.jsonl')
         output = os.path.join(folder, 'output')
         training = start(
             output, f'--level_name={level_name}', f'--logdir={logdir}', '--log_secs=1', *TRAINING
         )
         # A line a second, but for the first one, of the first update, and the last.
-        while len(lines_of(metrics)) < seconds + 2 and training.poll() is None:
+        while len(read_metrics(logdir)) < seconds + 2 and training.poll() is None:
             time.sleep(0.1)
         if training.poll() is None:
             training.send_signal(signal.SIGINT)
         finish(training, output)
-        lines = lines_of(metrics)
+        lines = read_metrics(logdir)
         first, last = lines[1], lines[-2]
         test = start(output, '--mode=test', f'--logdir={logdir}', '--test_num_episodes=1')
         finish(test, output)

@@ -31,6 +31,7 @@ import tabulate
 
 from benchmarks import machine, numbered_level
 from benchmarks.memory import resident
+from impala.run_files import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BATCH_SIZE = 8
@@ -130,11 +131,7 @@ class Run:
 
     def metrics(self) -> list[dict]:
         """Returns the lines of metrics.jsonl."""
-        path = os.path.join(self.logdir, 'metrics.jsonl')
-        if not os.path.exists(path):
-            return []
-        with open(path, encoding='utf-8') as file:
-            return [json.loads(line) for line in file if line.endswith('\n')]
+        return read_metrics(self.logdir)
 
     def frames(self) -> int:
         """Returns the frames trained so far."""

@@ -25,17 +25,9 @@ import tabulate
 
 from benchmarks import machine
 from benchmarks.namespaces import Network, Unavailable
+from impala.run_files import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-def lines_of(logdir: str) -> list[dict]:
-    """Returns the lines of a run's metrics.jsonl."""
-    path = os.path.join(logdir, 'metrics.jsonl')
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding='utf-8') as file:
-        return [json.loads(line) for line in file if line.endswith('\n')]
 
 
 def stop(jobs: list[subprocess.Popen]) -> None:
@@ -91,17 +83,19 @@ def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> 
                             sys.exit(f'A job has ended:\n{file.read()[-2000:]}')
                 time.sleep(0.5)
 
-        wait(lambda: lines_of(logdir) and len(lines_of(logdir)[-1]['actors']) == args.actors)
-        num_before = len(lines_of(logdir))
-        first, before = lines_of(logdir)[-1], network.bytes
+        wait(
+            lambda: read_metrics(logdir) and len(read_metrics(logdir)[-1]['actors']) == args.actors
+        )
+        num_before = len(read_metrics(logdir))
+        first, before = read_metrics(logdir)[-1], network.bytes
         started = time.monotonic()
         wait(lambda: time.monotonic() - started > args.minutes * 60)
         elapsed = time.monotonic() - started
-        last, sent = lines_of(logdir)[-1], network.bytes - before
+        last, sent = read_metrics(logdir)[-1], network.bytes - before
         seconds = last['wall_seconds'] - first['wall_seconds']
         lags = [
             line['policy_lag_mean']
-            for line in lines_of(logdir)[num_before:]
+            for line in read_metrics(logdir)[num_before:]
             if 'policy_lag_mean' in line
         ]
         setting = learner_host.run('cat', '/proc/sys/net/ipv4/tcp_congestion_control').strip()

@@ -8,7 +8,6 @@ between the lowest and the highest. Every picture is written as PNG and as SVG.
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import sys
@@ -20,7 +19,7 @@ import numpy as np
 from environments import LevelError
 from impala import suites
 from impala.learning_curve import STYLE
-from impala.run_files import FLAG_FILE, METRICS_FILE, LogdirError, read_episodes
+from impala.run_files import FLAG_FILE, LogdirError, read_episodes, read_metrics
 
 WINDOW = 100
 POINTS = 200
@@ -63,9 +62,7 @@ def read_run(logdir: str) -> Run:
     metrics = []
     flags = {}
     try:
-        with open(os.path.join(logdir, METRICS_FILE), encoding='utf-8') as file:
-            # Of a run that goes on the last line may be cut.
-            metrics = [json.loads(line) for line in file if line.endswith('}\n')]
+        metrics = read_metrics(logdir)
         path = os.path.join(logdir, FLAG_FILE)
         if os.path.exists(path):
             with open(path, encoding='utf-8') as file:

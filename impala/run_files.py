@@ -114,6 +114,18 @@ def read_episodes(logdir: str) -> Iterator[dict[str, Any]]:
         ) from error
 
 
+def read_metrics(logdir: str) -> list[dict[str, Any]]:
+    """Returns the lines of `metrics.jsonl`; none if it is not there yet.
+
+    Args:
+      logdir: folder of a run, which may go on.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    return list(read_rows(os.path.join(logdir, METRICS_FILE), parse_metrics))
+
+
 def parse_episode(line: bytes) -> dict[str, Any]:
     """Parses a row of episodes.csv; raises ValueError if it is none."""
     (fields,) = csv.reader([line.decode()])
