@@ -89,6 +89,14 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer('unroll_length', 100, 'Agent steps per unroll.', lower_bound=1)
 flags.DEFINE_integer(
+    'loaders',
+    1,
+    'Threads that assemble batches and move them to each device of the learner, and as many '
+    'batches that are ready or in the making ahead of it.',
+    lower_bound=1,
+    upper_bound=64,
+)
+flags.DEFINE_integer(
     'num_action_repeats',
     None,
     'Frames per agent step. Default: 4 for Atari, DeepMind Lab and VizDoom, 1 for others.',
@@ -495,6 +503,7 @@ def _config() -> Any:
         envs_per_process=FLAGS.envs_per_process,
         total_environment_frames=FLAGS.total_environment_frames,
         stop_at_frames=FLAGS.stop_at_frames,
+        loaders=FLAGS.loaders,
         torso=FLAGS.torso,
         use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
         compute_dtype=FLAGS.compute_dtype,

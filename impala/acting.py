@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from impala.agent import Agent
+from impala.loading import Loading
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,
@@ -98,13 +99,8 @@ class UnrollSource:
             requests.tickets, policy_version, list(outputs), tf.nest.flatten(state)
         )
 
-    def batches(self, batch_size: int, prefetch: int = 1) -> Iterator[UnrollBatch]:
-        """Yields batches until the batcher is closed.
-
-        Args:
-          batch_size: B, unrolls.
-          prefetch: batches that are assembled, and moved to the GPU if there is one, ahead of use.
-        """
+    def assembler(self, batch_size: int) -> Callable[[], UnrollBatch]:
+        """Returns a function that waits for B unrolls and makes a batch of them; see `compiled`."""
 
         def dequeue() -> UnrollBatch:
             unrolls = self.batcher.dequeue(batch_size)
@@ -120,7 +116,16 @@ class UnrollSource:
                 unrolls.inputs[3],
             )
 
-        return stream(dequeue, prefetch)
+        return compiled(dequeue)
+
+    def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
+        """Yields batches of B unrolls until the batcher is closed, one assembled ahead of use."""
+        loading = Loading(self.assembler(batch_size))
+        try:
+            for (batch,) in loading:
+                yield batch
+        finally:
+            loading.close()
 
     def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
         reward, episode_return, episode_step, end, *observation = inputs
@@ -240,30 +245,19 @@ class BehaviourPolicy(tf.Module):
             raise self._failure
 
 
-def stream(dequeue: Callable[[], UnrollBatch], prefetch: int = 1) -> Iterator[UnrollBatch]:
-    """Yields what a function dequeues until that is cancelled.
+def compiled(dequeue: Callable[[], UnrollBatch]) -> Callable[[], UnrollBatch]:
+    """Returns a function made into a graph on the CPU, which any thread may call.
 
     Args:
-      dequeue: made into a graph; raises `tf.errors.CancelledError` when there is nothing more.
-      prefetch: batches that are assembled, and moved to the GPU if there is one, ahead of use.
+      dequeue: raises `tf.errors.CancelledError` when there is nothing more.
     """
-    with tf.device('/cpu:0'):
-        dataset = tf.data.Dataset.counter().map(
-            tf.autograph.experimental.do_not_convert(lambda _: dequeue())
-        )
-    if tf.config.list_logical_devices('GPU'):
-        dataset = dataset.apply(
-            tf.data.experimental.prefetch_to_device('/gpu:0', buffer_size=prefetch)
-        )
-    else:
-        dataset = dataset.prefetch(prefetch)
-    iterator = iter(dataset)
-    while True:
-        try:
-            batch = next(iterator)
-        except tf.errors.CancelledError:
-            return
-        yield batch
+
+    @tf.function(autograph=False)
+    def dequeue_on_cpu() -> UnrollBatch:
+        with tf.device('/cpu:0'):
+            return dequeue()
+
+    return dequeue_on_cpu.get_concrete_function()
 
 
 def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:

@@ -142,6 +142,13 @@ class Learner(tf.Module):
         self._no_steps = tf.constant(0, tf.int64)
 
     @property
+    def devices(self) -> list[str | None]:
+        """Names of the devices of this process, each for a part of every batch; None: the CPU."""
+        if self._strategy is not None:
+            return list(self._strategy.extended.worker_devices)
+        return ['/gpu:0' if tf.config.list_logical_devices('GPU') else None]
+
+    @property
     def weights(self) -> list[tf.Variable]:
         """The weights of one replica, which are those of all."""
         return [self._local(weight) for weight in self.agent.trainable_variables]
@@ -202,13 +209,34 @@ class Learner(tf.Module):
         Raises:
           ValueError: the batch is not `[T+1, B]`.
         """
-        self._check_shape(batch)
+        self._check_shape(batch, self.config.batch_size)
+        return self.step_in_parts(_divide(batch, self._num_parts), is_fresh)
+
+    def step_in_parts(
+        self, parts: Sequence[ActorOutput], is_fresh: bool = True
+    ) -> dict[str, tf.Tensor]:
+        """Does what `step` does, with a batch that is divided already.
+
+        Args:
+          parts: `ActorOutput` of T and B / `len(devices)`, one for each of `devices`, best of
+            tensors that are there.
+          is_fresh: as of `step`.
+
+        Returns:
+          As `step`.
+
+        Raises:
+          ValueError: a part is not `[T+1, B / len(devices)]`.
+        """
+        for part in parts:
+            self._check_shape(part, self.config.batch_size // self._num_parts)
         new_steps = self._steps_of_batch if is_fresh else self._no_steps
         if self._strategy is None:
+            (batch,) = parts
             return self._step(batch, new_steps)
-        parts = iter(_divide(batch, self._num_parts))
+        remaining = iter(parts)
         return self._step_together(
-            self._strategy.experimental_distribute_values_from_function(lambda _: next(parts)),
+            self._strategy.experimental_distribute_values_from_function(lambda _: next(remaining)),
             new_steps,
         )
 
@@ -344,13 +372,13 @@ class Learner(tf.Module):
             return value
         return self._strategy.experimental_local_results(value)[0]
 
-    def _check_shape(self, batch: ActorOutput) -> None:
-        expected = [self.config.unroll_length + 1, self.config.batch_size]
+    def _check_shape(self, batch: ActorOutput, batch_size: int) -> None:
+        expected = [self.config.unroll_length + 1, batch_size]
         shape = batch.env_outputs.reward.shape
         if not shape.is_compatible_with(expected):
             raise ValueError(
                 f'rewards of shape {shape} do not fit unroll_length {self.config.unroll_length} '
-                f'and batch_size {self.config.batch_size}, for which they should be {expected}'
+                f'and batch_size {batch_size}, for which they should be {expected}'
             )
 
 

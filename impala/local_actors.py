@@ -76,6 +76,10 @@ class LocalActors:
         """Has the actors act with other weights; see `BehaviourPolicy.publish`."""
         self._behaviour.publish(weights, version)
 
+    def assembler(self, batch_size: int) -> Callable[[], UnrollBatch]:
+        """Returns what assembles batches until the actors are closed, for `Loading`."""
+        return self._source.assembler(batch_size)
+
     def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
         """Yields batches of unrolls until the actors are closed; see `UnrollSource.batches`."""
         return self._source.batches(batch_size)

@@ -3,14 +3,14 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import ActorStatistics, Component, UnrollInbox, WeightsBoard
-from impala.acting import UnrollBatch, stream
+from impala.acting import UnrollBatch, compiled
 from impala.agent import Agent
 from impala.learner_group import Log
 from impala.remote import LearnerServer
@@ -146,9 +146,9 @@ class RemoteActors:
         with tf.control_dependencies([self._inbox.set_latest_version(version)]):
             self._board.publish([tf.identity(weight) for weight in weights], version)
 
-    def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
-        """Yields batches of unrolls until the queue is closed."""
-        return stream(lambda: self._take(batch_size))
+    def assembler(self, batch_size: int) -> Callable[[], UnrollBatch]:
+        """Returns what assembles batches until the queue is closed, for `Loading`."""
+        return compiled(lambda: self._take(batch_size))
 
     def _take(self, batch_size: int) -> UnrollBatch:
         actors, components = self._inbox.take(batch_size)

@@ -43,6 +43,8 @@ class TrainingConfig:
       popart: whether values are normalised per level.
       stop_at_frames: frames at which the run ends for now, though the learning rate falls over
         `total_environment_frames`; 0 for none.
+      loaders: threads that assemble batches and move them to a device of the learner, and as many
+        batches that are made ahead.
     """
 
     logdir: str
@@ -65,6 +67,7 @@ class TrainingConfig:
     suite: Suite | None = None
     popart: bool = False
     stop_at_frames: int = 0
+    loaders: int = 1
 
     @property
     def last_frames(self) -> int:

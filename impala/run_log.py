@@ -41,6 +41,8 @@ from impala.trajectory import EpisodeEnd
 
 CURVE_FILE = 'learning_curve.png'
 SUMMARIES_FOLDER = 'summaries'
+# The learner's time without a batch.
+WAIT_STAGE = 'learner/wait'
 EPISODES_HEADER = (
     'wall_seconds',
     'frames',
@@ -382,6 +384,8 @@ class RunLog:
         for stage, total in self._stage_seconds.items():
             before = self._reported_stage_seconds.get(stage, 0.0)
             means[f'stage_seconds/{stage}'] = total - before if total >= before else total
+        if WAIT_STAGE in self._stage_seconds:
+            means['learner_idle_share'] = means[f'stage_seconds/{WAIT_STAGE}'] / seconds
         line: dict[str, float] = {
             'wall_seconds': round(wall_seconds, 3),
             'frames': self._frames,

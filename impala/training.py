@@ -23,6 +23,7 @@ from impala.learner_group import (
     strategy_of_devices,
     strategy_of_learners,
 )
+from impala.loading import Loading
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings
 from impala.run_config import (
@@ -34,7 +35,7 @@ from impala.run_config import (
     learner_settings,
     network_settings,
 )
-from impala.run_log import RunLog
+from impala.run_log import WAIT_STAGE, RunLog
 from impala.sample_reuse import reused
 from impala.stop_signal import StopSignal
 from impala.trajectory import EnvironmentSpec
@@ -152,6 +153,14 @@ def train(
         else:
             stop.then(_both(actors.close, group.stop))
             group.then(actors.close)
+        # Ends after the actors, for whom its threads wait.
+        loading = stack.enter_context(
+            Loading(
+                actors.assembler(config.learner.batch_size // len(learner.devices)),
+                config.loaders,
+                learner.devices,
+            )
+        )
         stack.enter_context(actors)
         num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
         who = f'{config.num_actors} actors' if learner_address is None else 'actor jobs'
@@ -169,10 +178,22 @@ def train(
             if checkpointer is not None and learner.counts()[0] > restored_updates:
                 checkpointer.save(log.wall_seconds)
 
+        timer = StageTimer()
         try:
-            _learn(config, frames_per_step, learner, actors, log, checkpointer, group, stop)
+            _learn(
+                config,
+                frames_per_step,
+                learner,
+                actors,
+                loading,
+                log,
+                timer,
+                checkpointer,
+                group,
+                stop,
+            )
             # For the last line, which may come early.
-            log.record_stage_seconds(actors.record(log))
+            log.record_stage_seconds(actors.record(log) | timer.seconds)
             if not stop.received:
                 actors.check()
                 if group is not None:
@@ -271,29 +292,27 @@ def _learn(
     frames_per_step: int,
     learner: Learner,
     actors: LocalActors | RemoteActors,
+    loading: Loading[UnrollBatch],
     log: Log,
+    timer: 'StageTimer',
     checkpointer: Checkpointer | None,
     group: LearnerGroup | None,
     stop: StopSignal,
 ) -> None:
     """The learner of Figure 1: until the frames are done or the actors are closed."""
-    timer = StageTimer()
     skipped_in_a_row = 0
     _, agent_steps = learner.counts()
-    batches = reused(
-        actors.batches(config.learner.batch_size),
-        config.learner.sample_reuse,
-        config.learner.reuse_buffer,
-    )
+    batches = reused(loading, config.learner.sample_reuse, config.learner.reuse_buffer)
     while agent_steps * frames_per_step < config.last_frames:
-        with timer('learner/wait'):
-            batch, is_fresh = next(batches, (None, False))
+        with timer(WAIT_STAGE):
+            parts, is_fresh = next(batches, (None, False))
         # Behind the signal there may still be a batch that was assembled ahead.
-        if batch is None or stop.received:
+        if parts is None or stop.received:
             return
         with timer('learner/train_step'):
             try:
-                metrics = _to_floats(learner.step(batch.actor_output, is_fresh))
+                outputs = [part.actor_output for part in parts]
+                metrics = _to_floats(learner.step_in_parts(outputs, is_fresh))
             except tf.errors.OpError as error:
                 if group is None:
                     raise
@@ -305,7 +324,8 @@ def _learn(
             updates, agent_steps = learner.counts()
             log.record_update(metrics if is_fresh else _of_reuse(metrics))
             if is_fresh:
-                record_episodes(log, batch)
+                for part in parts:
+                    record_episodes(log, part)
             if group is not None:
                 group.collect(log)
             if log.line_is_due:

@@ -90,6 +90,7 @@ METRICS = {
     'gradient_norm',
     'learning_rate',
     'actor_restarts',
+    'learner_idle_share',
 }
 
 
@@ -590,6 +591,20 @@ def test_threads_of_an_operation(tmp_path):
         [sys.executable, '-c', script, *flags], cwd=PROGRAM.parent, capture_output=True, check=True
     )
     assert run.stdout == b'3\n'
+
+
+def test_several_loaders_until_interrupted(tmp_path):
+    logdir = tmp_path / 'run'
+    flags = ('--loaders=4', '--loss=appo', '--sample_reuse=2', '--reuse_buffer=3', '--popart')
+    with Run(tmp_path, *CARTPOLE, *flags, f'--logdir={logdir}') as run:
+        run.wait_until(lambda: frames(logdir))
+        run.send(signal.SIGINT)
+        assert run.wait() == 0, run.stderr
+    assert 'The same command goes on from there' in run.stdout
+    assert checkpoints(logdir)
+    for line in metrics(logdir):
+        assert 0 <= line['learner_idle_share'] <= 1
+        assert line['updates_skipped'] == 0
 
 
 def test_many_levels_at_once(tmp_path):

@@ -1,23 +1,28 @@
 """Trains one of several learners, or one on several devices; a script for `several_learners_test`.
 
-    python replica.py devices|learner OUTPUT NUMBER_OF_PARTS [TASK ADDRESS...]
+    python replica.py devices|pipelines|learner OUTPUT NUMBER_OF_PARTS [TASK ADDRESS...]
+
+`devices` divides batches, `pipelines` has the parts of each loaded by itself.
 
 It writes all variables after every update, and what `step` returned, of every local replica.
 """
 
 import sys
+import threading
 
 import numpy as np
 import tensorflow as tf
 from learner_test import EmbeddingAgent, batch_of, mlp_agent
 
-from impala import learner_devices, learner_group
+from impala import learner_devices, learner_group, loading
 from impala.learner import Learner, LearnerConfig
 
 BATCH_SIZE = 4
 UPDATES = 4
 # The update in which a reward is not a number, in the last unroll of the batch.
 POISONED = 2
+# Agents that `pipelines` is tried with.
+PIPELINED = ('lstm', 'popart')
 
 APPO = {
     'loss': 'appo',
@@ -93,6 +98,31 @@ def train(learner, part=0, num_parts=1):
         yield metrics, learner.variables
 
 
+def train_by_pipelines(learner):
+    """Does what `train` does, with the devices' parts of batches on pipelines of their own."""
+    num_parts = len(learner.devices)
+    pieces = iter(
+        share(joined_batch(update, learner.agent.initial_state(BATCH_SIZE)), part, num_parts)
+        for update in range(UPDATES)
+        for part in range(num_parts)
+    )
+    lock = threading.Lock()
+
+    def assemble():
+        with lock:
+            piece = next(pieces, None)
+        if piece is None:
+            raise tf.errors.CancelledError(None, None, 'there are no more')
+        return piece
+
+    with loading.Loading(assemble, devices=learner.devices) as batches:
+        for parts in batches:
+            for part, device in zip(parts, learner.devices, strict=True):
+                for tensor in tf.nest.flatten(part):
+                    assert tensor.device.endswith(device), (tensor.device, device)
+            yield learner.step_in_parts(parts), learner.variables
+
+
 def agents():
     """What makes an agent, and the settings it is trained with, by name."""
     table = np.random.default_rng(0).normal(size=(3, 4))
@@ -109,7 +139,7 @@ def agents():
 def main(kind, output, num_parts, task=0, *addresses):
     """Trains each of the agents."""
     num_parts, task = int(num_parts), int(task)
-    if kind == 'devices':
+    if kind in ('devices', 'pipelines'):
         devices = [f'/cpu:{i}' for i in range(num_parts)]
         learner_devices.prepare(devices, are_shared_with_others=False)
         strategy = learner_group.strategy_of_devices(devices)
@@ -119,6 +149,8 @@ def main(kind, output, num_parts, task=0, *addresses):
         part, parts, batch_size = task, num_parts, BATCH_SIZE // num_parts
     results = {}
     for name, (agent, changes) in agents().items():
+        if kind == 'pipelines' and name not in PIPELINED:
+            continue
         with strategy.scope():
             learner = create_learner(agent, changes, batch_size, strategy)
         if task:
@@ -127,7 +159,11 @@ def main(kind, output, num_parts, task=0, *addresses):
                 for local in strategy.experimental_local_results(variable):
                     local.assign_add(tf.ones_like(local))
         learner.synchronize()
-        for update, (metrics, variables) in enumerate(train(learner, part, parts)):
+        if kind == 'pipelines':
+            updates = train_by_pipelines(learner)
+        else:
+            updates = train(learner, part, parts)
+        for update, (metrics, variables) in enumerate(updates):
             for key, value in metrics.items():
                 results[f'{name}/{update}/{key}'] = value.numpy()
             for i, variable in enumerate(variables):

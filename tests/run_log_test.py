@@ -139,7 +139,9 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
                 }
             )
         record(log, [1.0, 2.0, 6.0], length=25)
-        log.record_stage_seconds({'actor/environment': 12.5, 'learner/train_step': 3.0})
+        log.record_stage_seconds(
+            {'actor/environment': 12.5, 'learner/train_step': 3.0, 'learner/wait': 0.5}
+        )
         clock.now += 9.99
         assert not write(log, 60, 3)
         clock.now += 0.01
@@ -147,7 +149,9 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         assert write(log, 80, 4)
 
         log.record_update({'loss/total': 7.0, 'policy_lag_max': 2.0, 'skipped': True})
-        log.record_stage_seconds({'actor/environment': 14.0, 'learner/train_step': 1.0})
+        log.record_stage_seconds(
+            {'actor/environment': 14.0, 'learner/train_step': 1.0, 'learner/wait': 15.5}
+        )
         clock.now += 20
         assert write(log, 180, 5)
     first, second = metrics(logdir)
@@ -166,6 +170,8 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'episode_frames/ALE/Pong-v5': 100.0,
         'stage_seconds/actor/environment': 12.5,
         'stage_seconds/learner/train_step': 3.0,
+        'stage_seconds/learner/wait': 0.5,
+        'learner_idle_share': 0.05,
         'updates_skipped': 0,
         'actor_restarts': 1,
         'non_finite_values': 0,
@@ -184,6 +190,8 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'stage_seconds/actor/environment': 1.5,
         # This stage went back to zero: its process was started again.
         'stage_seconds/learner/train_step': 1.0,
+        'stage_seconds/learner/wait': 15.0,
+        'learner_idle_share': 0.75,
         'updates_skipped': 1,
         'actor_restarts': 0,
         'non_finite_values': 0,

@@ -144,7 +144,7 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
         ([], 1),
         (
             ['--loss=appo', '--sample_reuse=3', '--target_update_steps=4', '--optimizer=adam']
-            + ['--epsilon=0.1', '--normalize_advantages', '--kl_cost=0.1'],
+            + ['--epsilon=0.1', '--normalize_advantages', '--kl_cost=0.1', '--loaders=4'],
             3,
         ),
     ],

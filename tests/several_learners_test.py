@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from experiment_test import PATIENCE_SECONDS, TESTS
-from replica import BATCH_SIZE, POISONED, UPDATES, agents, create_learner, train
+from replica import BATCH_SIZE, PIPELINED, POISONED, UPDATES, agents, create_learner, train
 
 
 def free_ports(number):
@@ -97,6 +97,11 @@ def test_devices_do_what_one_does_with_the_joined_batch(tmp_path, alone):
     replicas = {key.partition('/replica ')[2] for key in results[0]} - {''}
     assert replicas == {'0', '1'}
     assert_same(results, alone)
+
+
+def test_devices_have_their_parts_of_every_batch_from_pipelines_of_their_own(tmp_path, alone):
+    results = run_replicas(tmp_path, ('pipelines', '2'))
+    assert_same(results, {key: alone[key] for key in alone if key.partition('/')[0] in PIPELINED})
 
 
 def test_learners_do_what_one_does_with_the_joined_batch(tmp_path, alone):

@@ -136,6 +136,7 @@ CHOICES = {
     'normalize_advantages': (False, True),
     'kl_cost': (0.0, 0.1),
     'final_entropy_cost': (None, 0.0),
+    'loaders': (1, 4),
 }
 
 
@@ -145,7 +146,9 @@ def _pairs(choice):
 
 def _learner(choice):
     of_learner = {
-        name: value for name, value in choice.items() if name not in ('use_lstm', 'popart')
+        name: value
+        for name, value in choice.items()
+        if name not in ('use_lstm', 'popart', 'loaders')
     }
     return LearnerConfig(batch_size=2, unroll_length=10, **of_learner)
 
@@ -196,6 +199,7 @@ def test_every_pair_of_settings_trains(tmp_path, choice):
         tmp_path,
         use_lstm=choice['use_lstm'],
         popart=choice['popart'],
+        loaders=choice['loaders'],
         learner=_learner(choice),
         total_environment_frames=200,
     )
