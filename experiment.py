@@ -184,8 +184,14 @@ flags.DEFINE_integer('frame_stack', 4, 'Atari: frames in an observation.', lower
 flags.DEFINE_enum(
     'torso',
     'auto',
-    ['auto', 'shallow', 'deep', 'mlp'],
+    ['auto', 'shallow', 'deep', 'mlp', 'autoencoder'],
     'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise.',
+)
+flags.DEFINE_integer(
+    'latent_size', 64, 'autoencoder: numbers that it makes of a frame.', lower_bound=1
+)
+flags.DEFINE_float(
+    'autoencoder_cost', 1.0, 'autoencoder: weight of the squared error of pixels.', lower_bound=0
 )
 flags.DEFINE_enum(
     'use_lstm',
@@ -440,6 +446,7 @@ def _act() -> int:
         'use_lstm': {'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
         'unroll_length': FLAGS.unroll_length,
         'popart': FLAGS.popart,
+        'latent_size': FLAGS.latent_size,
     }
     job = actor_job.ActorJobConfig(
         task=FLAGS.task,
@@ -508,6 +515,7 @@ def _config() -> Any:
         use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
         compute_dtype=FLAGS.compute_dtype,
         popart=FLAGS.popart,
+        latent_size=FLAGS.latent_size,
         learner=LearnerConfig(
             batch_size=FLAGS.batch_size,
             unroll_length=FLAGS.unroll_length,
@@ -528,6 +536,7 @@ def _config() -> Any:
             target_update_steps=FLAGS.target_update_steps,
             kl_cost=FLAGS.kl_cost,
             normalize_advantages=FLAGS.normalize_advantages,
+            autoencoder_cost=FLAGS.autoencoder_cost,
             learning_rate=FLAGS.learning_rate,
             optimizer=FLAGS.optimizer,
             decay=FLAGS.decay,

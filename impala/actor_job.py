@@ -18,6 +18,7 @@ from impala.remote import Closed, Disconnected, LearnerConnection, Rejected
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
+    latent_size,
     network_settings,
     popart_levels,
     with_common_actions,
@@ -93,6 +94,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             torso=network['torso'],
             use_lstm=network['use_lstm'],
             popart_levels=popart_levels(network),
+            latent_size=latent_size(network),
         )
         # The spec is compared before it is given to a network that may not be able to serve it.
         _check_network(network_settings(agent_config, spec), network, job.learner_address)
@@ -332,6 +334,7 @@ def _agreed(
     of_the_learner = settings['network'] | {
         'unroll_length': settings['unroll_length'],
         'popart': bool(popart_levels(settings['network'])),
+        'latent_size': latent_size(settings['network']),
     }
     for flag, value in job.network_flags.items():
         if value != of_the_learner[flag]:

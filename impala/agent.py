@@ -23,7 +23,7 @@ from impala.trajectory import (
 
 _EMBEDDING_SIZE = 20
 _INSTRUCTION_LSTM_SIZE = 64
-_DTYPES = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
+DTYPES = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AgentConfig:
     """What shapes the network.
 
     Attributes:
-      torso: `'deep'`, `'shallow'` (both for images) or `'mlp'` (for vectors).
+      torso: `'deep'`, `'shallow'`, `'autoencoder'` (all for images) or `'mlp'` (for vectors).
       use_lstm: whether a recurrent core follows the torso.
       core_size: units of that core.
       compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
@@ -39,6 +39,8 @@ class AgentConfig:
       max_reward_input: the last reward, as an input, is clipped to plus or minus this.
       popart_levels: names of the levels, in the order of their ids, whose values PopArt normalises,
         each for itself; none is without PopArt.
+      latent_size: what the encoder of the auto-encoder makes of a frame; other torsos have sizes of
+        their own.
     """
 
     torso: str = 'deep'
@@ -47,6 +49,7 @@ class AgentConfig:
     compute_dtype: str = 'float32'
     max_reward_input: float = 1.0
     popart_levels: tuple[str, ...] = ()
+    latent_size: int = torsos.LATENT_SIZE
 
 
 class Agent(snt.Module):
@@ -67,15 +70,18 @@ class Agent(snt.Module):
 
     def __init__(self, config: AgentConfig, spec: EnvironmentSpec, name: str = 'agent'):
         super().__init__(name)
-        if config.compute_dtype not in _DTYPES:
+        if config.compute_dtype not in DTYPES:
             raise ValueError(
                 f'Unknown compute_dtype {config.compute_dtype!r}; choose one of '
-                f'{", ".join(_DTYPES)}.'
+                f'{", ".join(DTYPES)}.'
             )
         self._num_actions = spec.num_actions
         self._max_reward_input = config.max_reward_input
         self._torso = torsos.create_torso(
-            config.torso, spec.observation['frame'], _DTYPES[config.compute_dtype]
+            config.torso,
+            spec.observation['frame'],
+            DTYPES[config.compute_dtype],
+            config.latent_size,
         )
         size = self._torso.output_size + 1 + spec.num_actions
         self._instruction = None
@@ -138,8 +144,16 @@ class Agent(snt.Module):
         action = tf.minimum(action, self._num_actions - 1)
         return AgentOutput(action, logits, baseline), state
 
+    def encode(self, frames: tf.Tensor) -> tf.Tensor:
+        """Returns the torso's features, f32 `[N, F]`, of frames `[N, ...]`."""
+        return self._torso(frames)
+
     def unroll(
-        self, prev_actions: tf.Tensor, env_outputs: StepOutput, state: Any
+        self,
+        prev_actions: tf.Tensor,
+        env_outputs: StepOutput,
+        state: Any,
+        features: tf.Tensor | None = None,
     ) -> tuple[AgentOutput, Any]:
         """Runs over T+1 rows at once; only the core's own recurrence goes step by step.
 
@@ -148,13 +162,16 @@ class Agent(snt.Module):
           env_outputs: `StepOutput` of `[T+1, B, ...]`.
           state: nest of f32 `[B, ...]`, recurrent state before row 0; the initial state is taken
             instead before every row that is `done`.
+          features: f32 `[(T+1) * B, F]`, what `encode` has made of the frames of all rows, if that
+            is there already.
 
         Returns:
           `AgentOutput` of `[T+1, B, ...]` and the state after the last row. No action is sampled:
           `action` is the policy's most probable one, for a learner knows what was done. With
           PopArt `baseline` is `[T+1, B, V]`, normalised, for each level.
         """
-        x = self._inputs(*tf.nest.map_structure(_merge, (prev_actions, env_outputs)))
+        actions, rows = tf.nest.map_structure(_merge, (prev_actions, env_outputs))
+        x = self._inputs(actions, rows, features)
         if self._core is not None:
             projected = self._core.project(x)
             projected = tf.reshape(projected, [*_dims(prev_actions), projected.shape[-1]])
@@ -167,11 +184,15 @@ class Agent(snt.Module):
         dims = _dims(prev_actions)
         return tf.nest.map_structure(lambda t: tf.reshape(t, [*dims, *t.shape[1:]]), outputs), state
 
-    def _inputs(self, prev_action: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+    def _inputs(
+        self, prev_action: tf.Tensor, env_output: StepOutput, features: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Returns what core and heads see, f32 `[N, ...]`, of `[N]` rows."""
         limit = self._max_reward_input
+        if features is None:
+            features = self.encode(env_output.observation['frame'])
         parts = [
-            self._torso(env_output.observation['frame']),
+            features,
             tf.clip_by_value(env_output.reward, -limit, limit)[:, tf.newaxis],
             tf.one_hot(prev_action, self._num_actions),
         ]

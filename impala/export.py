@@ -23,7 +23,7 @@ import tensorflow as tf
 from environments import INSTRUCTION_LENGTH
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, network_settings
-from impala.run_config import popart_levels
+from impala.run_config import latent_size, popart_levels
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
@@ -57,7 +57,10 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
     if value('whether it has instructions'):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
     network = AgentConfig(
-        torso=value('torso'), use_lstm=value('use_lstm'), popart_levels=popart_levels(settings)
+        torso=value('torso'),
+        use_lstm=value('use_lstm'),
+        popart_levels=popart_levels(settings),
+        latent_size=latent_size(settings),
     )
     return network, EnvironmentSpec(observation, value('number of actions'), 1)
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from impala import losses
 from impala.adam import Adam
+from impala.decoder import Decoder
 from impala.popart import PopArt
 from impala.rmsprop import RMSProp, sum_duplicates
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
@@ -72,10 +73,20 @@ class TrainableAgent(Protocol):
     def popart(self) -> PopArt | None:
         """The last layer of the baseline, if that is normalised per level."""
 
+    def encode(self, frames: tf.Tensor) -> tf.Tensor:
+        """Returns features f32 `[N, F]` of frames `[N, ...]`; called if there is a decoder."""
+
     def unroll(
-        self, prev_actions: tf.Tensor, env_outputs: StepOutput, state: Any
+        self,
+        prev_actions: tf.Tensor,
+        env_outputs: StepOutput,
+        state: Any,
+        features: tf.Tensor | None = None,
     ) -> tuple[AgentOutput, Any]:
-        """Runs over `[T+1, B, ...]`; returns outputs `[T+1, B, ...]` and the last state."""
+        """Runs over `[T+1, B, ...]`; returns outputs `[T+1, B, ...]` and the last state.
+
+        Where there is a decoder, it is given what `encode` has made of the frames of all rows.
+        """
 
 
 class Learner(tf.Module):
@@ -85,6 +96,7 @@ class Learner(tf.Module):
       agent: the agent whose weights are updated in place.
       config: as given.
       target_agent: the target network; None if there is none.
+      decoder: of an agent whose torso is an encoder; None if there is none.
       optimizer: with its slots.
       updates: i64 variable, updates of the weights so far; skipped ones do not count.
       agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too but each
@@ -97,6 +109,7 @@ class Learner(tf.Module):
         config: LearnerConfig,
         strategy: tf.distribute.Strategy | None = None,
         target_agent: TrainableAgent | None = None,
+        decoder: Decoder | None = None,
         name: str = 'learner',
     ):
         """Makes optimizer and counters.
@@ -109,6 +122,9 @@ class Learner(tf.Module):
             and this object is to be. None trains on one device.
           target_agent: another agent of the same shape, the target network, which takes the weights
             of `agent` over at the first update; given if there is to be one.
+          decoder: turns what `agent` makes of a frame into that frame; its weights are trained with
+            the agent's, by `losses.autoencoder_loss` alone, while the agent's are trained by all
+            losses. Without `autoencoder_cost` it stays as it is.
           name: of the module.
 
         Raises:
@@ -123,6 +139,7 @@ class Learner(tf.Module):
             )
         self.agent = agent
         self.target_agent = target_agent
+        self.decoder = decoder
         self.config = config
         self._strategy = strategy
         self._num_parts = 1 if strategy is None else len(strategy.extended.worker_devices)
@@ -134,7 +151,7 @@ class Learner(tf.Module):
                 f'a batch of {config.batch_size} unrolls cannot be divided among {self._num_parts} '
                 'devices'
             )
-        self.optimizer = _create_optimizer(agent.trainable_variables, config)
+        self.optimizer = _create_optimizer(self._parameters, config)
         self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
         self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
         steps = config.batch_size * config.unroll_length * self._num_learners
@@ -149,8 +166,14 @@ class Learner(tf.Module):
         return ['/gpu:0' if tf.config.list_logical_devices('GPU') else None]
 
     @property
+    def _parameters(self) -> list[tf.Variable]:
+        """All that is trained."""
+        decoders = () if self.decoder is None else self.decoder.trainable_variables
+        return [*self.agent.trainable_variables, *decoders]
+
+    @property
     def weights(self) -> list[tf.Variable]:
-        """The weights of one replica, which are those of all."""
+        """The weights of the agent: those of one replica, which are those of all."""
         return [self._local(weight) for weight in self.agent.trainable_variables]
 
     def counts(self) -> tuple[int, int]:
@@ -199,6 +222,8 @@ class Learner(tf.Module):
           `loss/total`, `loss/policy_gradient`, `loss/baseline`, `loss/entropy`: f32, as returned by
             `losses.vtrace_loss`; or these and `loss/kl`, as by `losses.appo_loss`; with PopArt in
             units of each level's standard deviation.
+          `loss/autoencoder`: f32, `losses.autoencoder_loss` of rows 0 to T-1, each frame once;
+            only with a decoder and `autoencoder_cost`, and part of the total.
           `gradient_norm`: f32, global norm before clipping.
           `learning_rate`: f32, of this update.
           `entropy_cost`: f32, of this update; only if it changes over the run.
@@ -251,7 +276,7 @@ class Learner(tf.Module):
         return {name: self._local(value) for name, value in metrics.items()}
 
     def _step_replica(self, batch: ActorOutput, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        parameters = self.agent.trainable_variables
+        parameters = self._parameters
         popart, value_stddev = self.agent.popart, None
         if popart is not None:
             value_stddev = popart.stddev(batch.level_id)
@@ -264,8 +289,13 @@ class Learner(tf.Module):
             )
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
+            given, reconstruction_loss = {}, None
+            if self.decoder is not None and self.config.autoencoder_cost:
+                given['features'], reconstruction_loss = self._reconstruct(
+                    batch.env_outputs.observation['frame']
+                )
             learner_outputs, _ = self.agent.unroll(
-                batch.agent_outputs.action, batch.env_outputs, batch.agent_state
+                batch.agent_outputs.action, batch.env_outputs, batch.agent_state, **given
             )
             if popart is not None:
                 values = popart.values(learner_outputs.baseline, batch.level_id)
@@ -285,6 +315,9 @@ class Learner(tf.Module):
                 total, parts, targets = losses.vtrace_loss(
                     *outputs, self.config, value_stddev, entropy_cost
                 )
+            if reconstruction_loss is not None:
+                parts['autoencoder'] = reconstruction_loss
+                total += self.config.autoencoder_cost * reconstruction_loss
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
         moments = None if popart is None else popart.moments(targets, batch.level_id)
@@ -307,6 +340,29 @@ class Learner(tf.Module):
             **schedules,
             **update,
         }
+
+    def _reconstruct(self, frames: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the features of all frames `[T+1, B, ...]`, and the loss of all but the last."""
+        assert self.decoder is not None
+        size = tf.shape(frames)[1]
+        frames = tf.reshape(frames, [-1, *frames.shape[2:]])
+        features = self.agent.encode(frames)
+        # The last row is the first of the unroll to come.
+        loss = losses.autoencoder_loss(frames[:-size], self.decoder(features[:-size]))
+        return features, loss
+
+    @tf.function(autograph=False)
+    def reconstruct(self, frames: tf.Tensor) -> tf.Tensor:
+        """Returns what the decoder makes of frames, with the present weights of one replica.
+
+        Args:
+          frames: uint8 `[N, H, W, C]`.
+
+        Returns:
+          f32 `[N, H, W, C]`, pixels about [0, 1].
+        """
+        assert self.decoder is not None
+        return self.decoder(self.agent.encode(frames))
 
     def _update(
         self,

@@ -5,8 +5,10 @@ gradient the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/17
 (7), on V-trace advantages, with, if wanted, the target network of IMPACT, Luo et al. 2020
 (https://arxiv.org/abs/1912.00167).
 
-Both have the sums of IMPALA's experiments: every term is summed over time and batch, not averaged.
-Letters: T unroll length, B batch size, A number of actions.
+`autoencoder_loss` is added to either by the learner of a network that has a decoder.
+
+All have the sums of IMPALA's experiments: every term is summed over time and batch, not averaged.
+Letters: T unroll length, B batch size, A number of actions, H, W, C frame height, width, channels.
 """
 
 import dataclasses
@@ -42,6 +44,7 @@ class LossConfig:
       kl_cost: weight of the divergence from the policy that the ratio is taken against.
       normalize_advantages: whether the surrogate's advantages are brought to mean 0 and standard
         deviation 1 over the batch.
+      autoencoder_cost: weight of `autoencoder_loss`, where there is a decoder.
     """
 
     loss: Loss = 'vtrace'
@@ -57,6 +60,7 @@ class LossConfig:
     clip_target_rho_threshold: float = 2.0
     kl_cost: float = 0.0
     normalize_advantages: bool = False
+    autoencoder_cost: float = 1.0
 
 
 def clip_rewards(rewards: tf.Tensor, clipping: str) -> tf.Tensor:
@@ -124,6 +128,24 @@ def entropy_loss(policy_logits: tf.Tensor) -> tf.Tensor:
     """
     log_probs = tf.nn.log_softmax(policy_logits)
     return tf.reduce_sum(tf.exp(log_probs) * log_probs)
+
+
+def autoencoder_loss(frames: tf.Tensor, reconstructions: tf.Tensor) -> tf.Tensor:
+    """Returns the squared error of pixels, averaged over a frame and summed over frames.
+
+    `1/2 sum_n 1/(HWC) sum_i (x_ni / 255 - y_ni)^2`, x being the frames, y what is made of them. As
+    an average over pixels it means the same whatever the size of the frames; as a sum over time and
+    batch it keeps its proportion to the other terms.
+
+    Args:
+      frames: uint8 `[N, H, W, C]`.
+      reconstructions: f32 `[N, H, W, C]`, pixels from 0 to 1.
+
+    Returns:
+      f32 scalar.
+    """
+    errors = tf.cast(frames, tf.float32) / 255.0 - reconstructions
+    return tf.nn.l2_loss(errors) / math.prod(frames.shape[1:])
 
 
 def clipped_surrogate_loss(

@@ -7,9 +7,11 @@ from typing import Any
 import tensorflow as tf
 
 from environments import EnvironmentConfig
-from impala.agent import Agent, AgentConfig
+from impala.agent import DTYPES, Agent, AgentConfig
+from impala.decoder import Decoder
 from impala.learner import LearnerConfig
 from impala.suites import Suite
+from impala.torsos import LATENT_SIZE
 from impala.trajectory import EnvironmentSpec
 
 # In the settings of a network: names of the levels, in their order; not there without PopArt.
@@ -45,6 +47,7 @@ class TrainingConfig:
         `total_environment_frames`; 0 for none.
       loaders: threads that assemble batches and move them to a device of the learner, and as many
         batches that are made ahead.
+      latent_size: as `AgentConfig.latent_size`.
     """
 
     logdir: str
@@ -68,6 +71,7 @@ class TrainingConfig:
     popart: bool = False
     stop_at_frames: int = 0
     loaders: int = 1
+    latent_size: int = LATENT_SIZE
 
     @property
     def last_frames(self) -> int:
@@ -123,6 +127,7 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
         use_lstm=use_lstm,
         compute_dtype=compute_dtype,
         popart_levels=config.level_names if config.popart else (),
+        latent_size=config.latent_size,
     )
 
 
@@ -136,6 +141,13 @@ def create_agent(network: AgentConfig, spec: EnvironmentSpec) -> Agent:
         return Agent(network, spec)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def create_decoder(network: AgentConfig, spec: EnvironmentSpec) -> Decoder | None:
+    """Makes what trains the agent's encoder beside the agent; None for a torso that is none."""
+    if network.torso != 'autoencoder':
+        return None
+    return Decoder(network.latent_size, spec.observation['frame'], DTYPES[network.compute_dtype])
 
 
 def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
@@ -201,6 +213,25 @@ def check_learner(config: LearnerConfig, popart: bool = False) -> None:
         )
 
 
+def check_torso(config: TrainingConfig) -> None:
+    """Refuses settings of an auto-encoder where there is none.
+
+    Raises:
+      ConfigError: names the flags.
+    """
+    if config.torso == 'autoencoder':
+        return
+    for name, value, default in (
+        ('latent_size', config.latent_size, TrainingConfig.latent_size),
+        ('autoencoder_cost', config.learner.autoencoder_cost, LearnerConfig.autoencoder_cost),
+    ):
+        if value != default:
+            raise ConfigError(
+                f'--{name}={value} belongs to --torso=autoencoder; this run has '
+                f'--torso={config.torso}.'
+            )
+
+
 def learner_settings(config: LearnerConfig) -> dict[str, Any]:
     """Returns the flags that shape what the learner keeps beside the network, if not as ever.
 
@@ -227,9 +258,16 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
     # Left out without it, so that runs from before there was such a thing can be resumed.
     if network.popart_levels:
         settings[POPART_LEVELS] = list(network.popart_levels)
+    if network.torso == 'autoencoder':
+        settings['latent_size'] = network.latent_size
     return settings
 
 
 def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns `AgentConfig.popart_levels` of what `network_settings` returned."""
     return tuple(settings.get(POPART_LEVELS, ()))
+
+
+def latent_size(settings: Mapping[str, Any]) -> int:
+    """Returns `AgentConfig.latent_size` of what `network_settings` returned."""
+    return settings.get('latent_size', LATENT_SIZE)

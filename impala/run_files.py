@@ -73,7 +73,7 @@ def checkpoint_paths(logdir: str) -> list[str]:
     return [os.path.join(folder, f'{CHECKPOINT_PREFIX}-{number}') for number in sorted(numbers)]
 
 
-def write_atomically(path: str, text: str) -> None:
+def write_atomically(path: str, content: str | bytes) -> None:
     """Replaces a file as a whole; its folder is made if missing.
 
     Raises:
@@ -83,8 +83,8 @@ def write_atomically(path: str, text: str) -> None:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
-            with open(temporary, 'w', encoding='utf-8') as file:
-                file.write(text)
+            with open(temporary, 'wb') as file:
+                file.write(content.encode() if isinstance(content, str) else content)
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):

@@ -35,6 +35,7 @@ from impala.run_files import (
     parse_metrics,
     read_episodes,
     read_rows,
+    write_atomically,
 )
 from impala.suites import Suite
 from impala.trajectory import EpisodeEnd
@@ -54,6 +55,7 @@ EPISODES_HEADER = (
 )
 
 _CURVE_SECS = 300.0
+_PICTURE_SECS = 60.0
 _SUMMARIES_RETRY_SECS = 300.0
 _MAX_UNWRITTEN_BYTES = 16 << 20
 _ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncated'}
@@ -141,6 +143,7 @@ class RunLog:
         self._line_frames, self._line_agent_steps = frames, agent_steps
         self._line_level_frames = dict(self._total_level_frames)
         self._curve_wall_seconds = -math.inf
+        self._picture_wall_seconds = -math.inf
         self._closed = False
 
     def __enter__(self) -> 'RunLog':
@@ -250,6 +253,29 @@ class RunLog:
         """Whether the next `maybe_write` will write a line."""
         return self.wall_seconds - self._line_wall_seconds >= self._log_secs
 
+    @property
+    def picture_is_due(self) -> bool:
+        """Whether the next line may have a picture, as one a minute does."""
+        return self.line_is_due and self.wall_seconds - self._picture_wall_seconds >= _PICTURE_SECS
+
+    def record_picture(self, name: str, pixels: np.ndarray) -> None:
+        """Takes a picture, for TensorBoard with the next line, and at once as the file NAME.png.
+
+        Args:
+          name: of the picture; the file of one of the same name is replaced.
+          pixels: uint8 `[H, W, C]`, C 1 for grey or 3 for RGB.
+        """
+        self._picture_wall_seconds = self.wall_seconds
+        with tf.device('/cpu:0'):
+            png = tf.io.encode_png(pixels).numpy()
+        height, width, _ = pixels.shape
+        self._pictures[name] = (width, height, png)
+        path = self._path(f'{name}.png')
+        try:
+            write_atomically(path, png)
+        except LogdirError as error:
+            self.message(f'WARNING: {error}')
+
     def message(self, text: str) -> None:
         """Shows a line without tearing the progress bar."""
         self._terminal.print(text)
@@ -309,6 +335,7 @@ class RunLog:
         self._num_non_finite = 0
         self._updates_skipped = 0
         self._actor_restarts = 0
+        self._pictures: dict[str, tuple[int, int, bytes]] = {}
 
     def _read_back(self, agent_steps: int) -> float:
         """Repairs the files, takes over their episodes; returns the last row's wall seconds."""
@@ -434,12 +461,10 @@ class RunLog:
         }
 
     def _write_summaries(self, line: Mapping[str, float]) -> None:
-        # tf.summary.scalar exists only where TensorBoard is installed, which a machine that trains
-        # does not need; this is the same record.
-        metadata = tf.compat.v1.SummaryMetadata(
-            plugin_data=tf.compat.v1.SummaryMetadata.PluginData(plugin_name='scalars'),
-            data_class='DATA_CLASS_SCALAR',
-        )
+        # tf.summary.scalar and image exist only where TensorBoard is installed, which a machine
+        # that trains does not need; these are the same records.
+        of_scalars = _summary_metadata('scalars', 'DATA_CLASS_SCALAR')
+        of_images = _summary_metadata('images', 'DATA_CLASS_BLOB_SEQUENCE')
         try:
             if self._summaries is None:
                 if line['wall_seconds'] < self._summaries_not_before:
@@ -450,7 +475,10 @@ class RunLog:
             step = tf.constant(np.int64(self._agent_steps))
             with self._summaries.as_default(step), tf.device('/cpu:0'):
                 for name, value in line.items():
-                    tf.summary.write(name, tf.constant(np.float32(value)), metadata=metadata)
+                    tf.summary.write(name, tf.constant(np.float32(value)), metadata=of_scalars)
+                for name, (width, height, png) in self._pictures.items():
+                    image = tf.constant([str(width).encode(), str(height).encode(), png])
+                    tf.summary.write(name, image, metadata=of_images)
             self._summaries.flush()
         except (OSError, tf.errors.OpError):
             # The same numbers are in metrics.jsonl. The file may be cut in a record, so a new one
@@ -646,6 +674,12 @@ class _RowFile:
             self.append('')
         os.close(self._descriptor)
         return len(self._unwritten)
+
+
+def _summary_metadata(plugin: str, data_class: str) -> tf.compat.v1.SummaryMetadata:
+    """Returns what tells TensorBoard how to show a record."""
+    metadata = tf.compat.v1.SummaryMetadata
+    return metadata(plugin_data=metadata.PluginData(plugin_name=plugin), data_class=data_class)
 
 
 def _mean(values: Sequence[float]) -> float:

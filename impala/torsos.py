@@ -1,4 +1,4 @@
-"""The networks that turn an observation into features: Figure 3 of the paper, and a small MLP.
+"""The networks that turn an observation into features: Figure 3 of the paper, an MLP, an encoder.
 
 Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
 Architectures", 2018. Letters: N rows (merged time and batch), H, W, C frame height, width and
@@ -20,7 +20,11 @@ import tensorflow as tf
 
 from impala.trajectory import ArraySpec
 
-TORSOS = ('deep', 'shallow', 'mlp')
+TORSOS = ('deep', 'shallow', 'mlp', 'autoencoder')
+LATENT_SIZE = 64
+
+# Channels, kernel and stride of the encoder's convolutions; the decoder mirrors them.
+ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))
 
 _FEATURES = 256
 _MLP_SIZES = (64, 64)
@@ -50,8 +54,8 @@ class Convolution(snt.Module):
       out_channels: channels of the output.
       kernel: height and width of the kernel, a multiple of `stride`.
       stride: stride along height and width.
-      padding: `'SAME'`, for stride 1 only, or `'VALID'`. With `'VALID'` the width of the input must
-        be a multiple of `stride`.
+      padding: `'SAME'` or `'VALID'`. With `'VALID'` the width of the input must be a multiple of
+        `stride`.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class Convolution(snt.Module):
         """Returns the convolution of `input_scale * x`, `[N, H', W', out_channels]`."""
         w = _cast(self.w, x.dtype, input_scale)
         s = self._stride
-        if s > 1:
+        if s > 1 and self._padding == 'VALID':
             # `s` neighbouring pixels of a row lie side by side in memory, so they are `s` times as
             # many channels for free, and the kernel's likewise. The convolution is then over few
             # wide pixels, which vector units like better than many with 4 channels.
@@ -81,8 +85,68 @@ class Convolution(snt.Module):
             x = tf.reshape(x, [-1, height, width // s, s * channels])
             kernel, _, _, out_channels = w.shape
             w = tf.reshape(w, [kernel, kernel // s, s * channels, out_channels])
-        x = tf.nn.conv2d(x, w, [s, 1], self._padding)
+            x = tf.nn.conv2d(x, w, [s, 1], 'VALID')
+        else:
+            x = tf.nn.conv2d(x, w, s, self._padding)
         return tf.nn.bias_add(x, _cast(self.b, x.dtype))
+
+
+class TransposedConvolution(snt.Module):
+    """What turns the shapes of a zero-padded `Convolution` back: the transpose of one, with bias.
+
+    Computed as a convolution that makes blocks of stride x stride pixels, which on CPUs is many
+    times as fast as TensorFlow's transposed one.
+
+    Args:
+      in_channels: channels of the input.
+      out_channels: channels of the output.
+      kernel: height and width of the kernel, a multiple of `stride`.
+      stride: stride along height and width of the output.
+      output_size: height and width of the output; the input has them divided by `stride`, rounded
+        up.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        output_size: tuple[int, int],
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self._stride = stride
+        self._output_size = output_size
+        # A block is made from so many inputs along height and width.
+        self._reach = kernel // stride
+        fan_in = self._reach**2 * in_channels
+        self.w = _weights([kernel, kernel, out_channels, in_channels], fan_in)
+        self.b = tf.Variable(tf.zeros([out_channels]), name='b')
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns the transposed convolution, `[N, *output_size, out_channels]`."""
+        s, reach = self._stride, self._reach
+        _, _, out_channels, in_channels = self.w.shape
+        # Pixel s * i + p of the kernel is pixel p of the block that lies i blocks on: seen from the
+        # block, its input lies i blocks back.
+        w = tf.reshape(self.w, [reach, s, reach, s, out_channels, in_channels])
+        w = tf.reverse(tf.transpose(w, [0, 2, 5, 1, 3, 4]), axis=[0, 1])
+        w = tf.reshape(w, [reach, reach, in_channels, s * s * out_channels])
+        around = [[0, 0], [reach - 1, reach - 1], [reach - 1, reach - 1], [0, 0]]
+        # With the padding left to the convolution, its gradient takes many times as long.
+        x = tf.nn.conv2d(tf.pad(x, around), _cast(w, x.dtype), 1, 'VALID')
+        x = tf.nn.bias_add(x, tf.tile(_cast(self.b, x.dtype), [s * s]))
+        x = tf.nn.depth_to_space(x, s) if s > 1 else x
+        # What the convolution would have seen of its padding.
+        height, width = self._output_size
+        top, left = (
+            max((-(-size // s) - 1) * s + reach * s - size, 0) // 2 for size in (height, width)
+        )
+        if x.shape[1:3] == [height, width]:
+            return x
+        # A Python slice has a gradient that takes longer than the convolution's.
+        return tf.slice(x, [0, top, left, 0], [-1, height, width, out_channels])
 
 
 class ShallowTorso(snt.Module):
@@ -212,8 +276,73 @@ class MLPTorso(snt.Module):
         return tf.cast(x, tf.float32)
 
 
-def create_torso(name: str, frame: ArraySpec, compute_dtype: tf.DType) -> snt.Module:
+class EncoderTorso(snt.Module):
+    """Three convolutions and a linear layer: the encoder of an auto-encoder.
+
+    All that follows sees a frame as `latent_size` numbers. `impala.decoder` tells, while training,
+    what frame they stand for. Convolutions are zero-padded and each output of a stride s stands for
+    s x s inputs, so frames of any size will do.
+
+    Args:
+      frame: uint8 `[H, W, C]`.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+      latent_size: features.
+
+    Raises:
+      ValueError: the frame is no image.
+    """
+
+    def __init__(
+        self,
+        frame: ArraySpec,
+        compute_dtype: tf.DType,
+        latent_size: int = LATENT_SIZE,
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        height, width, channels = _image_shape(frame, 'autoencoder')
+        self._dtype = compute_dtype
+        self._convolutions = []
+        for layer, (out_channels, kernel, stride) in enumerate(ENCODER_LAYERS):
+            self._convolutions.append(
+                Convolution(channels, out_channels, kernel, stride, name=f'conv_{layer}')
+            )
+            channels = out_channels
+        height, width = encoded_sizes(height, width)[-1]
+        self._flat_size = height * width * channels
+        self._linear = Linear(self._flat_size, latent_size, name='linear')
+        self.output_size = latent_size
+
+    def __call__(self, frame: tf.Tensor) -> tf.Tensor:
+        """Returns latents, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
+        x = tf.cast(frame, self._dtype)
+        scale = 1 / 255
+        for convolution in self._convolutions:
+            x = tf.nn.relu(convolution(x, scale))
+            scale = 1.0
+        x = tf.nn.relu(self._linear(tf.reshape(x, [-1, self._flat_size])))
+        return tf.cast(x, tf.float32)
+
+
+def encoded_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """Returns height and width of a frame before and after each convolution of the encoder."""
+    sizes = [(height, width)]
+    for _, _, stride in ENCODER_LAYERS:
+        height, width = -(-height // stride), -(-width // stride)
+        sizes.append((height, width))
+    return sizes
+
+
+def create_torso(
+    name: str, frame: ArraySpec, compute_dtype: tf.DType, latent_size: int = LATENT_SIZE
+) -> snt.Module:
     """Returns the torso called `name`, one of `TORSOS`, for frames of that spec.
+
+    Args:
+      name: of the torso.
+      frame: `[H, W, C]`, or a vector.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+      latent_size: features of the encoder; the others have sizes of their own.
 
     Raises:
       ValueError: there is no such torso, or it cannot serve such frames.
@@ -224,6 +353,8 @@ def create_torso(name: str, frame: ArraySpec, compute_dtype: tf.DType) -> snt.Mo
         return DeepTorso(frame, compute_dtype)
     if name == 'mlp':
         return MLPTorso(frame, compute_dtype)
+    if name == 'autoencoder':
+        return EncoderTorso(frame, compute_dtype, latent_size)
     raise ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
 
 
@@ -237,9 +368,14 @@ def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def _weights(shape: list[int]) -> tf.Variable:
-    """Weights of a layer whose last dimension is its output, as Sonnet initialises them."""
-    stddev = 1 / np.sqrt(math.prod(shape[:-1]))
+def _weights(shape: list[int], fan_in: int | None = None) -> tf.Variable:
+    """Weights as Sonnet initialises those of a layer whose last dimension is its output.
+
+    Args:
+      shape: of the weights.
+      fan_in: inputs of an output, where the layer is another one.
+    """
+    stddev = 1 / np.sqrt(math.prod(shape[:-1]) if fan_in is None else fan_in)
     return tf.Variable(snt.initializers.TruncatedNormal(stddev=stddev)(shape, tf.float32), name='w')
 
 

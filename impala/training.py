@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from impala import decoder
 from impala.acting import UnrollBatch
 from impala.actor_pool import Workplace
 from impala.agent import Agent, AgentConfig
@@ -30,8 +31,10 @@ from impala.run_config import (
     ConfigError,
     TrainingConfig,
     check_learner,
+    check_torso,
     choose_network,
     create_agent,
+    create_decoder,
     learner_settings,
     network_settings,
 )
@@ -47,6 +50,7 @@ class TrainingError(Exception):
 
 # Updates in a row with a loss or gradient that is not finite, after which a run stops.
 MAX_SKIPPED_UPDATES = 10
+NUM_RECONSTRUCTIONS = 8
 
 
 def train(
@@ -90,6 +94,7 @@ def train(
             f'levels out: give --num_actors={len(config.level_names)} or more.'
         )
     check_learner(config.learner, config.popart)
+    check_torso(config)
     if member is not None:
         check_member(member)
     is_first = member is None or member.is_first
@@ -236,12 +241,14 @@ def _create_learner(
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         agent = create_agent(network, spec)
         target_agent = create_agent(network, spec) if config.learner.target_update_steps else None
+        encoders_decoder = create_decoder(network, spec)
         try:
             return agent, Learner(
                 agent,
                 dataclasses.replace(config.learner, total_agent_steps=total_agent_steps),
                 strategy,
                 target_agent,
+                encoders_decoder,
             )
         except ValueError as error:
             raise ConfigError(
@@ -330,6 +337,7 @@ def _learn(
                 group.collect(log)
             if log.line_is_due:
                 log.record_stage_seconds(actors.record(log) | timer.seconds)
+                record_reconstructions(log, learner, parts[0])
             log.maybe_write(agent_steps * frames_per_step, agent_steps, updates)
             if checkpointer is not None:
                 checkpointer.maybe_save(log.wall_seconds)
@@ -361,6 +369,24 @@ def record_episodes(log: Log, batch: UnrollBatch) -> None:
         info.episode_step.numpy()[1:],
         batch.ends.numpy()[1:],
     )
+
+
+def record_reconstructions(log: Log, learner: Learner, batch: UnrollBatch) -> None:
+    """Hands some frames of a batch, each above what the decoder makes of it, to the log.
+
+    Only every so often, and if there is a decoder that is being trained.
+    """
+    if learner.decoder is None or not learner.config.autoencoder_cost:
+        return
+    if not isinstance(log, RunLog) or not log.picture_is_due:
+        return
+    frames = batch.actor_output.env_outputs.observation['frame']
+    # Of different times and, as far as there are so many, different actors.
+    rows, size = frames.shape[:2]
+    shown = [(i * rows // NUM_RECONSTRUCTIONS, i % size) for i in range(NUM_RECONSTRUCTIONS)]
+    frames = tf.stack([frames[row, column] for row, column in shown])
+    picture = decoder.picture(frames.numpy(), learner.reconstruct(frames).numpy())
+    log.record_picture('reconstructions', picture)
 
 
 class StageTimer:

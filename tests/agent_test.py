@@ -1,5 +1,7 @@
 """Tests of the agent."""
 
+import math
+
 import numpy as np
 import pytest
 import sonnet as snt
@@ -72,6 +74,8 @@ def test_number_of_parameters_is_the_papers(torso, millions):
         ('shallow', (84, 84, 4), False),
         ('deep', (56, 56, 3), True),
         ('mlp', (4,), False),
+        ('autoencoder', (84, 84, 4), False),
+        ('autoencoder', (21, 35, 3), True),
     ],
 )
 @pytest.mark.parametrize('use_lstm', [False, True])
@@ -302,7 +306,7 @@ def test_bfloat16_is_close_to_float32(torso):
 
 
 @pytest.mark.parametrize('use_lstm', [False, True])
-@pytest.mark.parametrize('torso', ['shallow', 'deep', 'mlp'])
+@pytest.mark.parametrize('torso', ['shallow', 'deep', 'mlp', 'autoencoder'])
 def test_gradient_reaches_every_variable(torso, use_lstm):
     spec = make_spec((4,) if torso == 'mlp' else (24, 28, 3))
     agent = Agent(AgentConfig(torso=torso, use_lstm=use_lstm), spec)
@@ -318,6 +322,43 @@ def test_gradient_reaches_every_variable(torso, use_lstm):
     for variable, gradient in zip(agent.trainable_variables, gradients(), strict=True):
         assert isinstance(gradient, tf.Tensor), variable.name
         assert np.any(gradient), variable.name
+
+
+@pytest.mark.parametrize('use_lstm', [False, True])
+def test_features_encoded_before_are_those_of_the_torso(use_lstm):
+    spec = make_spec((21, 35, 3))
+    agent = Agent(AgentConfig(torso='autoencoder', use_lstm=use_lstm, latent_size=6), spec)
+    prev_actions, env_outputs = make_inputs(spec, 4, 3)
+    state = random_state(agent, 3)
+    expected = agent.unroll(prev_actions, env_outputs, state)
+    features = agent.encode(tf.reshape(env_outputs.observation['frame'], [12, 21, 35, 3]))
+    assert features.shape == (12, 6)
+    assert_nests_close(agent.unroll(prev_actions, env_outputs, state, features), expected)
+    # Nothing of the frames comes in but by them.
+    moved = agent.unroll(prev_actions, env_outputs, state, features + 1.0)
+    assert np.all(np.abs(moved[0].policy_logits - expected[0].policy_logits).max(-1) > 1e-4)
+    black = {**env_outputs.observation, 'frame': env_outputs.observation['frame'] * 0}
+    unseen = env_outputs._replace(observation=black)
+    assert_nests_close(agent.unroll(prev_actions, unseen, state, features), expected)
+
+
+def test_who_acts_with_an_autoencoder_has_no_decoder():
+    spec = make_spec((84, 84, 4), instruction=False)
+    agent = Agent(AgentConfig(torso='autoencoder'), spec)
+    step = tf.function(agent.step).get_concrete_function(
+        *make_inputs(spec, 3), agent.initial_state(3)
+    )
+    kinds = [op.type for op in step.graph.get_operations()]
+    assert kinds.count('Conv2D') == 3
+    assert 'DepthToSpace' not in kinds
+    # Nor does a weight shape frames: the largest output is what the first convolution makes.
+    outputs = [
+        math.prod(op.outputs[0].shape)
+        for op in step.graph.get_operations()
+        if op.type in ('Conv2D', 'MatMul')
+    ]
+    assert max(outputs) == 3 * 21 * 21 * 16
+    assert not [v.name for v in agent.variables if 'decoder' in v.name]
 
 
 @pytest.mark.parametrize('use_lstm', [False, True])

@@ -462,6 +462,11 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
         ((), 'DeepMind Lab level, but the module deepmind_lab cannot be imported'),
         (('--level_name=ALE/Pongg-v5',), "no Atari game 'ALE/Pongg-v5'.*ALE/Pong-v5"),
         (('--level_name=CartPol-v1',), "Did you mean 'CartPole-v1'"),
+        (
+            ('--level_name=CartPole-v1', '--torso=autoencoder'),
+            r'The autoencoder torso needs uint8 frames .*float32 \[4\]; use the mlp torso',
+        ),
+        (('--latent_size=5',), '--latent_size=5 belongs to --torso=autoencoder'),
         (('--target_update_steps=5',), '--target_update_steps=5 belongs to --loss=appo'),
         (('--inference_batch_size=5',), '--inference_batch_size=5 is more than .*num_actors=4'),
         (('--logdir=/dev/null/run',), 'Cannot use /dev/null/run as log directory'),
@@ -572,6 +577,35 @@ def test_levels_of_all_kinds(tmp_path):
         for name, network in networks.items()
     }
     assert speaks == {'lab': True, 'babyai': True, 'vizdoom': False}
+
+
+def test_an_autoencoder_of_atari(tmp_path):
+    """Trains on stacks of grey frames with all that may go with it, and is tested."""
+    logdir = tmp_path / 'run'
+    common = ('--num_actors=2', '--batch_size=2', '--unroll_length=10', '--inference_batch_size=1')
+    flags = (
+        *common,
+        '--level_name=ALE/Pong-v5',
+        '--torso=autoencoder',
+        '--latent_size=16',
+        '--autoencoder_cost=10',
+        '--loss=appo',
+        '--sample_reuse=2',
+        '--popart',
+        '--use_lstm=true',
+        '--learner_devices=/cpu:0,/cpu:1',
+        '--log_secs=0',
+        f'--logdir={logdir}',
+    )
+    with Run(tmp_path / 'a', *flags, '--total_environment_frames=800') as run:
+        assert run.wait() == 0, run.stderr
+    losses = [line['loss/autoencoder'] for line in metrics(logdir)]
+    assert len(losses) >= 5 and all(0 < loss < 20 for loss in losses)
+    assert metrics(logdir)[-1]['updates_skipped'] == 0
+    with open(logdir / 'reconstructions.png', 'rb') as file:
+        assert file.read(8) == b'\x89PNG\r\n\x1a\n'
+    with Run(tmp_path / 'b', *common, '--level_name=ALE/Pong-v5', f'--logdir={logdir}') as other:
+        assert_one_sentence(other, 2, '--torso was "autoencoder" and is now "shallow"')
 
 
 def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):

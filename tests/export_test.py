@@ -82,6 +82,24 @@ def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
         assert set(row['action']) <= {0, 1}
 
 
+def test_an_autoencoder_is_exported_without_its_decoder(tmp_path):
+    logdir = tmp_path / 'run'
+    run = config(logdir, level_names=('levels:picture',), torso='autoencoder', latent_size=5)
+    training.train(run)
+    assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
+    saved = tf.train.load_checkpoint(str(tmp_path / 'model' / 'variables' / 'variables'))
+    weights = {k: v for k, v in saved.get_variable_to_shape_map().items() if 'VARIABLE_VALUE' in k}
+    network, spec = export.spec_of_run(str(logdir))
+    agent = Agent(network, spec)
+    assert sorted(map(tuple, weights.values())) == sorted(tuple(v.shape) for v in agent.variables)
+    step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']
+    kinds = [op.type for op in step.graph.get_operations()]
+    for function in step.graph.as_graph_def().library.function:
+        kinds += [node.op for node in function.node_def]
+    assert kinds.count('Conv2D') == 3
+    assert 'DepthToSpace' not in kinds
+
+
 def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):
     assert export.main([str(tmp_path)]) == 2
     assert 'is not the folder of a training run' in capsys.readouterr().err

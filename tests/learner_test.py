@@ -6,8 +6,9 @@ import sonnet as snt
 import tensorflow as tf
 
 from impala.agent import Agent, AgentConfig
+from impala.decoder import Decoder
 from impala.learner import Learner, LearnerConfig
-from impala.losses import appo_loss, vtrace_loss
+from impala.losses import appo_loss, autoencoder_loss, vtrace_loss
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,
@@ -513,3 +514,133 @@ def test_learns_to_choose_what_is_rewarded(changes):
     last = np.mean([episodes()[1] for _ in range(10)])
     assert first < 0.55
     assert last > 0.9
+
+
+_IMAGE_SPEC = EnvironmentSpec(
+    {'frame': ArraySpec((9, 14, 3), 'uint8')}, num_actions=_NUM_ACTIONS, num_action_repeats=1
+)
+
+
+def encoder_agent(use_lstm=True):
+    tf.random.set_seed(0)
+    return Agent(AgentConfig('autoencoder', use_lstm, core_size=8, latent_size=6), _IMAGE_SPEC)
+
+
+def image_decoder():
+    tf.random.set_seed(1)
+    return Decoder(6, _IMAGE_SPEC.observation['frame'], tf.float32)
+
+
+def batch_of_images(config, state=(), seed=0):
+    """As `batch_of`, with frames in which a white square stands somewhere on grey."""
+    rng = np.random.default_rng(seed)
+    batch = batch_of(config, state, seed)
+    frames = np.full((config.unroll_length + 1, config.batch_size, 9, 14, 3), 70, np.uint8)
+    for t, b in np.ndindex(*frames.shape[:2]):
+        y, x = rng.integers((6, 11))
+        frames[t, b, y : y + 4, x : x + 4] = 255
+    env_outputs = batch.env_outputs._replace(observation={'frame': tf.constant(frames)})
+    return batch._replace(env_outputs=env_outputs)
+
+
+def _named(variables):
+    return {variable.name: variable.numpy() for variable in variables}
+
+
+@pytest.mark.parametrize('changes', [{}, {'loss': 'appo', 'target_update_steps': 2}], ids=str)
+def test_the_autoencoders_loss_trains_decoder_and_encoder_and_nothing_else(changes):
+    config = _config(autoencoder_cost=30.0, learning_rate=0.01, **changes)
+    has_target = 'target_update_steps' in changes
+    learners = [
+        Learner(encoder_agent(), config, None, encoder_agent() if has_target else None, decoder)
+        for decoder in (None, image_decoder())
+    ]
+    plain, learner = learners
+    batch = batch_of_images(config, learner.agent.initial_state(3))
+    frames = tf.reshape(batch.env_outputs.observation['frame'][:-1], [-1, 9, 14, 3])
+    before = [_named(each.variables) for each in learners]
+    # The first row of the next unroll is the last of this one: it is not counted here.
+    expected = autoencoder_loss(frames, learner.reconstruct(frames))
+    metrics = [each.step(batch) for each in learners]
+    assert 'loss/autoencoder' not in metrics[0]
+    np.testing.assert_allclose(metrics[1]['loss/autoencoder'], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics[1]['loss/total'], metrics[0]['loss/total'] + 30 * expected, rtol=1e-4
+    )
+    for name in ('policy_gradient', 'baseline', 'entropy'):
+        np.testing.assert_allclose(
+            metrics[1][f'loss/{name}'], metrics[0][f'loss/{name}'], rtol=1e-4, atol=1e-5
+        )
+    encoder = [v.name for v in learner.agent.trainable_variables if 'encoder_torso' in v.name]
+    assert len(encoder) == 8
+    after = [_named(each.agent.trainable_variables) for each in learners]
+    for name in after[0]:
+        np.testing.assert_array_equal(before[0][name], before[1][name])
+        moved = np.abs(after[1][name] - after[0][name]).max()
+        # The policy's, the baseline's and the core's weights go where they go without a decoder.
+        assert moved > 1e-5 if name in encoder else moved < 1e-6, (name, moved)
+    for variable in learner.decoder.trainable_variables:
+        assert np.any(variable.numpy() != before[1][variable.name]), variable.name
+
+
+def test_the_loss_of_the_policy_does_not_reach_the_decoder():
+    config = _config(autoencoder_cost=0.0, learning_rate=0.01)
+    learner = Learner(encoder_agent(), config, decoder=image_decoder())
+    plain = Learner(encoder_agent(), config)
+    before = _named(learner.decoder.variables)
+    batch = batch_of_images(config, learner.agent.initial_state(3))
+    metrics = learner.step(batch)
+    assert metrics.keys() == plain.step(batch).keys()
+    _assert_equal(_named(learner.decoder.variables).values(), before.values())
+    # The encoder is trained all the same, as it is without a decoder.
+    for mine, other in zip(learner.weights, plain.weights, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
+    assert any(
+        np.any(v != w)
+        for v, w in zip(learner.weights, encoder_agent().trainable_variables, strict=True)
+    )
+
+
+def test_what_is_published_has_no_decoder():
+    learner = Learner(encoder_agent(), _config(), decoder=image_decoder())
+    shapes = [weight.shape for weight in encoder_agent().trainable_variables]
+    assert [weight.shape for weight in learner.weights] == shapes
+
+
+def test_reconstructions_become_the_frames():
+    config = _config(
+        autoencoder_cost=100.0, optimizer='adam', learning_rate=0.003, total_agent_steps=10**6
+    )
+    learner = Learner(encoder_agent(use_lstm=False), config, decoder=image_decoder())
+    batch = batch_of_images(config)
+    history = [float(learner.step(batch)['loss/autoencoder']) for _ in range(300)]
+    assert history[-1] < 0.06 * history[0]
+    frames = batch.env_outputs.observation['frame'][0]
+    made = learner.reconstruct(frames).numpy()
+    # White where the square is, grey elsewhere, not but the mean of all frames.
+    is_white = frames.numpy() == 255
+    assert made[is_white].mean() > 0.8
+    assert abs(made[~is_white].mean() - 70 / 255) < 0.05
+    # What the policy sees changes with the frame.
+    assert not np.allclose(learner.agent.encode(frames[:1]), learner.agent.encode(frames[1:2]))
+
+
+def test_checkpoint_holds_decoder_and_its_slots(tmp_path):
+    config = _config(learning_rate=0.01, momentum=0.5)
+    learner = Learner(encoder_agent(), config, decoder=image_decoder())
+    state = learner.agent.initial_state(3)
+    for seed in range(2):
+        learner.step(batch_of_images(config, state, seed))
+    path = tf.train.Checkpoint(learner=learner).save(str(tmp_path / 'checkpoint'))
+    restored = Learner(encoder_agent(), config, decoder=image_decoder())
+    tf.train.Checkpoint(learner=restored).restore(path).assert_consumed()
+    for each in (learner, restored):
+        each.step(batch_of_images(config, state, 2))
+    for a, b in zip(restored.variables, learner.variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    trained = [*learner.agent.trainable_variables, *learner.decoder.trainable_variables]
+    assert len(learner.variables) == 3 * len(trained) + 2
+    # Who acts takes the agent alone out of it.
+    alone = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=encoder_agent()))
+    status = alone.restore(path).expect_partial()
+    status.assert_existing_objects_matched()

@@ -124,6 +124,36 @@ class _Dies(_Seeded):
         return result
 
 
+class _Picture(_Level):
+    """A white square of 4x4 pixels on grey moves right; frames of odd size, and an instruction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec = EnvironmentSpec(
+            {
+                'frame': ArraySpec((21, 35, 3), 'uint8'),
+                'instruction': ArraySpec((environments.INSTRUCTION_LENGTH,), 'int32'),
+            },
+            2,
+            1,
+        )
+
+    def reset(self) -> dict[str, np.ndarray]:
+        super().reset()
+        return self._observation()
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
+        reward, end, _ = super().step(action)
+        return reward, end, self._observation()
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        frame = np.full((21, 35, 3), 60, np.uint8)
+        frame[8:12, 3 * self.steps : 3 * self.steps + 4] = 255
+        instruction = np.zeros(environments.INSTRUCTION_LENGTH, np.int32)
+        instruction[:2] = 17, 4
+        return {'frame': frame, 'instruction': instruction}
+
+
 def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Takes for ever, as a download or a compiler may seem to."""
     time.sleep(600)
@@ -193,6 +223,11 @@ def seeded(seed: int, config: environments.EnvironmentConfig) -> environments.En
 def counting(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has a return that counts actions."""
     return _Counting(50)
+
+
+def picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has frames and instructions."""
+    return _Picture()
 
 
 def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

@@ -364,6 +364,33 @@ def test_normalized_values_have_mean_0_and_deviation_1():
     np.testing.assert_array_equal(losses.normalize(tf.fill([2, 2], 3.0)), np.zeros((2, 2)))
 
 
+def test_autoencoder_loss_by_hand():
+    frames = tf.constant([[[[255]], [[0]]], [[[51]], [[102]]]], tf.uint8)
+    made = tf.constant([[[[0.5]], [[0.0]]], [[[0.0]], [[1.0]]]])
+    # Two frames of two pixels each: errors 0.5, 0 and 0.2, -0.6.
+    expected = 0.5 * (0.25 + 0.0) / 2 + 0.5 * (0.04 + 0.36) / 2
+    np.testing.assert_allclose(losses.autoencoder_loss(frames, made), expected, rtol=1e-6)
+
+
+def test_autoencoder_loss_equals_the_slow_one_and_is_summed_over_frames_not_pixels():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(256, size=(3, 5, 7, 4), dtype=np.uint8)
+    made = rng.normal(0.5, 1.0, frames.shape).astype(np.float32)
+    expected = sum(
+        0.5 * np.mean((np.float64(x) / 255 - y) ** 2) for x, y in zip(frames, made, strict=True)
+    )
+    loss = losses.autoencoder_loss(tf.constant(frames), tf.constant(made))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    def repeated(axis):
+        return losses.autoencoder_loss(
+            *(tf.repeat(tf.constant(x), 2, axis) for x in (frames, made))
+        )
+
+    np.testing.assert_allclose(repeated(0), 2 * expected, rtol=1e-5)
+    np.testing.assert_allclose(repeated(1), expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize('loss', ['vtrace', 'appo'])
 def test_entropy_cost_of_the_moment_counts(loss):
     unrolls = _unrolls()

@@ -12,7 +12,14 @@ import threading
 
 import numpy as np
 import tensorflow as tf
-from learner_test import EmbeddingAgent, batch_of, mlp_agent
+from learner_test import (
+    EmbeddingAgent,
+    batch_of,
+    batch_of_images,
+    encoder_agent,
+    image_decoder,
+    mlp_agent,
+)
 
 from impala import learner_devices, learner_group, loading
 from impala.learner import Learner, LearnerConfig
@@ -56,12 +63,13 @@ def create_learner(agent, changes, batch_size, strategy=None):
     """Makes a learner, with the target network that its settings ask for."""
     settings = config(batch_size, **changes)
     target_agent = agent() if settings.target_update_steps else None
-    return Learner(agent(), settings, strategy, target_agent)
+    decoder = image_decoder() if agent is encoder_agent else None
+    return Learner(agent(), settings, strategy, target_agent, decoder)
 
 
-def joined_batch(update, state):
+def joined_batch(update, state, has_images):
     """A batch for all together."""
-    batch = batch_of(config(BATCH_SIZE), state, seed=update)
+    batch = (batch_of_images if has_images else batch_of)(config(BATCH_SIZE), state, seed=update)
     rewards = batch.env_outputs.reward.numpy()
     if update == POISONED:
         rewards[2, -1] = np.nan
@@ -94,7 +102,8 @@ def train(learner, part=0, num_parts=1):
     uses_state = isinstance(learner.agent, EmbeddingAgent)
     for update in range(UPDATES):
         state = () if uses_state else learner.agent.initial_state(BATCH_SIZE)
-        metrics = learner.step(share(joined_batch(update, state), part, num_parts))
+        batch = joined_batch(update, state, learner.decoder is not None)
+        metrics = learner.step(share(batch, part, num_parts))
         yield metrics, learner.variables
 
 
@@ -133,6 +142,7 @@ def agents():
         # The last level is none of theirs.
         'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
         'appo': (mlp_agent, APPO),
+        'autoencoder': (encoder_agent, {'momentum': 0.5, 'autoencoder_cost': 10.0}),
     }
 
 

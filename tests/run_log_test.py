@@ -354,6 +354,45 @@ def test_tensorboard_has_the_same_numbers(logdir, clock):
     assert seen == pytest.approx(expected)
 
 
+def test_a_picture_a_minute_is_a_file_and_in_tensorboard(logdir, clock):
+    pixels = np.random.default_rng(0).integers(256, size=(6, 10, 3), dtype=np.uint8)
+    due = []
+    with create(logdir, clock, log_secs=10) as log:
+        for i in range(10):
+            clock.now += 10
+            due.append(log.picture_is_due)
+            if due[-1]:
+                log.record_picture('frames', pixels + i)
+            write(log, 10 * (i + 1))
+        clock.now += 59
+        assert not create(logdir + '2', clock).picture_is_due
+    assert due == [i % 6 == 0 for i in range(10)]
+    newest = tf.io.decode_png(tf.io.read_file(os.path.join(logdir, 'frames.png')))
+    np.testing.assert_array_equal(newest, pixels + 6)
+    folder = os.path.join(logdir, 'summaries')
+    (name,) = os.listdir(folder)
+    seen = {}
+    for record_ in tf.data.TFRecordDataset(os.path.join(folder, name)):
+        event = tf.compat.v1.Event.FromString(record_.numpy())
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == 'images':
+                assert value.tag == 'frames'
+                seen[event.step] = list(tf.make_ndarray(value.tensor))
+    assert seen.keys() == {10, 70}
+    for step, (width, height, png) in seen.items():
+        assert (width, height) == (b'10', b'6')
+        np.testing.assert_array_equal(tf.io.decode_png(png), pixels + (step - 10) // 10)
+
+
+def test_a_picture_that_cannot_be_written_ends_nothing(logdir, clock):
+    stream = io.StringIO()
+    with create(logdir, clock, stream) as log:
+        with file_size_limit(0):
+            log.record_picture('frames', np.zeros((6, 10, 1), np.uint8))
+        assert 'WARNING: Cannot write' in stream.getvalue()
+        assert os.listdir(logdir).count('frames.png') == 0
+
+
 def test_resumed_run_goes_on(logdir, clock):
     with create(logdir, clock) as log:
         record(log, [1.0] * 60)

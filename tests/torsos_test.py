@@ -46,6 +46,20 @@ class SonnetDeep(snt.Module):
         return tf.nn.relu(self.layers[-1](snt.Flatten()(tf.nn.relu(x))))
 
 
+class SonnetEncoder(snt.Module):
+    """The encoder in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [snt.Conv2D(16, 4, 4), snt.Conv2D(16, 4, 2), snt.Conv2D(32, 4, 2)]
+        self.layers.append(snt.Linear(64))
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = tf.nn.relu(layer(x))
+        return tf.nn.relu(self.layers[-1](snt.Flatten()(x)))
+
+
 class SonnetMLP(snt.Module):
     """Two linear layers of 64."""
 
@@ -59,7 +73,12 @@ class SonnetMLP(snt.Module):
         return x
 
 
-REFERENCES = {'shallow': SonnetShallow, 'deep': SonnetDeep, 'mlp': SonnetMLP}
+REFERENCES = {
+    'shallow': SonnetShallow,
+    'deep': SonnetDeep,
+    'mlp': SonnetMLP,
+    'autoencoder': SonnetEncoder,
+}
 
 
 def random_frames(shape, rows=3, dtype='uint8'):
@@ -108,6 +127,10 @@ CASES = [
     ('deep', (72, 96, 3), 'uint8'),
     ('deep', (56, 56, 3), 'uint8'),
     ('deep', (7, 5, 3), 'uint8'),
+    ('autoencoder', (84, 84, 4), 'uint8'),
+    ('autoencoder', (72, 96, 3), 'uint8'),
+    ('autoencoder', (21, 35, 3), 'uint8'),
+    ('autoencoder', (1, 1, 1), 'uint8'),
     ('mlp', (4,), 'float32'),
     ('mlp', (16,), 'uint8'),
 ]
@@ -137,7 +160,7 @@ def test_equals_the_same_network_of_sonnet_layers(name, shape, dtype):
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-4 * scale)
 
 
-@pytest.mark.parametrize('name', ['shallow', 'deep'])
+@pytest.mark.parametrize('name', ['shallow', 'deep', 'autoencoder'])
 def test_bfloat16_is_close_to_float32_with_float32_variables(name):
     shape = (56, 56, 3)
     torso, reference, own, theirs = torso_and_reference(name, shape, compute_dtype=tf.bfloat16)
@@ -172,8 +195,10 @@ def test_initial_weights_are_distributed_as_sonnets():
         assert not np.any(layer.b)
 
 
-@pytest.mark.parametrize('name', ['shallow', 'deep'])
-def test_no_gradient_of_the_frames_is_computed(name):
+@pytest.mark.parametrize(
+    ('name', 'convolutions'), [('shallow', 2), ('deep', 15), ('autoencoder', 3)]
+)
+def test_no_gradient_of_the_frames_is_computed(name, convolutions):
     shape = (24, 24, 3)
     torso = torsos.create_torso(name, ArraySpec(shape, 'uint8'), tf.float32)
 
@@ -186,8 +211,7 @@ def test_no_gradient_of_the_frames_is_computed(name):
     graph = gradients.get_concrete_function(tf.TensorSpec([None, *shape], tf.uint8)).graph
     needed = {op.name for op in reachable(graph.outputs)}
     kinds = [op.type for op in graph.get_operations() if op.name in needed]
-    convolutions = kinds.count('Conv2D')
-    assert convolutions == (2 if name == 'shallow' else 15)
+    assert kinds.count('Conv2D') == convolutions
     assert kinds.count('Conv2DBackpropFilter') == convolutions
     assert kinds.count('Conv2DBackpropInput') == convolutions - 1
 
@@ -203,10 +227,48 @@ def reachable(outputs):
     return seen
 
 
-@pytest.mark.parametrize('name', ['shallow', 'deep'])
+@pytest.mark.parametrize('name', ['shallow', 'deep', 'autoencoder'])
 def test_frames_that_are_no_images_are_refused(name):
     with pytest.raises(ValueError, match=rf'{name} torso needs uint8 frames .* float32 \[4\]'):
         torsos.create_torso(name, ArraySpec((4,), 'float32'), tf.float32)
+
+
+@pytest.mark.parametrize('latent_size', [1, 7])
+def test_the_latent_has_the_size_asked_for(latent_size):
+    frame = ArraySpec((20, 20, 3), 'uint8')
+    torso = torsos.create_torso('autoencoder', frame, tf.float32, latent_size)
+    assert torso.output_size == latent_size
+    assert torso(random_frames(frame.shape)).shape == (3, latent_size)
+
+
+def multiply_adds(torso, shape):
+    """Counts them for one frame by the shapes of TensorFlow's graph."""
+    graph = tf.function(torso).get_concrete_function(tf.TensorSpec([1, *shape], tf.uint8)).graph
+    count = 0
+    for op in graph.get_operations():
+        if op.type in ('Conv2D', 'MatMul'):
+            output, weights = op.outputs[0].shape, op.inputs[1].shape
+            count += math.prod(output) * math.prod(weights[:-1])
+    return count
+
+
+@pytest.mark.parametrize('shape', [(84, 84, 4), (72, 96, 3)])
+def test_the_encoder_costs_less_than_half_of_the_shallow_network(shape):
+    count = {
+        name: multiply_adds(torsos.create_torso(name, ArraySpec(shape, 'uint8'), tf.float32), shape)
+        for name in ('shallow', 'autoencoder')
+    }
+    if shape == (84, 84, 4):
+        assert count['shallow'] == (
+            20 * 20 * 16 * 8 * 8 * 4 + 9 * 9 * 32 * 4 * 4 * 16 + 9 * 9 * 32 * 256
+        )
+        assert count['autoencoder'] == (
+            21 * 21 * 16 * 4 * 4 * 4
+            + 11 * 11 * 16 * 4 * 4 * 16
+            + 6 * 6 * 32 * 4 * 4 * 16
+            + 6 * 6 * 32 * 64
+        )
+    assert count['autoencoder'] < 0.5 * count['shallow']
 
 
 def test_too_small_frames_are_refused_by_the_shallow_torso():
@@ -215,5 +277,5 @@ def test_too_small_frames_are_refused_by_the_shallow_torso():
 
 
 def test_an_unknown_torso_is_refused():
-    with pytest.raises(ValueError, match="Unknown torso 'wide'.*deep, shallow, mlp"):
+    with pytest.raises(ValueError, match="Unknown torso 'wide'.*deep, shallow, mlp, autoencoder"):
         torsos.create_torso('wide', ArraySpec((4,), 'float32'), tf.float32)

@@ -98,6 +98,12 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
 @pytest.mark.parametrize(
     ('flags', 'sentence'),
     [
+        ({'torso': 'autoencoder'}, r'The autoencoder torso needs .*\[2\]; use the mlp torso'),
+        ({'latent_size': 32}, '--latent_size=32 belongs to --torso=autoencoder; .*--torso=auto'),
+        (
+            {'torso': 'mlp', 'learner': LearnerConfig(autoencoder_cost=0.5)},
+            '--autoencoder_cost=0.5 belongs to --torso=autoencoder; .*--torso=mlp',
+        ),
         ({'torso': 'deep'}, 'The deep torso needs uint8 frames .*use the mlp torso'),
         (
             {'level_names': ('levels:short', 'levels:long', 'levels:lives')},
@@ -126,6 +132,8 @@ def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
 
 # What may be chosen of each setting of the learner; the first is the default.
 CHOICES = {
+    'torso': ('auto', 'autoencoder'),
+    'autoencoder_cost': (1.0, 0.0),
     'use_lstm': (False, True),
     'popart': (False, True),
     'loss': ('vtrace', 'appo'),
@@ -148,14 +156,30 @@ def _learner(choice):
     of_learner = {
         name: value
         for name, value in choice.items()
-        if name not in ('use_lstm', 'popart', 'loaders')
+        if name not in ('torso', 'use_lstm', 'popart', 'loaders')
     }
     return LearnerConfig(batch_size=2, unroll_length=10, **of_learner)
+
+
+def _run(logdir, choice):
+    # Of odd frames and instructions, or vectors.
+    level = 'levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short'
+    return config(
+        logdir,
+        level_names=(level,),
+        torso=choice['torso'],
+        use_lstm=choice['use_lstm'],
+        popart=choice['popart'],
+        loaders=choice['loaders'],
+        learner=_learner(choice),
+        total_environment_frames=200,
+    )
 
 
 def _is_accepted(choice):
     try:
         run_config.check_learner(_learner(choice), choice['popart'])
+        run_config.check_torso(_run('', choice))
     except run_config.ConfigError:
         return False
     return True
@@ -185,6 +209,7 @@ def test_pairs_that_never_train_are_those_refused_by_name():
         )
     }
     assert pairs - trained == {
+        (('torso', 'auto'), ('autoencoder_cost', 0.0)),
         (('popart', True), ('target_update_steps', 2)),
         (('loss', 'vtrace'), ('target_update_steps', 2)),
         (('loss', 'vtrace'), ('normalize_advantages', True)),
@@ -195,20 +220,15 @@ def test_pairs_that_never_train_are_those_refused_by_name():
 
 @pytest.mark.parametrize('choice', _pairwise(), ids=str)
 def test_every_pair_of_settings_trains(tmp_path, choice):
-    run = config(
-        tmp_path,
-        use_lstm=choice['use_lstm'],
-        popart=choice['popart'],
-        loaders=choice['loaders'],
-        learner=_learner(choice),
-        total_environment_frames=200,
-    )
-    assert training.train(run) == str(tmp_path / 'checkpoints' / 'ckpt-1')
+    assert training.train(_run(tmp_path, choice)) == str(tmp_path / 'checkpoints' / 'ckpt-1')
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert lines[-1]['frames'] == 200
     updates = _uses(200 // 20, choice['sample_reuse'], choice['reuse_buffer'])
     assert lines[-1]['updates'] == updates
     assert sum(line.get('updates_skipped', 0) for line in lines) == 0
+    decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
+    assert all(('loss/autoencoder' in line) == decodes for line in lines)
+    assert (tmp_path / 'reconstructions.png').exists() == decodes
     assert any('reused_policy_lag_mean' in line for line in lines) == (choice['sample_reuse'] > 1)
 
 
@@ -277,3 +297,25 @@ def test_a_run_goes_on_with_another_loss_but_not_with_other_variables(tmp_path, 
     appo = LearnerConfig(batch_size=2, unroll_length=10, loss='appo', sample_reuse=2)
     run = config(tmp_path, learner=appo, total_environment_frames=200)
     assert training.train(run) == str(tmp_path / 'checkpoints' / 'ckpt-2')
+
+
+def test_an_autoencoder_trains_in_bfloat16_and_goes_on_with_another_cost_only(tmp_path):
+    run = config(
+        tmp_path,
+        level_names=('levels:picture',),
+        torso='autoencoder',
+        latent_size=5,
+        compute_dtype='bfloat16',
+    )
+    training.train(run)
+    for changes, sentence in (
+        ({'latent_size': 64}, '--latent_size was 5 and is now 64'),
+        ({'torso': 'shallow', 'latent_size': 64}, '--torso was "autoencoder" and is now "shallow"'),
+    ):
+        with pytest.raises(checkpoint.LogdirError, match=sentence):
+            training.train(dataclasses.replace(run, **changes))
+    learner = dataclasses.replace(run.learner, autoencoder_cost=0.0)
+    more = dataclasses.replace(run, learner=learner, total_environment_frames=200)
+    assert training.train(more) == str(tmp_path / 'checkpoints' / 'ckpt-2')
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert ['loss/autoencoder' in line for line in lines] == 5 * [True] + 5 * [False]
