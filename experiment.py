@@ -131,6 +131,16 @@ flags.DEFINE_integer('sample_reuse', 1, 'Updates made of each batch.', lower_bou
 flags.DEFINE_integer(
     'reuse_buffer', 1, 'Batches held for that: the last so many; 1: in a row.', lower_bound=1
 )
+flags.DEFINE_float(
+    'replay_fraction',
+    0.0,
+    'Fraction of the unrolls of each batch that are replayed, drawn from those of before.',
+    lower_bound=0,
+    upper_bound=1,
+)
+flags.DEFINE_integer(
+    'replay_capacity', 10_000, 'Unrolls held for that; the oldest go.', lower_bound=1
+)
 flags.DEFINE_float('entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0)
 flags.DEFINE_float(
     'final_entropy_cost',
@@ -521,6 +531,8 @@ def _config() -> Any:
             unroll_length=FLAGS.unroll_length,
             sample_reuse=FLAGS.sample_reuse,
             reuse_buffer=FLAGS.reuse_buffer,
+            replay_fraction=FLAGS.replay_fraction,
+            replay_capacity=FLAGS.replay_capacity,
             loss=FLAGS.loss,
             discounting=FLAGS.discounting,
             entropy_cost=FLAGS.entropy_cost,

@@ -37,19 +37,15 @@ import tensorflow as tf
 
 from benchmarks import machine
 from dynamic_batching.exchange import UnrollInbox
-from impala.acting import UnrollBatch, compiled
+from impala.acting import UnrollBatch, batch_of_components, compiled
 from impala.agent import Agent, AgentConfig
 from impala.learner import Learner, LearnerConfig
 from impala.loading import Loading, move
 from impala.remote_actors import unroll_components
 from impala.run_config import has_fast_bfloat16
 from impala.trajectory import (
-    ActorOutput,
-    AgentOutput,
     ArraySpec,
     EnvironmentSpec,
-    StepOutput,
-    StepOutputInfo,
 )
 
 SPEC = EnvironmentSpec(
@@ -89,15 +85,7 @@ class Inbox:
     def take(self) -> UnrollBatch:
         """Waits for a batch; for `compiled`."""
         actors, components = self._inbox.take(self._batch_size)
-        level, version, reward, episode_return, episode_step, end, frame, *acted = components
-        env = StepOutput(
-            reward,
-            StepOutputInfo(episode_return, episode_step),
-            tf.not_equal(end, 0),
-            {'frame': frame},
-        )
-        output = ActorOutput(level, version, (), env, AgentOutput(*acted))
-        return UnrollBatch(output, actors, end)
+        return batch_of_components(components, actors, (), ['frame'])
 
 
 def batch_size_in_bytes(config: LearnerConfig) -> int:

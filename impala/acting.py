@@ -7,7 +7,7 @@ acts for all environments.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -29,13 +29,74 @@ class UnrollBatch(NamedTuple):
 
     Attributes:
       actor_output: `ActorOutput`, `[T+1, B, ...]`.
-      actors: i32 `[B]`, who acted.
+      actors: i32 `[B]`, who acted; -1 of unrolls that are replayed.
       ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
+      is_replayed: bool `[B]`, the unroll was in a batch of before.
     """
 
     actor_output: ActorOutput
     actors: tf.Tensor
     ends: tf.Tensor
+    is_replayed: tf.Tensor
+
+
+def batch_components(batch: UnrollBatch) -> list[tf.Tensor]:
+    """Returns what a batch consists of, in the order of `remote_actors.unroll_components`."""
+    output = batch.actor_output
+    env = output.env_outputs
+    return [
+        output.level_id,
+        output.policy_version,
+        *tf.nest.flatten(output.agent_state),
+        env.reward,
+        *env.info,
+        batch.ends,
+        *env.observation.values(),
+        *output.agent_outputs,
+    ]
+
+
+def batch_of_components(
+    components: Sequence[tf.Tensor],
+    actors: tf.Tensor,
+    state_structure: Any,
+    observation_names: Sequence[str],
+    is_replayed: tf.Tensor | None = None,
+) -> UnrollBatch:
+    """Puts a batch together; the inverse of `batch_components`.
+
+    Args:
+      components: in that order.
+      actors: i32 `[B]`.
+      state_structure: nest of the shape of the agent's state.
+      observation_names: in the order of the components.
+      is_replayed: bool `[B]`; None if no unroll is.
+    """
+    level_id, policy_version, *rest = components
+    num_states = len(tf.nest.flatten(state_structure))
+    states, rest = rest[:num_states], rest[num_states:]
+    reward, episode_return, episode_step, end, *observation = rest[:-3]
+    return UnrollBatch(
+        ActorOutput(
+            level_id=level_id,
+            policy_version=policy_version,
+            agent_state=tf.nest.pack_sequence_as(state_structure, states),
+            env_outputs=StepOutput(
+                reward=reward,
+                info=StepOutputInfo(episode_return, episode_step),
+                done=tf.not_equal(end, 0),
+                observation=dict(zip(observation_names, observation, strict=True)),
+            ),
+            agent_outputs=AgentOutput(*rest[-3:]),
+        ),
+        actors,
+        end,
+        tf.zeros_like(actors, tf.bool) if is_replayed is None else is_replayed,
+    )
+
+
+# Has batches consist of fresh unrolls, of which it asks for some number, and of others.
+Mix = Callable[[Callable[[int], UnrollBatch]], UnrollBatch]
 
 
 class UnrollSource:
@@ -99,28 +160,35 @@ class UnrollSource:
             requests.tickets, policy_version, list(outputs), tf.nest.flatten(state)
         )
 
-    def assembler(self, batch_size: int) -> Callable[[], UnrollBatch]:
-        """Returns a function that waits for B unrolls and makes a batch of them; see `compiled`."""
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
+        """Returns a function that waits for unrolls and makes a batch of them; see `compiled`.
 
-        def dequeue() -> UnrollBatch:
+        Args:
+          batch_size: B, unrolls.
+          mix: has a part of each batch replayed, as `impala.replay.ReplayMixer.batch` does, and
+            decides how many are waited for.
+        """
+
+        def dequeue(batch_size: int) -> UnrollBatch:
             unrolls = self.batcher.dequeue(batch_size)
-            return UnrollBatch(
-                ActorOutput(
-                    level_id=unrolls.level_ids,
-                    policy_version=unrolls.policy_versions,
-                    agent_state=tf.nest.pack_sequence_as(self._state_structure, unrolls.states),
-                    env_outputs=self._step_output(unrolls.inputs),
-                    agent_outputs=AgentOutput(*unrolls.outputs),
-                ),
+            return batch_of_components(
+                [
+                    unrolls.level_ids,
+                    unrolls.policy_versions,
+                    *unrolls.states,
+                    *unrolls.inputs,
+                    *unrolls.outputs,
+                ],
                 unrolls.actors,
-                unrolls.inputs[3],
+                self._state_structure,
+                self._observation_names,
             )
 
-        return compiled(dequeue)
+        return compiled(lambda: mix(dequeue) if mix else dequeue(batch_size))
 
-    def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
-        """Yields batches of B unrolls until the batcher is closed, one assembled ahead of use."""
-        loading = Loading(self.assembler(batch_size))
+    def batches(self, batch_size: int, mix: Mix | None = None) -> Iterator[UnrollBatch]:
+        """Yields batches, as of `assembler`, until the batcher is closed, one ahead of use."""
+        loading = Loading(self.assembler(batch_size, mix))
         try:
             for (batch,) in loading:
                 yield batch

@@ -18,6 +18,9 @@ from impala.trajectory import ActorOutput, AgentOutput, StepOutput
 
 Optimizer = Literal['rmsprop', 'adam']
 
+# Unrolls, and which of them are replayed, bool `[B]`.
+_Part = tuple[ActorOutput, tf.Tensor]
+
 
 @dataclasses.dataclass(frozen=True)
 class LearnerConfig(losses.LossConfig):
@@ -28,6 +31,9 @@ class LearnerConfig(losses.LossConfig):
       unroll_length: T, agent steps per unroll.
       sample_reuse: how often the loop trains on each batch; see `impala.sample_reuse`.
       reuse_buffer: batches that it holds for that.
+      replay_fraction: of the unrolls of each batch that come from the replay; 0 is without one. See
+        `impala.replay`.
+      replay_capacity: unrolls that the replay holds.
       target_update_steps: updates between those of the target network of `losses.appo_loss`; 0 for
         none.
       total_agent_steps: agent steps over which the learning rate falls linearly to 0.
@@ -48,6 +54,8 @@ class LearnerConfig(losses.LossConfig):
     unroll_length: int = 100
     sample_reuse: int = 1
     reuse_buffer: int = 1
+    replay_fraction: float = 0.0
+    replay_capacity: int = 10_000
     target_update_steps: int = 0
     total_agent_steps: int = 250_000_000
     learning_rate: float = 0.00048
@@ -154,9 +162,10 @@ class Learner(tf.Module):
         self.optimizer = _create_optimizer(self._parameters, config)
         self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
         self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
-        steps = config.batch_size * config.unroll_length * self._num_learners
-        self._steps_of_batch = tf.constant(steps, tf.int64)
+        # Tensors, because each number would make a graph of its own.
+        self._steps_per_unroll = tf.constant(config.unroll_length, tf.int64)
         self._no_steps = tf.constant(0, tf.int64)
+        self._none_replayed = tf.zeros([config.batch_size // self._num_parts], tf.bool)
 
     @property
     def devices(self) -> list[str | None]:
@@ -203,7 +212,9 @@ class Learner(tf.Module):
         assert self._strategy is not None
         self._strategy.run(copy)
 
-    def step(self, batch: ActorOutput, is_fresh: bool = True) -> dict[str, tf.Tensor]:
+    def step(
+        self, batch: ActorOutput, is_fresh: bool = True, is_replayed: tf.Tensor | None = None
+    ) -> dict[str, tf.Tensor]:
         """Updates the weights once, or not at all where the loss or a gradient is not finite.
 
         Several replicas do, up to rounding, what one does with all their unrolls in one batch:
@@ -216,6 +227,8 @@ class Learner(tf.Module):
             devices.
           is_fresh: whether its agent steps are new; those of a batch that was given before do not
             count again.
+          is_replayed: bool `[B]`, unrolls that were in a batch of before, whose agent steps do not
+            count again either; None if none was.
 
         Returns:
           Scalar tensors, of all replicas together:
@@ -228,17 +241,24 @@ class Learner(tf.Module):
           `learning_rate`: f32, of this update.
           `entropy_cost`: f32, of this update; only if it changes over the run.
           `policy_lag_mean` f32, `policy_lag_max` i64: updates between the weights that acted and
-            those being updated, over the unrolls of the batch.
+            those being updated, over the unrolls of the batch that are not replayed.
+          `replayed_policy_lag_mean` f32, `replayed_policy_lag_max` i64: of those that are, and
+            `replayed_fraction` f32, their part of all unrolls; only with `replay_fraction`. The
+            lags mean nothing where that part is 0.
           `skipped`: bool, loss or gradient was not finite; weights and optimizer are as before.
 
         Raises:
           ValueError: the batch is not `[T+1, B]`.
         """
         self._check_shape(batch, self.config.batch_size)
-        return self.step_in_parts(_divide(batch, self._num_parts), is_fresh)
+        masks = None if is_replayed is None else tf.split(is_replayed, self._num_parts)
+        return self.step_in_parts(_divide(batch, self._num_parts), is_fresh, masks)
 
     def step_in_parts(
-        self, parts: Sequence[ActorOutput], is_fresh: bool = True
+        self,
+        parts: Sequence[ActorOutput],
+        is_fresh: bool = True,
+        are_replayed: Sequence[tf.Tensor] | None = None,
     ) -> dict[str, tf.Tensor]:
         """Does what `step` does, with a batch that is divided already.
 
@@ -246,6 +266,7 @@ class Learner(tf.Module):
           parts: `ActorOutput` of T and B / `len(devices)`, one for each of `devices`, best of
             tensors that are there.
           is_fresh: as of `step`.
+          are_replayed: `is_replayed` of `step` of each part.
 
         Returns:
           As `step`.
@@ -255,19 +276,20 @@ class Learner(tf.Module):
         """
         for part in parts:
             self._check_shape(part, self.config.batch_size // self._num_parts)
-        new_steps = self._steps_of_batch if is_fresh else self._no_steps
+        new_steps = self._steps_per_unroll if is_fresh else self._no_steps
+        if are_replayed is None:
+            are_replayed = [self._none_replayed] * self._num_parts
+        pairs = iter(list(zip(parts, are_replayed, strict=True)))
         if self._strategy is None:
-            (batch,) = parts
-            return self._step(batch, new_steps)
-        remaining = iter(parts)
+            return self._step(next(pairs), new_steps)
         return self._step_together(
-            self._strategy.experimental_distribute_values_from_function(lambda _: next(remaining)),
+            self._strategy.experimental_distribute_values_from_function(lambda _: next(pairs)),
             new_steps,
         )
 
     @tf.function(autograph=False)
-    def _step(self, batch: ActorOutput, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        return self._step_replica(batch, new_steps)
+    def _step(self, part: _Part, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        return self._step_replica(part, new_steps)
 
     @tf.function(autograph=False)
     def _step_together(self, parts: Any, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -275,7 +297,8 @@ class Learner(tf.Module):
         metrics = self._strategy.run(self._step_replica, args=(parts, new_steps))
         return {name: self._local(value) for name, value in metrics.items()}
 
-    def _step_replica(self, batch: ActorOutput, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _step_replica(self, part: _Part, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        batch, is_replayed = part
         parameters = self._parameters
         popart, value_stddev = self.agent.popart, None
         if popart is not None:
@@ -322,7 +345,8 @@ class Learner(tf.Module):
         lag = self.updates - batch.policy_version
         moments = None if popart is None else popart.moments(targets, batch.level_id)
         if self._strategy is not None:
-            total, parts, gradients, lag, moments = _join(total, parts, gradients, lag, moments)
+            total, parts, gradients, moments = _join(total, parts, gradients, moments)
+            lag, is_replayed = _gather(lag, is_replayed)
         gradients = [
             sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
             for gradient in gradients
@@ -331,12 +355,12 @@ class Learner(tf.Module):
         with tf.control_dependencies([lag] if moments is None else [lag, moments]):
             update = self._update(total, gradients, parameters, schedules['learning_rate'], moments)
             with tf.control_dependencies([update['skipped']]):
-                _add(self.agent_steps, new_steps)
+                num_fresh = tf.math.count_nonzero(tf.logical_not(is_replayed))
+                _add(self.agent_steps, new_steps * num_fresh)
         return {
             'loss/total': total,
             **{f'loss/{name}': part for name, part in parts.items()},
-            'policy_lag_mean': tf.reduce_mean(tf.cast(lag, tf.float32)),
-            'policy_lag_max': tf.reduce_max(lag),
+            **self._lags(lag, is_replayed),
             **schedules,
             **update,
         }
@@ -363,6 +387,24 @@ class Learner(tf.Module):
         """
         assert self.decoder is not None
         return self.decoder(self.agent.encode(frames))
+
+    def _lags(self, lag: tf.Tensor, is_replayed: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns what there is to log of the policy lags i64 `[N]`."""
+
+        def of(prefix: str, chosen: tf.Tensor) -> dict[str, tf.Tensor]:
+            lags = tf.boolean_mask(lag, chosen)
+            return {
+                f'{prefix}policy_lag_mean': tf.reduce_mean(tf.cast(lags, tf.float32)),
+                f'{prefix}policy_lag_max': tf.reduce_max(lags),
+            }
+
+        if not self.config.replay_fraction:
+            return of('', tf.ones_like(is_replayed))
+        return {
+            'replayed_fraction': tf.reduce_mean(tf.cast(is_replayed, tf.float32)),
+            **of('replayed_', is_replayed),
+            **of('', tf.logical_not(is_replayed)),
+        }
 
     def _update(
         self,
@@ -464,20 +506,26 @@ def _join(
     loss: tf.Tensor,
     parts: dict[str, tf.Tensor],
     gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
-    lag: tf.Tensor,
     moments: tf.Tensor | None,
-) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor, tf.Tensor | None]:
-    """Sums losses, gradients and moments over all replicas, and has the lags of all, `[N]`."""
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor | None]:
+    """Sums losses, gradients and moments over all replicas."""
     context = tf.distribute.get_replica_context()
     present = [gradient for gradient in gradients if gradient is not None]
     loss, parts, present = context.all_reduce(tf.distribute.ReduceOp.SUM, (loss, parts, present))
     summed = iter(present)
     gradients = [None if gradient is None else next(summed) for gradient in gradients]
-    lag = context.all_gather(lag, axis=0)
     if moments is not None:
         # Not together with the others: what is summed together is of one dtype.
         moments = context.all_reduce(tf.distribute.ReduceOp.SUM, moments)
-    return loss, parts, gradients, lag, moments
+    return loss, parts, gradients, moments
+
+
+def _gather(lag: tf.Tensor, is_replayed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the lags of the unrolls of all replicas, `[N]`, and which of these are replayed."""
+    # In one piece, since each exchange is another wait for all others.
+    pairs = tf.stack([lag, tf.cast(is_replayed, tf.int64)], 1)
+    pairs = tf.distribute.get_replica_context().all_gather(pairs, axis=0)
+    return pairs[:, 0], tf.not_equal(pairs[:, 1], 0)
 
 
 def _add(variable: tf.Variable, amount: tf.Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from environments import level_cache_statistics
-from impala.acting import BehaviourPolicy, UnrollBatch, UnrollSource
+from impala.acting import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
 from impala.learner_group import Log
@@ -76,9 +76,9 @@ class LocalActors:
         """Has the actors act with other weights; see `BehaviourPolicy.publish`."""
         self._behaviour.publish(weights, version)
 
-    def assembler(self, batch_size: int) -> Callable[[], UnrollBatch]:
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
         """Returns what assembles batches until the actors are closed, for `Loading`."""
-        return self._source.assembler(batch_size)
+        return self._source.assembler(batch_size, mix)
 
     def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
         """Yields batches of unrolls until the actors are closed; see `UnrollSource.batches`."""

@@ -10,20 +10,16 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import ActorStatistics, Component, UnrollInbox, WeightsBoard
-from impala.acting import UnrollBatch, compiled
+from impala.acting import Mix, UnrollBatch, batch_components, batch_of_components, compiled
 from impala.agent import Agent
 from impala.learner_group import Log
 from impala.remote import LearnerServer
 from impala.run_config import TrainingConfig
 from impala.trajectory import (
     INSTRUCTION_BUCKETS,
-    ActorOutput,
-    AgentOutput,
     ArraySpec,
     EnvironmentSpec,
     EpisodeEnd,
-    StepOutput,
-    StepOutputInfo,
 )
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
@@ -79,12 +75,12 @@ def unroll_components(
 
 def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
     """Returns one unroll of a batch as arrays, in the order of `unroll_components`."""
-    output = batch.actor_output
-    env = output.env_outputs
-    per_unroll = [output.level_id, output.policy_version, *tf.nest.flatten(output.agent_state)]
-    rows = [env.reward, *env.info, batch.ends, *env.observation.values(), *output.agent_outputs]
     # Views of the tensors, where `numpy()` would copy.
-    return [np.asarray(t)[column] for t in per_unroll] + [np.asarray(t)[:, column] for t in rows]
+    arrays = [np.asarray(component) for component in batch_components(batch)]
+    num_per_unroll = 2 + len(tf.nest.flatten(batch.actor_output.agent_state))
+    return [array[column] for array in arrays[:num_per_unroll]] + [
+        array[:, column] for array in arrays[num_per_unroll:]
+    ]
 
 
 class RemoteActors:
@@ -114,7 +110,6 @@ class RemoteActors:
         """
         self._observation_names = list(spec.observation)
         self._state_structure = agent.state_spec
-        self._num_states = len(tf.nest.flatten(agent.state_spec))
         self._report = report
         components = unroll_components(
             spec, agent.state_spec, config.learner.unroll_length, len(config.level_names)
@@ -146,30 +141,14 @@ class RemoteActors:
         with tf.control_dependencies([self._inbox.set_latest_version(version)]):
             self._board.publish([tf.identity(weight) for weight in weights], version)
 
-    def assembler(self, batch_size: int) -> Callable[[], UnrollBatch]:
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
         """Returns what assembles batches until the queue is closed, for `Loading`."""
-        return compiled(lambda: self._take(batch_size))
+        return compiled(lambda: mix(self._take) if mix else self._take(batch_size))
 
     def _take(self, batch_size: int) -> UnrollBatch:
         actors, components = self._inbox.take(batch_size)
-        level_id, policy_version, *rest = components
-        states, rest = rest[: self._num_states], rest[self._num_states :]
-        reward, episode_return, episode_step, end, *observation = rest[:-3]
-        return UnrollBatch(
-            ActorOutput(
-                level_id=level_id,
-                policy_version=policy_version,
-                agent_state=tf.nest.pack_sequence_as(self._state_structure, states),
-                env_outputs=StepOutput(
-                    reward=reward,
-                    info=StepOutputInfo(episode_return, episode_step),
-                    done=tf.not_equal(end, 0),
-                    observation=dict(zip(self._observation_names, observation, strict=True)),
-                ),
-                agent_outputs=AgentOutput(*rest[-3:]),
-            ),
-            actors,
-            end,
+        return batch_of_components(
+            components, actors, self._state_structure, self._observation_names
         )
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """What a run is: its settings, the network that follows from them, and what must not change."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -210,6 +211,19 @@ def check_learner(config: LearnerConfig, popart: bool = False) -> None:
         raise ConfigError(
             f'--reuse_buffer={config.reuse_buffer} holds batches that no one uses again: give '
             '--sample_reuse=2 or more, too.'
+        )
+    capacity = config.replay_capacity
+    if not config.replay_fraction and capacity != defaults['replay_capacity']:
+        raise ConfigError(
+            f'--replay_capacity={capacity} holds trajectories that no one uses again: give '
+            '--replay_fraction=0.5, for instance, too.'
+        )
+    if config.replay_fraction * config.batch_size > config.batch_size - 1:
+        most = (config.batch_size - 1) / config.batch_size
+        raise ConfigError(
+            f'--replay_fraction={config.replay_fraction} would leave nothing new in some batches '
+            f'of --batch_size={config.batch_size}: give a larger batch, or '
+            f'--replay_fraction={math.floor(most * 1000) / 1000} at most.'
         )
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -26,7 +27,8 @@ from impala.learner_group import (
 )
 from impala.loading import Loading
 from impala.local_actors import LocalActors
-from impala.remote_actors import RemoteActors, run_settings
+from impala.remote_actors import RemoteActors, run_settings, unroll_components
+from impala.replay import Replay, ReplayMixer, unroll_nbytes
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
@@ -113,6 +115,7 @@ def train(
             group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr))
         frames_per_step = spec.num_action_repeats
         agent, learner = _create_learner(config, network, spec, member, learner_devices)
+        replay = _create_replay(config, spec, agent, len(learner.devices), member)
         checkpointer: Checkpointer | None = None
         if is_first:
             checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
@@ -161,7 +164,10 @@ def train(
         # Ends after the actors, for whom its threads wait.
         loading = stack.enter_context(
             Loading(
-                actors.assembler(config.learner.batch_size // len(learner.devices)),
+                actors.assembler(
+                    config.learner.batch_size // len(learner.devices),
+                    None if replay is None else replay.batch,
+                ),
                 config.loaders,
                 learner.devices,
             )
@@ -175,6 +181,11 @@ def train(
             f'on {_place(member, learner_devices)} in {network.compute_dtype}'
             + (f'; all goes to {config.logdir}' if is_first else '')
         )
+        if replay is not None:
+            log.message(
+                f'Replay of {config.learner.replay_capacity:,} trajectories: up to '
+                f'{replay.replay.nbytes / 1e9:.2f} GB of memory'
+            )
         if checkpointer is not None and checkpointer.latest is not None:
             log.message(f'Going on from {checkpointer.latest}, at agent step {agent_steps:,}')
 
@@ -191,6 +202,7 @@ def train(
                 learner,
                 actors,
                 loading,
+                replay,
                 log,
                 timer,
                 checkpointer,
@@ -256,6 +268,42 @@ def _create_learner(
             ) from error
 
 
+def _create_replay(
+    config: TrainingConfig,
+    spec: EnvironmentSpec,
+    agent: Agent,
+    num_devices: int,
+    member: Member | None,
+) -> ReplayMixer | None:
+    """Makes what fills a part of each batch, or of each device's part, if the flags say so."""
+    learner = config.learner
+    if not learner.replay_fraction:
+        return None
+    part_size = learner.batch_size // num_devices
+    if learner.replay_fraction * part_size > part_size - 1:
+        raise ConfigError(
+            f'--replay_fraction={learner.replay_fraction} would leave nothing new for some of '
+            f'{num_devices} devices, each of which has {part_size} unrolls of '
+            f'--batch_size={learner.batch_size}: give a larger batch or a smaller fraction.'
+        )
+    components = unroll_components(
+        spec, agent.state_spec, learner.unroll_length, len(config.level_names)
+    )
+    is_stack = spec.suite == 'atari' and spec.observation['frame'].shape[-1] > 1
+    stack = 'frame' if is_stack else None
+    nbytes = unroll_nbytes(components, stack)
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    if learner.replay_capacity * nbytes > memory:
+        raise ConfigError(
+            f'--replay_capacity={learner.replay_capacity} trajectories of {nbytes:,} bytes are '
+            f'more than the {memory / 1e9:.1f} GB of memory of this machine: give at most '
+            f'--replay_capacity={memory // nbytes}, and less for there to be room for the rest.'
+        )
+    seed = (config.seed, 0 if member is None else member.task)
+    replay = Replay(components, learner.replay_capacity, seed, stack)
+    return ReplayMixer(replay, learner.replay_fraction, part_size)
+
+
 def _shared_settings(
     config: TrainingConfig, member: Member, spec: EnvironmentSpec, network: dict[str, Any]
 ) -> dict[str, Any]:
@@ -300,6 +348,7 @@ def _learn(
     learner: Learner,
     actors: LocalActors | RemoteActors,
     loading: Loading[UnrollBatch],
+    replay: ReplayMixer | None,
     log: Log,
     timer: 'StageTimer',
     checkpointer: Checkpointer | None,
@@ -319,7 +368,8 @@ def _learn(
         with timer('learner/train_step'):
             try:
                 outputs = [part.actor_output for part in parts]
-                metrics = _to_floats(learner.step_in_parts(outputs, is_fresh))
+                are_replayed = [part.is_replayed for part in parts]
+                metrics = _to_floats(learner.step_in_parts(outputs, is_fresh, are_replayed))
             except tf.errors.OpError as error:
                 if group is None:
                     raise
@@ -338,6 +388,8 @@ def _learn(
             if log.line_is_due:
                 log.record_stage_seconds(actors.record(log) | timer.seconds)
                 record_reconstructions(log, learner, parts[0])
+                if replay is not None:
+                    log.record_stage_seconds(replay.record(log))
             log.maybe_write(agent_steps * frames_per_step, agent_steps, updates)
             if checkpointer is not None:
                 checkpointer.maybe_save(log.wall_seconds)
@@ -359,15 +411,17 @@ def _of_reuse(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def record_episodes(log: Log, batch: UnrollBatch) -> None:
-    """Hands the episodes that ended in a batch to the log."""
+    """Hands the episodes that ended in the unrolls of a batch that are new to the log."""
     info = batch.actor_output.env_outputs.info
-    log.record_agent_steps(batch.actor_output.level_id.numpy(), info.episode_step.shape[0] - 1)
+    is_new = ~batch.is_replayed.numpy()
+    level_ids = batch.actor_output.level_id.numpy()[is_new]
+    log.record_agent_steps(level_ids, info.episode_step.shape[0] - 1)
     # Row 0 stands in the unroll before, too, or is the first of an actor.
     log.record_episodes(
-        batch.actor_output.level_id.numpy(),
-        info.episode_return.numpy()[1:],
-        info.episode_step.numpy()[1:],
-        batch.ends.numpy()[1:],
+        level_ids,
+        info.episode_return.numpy()[1:, is_new],
+        info.episode_step.numpy()[1:, is_new],
+        batch.ends.numpy()[1:, is_new],
     )
 
 
@@ -407,4 +461,7 @@ class StageTimer:
 
 
 def _to_floats(metrics: dict[str, tf.Tensor]) -> dict[str, float]:
-    return {name: float(np.asarray(value)) for name, value in metrics.items()}
+    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    if values.get('replayed_fraction') == 0:
+        values = {name: v for name, v in values.items() if not name.startswith('replayed_policy')}
+    return values

@@ -455,6 +455,34 @@ def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_run_with_replay_on_atari(tmp_path):
+    logdir = tmp_path / 'run'
+    flags = ['--level_name=ALE/Pong-v5', '--num_actors=4', '--batch_size=4', '--unroll_length=20']
+    flags += ['--envs_per_process=4', '--total_environment_frames=12000', '--log_secs=0']
+    flags += ['--replay_fraction=0.3', '--replay_capacity=20', '--intra_op_threads=1']
+    with Run(tmp_path, *flags, f'--logdir={logdir}') as run:
+        assert run.wait() == 0, run.stderr
+    # 20 of 170,322 bytes.
+    assert 'Replay of 20 trajectories: up to 0.00 GB' in run.stderr
+    lines = metrics(logdir)
+    # Three batches of ten have two replayed unrolls, the others one; the first has none.
+    fresh = [80, *[60 if k % 5 else 40 for k in range(1, 60)]]
+    for line, replayed in zip(lines, [0, 1, 1, 1, 1, 2], strict=False):
+        assert line['replayed_fraction'] * 4 == replayed
+    assert [line['agent_steps'] for line in lines] == list(np.cumsum(fresh)[: len(lines)])
+    # The last 20 to be stored are of the last 10 updates or so; each was a few updates old then.
+    for line in lines[20:]:
+        assert line['replay_unrolls'] == 20
+        assert line['replayed_policy_lag_max'] <= 10 + line['policy_lag_max'] + 10
+    mean = {
+        name: np.mean([line[name] for line in lines[20:]])
+        for name in ('policy_lag_mean', 'replayed_policy_lag_mean')
+    }
+    assert mean['replayed_policy_lag_mean'] > mean['policy_lag_mean'] + 2
+    stages = {key for key in lines[-1] if key.startswith('stage_seconds/replay')}
+    assert stages == {'stage_seconds/replay/sample', 'stage_seconds/replay/store'}
+
+
 def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
     """DeepMind Lab is missing here, or made to be."""
     (tmp_path / 'deepmind_lab.py').write_text('raise ImportError("no module deepmind_lab")\n')
@@ -468,6 +496,7 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
         ),
         (('--latent_size=5',), '--latent_size=5 belongs to --torso=autoencoder'),
         (('--target_update_steps=5',), '--target_update_steps=5 belongs to --loss=appo'),
+        (('--replay_fraction=0.7',), '--replay_fraction=0.7 would leave nothing new in some'),
         (('--inference_batch_size=5',), '--inference_batch_size=5 is more than .*num_actors=4'),
         (('--logdir=/dev/null/run',), 'Cannot use /dev/null/run as log directory'),
         (('--mode=test', f'--logdir={tmp_path}/none'), 'none is not the folder of a training run'),

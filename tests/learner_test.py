@@ -268,6 +268,31 @@ def test_policy_lag_counts_updates_since_the_weights_that_acted():
     assert metrics['policy_lag_max'].numpy() == 0
 
 
+def test_replayed_unrolls_are_learnt_from_but_told_apart():
+    config = _config(replay_fraction=0.5, total_agent_steps=100)
+    batch = batch_of(config, mlp_agent().initial_state(3))
+    batch = batch._replace(policy_version=tf.constant([10, 4, 7], tf.int64))
+    learners = [Learner(mlp_agent(), each) for each in (config, _config(total_agent_steps=100))]
+    for learner in learners:
+        learner.updates.assign(10)
+    metrics = learners[0].step(batch, is_replayed=tf.constant([False, True, True]))
+    assert learners[0].counts() == (11, 5)
+    np.testing.assert_allclose(metrics['replayed_fraction'], 2 / 3, rtol=1e-6)
+    assert [metrics[name].numpy() for name in ('policy_lag_mean', 'policy_lag_max')] == [0, 0]
+    assert metrics['replayed_policy_lag_mean'].numpy() == 4.5
+    assert metrics['replayed_policy_lag_max'].numpy() == 6
+    # What is learnt does not depend on it.
+    assert 'replayed_fraction' not in learners[1].step(batch)
+    assert learners[1].counts() == (11, 15)
+    _assert_equal(*[_values(learner.agent.trainable_variables) for learner in learners])
+    # All is fresh, then the same again.
+    for is_fresh, agent_steps in ((True, 20), (False, 20)):
+        metrics = learners[0].step(batch, is_fresh, tf.zeros([3], tf.bool))
+        assert metrics['replayed_fraction'].numpy() == 0
+        assert learners[0].counts()[1] == agent_steps
+    assert learners[0]._step.experimental_get_tracing_count() == 1
+
+
 def test_agent_state_of_the_batch_is_used():
     config = _config()
     losses = []

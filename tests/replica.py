@@ -30,6 +30,8 @@ UPDATES = 4
 POISONED = 2
 # Agents that `pipelines` is tried with.
 PIPELINED = ('lstm', 'popart')
+# Unrolls of the joined batch that are replayed, not as many of them in each part.
+REPLAYED = [False, True, True, False]
 
 APPO = {
     'loss': 'appo',
@@ -102,8 +104,12 @@ def train(learner, part=0, num_parts=1):
     uses_state = isinstance(learner.agent, EmbeddingAgent)
     for update in range(UPDATES):
         state = () if uses_state else learner.agent.initial_state(BATCH_SIZE)
-        batch = joined_batch(update, state, learner.decoder is not None)
-        metrics = learner.step(share(batch, part, num_parts))
+        is_replayed = None
+        if learner.config.replay_fraction:
+            size = BATCH_SIZE // num_parts
+            is_replayed = tf.constant(REPLAYED[part * size : (part + 1) * size])
+        batch = share(joined_batch(update, state, learner.decoder is not None), part, num_parts)
+        metrics = learner.step(batch, is_replayed=is_replayed)
         yield metrics, learner.variables
 
 
@@ -143,6 +149,11 @@ def agents():
         'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
         'appo': (mlp_agent, APPO),
         'autoencoder': (encoder_agent, {'momentum': 0.5, 'autoencoder_cost': 10.0}),
+        # Half of the agent steps count, and the learning rate falls in as many updates as ever.
+        'replay': (
+            mlp_agent,
+            {'replay_fraction': 0.5, 'total_agent_steps': UPDATES * BATCH_SIZE // 2 * 5},
+        ),
     }
 
 

@@ -105,6 +105,25 @@ def test_learners_train_one_model(tmp_path, addresses):
     assert scores['mean'] > 44
 
 
+def test_learners_with_a_replay_each(tmp_path, addresses):
+    logdir = tmp_path / 'run'
+    flags = ['--replay_fraction=0.5', '--total_environment_frames=4000']
+    with (
+        learner(tmp_path / 'first', logdir, 0, addresses, *flags) as first,
+        learner(tmp_path / 'second', logdir, 1, addresses, *flags) as second,
+        actor(tmp_path / 'a', 0, addresses) as a,
+        actor(tmp_path / 'b', 1, addresses) as b,
+    ):
+        for each in (first, second, a, b):
+            assert each.wait() == 0, each.stderr
+    lines = metrics(logdir)
+    # All is fresh in the first update.
+    expected = [(1 + line['updates']) * STEPS_PER_UPDATE // 2 for line in lines]
+    assert [line['frames'] for line in lines] == expected
+    assert lines[-1]['replayed_fraction'] == 0.5
+    assert lines[-1]['replayed_policy_lag_mean'] > lines[-1]['policy_lag_mean']
+
+
 @pytest.mark.parametrize(
     ('task', 'number', 'sentence'),
     [
@@ -139,25 +158,29 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
 
 
 @pytest.mark.parametrize(
-    ('flags', 'updates_per_batch'),
+    ('flags', 'updates_per_batch', 'fresh'),
     [
-        ([], 1),
+        ([], 1, 8),
         (
             ['--loss=appo', '--sample_reuse=3', '--target_update_steps=4', '--optimizer=adam']
             + ['--epsilon=0.1', '--normalize_advantages', '--kl_cost=0.1', '--loaders=4'],
             3,
+            8,
         ),
+        (['--replay_fraction=0.25', '--popart'], 1, 6),
     ],
 )
-def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch):
+def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch, fresh):
     logdir = tmp_path / 'run'
     flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000', *flags]
     with Run(tmp_path / 'run of two', *CARTPOLE, f'--logdir={logdir}', *flags) as run:
         assert run.wait() == 0, run.stderr
     assert 'learner on /cpu:0 and /cpu:1' in run.stderr
     last = metrics(logdir)[-1]
-    batches = last['frames'] // (8 * 20)
-    assert last['frames'] == batches * 8 * 20 >= 3000
+    # Before there is anything to replay each device may have a part that is all fresh.
+    batches, more = divmod(last['frames'], fresh * 20)
+    assert last['frames'] >= 3000
+    assert more <= (8 - fresh) * 20
     # The run ends with the last frame, so the last batch is used once.
     assert last['updates'] == (batches - 1) * updates_per_batch + 1
     assert checkpoints(logdir)

@@ -139,6 +139,7 @@ CHOICES = {
     'loss': ('vtrace', 'appo'),
     'sample_reuse': (1, 2, 4),
     'reuse_buffer': (1, 3),
+    'replay_fraction': (0.0, 0.5),
     'optimizer': ('rmsprop', 'adam'),
     'target_update_steps': (0, 2),
     'normalize_advantages': (False, True),
@@ -223,8 +224,20 @@ def test_every_pair_of_settings_trains(tmp_path, choice):
     assert training.train(_run(tmp_path, choice)) == str(tmp_path / 'checkpoints' / 'ckpt-1')
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert lines[-1]['frames'] == 200
-    updates = _uses(200 // 20, choice['sample_reuse'], choice['reuse_buffer'])
+    batches = 200 // 20
+    if choice['replay_fraction']:
+        # One that is all fresh, and then two for each as many frames.
+        batches = 1 + 2 * (batches - 1)
+        assert {line['replayed_fraction'] for line in lines} == {0, 0.5}
+        all_fresh = [line for line in lines if line['replayed_fraction'] == 0]
+        assert len(all_fresh) == choice['sample_reuse']
+        assert [line for line in lines if 'replayed_policy_lag_max' not in line] == all_fresh
+    else:
+        assert not any(name.startswith('replay') for line in lines for name in line)
+    updates = _uses(batches, choice['sample_reuse'], choice['reuse_buffer'])
     assert lines[-1]['updates'] == updates
+    # Two actors of which each unroll has two episodes, told once.
+    assert len((tmp_path / 'episodes.csv').read_text().splitlines()) == 1 + 200 // 5
     assert sum(line.get('updates_skipped', 0) for line in lines) == 0
     decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
     assert all(('loss/autoencoder' in line) == decodes for line in lines)
@@ -255,6 +268,14 @@ def _uses(batches, times, buffer_size):
             '--clip_target_rho_threshold=3.0 is .* give --target_update_steps=1 or more',
         ),
         ({'reuse_buffer': 4}, '--reuse_buffer=4 holds .* give --sample_reuse=2 or more'),
+        (
+            {'replay_capacity': 9},
+            '--replay_capacity=9 holds .* no one uses again: give --replay_fraction=0.5',
+        ),
+        (
+            {'replay_fraction': 0.6},
+            '--replay_fraction=0.6 .* nothing new in some batches of --batch_size=2: .*=0.5 at',
+        ),
         ({'adam_epsilon': 1e-5}, '--adam_epsilon=1e-05 belongs to --optimizer=adam'),
         ({'adam_beta1': 0.5}, '--adam_beta1=0.5 belongs to --optimizer=adam'),
         ({'adam_beta2': 0.5}, '--adam_beta2=0.5 belongs to --optimizer=adam'),
@@ -266,6 +287,19 @@ def test_settings_without_effect_are_refused_by_name(tmp_path, changes, sentence
     with pytest.raises(run_config.ConfigError, match=sentence):
         training.train(config(tmp_path, learner=learner))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_replay_larger_than_the_memory_is_refused(tmp_path):
+    replay = {'replay_fraction': 0.5, 'replay_capacity': 10**12}
+    with pytest.raises(
+        run_config.ConfigError,
+        match=r'--replay_capacity=1000000000000 trajectories of \d+ bytes are more than the .* GB '
+        r'of memory of this machine: give at most --replay_capacity=\d+',
+    ):
+        training.train(
+            config(tmp_path, learner=LearnerConfig(batch_size=2, unroll_length=10, **replay))
+        )
+    assert not (tmp_path / 'checkpoints').exists()
 
 
 def test_a_target_network_and_popart_do_not_go_together(tmp_path):
