@@ -13,6 +13,8 @@ import tensorflow as tf
 from dynamic_batching.actor_client import ClosedError
 from impala.acting import BehaviourPolicy, UnrollSource
 from impala.agent import Agent, AgentConfig
+from impala.remote_actors import unroll_components
+from impala.replay import Replay, ReplayMixer
 from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.
@@ -60,8 +62,13 @@ def playing(source, num_actors):
         assert not any(thread.is_alive() for thread in threads)
 
 
-@pytest.mark.parametrize('use_lstm', [True, False])
-def test_a_learner_with_the_same_weights_finds_what_the_actors_were_told(use_lstm):
+def make_mixer(agent, batch_size, unroll_length=5):
+    components = unroll_components(SPEC, agent.state_spec, unroll_length, 100)
+    return ReplayMixer(Replay(components, 3, 0), 0.5, batch_size)
+
+
+@pytest.mark.parametrize(('use_lstm', 'has_replay'), [(True, False), (False, True), (True, True)])
+def test_a_learner_with_the_same_weights_finds_what_the_actors_were_told(use_lstm, has_replay):
     config = AgentConfig(torso='mlp', use_lstm=use_lstm, core_size=16)
     learning, acting = Agent(config, SPEC), Agent(config, SPEC)
     source = make_source(acting, num_actors=3)
@@ -69,13 +76,16 @@ def test_a_learner_with_the_same_weights_finds_what_the_actors_were_told(use_lst
     behaviour.publish(learning.trainable_variables, tf.constant(7, tf.int64))
     unroll = tf.function(learning.unroll)
     with behaviour.serving(), playing(source, 3):
-        batches = source.batches(2)
-        for _ in range(6):
+        batches = source.batches(2, mix=make_mixer(acting, 2).batch if has_replay else None)
+        for i in range(6):
             batch = next(batches)
+            is_replayed = [False, has_replay and i > 0]
+            np.testing.assert_array_equal(batch.is_replayed, is_replayed)
             env, agent = batch.actor_output.env_outputs, batch.actor_output.agent_outputs
             assert env.observation['frame'].shape == (6, 2, 4)
             np.testing.assert_array_equal(env.done, batch.ends.numpy() != 0)
-            np.testing.assert_array_equal(batch.actor_output.level_id, batch.actors.numpy() + 10)
+            actors = np.where(is_replayed, -1, batch.actor_output.level_id.numpy() - 10)
+            np.testing.assert_array_equal(batch.actors, actors)
             np.testing.assert_array_equal(batch.actor_output.policy_version, [7, 7])
             outputs, _ = unroll(agent.action, env, batch.actor_output.agent_state)
             np.testing.assert_allclose(
@@ -182,13 +192,28 @@ def test_closing_is_no_error():
     behaviour.check()
 
 
-def test_batches_that_nobody_wants_any_more_end_while_they_wait():
+def test_a_batch_that_is_to_be_replayed_in_part_ends_while_it_waits():
+    agent = Constant(2)
+    source = make_source(agent, num_actors=1)
+    behaviour = BehaviourPolicy(agent, source)
+    batches = source.batches(2, mix=make_mixer(agent, 2).batch)
+    with behaviour.serving(), playing(source, 1):
+        for _ in range(3):
+            next(batches)
+        source.batcher.close()
+        # There may be one that was assembled ahead.
+        assert len(list(batches)) <= 2
+    behaviour.check()
+
+
+@pytest.mark.parametrize('has_replay', [False, True])
+def test_batches_that_nobody_wants_any_more_end_while_they_wait(has_replay):
     agent = Constant(2)
     source = make_source(agent, num_actors=1)
     behaviour = BehaviourPolicy(agent, source)
 
     def forget():
-        batches = source.batches(1)
+        batches = source.batches(2, mix=make_mixer(agent, 2).batch if has_replay else None)
         next(batches)
         source.batcher.reset_actor(0)
         batches.close()
