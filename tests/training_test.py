@@ -226,11 +226,14 @@ def test_every_pair_of_settings_trains(tmp_path, choice):
     assert lines[-1]['frames'] == 200
     batches = 200 // 20
     if choice['replay_fraction']:
-        # One that is all fresh, and then two for each as many frames.
-        batches = 1 + 2 * (batches - 1)
         assert {line['replayed_fraction'] for line in lines} == {0, 0.5}
         all_fresh = [line for line in lines if line['replayed_fraction'] == 0]
-        assert len(all_fresh) == choice['sample_reuse']
+        # Each loader may begin with a batch while there is nothing to replay.
+        num_all_fresh, rest = divmod(len(all_fresh), choice['sample_reuse'])
+        assert rest == 0
+        assert 1 <= num_all_fresh <= choice['loaders']
+        # Behind these there are two for each as many frames.
+        batches = num_all_fresh + 2 * (batches - num_all_fresh)
         assert [line for line in lines if 'replayed_policy_lag_max' not in line] == all_fresh
     else:
         assert not any(name.startswith('replay') for line in lines for name in line)
