@@ -48,6 +48,7 @@ def _load_library() -> ctypes.CDLL:
         ('is_idle', ctypes.c_int, (handle,)),
         ('position', ctypes.POINTER(u32), (handle,)),
         ('send', ctypes.c_int32, (handle, ctypes.c_float, ctypes.c_int, ctypes.c_int)),
+        ('finish', None, (handle,)),
         ('wait', ctypes.c_int32, (handle,)),
     ):
         function = getattr(library, f'actor_client_{name}')
@@ -78,6 +79,7 @@ class ActorClient:
         self._disconnect = library.actor_client_disconnect
         self._send_row = library.actor_client_send
         self._wait = library.actor_client_wait
+        self._finish = library.actor_client_finish
         self._is_idle = library.actor_client_is_idle
         self._handle = library.actor_client_connect(fd, actor)
         if not self._handle:
@@ -149,6 +151,10 @@ class ActorClient:
           ValueError: an array does not fit its spec.
         """
         self._send(float(reward), end, observation, False)
+
+    def finish(self) -> None:
+        """Says that this actor plays no more: batches need fewer rows, in proportion."""
+        self._finish(self._handle)
 
     def wait(self) -> int:
         """Sleeps until the row sent last is answered, and returns its action.

@@ -98,7 +98,7 @@ class UnrollBatcher:
           unroll_length: T, agent steps.
           queue_capacity: full unrolls that may wait for the learner before actors wait for it.
           minimum_batch_size: a batch is handed out when so many rows wait (fewer, in proportion,
-            while some actors wait for the learner),
+            while some actors wait for the learner or have finished),
           maximum_batch_size: and holds at most so many;
           timeout_ms: or when at least one waits and so many milliseconds are over.
 

@@ -52,6 +52,7 @@ def act(
             reward, end, observation = environment.step(client.wait())
             client.send(reward, end, [observation[name] for name in names])
             if isinstance(environment, EpisodeSeries) and environment.is_done:
+                client.finish()
                 actors.remove((environment, client))
 
 

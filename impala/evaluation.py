@@ -218,7 +218,7 @@ def settings_of_test(config: TrainingConfig, evaluation: EvaluationConfig) -> Tr
         num_actors=num_slots,
         envs_per_process=max(config.envs_per_process, -(-num_slots // processes)),
         queue_capacity=num_slots,
-        # Towards the end only few play: they are not to wait for the others for long.
+        # Of those that still play: the fast are not to wait for the slow.
         inference_batch_size=max(1, num_slots // 4),
         inference_timeout_ms=min(config.inference_timeout_ms, _INFERENCE_TIMEOUT_MS),
         learner=dataclasses.replace(config.learner, unroll_length=_UNROLL_LENGTH),

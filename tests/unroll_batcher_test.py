@@ -464,6 +464,33 @@ def test_actors_that_wait_for_the_learner_are_not_waited_for():
         assert requests.last_action.shape == [1]
 
 
+def test_actors_that_have_finished_are_not_waited_for():
+    batcher = make_batcher(4, minimum_batch_size=4)
+    with closing(batcher):
+        clients = [connect(batcher, actor) for actor in range(4)]
+        actions = [send(client, 0, is_first=True) for client in clients]
+        echo(batcher, get(batcher))
+        assert [action.result(TIMEOUT) for action in actions] == [0] * 4
+        requests = start(batcher.get_inputs)
+        actions = [send(clients[0], 5), send(clients[1], 6)]
+        clients[2].finish()
+        with pytest.raises(concurrent.futures.TimeoutError):
+            requests.result(0.3)
+        clients[3].finish()
+        assert sorted(requests.result(PROMPTLY).tickets[0].numpy()) == [0, 1]
+        # Whoever takes the place of one that had finished counts again.
+        batcher.reset_actor(3)
+        echo(batcher, requests.result())
+        assert [action.result(TIMEOUT) for action in actions] == [5, 6]
+        requests = start(batcher.get_inputs)
+        send(clients[0], 7)
+        send(clients[1], 8)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            requests.result(0.3)
+        send(connect(batcher, 3), 9, is_first=True)
+        assert sorted(requests.result(PROMPTLY).tickets[0].numpy()) == [0, 1, 3]
+
+
 def test_a_full_unroll_does_not_wait_for_a_batch():
     batcher = make_batcher(2, unroll_length=1, minimum_batch_size=2)
     with closing(batcher):

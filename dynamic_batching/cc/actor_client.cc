@@ -152,6 +152,15 @@ EXPORT int32_t actor_client_send(void* handle, float reward, int end, int is_fir
   return 0;
 }
 
+// Says that no more rows will come, so that no batch waits for this actor.
+EXPORT void actor_client_finish(void* handle) {
+  auto* client = static_cast<Client*>(handle);
+  client->block->finished.store(1);
+  // The batcher may be waiting for more requests than there will be.
+  client->header->doorbell.fetch_add(1);
+  FutexWake(&client->header->doorbell);
+}
+
 // Waits for the action that answers the row sent last, and returns it, kClosed or kOutOfOrder.
 EXPORT int32_t actor_client_wait(void* handle) {
   auto* client = static_cast<Client*>(handle);

@@ -27,7 +27,7 @@
 namespace dynamic_batching {
 
 // Changes whenever the layout does: an actor process of another build must refuse the segment.
-constexpr uint64_t kSegmentMagic = 0x494d50414c410003;
+constexpr uint64_t kSegmentMagic = 0x494d50414c410004;
 constexpr int kMaxFields = 16;
 
 // The fields that every row starts with; those of the observation follow.
@@ -73,6 +73,7 @@ struct alignas(128) ActorBlock {
   // Written by the actor, read for the stage timers: a torn or stale value costs nothing.
   std::atomic<uint64_t> environment_nanoseconds;
   std::atomic<uint64_t> waiting_nanoseconds;
+  std::atomic<uint32_t> finished;  // The actor will not ask for another action.
 };
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "futex words must be plain memory");

@@ -208,12 +208,15 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
   std::sort(ready.begin(), ready.end(),
             [this](int a, int b) { return actors_[a].arrival < actors_[b].arrival; });
   std::vector<Ticket> selected;
-  int64_t num_blocked = 0;
+  int64_t num_silent = 0;
+  for (int actor = 0; actor < actors_.size(); ++actor) {
+    num_silent += GetActorBlock(segment_, actor)->finished.load();
+  }
   for (int actor : ready) {
     if (actors_[actor].row == options_.rows - 1) {
       // Its unroll is full: it waits until the learner has made room for another.
       if (free_unrolls_.empty()) {
-        ++num_blocked;
+        ++num_silent;
         continue;
       }
       // Whether there is a batch for the actor or not: the learner may be waiting.
@@ -223,10 +226,11 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
       selected.push_back({actor, actors_[actor].epoch});
     }
   }
-  // Actors that wait for the learner will not ask: the same share of the others makes a batch.
+  // Actors that have finished or wait for the learner will not ask: the same share of the others
+  // makes a batch.
   const int64_t num_actors = actors_.size();
   const int minimum = std::max<int64_t>(
-      1, options_.minimum_batch_size * (num_actors - num_blocked) / num_actors);
+      1, options_.minimum_batch_size * (num_actors - num_silent) / num_actors);
   *num_missing = timed_out ? 1 : minimum - static_cast<int>(selected.size());
   if (selected.size() < minimum && (selected.empty() || !timed_out)) return {};
   for (const Ticket& ticket : selected) {
@@ -546,6 +550,7 @@ absl::Status UnrollBatcher::ResetActor(int id) {
   ActorBlock* block = GetActorBlock(segment_, id);
   block->unroll = actor.unroll;
   block->row = 0;
+  block->finished.store(0);
   block->state.store(kIdle);
   return absl::OkStatus();
 }

@@ -50,7 +50,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   // Asks for one batch of waiting rows. The outputs of `context` are actor ids, epochs, the
   // inputs, the last action and the recurrent state; `done` is called as soon as the batch policy
   // is met: `minimum_batch_size` rows wait (fewer, in proportion, while actors wait for the
-  // learner), or one does and the time-out is over.
+  // learner or have finished), or one does and the time-out is over.
   void GetInputs(tensorflow::OpKernelContext* context, Done done);
 
   // Scatters the results of a batch and wakes its actors. An actor that was reset in between (its
