@@ -7,17 +7,17 @@ Exit codes: 0 done or stopped by a signal with everything saved, 1 a failure, 2 
 sentence says what), 3 an actor job that has lost its learner, 130 interrupted at the start.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags, logging
+
+from impala.quiet_start import quiet_tensorflow
 
 FLAGS = flags.FLAGS
 
@@ -302,7 +302,7 @@ def main(unused_argv: list[str]) -> int:
         # A shell expands ~ only at the start of a word.
         FLAGS[name].value = os.path.expanduser(str(FLAGS[name].value))
     logging.set_verbosity(logging.ERROR)
-    with _quiet_tensorflow():
+    with quiet_tensorflow():
         import tensorflow as tf
 
         if FLAGS.intra_op_threads:
@@ -327,7 +327,7 @@ def main(unused_argv: list[str]) -> int:
         if FLAGS.mode == 'test':
             return _test()
         if FLAGS.learner_devices or is_one_of_several:
-            with _quiet_tensorflow():
+            with quiet_tensorflow():
                 learner_devices.prepare(FLAGS.learner_devices, is_one_of_several)
         if is_one_of_several and FLAGS.task > 0:
             return _train_with_first()
@@ -361,32 +361,6 @@ def _interruptible_start() -> None:
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
-
-
-@contextlib.contextmanager
-def _quiet_tensorflow() -> Iterator[None]:
-    """Keeps what TensorFlow's C++ code says while it loads off the terminal.
-
-    It says it before it looks at TF_CPP_MIN_LOG_LEVEL. Who sets that variable gets to see it all,
-    and so does everybody if loading fails.
-    """
-    if 'TF_CPP_MIN_LOG_LEVEL' in os.environ:
-        yield
-        return
-    os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            said.seek(0)
-            os.write(stderr, said.read())
-            raise
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
 
 
 def _train() -> int:

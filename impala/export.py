@@ -18,9 +18,12 @@ import os
 import sys
 from typing import Any
 
-import tensorflow as tf
-
 from environments import INSTRUCTION_LENGTH
+from impala.quiet_start import quiet_tensorflow
+
+with quiet_tensorflow():
+    import tensorflow as tf
+
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, network_settings
 from impala.run_config import latent_size, popart_levels

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -98,6 +99,22 @@ def test_an_autoencoder_is_exported_without_its_decoder(tmp_path):
         kinds += [node.op for node in function.node_def]
     assert kinds.count('Conv2D') == 3
     assert 'DepthToSpace' not in kinds
+
+
+def test_the_terminal_has_what_was_written_and_nothing_else(tmp_path):
+    logdir = tmp_path / 'run'
+    training.train(config(logdir, total_environment_frames=20))
+    environment = os.environ.copy()
+    environment.pop('TF_CPP_MIN_LOG_LEVEL', None)
+    result = subprocess.run(
+        [sys.executable, '-m', 'impala.export', str(logdir)],
+        env=environment | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f'Written {logdir}/checkpoints/ckpt-1 to {logdir}/saved_model\n'
+    assert result.stderr == ''
 
 
 def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -90,6 +93,22 @@ def test_pictures_from_the_command_line(tmp_path, capsys, over):
         assert '<svg' in (output / f'{name}.svg').read_text()
     assert 'CartPole-v1' in (output / 'learning_curves.svg').read_text()
     assert capsys.readouterr().out.count(str(output)) == 6
+
+
+def test_drawing_takes_no_tensorflow(tmp_path):
+    logdir = write_run(tmp_path / 'run', 1, range(5))
+    code = (
+        'import sys; from impala import plot; code = plot.main(sys.argv[1:]); '
+        "assert 'tensorflow' not in sys.modules; sys.exit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, '-c', code, logdir, f'--output={tmp_path}'],
+        env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, '')
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
