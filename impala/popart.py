@@ -5,6 +5,8 @@ Hessel et al., "Multi-task Deep Reinforcement Learning with PopArt", 2019
 magnitude", 2016. Letters: T unroll length, B batch size, L levels, F features, N rows.
 """
 
+from collections.abc import Sequence
+
 import sonnet as snt
 import tensorflow as tf
 
@@ -50,6 +52,20 @@ class PopArt(snt.Module):
     def stddev(self, level_id: tf.Tensor) -> tf.Tensor:
         """Returns sigma of the levels i32 `[B]`, f32 `[B]`."""
         return tf.cast(tf.gather(_stddev(self.mean, self.second_moment), level_id), tf.float32)
+
+    def statistics(self, level_names: Sequence[str]) -> dict[str, float]:
+        """Returns mu and sigma of each level as `popart/mean/LEVEL` and `popart/stddev/LEVEL`.
+
+        Args:
+          level_names: L names, in the order of the level ids.
+        """
+        mean = self.mean.numpy()
+        stddev = _stddev(self.mean, self.second_moment).numpy()
+        return {
+            f'popart/{what}/{name}': float(value)
+            for what, values in (('mean', mean), ('stddev', stddev))
+            for name, value in zip(level_names, values, strict=True)
+        }
 
     def values(self, normalised: tf.Tensor, level_id: tf.Tensor) -> tf.Tensor:
         """Returns what the outputs stand for.

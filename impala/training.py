@@ -211,6 +211,7 @@ def train(
             )
             # For the last line, which may come early.
             log.record_stage_seconds(actors.record(log) | timer.seconds)
+            _record_popart(config, learner, log)
             if not stop.received:
                 actors.check()
                 if group is not None:
@@ -387,6 +388,7 @@ def _learn(
                 group.collect(log)
             if log.line_is_due:
                 log.record_stage_seconds(actors.record(log) | timer.seconds)
+                _record_popart(config, learner, log)
                 record_reconstructions(log, learner, parts[0])
                 if replay is not None:
                     log.record_stage_seconds(replay.record(log))
@@ -400,6 +402,12 @@ def _learn(
                 f'Loss or gradient was not finite in {skipped_in_a_row} updates in a row (none of '
                 'them was applied): try a lower --learning_rate or --gradient_clip_norm.'
             )
+
+
+def _record_popart(config: TrainingConfig, learner: Learner, log: Log) -> None:
+    popart = learner.agent.popart
+    if popart is not None:
+        log.record_update(popart.statistics(config.level_names))
 
 
 def _of_reuse(metrics: dict[str, float]) -> dict[str, float]:

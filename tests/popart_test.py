@@ -273,10 +273,10 @@ FLAGS = (
 )
 
 
-def mean_of_checkpoint(logdir, number):
-    """Mean target of each level, as in a checkpoint."""
+def mean_of_checkpoint(logdir, number, statistic='mean'):
+    """Mean target of each level, or another statistic, as in a checkpoint."""
     reader = tf.train.load_checkpoint(str(logdir / 'checkpoints' / f'ckpt-{number}'))
-    (name,) = (n for n in reader.get_variable_to_shape_map() if '/popart/mean/' in n)
+    (name,) = (n for n in reader.get_variable_to_shape_map() if f'/popart/{statistic}/' in n)
     return reader.get_tensor(name)
 
 
@@ -294,7 +294,12 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     with Run(tmp_path / 'b', *common, levels, more) as second:
         assert second.wait() == 0, second.stderr
     assert 'Going on from' in second.stderr
-    assert metrics(logdir)[-1]['updates'] == 40
+    last = metrics(logdir)[-1]
+    assert last['updates'] == 40
+    moments = [mean_of_checkpoint(logdir, 2, name) for name in ('mean', 'second_moment')]
+    for level, mu, nu in zip(LEVELS, *moments, strict=True):
+        assert last[f'popart/mean/{level}'] == pytest.approx(mu, rel=1e-5)
+        assert last[f'popart/stddev/{level}'] == pytest.approx(np.sqrt(nu - mu**2), rel=1e-5)
     assert np.all(mean_of_checkpoint(logdir, 2) > mean + 20 * BETA)
 
     backwards = f'--level_name={",".join(reversed(LEVELS))}'
