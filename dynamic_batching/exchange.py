@@ -70,6 +70,7 @@ class ActorStatistics:
     Attributes:
       host: where it runs.
       level: that of its last unroll.
+      notes: what it told of itself with that.
       accepted: unrolls that entered the queue.
       rejected: unrolls that were not valid.
       duplicates: unrolls that came again after they had been accepted.
@@ -80,6 +81,7 @@ class ActorStatistics:
 
     host: str
     level: str
+    notes: str
     accepted: int
     rejected: int
     duplicates: int
@@ -159,6 +161,7 @@ class UnrollInbox:
         sequence: int,
         host: str = '',
         level: str = '',
+        notes: str = '',
     ) -> tf.Tensor:
         """Puts an unroll from within this process, which waits while the queue is full.
 
@@ -170,6 +173,7 @@ class UnrollInbox:
             the same.
           host: where the actor runs.
           level: what it plays.
+          notes: what else there is to know of it, for `statistics`; at most 4,096 bytes.
 
         Returns:
           bool scalar, False if it was there already.
@@ -180,7 +184,7 @@ class UnrollInbox:
         """
         with tf.device('/cpu:0'):
             return ops.unroll_inbox_put(
-                actor, host, level, client, sequence, unroll, object=self._name
+                actor, host, level, notes, client, sequence, unroll, object=self._name
             )
 
     def take(self, batch_size: int) -> Batch:
@@ -204,7 +208,7 @@ class UnrollInbox:
 
     def statistics(self) -> InboxStatistics:
         """Returns who has sent what so far, and how full the queue is."""
-        numbers, hosts, levels, counts, seconds, rejections, queue, copy_seconds = (
+        numbers, hosts, levels, notes, counts, seconds, rejections, queue, copy_seconds = (
             output.numpy() for output in ops.unroll_inbox_statistics(object=self._name)
         )
         actors = {}
@@ -213,6 +217,7 @@ class UnrollInbox:
             actors[number] = ActorStatistics(
                 host=hosts[i].decode(errors='replace'),
                 level=levels[i].decode(errors='replace'),
+                notes=notes[i].decode(errors='replace'),
                 accepted=accepted,
                 rejected=rejected,
                 duplicates=duplicates,

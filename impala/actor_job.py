@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -240,6 +241,7 @@ class _Learner:
         self._num_environments = num_environments
         self._version = -1
         self._sent_with_it = 0
+        self._notes, self._noted_at = '', -math.inf
         self.finished = False
 
     def refresh(self) -> None:
@@ -274,7 +276,8 @@ class _Learner:
             return
         try:
             status = self._patience.call(
-                lambda: self._connection.put(unroll, task, level, sequence), forget_what_is_lost
+                lambda: self._connection.put(unroll, task, level, sequence, self._present_notes()),
+                forget_what_is_lost,
             )
         except _OfALostPolicy:
             self.refresh()
@@ -293,6 +296,14 @@ class _Learner:
         is_lost = status.version < self._version
         if is_lost or (is_newer and self._sent_with_it >= self._num_environments):
             self.refresh()
+
+    def _present_notes(self) -> str:
+        # Which reads files, and so not for each unroll.
+        now = time.monotonic()
+        if now - self._noted_at >= remote_actors.WATCH_SECONDS:
+            self._notes = remote_actors.notes_of_job(self._actors.level_cache())
+            self._noted_at = now
+        return self._notes
 
     @contextlib.contextmanager
     def watched(self):

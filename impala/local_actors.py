@@ -102,6 +102,10 @@ class LocalActors:
         """Ends playing when training is complete."""
         self.close()
 
+    def level_cache(self) -> dict[str, float]:
+        """Returns what the level cache did so far; see `environments.level_cache_statistics`."""
+        return level_cache_statistics(self._temp_folder)
+
     def record(self, log: Log) -> dict[str, float]:
         """Hands what there is to know of the actors to the log.
 
@@ -115,6 +119,6 @@ class LocalActors:
         restarts = self._pool.restarts
         log.record_actor_restart(restarts - self._reported_restarts)
         self._reported_restarts = restarts
-        cache = level_cache_statistics(self._temp_folder)
+        cache = self.level_cache()
         log.record_update({f'level_cache/{name}': value for name, value in cache.items()})
         return statistics.stage_seconds

@@ -167,6 +167,7 @@ class LearnerConnection:
             if components:
                 self._actor = tf.compat.v1.placeholder(tf.int32, [])
                 self._level = tf.compat.v1.placeholder(tf.string, [])
+                self._notes = tf.compat.v1.placeholder(tf.string, [])
                 self._sequence = tf.compat.v1.placeholder(tf.int64, [])
                 # Without shapes: it is the learner who judges them.
                 self._unroll = [
@@ -176,6 +177,7 @@ class LearnerConnection:
                     self._actor,
                     socket.gethostname(),
                     self._level,
+                    self._notes,
                     tf.constant(self.client, tf.int64),
                     self._sequence,
                     self._unroll,
@@ -213,7 +215,9 @@ class LearnerConnection:
         version, values = self._run(self._weights)
         return Weights(int(version), values)
 
-    def put(self, unroll: Sequence[Any], actor: int, level: str, sequence: int) -> Status:
+    def put(
+        self, unroll: Sequence[Any], actor: int, level: str, sequence: int, notes: str = ''
+    ) -> Status:
         """Sends an unroll and waits until it is in the learner's queue.
 
         It waits for room in the queue for as long as the learner answers.
@@ -226,6 +230,7 @@ class LearnerConnection:
           level: what it plays.
           sequence: greater than that of the unroll before. The same unroll has the same number when
             it is sent again, since it may be the answer that was lost.
+          notes: what else the learner may like to know of the actor; at most 4,096 bytes.
 
         Returns:
           The learner's status at that moment; once it has finished, it takes no more unrolls.
@@ -240,6 +245,7 @@ class LearnerConnection:
             self._actor: actor,
             self._level: level,
             self._sequence: sequence,
+            self._notes: notes,
         }
         for component, placeholder, value in zip(
             self._components, self._unroll, unroll, strict=True

@@ -1,9 +1,11 @@
 """The learner's end of actors on other machines: what they send, what they are given."""
 
+import contextlib
 import json
+import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,15 @@ from impala.trajectory import (
 )
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 1
+PROTOCOL = 2
 
 WATCH_SECONDS = 5.0
 # An actor that was not heard of for so many seconds is not counted as connected.
 CONNECTED_SECONDS = 60.0
 # Actors ask whether training has ended this often; the learner waits twice as long before it goes.
 POLL_SECONDS = 3.0
+# What a job tells of its level cache, since it was started.
+_CACHE_NAMES = ('hits', 'misses', 'seconds_saved')
 
 
 def unroll_components(
@@ -81,6 +85,34 @@ def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
     return [array[column] for array in arrays[:num_per_unroll]] + [
         array[:, column] for array in arrays[num_per_unroll:]
     ]
+
+
+def notes_of_job(level_cache: Mapping[str, float]) -> str:
+    """Returns what an actor job tells of itself with each unroll.
+
+    Args:
+      level_cache: as of `LocalActors.level_cache`.
+    """
+    return json.dumps({'level_cache': dict(level_cache)}) if level_cache else ''
+
+
+def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:
+    """Returns the sums of what actor jobs tell of their level caches; empty if they have none.
+
+    Args:
+      notes: as of `notes_of_job`, from each. What makes no sense is left out: it comes from other
+        machines.
+    """
+    told = []
+    for text in notes:
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            cache = json.loads(text)['level_cache']
+            values = [float(cache[name]) for name in _CACHE_NAMES]
+            if all(0 <= value < math.inf for value in values):
+                told.append(values)
+    if not told:
+        return {}
+    return dict(zip(_CACHE_NAMES, map(sum, zip(*told, strict=True)), strict=True))
 
 
 class RemoteActors:
@@ -167,13 +199,16 @@ class RemoteActors:
         """Does nothing: what befalls an actor job is its own."""
 
     def record(self, log: Log) -> dict[str, float]:
-        """Hands a row per actor job that was heard of lately to the log.
+        """Hands a row per actor job that was heard of lately, and their level caches, to the log.
 
         Returns:
           The seconds spent so far in stages of the queue.
         """
         log.record_actors(self._rows)
-        return {'queue/copy': self._inbox.statistics().copy_seconds}
+        statistics = self._inbox.statistics()
+        cache = level_cache_of_jobs(actor.notes for actor in statistics.actors.values())
+        log.record_update({f'level_cache/{name}': value for name, value in cache.items()})
+        return {'queue/copy': statistics.copy_seconds}
 
     def _watch(self) -> None:
         """Every few seconds: counts what came, and reports who comes, goes or is refused."""

@@ -376,14 +376,17 @@ def test_components_that_make_no_sense_are_refused():
 def test_statistics_of_actors():
     with make_inbox() as inbox:
         inbox.put(make_unroll(1), 4, 1, 1, 'far', 'rooms')
-        inbox.put(make_unroll(9), 4, 1, 2, 'far', 'tunnels')
+        inbox.put(make_unroll(9), 4, 1, 2, 'far', 'tunnels', 'well')
         inbox.put(make_unroll(2), 0, 2, 1, 'near', 'rooms')
         statistics = inbox.statistics()
         assert statistics.queued == 3
         assert list(statistics.actors) == [0, 4]
         far = statistics.actors[4]
         assert (far.host, far.level, far.accepted, far.last_version) == ('far', 'tunnels', 2, 9)
+        assert (far.notes, statistics.actors[0].notes) == ('well', '')
         assert 0 <= far.seconds_since_seen < TIMEOUT
+        with pytest.raises(tf.errors.InvalidArgumentError, match='notes of an actor are too long'):
+            inbox.put(make_unroll(3), 4, 1, 3, 'far', 'rooms', 'x' * 4097)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import socket
 import pytest
 from experiment_test import (
     CARTPOLE,
+    TESTS,
     Run,
     assert_one_sentence,
     checkpoints,
@@ -20,6 +21,7 @@ from experiment_test import (
 
 from benchmarks import numbered_level
 from dynamic_batching.exchange import WeightsBoard
+from impala import remote_actors
 from impala.agent import AgentConfig
 from impala.remote import LearnerServer
 from impala.remote_actors import PROTOCOL
@@ -43,9 +45,9 @@ def learner(folder, logdir, address, *flags):
                '--trusted_network', *flags)  # fmt: skip
 
 
-def actor(folder, task, address, *flags):
+def actor(folder, task, address, *flags, **options):
     return Run(folder, '--job_name=actor', f'--task={task}', f'--learner_address={address}',
-               f'--envs_per_actor={ENVIRONMENTS}', *flags)  # fmt: skip
+               f'--envs_per_actor={ENVIRONMENTS}', *flags, **options)  # fmt: skip
 
 
 def tasks(logdir):
@@ -161,6 +163,48 @@ def show(server):
     yield show
     for board in boards:
         board.close()
+
+
+def test_the_level_caches_of_actor_jobs_reach_the_learner(tmp_path, address):
+    """Of two jobs, each with a cache of its own, whose stand-in compiles in no time."""
+    lab = {'pythonpath': [TESTS / 'deepmind_lab_stand_in']}
+    logdir = tmp_path / 'run'
+    flags = ('--task=0', f'--learner_address={address}', f'--logdir={logdir}', '--trusted_network',
+             '--level_name=rooms_watermaze', '--batch_size=2', '--unroll_length=5',
+             '--torso=shallow', '--log_secs=1')  # fmt: skip
+    with Run(tmp_path / 'learner', *flags, **lab) as first, contextlib.ExitStack() as jobs:
+        for task in (0, 1):
+            caches = f'--level_cache_dir={tmp_path}/maps{task}'
+            command = actor(tmp_path / f'actor{task}', task, address, caches, **lab)
+            jobs.enter_context(command)
+        first.wait_until(
+            lambda: metrics(logdir) and metrics(logdir)[-1].get('level_cache/misses', 0) >= 2
+        )
+        line = metrics(logdir)[-1]
+        assert line['level_cache/hits'] >= 0
+        assert line['level_cache/seconds_saved'] >= 0
+
+
+@pytest.mark.parametrize(
+    ('notes', 'told'),
+    [
+        ([], {}),
+        (['', '3', '[]', '{"level_cache": 3}', '{"level_cache": {"hits": 1}}'], {}),
+        (['{"level_cache": {"hits": 1, "misses": 2, "seconds_saved": NaN}}'], {}),
+        (['{"level_cache": {"hits": -1, "misses": 2, "seconds_saved": 3}}'], {}),
+        (['[' * 100_000], {}),
+        (
+            [
+                remote_actors.notes_of_job({'hits': 1, 'misses': 2, 'seconds_saved': 0.5}),
+                'else',
+                remote_actors.notes_of_job({'hits': 10, 'misses': 20, 'seconds_saved': 5.0}),
+            ],
+            {'hits': 11, 'misses': 22, 'seconds_saved': 5.5},
+        ),
+    ],
+)
+def test_sums_of_level_caches(notes, told):
+    assert remote_actors.level_cache_of_jobs(notes) == told
 
 
 def test_an_actor_of_another_version(tmp_path, show):

@@ -21,6 +21,7 @@ using tensorflow::TensorShape;
 
 // Names of hosts and levels are shown to people and kept for each actor.
 constexpr size_t kLongestName = 256;
+constexpr size_t kLongestNotes = 4096;
 // A rough cost of copying a byte in the cycles that tensorflow::Shard() counts in.
 constexpr double kCyclesPerByte = 0.25;
 
@@ -128,6 +129,9 @@ absl::Status UnrollInbox::Check(const Sender& sender, const std::vector<Tensor>&
   if (sender.actor < 0) return absl::InvalidArgumentError("the number of an actor is not negative");
   if (sender.host.size() > kLongestName || sender.level.size() > kLongestName) {
     return absl::InvalidArgumentError("the name of a host or level is too long");
+  }
+  if (sender.notes.size() > kLongestNotes) {
+    return absl::InvalidArgumentError("the notes of an actor are too long");
   }
   if (unroll.size() != components_.size()) {
     return absl::InvalidArgumentError(absl::StrCat("it has ", unroll.size(), " components, not ",
@@ -281,6 +285,7 @@ void UnrollInbox::Move() {
       ActorStatistics& actor = actors_[put.sender.actor];
       actor.host = put.sender.host;
       actor.level = put.sender.level;
+      actor.notes = put.sender.notes;
       actor.last_seen = NowNanoseconds();
       if (last != last_sequence_.end() && put.sender.sequence <= last->second) {
         put.is_duplicate = true;

@@ -37,11 +37,12 @@ struct Component {
 struct Sender {
   int32_t actor;
   std::string host, level;
+  std::string notes;  // What it tells of itself; kept, not looked at.
   int64_t client, sequence;
 };
 
 struct ActorStatistics {
-  std::string host, level;
+  std::string host, level, notes;
   int64_t accepted = 0, rejected = 0, duplicates = 0;
   int64_t last_version = -1;  // Of the weights behind its last unroll.
   uint64_t last_seen = 0;     // In nanoseconds of the monotonic clock.

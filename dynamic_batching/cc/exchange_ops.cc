@@ -116,15 +116,16 @@ class UnrollInboxPutOp : public AsyncInboxOp {
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
     std::shared_ptr<UnrollInbox> inbox;
     OP_REQUIRES_OK_ASYNC(context, Find(&inbox), done);
-    OP_REQUIRES_OK_ASYNC(context, RequireScalars(context, 5), done);
+    OP_REQUIRES_OK_ASYNC(context, RequireScalars(context, 6), done);
     OpInputList components;
     OP_REQUIRES_OK_ASYNC(context, context->input_list("unroll", &components), done);
     Sender sender;
     sender.actor = context->input(0).scalar<int32_t>()();
     sender.host = context->input(1).scalar<tstring>()();
     sender.level = context->input(2).scalar<tstring>()();
-    sender.client = context->input(3).scalar<int64_t>()();
-    sender.sequence = context->input(4).scalar<int64_t>()();
+    sender.notes = context->input(3).scalar<tstring>()();
+    sender.client = context->input(4).scalar<int64_t>()();
+    sender.sequence = context->input(5).scalar<int64_t>()();
     inbox->Put(context, std::move(sender), {components.begin(), components.end()},
                std::move(done));
   }
@@ -167,20 +168,22 @@ class UnrollInboxStatisticsOp : public InboxOp {
     const InboxStatistics statistics = inbox->GetStatistics();
     const uint64_t now = NowNanoseconds();
     const int64_t size = statistics.actors.size();
-    Tensor *actors, *hosts, *levels, *counts, *seconds, *rejections, *queue, *copy_seconds;
+    Tensor *actors, *hosts, *levels, *notes, *counts, *seconds, *rejections, *queue, *copy_seconds;
     OP_REQUIRES_OK(context, context->allocate_output(0, {size}, &actors));
     OP_REQUIRES_OK(context, context->allocate_output(1, {size}, &hosts));
     OP_REQUIRES_OK(context, context->allocate_output(2, {size}, &levels));
-    OP_REQUIRES_OK(context, context->allocate_output(3, {size, 4}, &counts));
-    OP_REQUIRES_OK(context, context->allocate_output(4, {size}, &seconds));
-    OP_REQUIRES_OK(context, context->allocate_output(5, {size}, &rejections));
-    OP_REQUIRES_OK(context, context->allocate_output(6, {2}, &queue));
-    OP_REQUIRES_OK(context, context->allocate_output(7, {}, &copy_seconds));
+    OP_REQUIRES_OK(context, context->allocate_output(3, {size}, &notes));
+    OP_REQUIRES_OK(context, context->allocate_output(4, {size, 4}, &counts));
+    OP_REQUIRES_OK(context, context->allocate_output(5, {size}, &seconds));
+    OP_REQUIRES_OK(context, context->allocate_output(6, {size}, &rejections));
+    OP_REQUIRES_OK(context, context->allocate_output(7, {2}, &queue));
+    OP_REQUIRES_OK(context, context->allocate_output(8, {}, &copy_seconds));
     int64_t i = 0;
     for (const auto& [number, actor] : statistics.actors) {
       actors->flat<int32_t>()(i) = number;
       hosts->flat<tstring>()(i) = actor.host;
       levels->flat<tstring>()(i) = actor.level;
+      notes->flat<tstring>()(i) = actor.notes;
       auto row = counts->matrix<int64_t>();
       row(i, 0) = actor.accepted;
       row(i, 1) = actor.rejected;
@@ -352,10 +355,10 @@ absl::Status ReadShapes(InferenceContext* context) {
 }
 
 absl::Status StatisticsShapes(InferenceContext* context) {
-  for (int i : {0, 1, 2, 4, 5}) context->set_output(i, context->UnknownShapeOfRank(1));
-  context->set_output(3, context->Matrix(InferenceContext::kUnknownDim, 4));
-  context->set_output(6, context->Vector(2));
-  context->set_output(7, context->Scalar());
+  for (int i : {0, 1, 2, 3, 5, 6}) context->set_output(i, context->UnknownShapeOfRank(1));
+  context->set_output(4, context->Matrix(InferenceContext::kUnknownDim, 4));
+  context->set_output(7, context->Vector(2));
+  context->set_output(8, context->Scalar());
   return absl::OkStatus();
 }
 
@@ -376,6 +379,7 @@ REGISTER_OP("UnrollInboxPut")
     .Input("actor: int32")
     .Input("host: string")
     .Input("level: string")
+    .Input("notes: string")
     .Input("client: int64")
     .Input("sequence: int64")
     .Input("unroll: types")
@@ -406,6 +410,7 @@ REGISTER_OP("UnrollInboxStatistics")
     .Output("actors: int32")
     .Output("hosts: string")
     .Output("levels: string")
+    .Output("notes: string")
     .Output("counts: int64")
     .Output("seconds_since_seen: float64")
     .Output("last_rejections: string")
