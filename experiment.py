@@ -204,6 +204,12 @@ flags.DEFINE_float(
     'autoencoder_cost', 1.0, 'autoencoder: weight of the squared error of pixels.', lower_bound=0
 )
 flags.DEFINE_enum(
+    'initializer',
+    'truncated_normal',
+    ['truncated_normal', 'orthogonal'],
+    'Weights that a run begins with: as in the released code, or as of PPO.',
+)
+flags.DEFINE_enum(
     'use_lstm',
     'auto',
     ['auto', 'true', 'false'],
@@ -500,6 +506,7 @@ def _config() -> Any:
         compute_dtype=FLAGS.compute_dtype,
         popart=FLAGS.popart,
         latent_size=FLAGS.latent_size,
+        initializer=FLAGS.initializer,
         learner=LearnerConfig(
             batch_size=FLAGS.batch_size,
             unroll_length=FLAGS.unroll_length,

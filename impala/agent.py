@@ -99,6 +99,21 @@ class Agent(snt.Module):
         else:
             self._baseline = torsos.Linear(size, 1, name='baseline')
 
+    def initialize_orthogonally(self) -> None:
+        """Gives the layers before the core and the heads orthogonal weights, as PPO's agents have.
+
+        Saxe et al. 2014 (https://arxiv.org/abs/1312.6120): signals keep their size from layer to
+        layer. The torso's gain is sqrt(2), which makes up for what ReLUs cut off; the policy's is
+        .01, so that all actions are about equally probable at first; the baseline's is 1, but that
+        of PopArt stays, as do biases, LSTMs and embeddings.
+        """
+        gains = [(layer.w, 2**0.5) for layer in torsos.layers(self._torso)]
+        gains.append((self._policy.w, 0.01))
+        if self.popart is None:
+            gains.append((self._baseline.w, 1.0))
+        for weights, gain in gains:
+            weights.assign(snt.initializers.Orthogonal(gain)(weights.shape, tf.float32))
+
     @property
     def state_spec(self) -> Any:
         """Nest of `ArraySpec` of the recurrent state of one row; `()` without a core."""

@@ -49,6 +49,8 @@ class TrainingConfig:
       loaders: threads that assemble batches and move them to a device of the learner, and as many
         batches that are made ahead.
       latent_size: as `AgentConfig.latent_size`.
+      initializer: of the weights with which a run begins; `'truncated_normal'`, or `'orthogonal'`,
+        see `Agent.initialize_orthogonally`.
     """
 
     logdir: str
@@ -73,6 +75,7 @@ class TrainingConfig:
     stop_at_frames: int = 0
     loaders: int = 1
     latent_size: int = LATENT_SIZE
+    initializer: str = 'truncated_normal'
 
     @property
     def last_frames(self) -> int:

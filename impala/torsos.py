@@ -358,6 +358,11 @@ def create_torso(
     raise ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
 
 
+def layers(torso: snt.Module) -> list[Linear | Convolution]:
+    """Returns the layers of a torso."""
+    return [module for module in torso.submodules if isinstance(module, (Linear, Convolution))]
+
+
 def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
     if len(frame.shape) != 3 or frame.dtype != 'uint8':
         raise ValueError(

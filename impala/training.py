@@ -253,6 +253,8 @@ def _create_learner(
     total_agent_steps = max(1, config.total_environment_frames // spec.num_action_repeats)
     with contextlib.nullcontext() if strategy is None else strategy.scope():
         agent = create_agent(network, spec)
+        if config.initializer == 'orthogonal':
+            agent.initialize_orthogonally()
         target_agent = create_agent(network, spec) if config.learner.target_update_steps else None
         encoders_decoder = create_decoder(network, spec)
         try:

@@ -388,3 +388,40 @@ def test_one_graph_serves_every_batch_size(use_lstm):
 def test_an_unknown_compute_dtype_is_refused():
     with pytest.raises(ValueError, match="Unknown compute_dtype 'float16'.*float32, bfloat16"):
         Agent(AgentConfig(compute_dtype='float16'), make_spec())
+
+
+@pytest.mark.parametrize('torso', ['shallow', 'deep', 'autoencoder'])
+def test_orthogonal_weights(torso):
+    config = AgentConfig(torso=torso, use_lstm=True)
+    agent = Agent(config, make_spec((36, 36, 3)))
+    before = [variable.numpy() for variable in agent.trainable_variables]
+    agent.initialize_orthogonally()
+    changed = 0
+    for variable, value in zip(agent.trainable_variables, before, strict=True):
+        if np.array_equal(variable, value):
+            continue
+        changed += 1
+        gain = {NUM_ACTIONS: 0.01, 1: 1.0}.get(variable.shape[-1], np.sqrt(2))
+        # Rows or columns, whichever are fewer, are at right angles and of the length of the gain.
+        matrix = np.reshape(variable, [-1, variable.shape[-1]]).astype(np.float64)
+        products = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+        np.testing.assert_allclose(products, gain**2 * np.eye(len(products)), atol=1e-5)
+    num_layers = {'shallow': 3, 'deep': 16, 'autoencoder': 4}[torso]
+    assert changed == num_layers + 2
+
+
+def test_orthogonal_weights_leave_the_policy_uniform_at_first():
+    agent = Agent(AgentConfig(torso='shallow', use_lstm=False), make_spec((36, 36, 3)))
+    agent.initialize_orthogonally()
+    action, env_output = make_inputs(make_spec((36, 36, 3)), 8)
+    output, _ = agent.step(action, env_output, ())
+    np.testing.assert_allclose(tf.nn.softmax(output.policy_logits), 1 / NUM_ACTIONS, rtol=0.1)
+
+
+def test_popart_goes_with_orthogonal_weights():
+    config = AgentConfig(torso='mlp', use_lstm=False, popart_levels=('a', 'b'))
+    agent = Agent(config, make_spec((4,), instruction=False))
+    heads = [variable.numpy() for variable in agent.popart.trainable_variables]
+    agent.initialize_orthogonally()
+    for before, variable in zip(heads, agent.popart.trainable_variables, strict=True):
+        np.testing.assert_array_equal(variable, before)

@@ -130,6 +130,26 @@ def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
     assert 'stop signal' not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_run_begins_with_the_weights_that_were_asked_for(tmp_path):
+    norms = {}
+    for initializer in ('truncated_normal', 'orthogonal'):
+        run = config(
+            tmp_path / initializer,
+            initializer=initializer,
+            learner=LearnerConfig(batch_size=2, unroll_length=10, learning_rate=0.0),
+            total_environment_frames=20,
+        )
+        reader = tf.train.load_checkpoint(training.train(run))
+        (name,) = [
+            name
+            for name in reader.get_variable_to_shape_map()
+            if name.startswith('learner/agent/_policy/w/.ATTR')
+        ]
+        norms[initializer] = np.linalg.norm(reader.get_tensor(name), axis=0)
+    np.testing.assert_allclose(norms['orthogonal'], 0.01, rtol=1e-3)
+    assert np.all(norms['truncated_normal'] > 0.1)
+
+
 # What may be chosen of each setting of the learner; the first is the default.
 CHOICES = {
     'torso': ('auto', 'autoencoder'),
