@@ -1,9 +1,10 @@
-"""Trains with a flag file and files the outcome under docs/results: command, curve, scores.
+"""Trains with a flag file and several seeds, and files the outcome under docs/results.
 
-    python -m benchmarks.learning pong_quick --threshold=18
+    python -m benchmarks.learning babyai_instruction --threshold=0.8 --seeds=3
 
-writes `docs/results/pong_quick.md`, `.csv` and `.png`. A run that was stopped goes on; one
-that is complete is only reported. Random actions and test mode stand beside it.
+writes `docs/results/babyai_instruction.md`, `.csv` and `.png`: command, curve, and scores beside
+random actions, people and what is published. A run that was stopped goes on; one that is complete
+is only reported.
 """
 
 import argparse
@@ -11,18 +12,23 @@ import csv
 import datetime
 import json
 import os
-import shutil
+import statistics
 import subprocess
 import sys
+from typing import Any
 
 # Found whether this runs as a module or as a file.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import matplotlib
 import numpy as np
 import tabulate
 
 from benchmarks import machine
 from environments import EnvironmentConfig, create_environment
+from impala import plot, suites
+from impala.run_files import read_metrics
+from impala.scores import mean_interval
 from impala.trajectory import EpisodeEnd
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -58,10 +64,96 @@ def first_above(episodes: list[dict[str, str]], threshold: float) -> dict[str, s
     return episodes[reached[0] + WINDOW - 1] if len(reached) else None
 
 
-def summary(returns: list[float]) -> list[str]:
-    """Returns mean with its standard error, and the number of episodes."""
-    error = np.std(returns, ddof=1) / np.sqrt(len(returns))
-    return [f'{np.mean(returns):.2f} ± {error:.2f}', str(len(returns))]
+def mean_text(returns: list[float]) -> str:
+    """Returns the mean and its 95% bootstrap interval."""
+    interval = mean_interval(returns)
+    text = f'{np.mean(returns):.2f}'
+    return text if interval is None else f'{text} ({interval[0]:.2f} to {interval[1]:.2f})'
+
+
+def run(name: str, seed: int, test_episodes: int) -> str:
+    """Trains and tests with one seed; returns the folder, from the root of the project."""
+    logdir = os.path.join('runs', name, f'seed_{seed}')
+    here = [sys.executable, 'experiment.py', f'--logdir={logdir}']
+    train = [*here, f'--flagfile=configs/{name}.flags', f'--seed={seed}']
+    test = [*here, '--mode=test', f'--test_num_episodes={test_episodes}', '--num_actors=10']
+    for command in (train, test):
+        subprocess.run(command, cwd=ROOT, check=True)
+    return logdir
+
+
+def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Returns a row of the page's table, with numbers for the medians, and the run's episodes."""
+    logdir = os.path.join(ROOT, logdir)
+    with open(os.path.join(logdir, 'episodes.csv'), encoding='utf-8', newline='') as file:
+        episodes = list(csv.DictReader(file))
+    with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
+        ((level_name, level),) = json.load(file)['levels'].items()
+    solved = first_above(episodes, threshold)
+    last = read_metrics(logdir)[-1]
+    return {
+        'seed': seed,
+        'level': level_name,
+        'solved_steps': int(solved['agent_steps']) if solved else None,
+        'solved_minutes': float(solved['wall_seconds']) / 60 if solved else None,
+        'steps': last['agent_steps'],
+        'minutes': last['wall_seconds'] / 60,
+        'trained': [float(episode['episode_return']) for episode in episodes[-WINDOW:]],
+        'tested': level['returns'],
+    }, episodes
+
+
+def table(rows: list[dict[str, Any]], threshold: float) -> str:
+    """Returns a row per seed, and the medians."""
+    lines = [
+        [
+            row['seed'],
+            f'{row["solved_steps"]:,}' if row['solved_steps'] else 'not reached',
+            f'{row["solved_minutes"]:.1f}' if row['solved_steps'] else '',
+            f'{row["steps"]:,}',
+            f'{row["minutes"]:.1f}',
+            f'{np.mean(row["trained"]):.2f}',
+            mean_text(row['tested']),
+        ]
+        for row in rows
+    ]
+    if len(rows) > 1:
+        # Runs that have not got there would have taken longer than all that have.
+        reached = [row['solved_steps'] or float('inf') for row in rows]
+        minutes = [row['solved_minutes'] or float('inf') for row in rows]
+        solved = statistics.median_high(reached) < float('inf')
+        lines.append(
+            [
+                'median',
+                f'{statistics.median_high(reached):,.0f}' if solved else 'not reached',
+                f'{statistics.median_high(minutes):.1f}' if solved else '',
+                f'{statistics.median(row["steps"] for row in rows):,.0f}',
+                f'{statistics.median(row["minutes"] for row in rows):.1f}',
+                f'{statistics.median(np.mean(row["trained"]) for row in rows):.2f}',
+                f'{statistics.median(np.mean(row["tested"]) for row in rows):.2f}',
+            ]
+        )
+    headers = [
+        'seed',
+        f'steps until {threshold:g}',
+        'minutes',
+        'steps in all',
+        'minutes',
+        f'return, last {WINDOW}',
+        '`--mode=test` (95% interval)',
+    ]
+    return tabulate.tabulate(lines, headers, 'github', disable_numparse=True)
+
+
+def comparison(level_name: str, random_episodes: int) -> str:
+    """Returns what others score in the level."""
+    known = suites.known_level(level_name)
+    lines = [[f'random actions, {random_episodes} episodes here']]
+    lines[0].append(mean_text(random_returns(level_name, random_episodes)))
+    if known.human is not None:
+        lines.append(['human, as published', f'{known.human:g}'])
+    lines += [[f'{name}, as published', f'{value:g}'] for name, value in known.published.items()]
+    return tabulate.tabulate(lines, ['beside', 'mean return'], 'github', disable_numparse=True)
 
 
 def main() -> None:
@@ -71,73 +163,50 @@ def main() -> None:
     parser.add_argument(
         '--threshold', type=float, required=True, help='return that counts as solved'
     )
-    parser.add_argument('--logdir', default='', help='default: runs/NAME')
+    parser.add_argument('--seeds', type=int, default=3, help='runs with the seeds 1, 2, ...')
     parser.add_argument('--random_episodes', type=int, default=100)
     parser.add_argument('--test_episodes', type=int, default=50)
     parser.add_argument('--remark', default='', help='a sentence for the page')
     args = parser.parse_args()
-    logdir = args.logdir or os.path.join('runs', args.name)
-    command = [f'--flagfile=configs/{args.name}.flags', f'--logdir={logdir}']
-    subprocess.run([sys.executable, 'experiment.py', *command], cwd=ROOT, check=True)
-    test = ['--mode=test', f'--test_num_episodes={args.test_episodes}', f'--logdir={logdir}']
-    subprocess.run(
-        [sys.executable, 'experiment.py', *test, '--num_actors=10'], cwd=ROOT, check=True
-    )
-
-    logdir = os.path.join(ROOT, logdir)
-    with open(os.path.join(logdir, 'episodes.csv'), encoding='utf-8', newline='') as file:
-        episodes = list(csv.DictReader(file))
-    with open(os.path.join(logdir, 'metrics.jsonl'), encoding='utf-8') as file:
-        metrics = [json.loads(line) for line in file]
-    with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
-        levels = json.load(file)['levels']
-    (level_name,) = levels
-    last = metrics[-1]
-    solved = first_above(episodes, args.threshold)
+    name = args.name
+    rows, filed = [], []
+    logdirs = [run(name, seed, args.test_episodes) for seed in range(1, args.seeds + 1)]
+    for seed, logdir in enumerate(logdirs, 1):
+        row, episodes = row_of(seed, logdir, args.threshold)
+        rows.append(row)
+        filed += [{'seed': seed} | episode for episode in episodes]
     os.makedirs(RESULTS, exist_ok=True)
-    picture = os.path.join(RESULTS, f'{args.name}.png')
-    shutil.copyfile(os.path.join(logdir, 'learning_curve.png'), picture)
-    stride = -(-len(episodes) // MAX_ROWS)
-    with open(os.path.join(RESULTS, f'{args.name}.csv'), 'w', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, episodes[0], lineterminator='\n')
+    stride = -(-len(filed) // MAX_ROWS)
+    with open(os.path.join(RESULTS, f'{name}.csv'), 'w', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, filed[0], lineterminator='\n')
         writer.writeheader()
-        writer.writerows(episodes[::stride])
-    filed = 'Every episode' if stride == 1 else f'One episode in {stride}'
-
-    def minutes(row: dict) -> str:
-        return f'{float(row["wall_seconds"]) / 60:.1f} min'
-
-    progress = [
-        [
-            f'mean of the last {WINDOW} episodes reaches {args.threshold:g}',
-            f'{int(solved["agent_steps"]):,}' if solved else 'not reached',
-            minutes(solved) if solved else '',
-        ],
-        ['end of the run', f'{last["agent_steps"]:,}', minutes(last)],
-    ]
-    trained = [float(episode['episode_return']) for episode in episodes[-WINDOW:]]
-    scores = [
-        [f'training, last {WINDOW} episodes', *summary(trained)],
-        ['`--mode=test` with the last checkpoint', *summary(levels[level_name]['returns'])],
-        ['random actions', *summary(random_returns(level_name, args.random_episodes))],
-    ]
+        writer.writerows(filed[::stride])
+    with matplotlib.rc_context(plot.STYLE):
+        kinds = plot.group([plot.read_run(os.path.join(ROOT, logdir)) for logdir in logdirs])
+        figure = plot.learning_curves(kinds, 'agent_steps')
+        figure.savefig(os.path.join(RESULTS, f'{name}.png'))
+    level_name = rows[0]['level']
+    shape = ', between the lowest and the highest of the seeds' if len(rows) > 1 else ''
     page = f"""# {level_name}
 
 {machine.describe()}, no GPU, {datetime.date.today()}. {args.remark}
 
-    python experiment.py {' '.join(command)}
+    python experiment.py --flagfile=configs/{name}.flags --logdir=runs/{name}/seed_1 --seed=1
 
-{tabulate.tabulate(progress, ['', 'agent steps', 'wall time'], 'github')}
+and so on. Agent steps and minutes until the mean of the last {WINDOW} episodes first reached
+{args.threshold:g}; the test is of the last checkpoint, {args.test_episodes} episodes.
 
-{tabulate.tabulate(scores, ['returns', 'mean ± standard error', 'episodes'], 'github')}
+{table(rows, args.threshold)}
 
-![Learning curve]({args.name}.png)
+{comparison(level_name, args.random_episodes)}
 
-{filed} is in [{args.name}.csv]({args.name}.csv), the settings are in
-[configs/{args.name}.flags](../../configs/{args.name}.flags). This page was written by
-`python -m benchmarks.learning {args.name} --threshold={args.threshold:g}`.
+![Learning curve{shape}]({name}.png)
+
+{'Every episode' if stride == 1 else f'One episode in {stride}'} is in [{name}.csv]({name}.csv),
+the settings are in [configs/{name}.flags](../../configs/{name}.flags). This page was written by
+`python -m benchmarks.learning {name} --threshold={args.threshold:g} --seeds={args.seeds}`.
 """
-    with open(os.path.join(RESULTS, f'{args.name}.md'), 'w', encoding='utf-8') as file:
+    with open(os.path.join(RESULTS, f'{name}.md'), 'w', encoding='utf-8') as file:
         file.write(page)
     print(page)
 

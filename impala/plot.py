@@ -18,7 +18,7 @@ import numpy as np
 
 from environments import LevelError
 from impala import suites
-from impala.learning_curve import STYLE
+from impala.learning_curve import STYLE as CURVE_STYLE
 from impala.run_files import FLAG_FILE, LogdirError, read_episodes, read_metrics
 
 WINDOW = 100
@@ -27,7 +27,7 @@ _OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall ti
 # What tells runs of one kind apart.
 _OF_ONE_RUN = ('seed', 'logdir', 'learner_address', 'task')
 _STAGES = ('learner/', 'batcher/', 'actor/', 'queue/')
-_STYLE: Any = STYLE | {'svg.fonttype': 'none'}
+STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +281,7 @@ def main(argv: list[str]) -> int:
     try:
         kinds = group([read_run(logdir) for logdir in arguments.logdirs])
         os.makedirs(arguments.output, exist_ok=True)
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             for name, draw in drawings.items():
                 figure = draw()
                 for form in ('png', 'svg'):
