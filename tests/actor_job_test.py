@@ -23,6 +23,9 @@ class Publications(list):
     def publish(self, weights, version):
         self.append(int(version))
 
+    def level_cache(self):
+        return {}
+
 
 def test_weights_are_read_once_for_an_unroll_of_each_environment(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:

@@ -116,8 +116,9 @@ def train(learner, part=0, num_parts=1):
 def train_by_pipelines(learner):
     """Does what `train` does, with the devices' parts of batches on pipelines of their own."""
     num_parts = len(learner.devices)
+    state = learner.agent.initial_state(BATCH_SIZE)
     pieces = iter(
-        share(joined_batch(update, learner.agent.initial_state(BATCH_SIZE)), part, num_parts)
+        share(joined_batch(update, state, learner.decoder is not None), part, num_parts)
         for update in range(UPDATES)
         for part in range(num_parts)
     )
