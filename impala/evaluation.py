@@ -50,8 +50,8 @@ from impala.trajectory import AgentOutput, EnvironmentSpec, EpisodeEnd, StepOutp
 
 VIDEO_FOLDER = 'videos'
 
-# Short, since an unroll has to be full before its episodes are counted.
-_UNROLL_LENGTH = 20
+# Short, since an unroll has to be full before its episodes are counted, but each costs some Python.
+_UNROLL_LENGTH = 50
 _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
 _WATCH_TRIES = 3
@@ -218,8 +218,7 @@ def settings_of_test(config: TrainingConfig, evaluation: EvaluationConfig) -> Tr
         num_actors=num_slots,
         envs_per_process=max(config.envs_per_process, -(-num_slots // processes)),
         queue_capacity=num_slots,
-        # Of those that still play: the fast are not to wait for the slow.
-        inference_batch_size=max(1, num_slots // 4),
+        inference_batch_size=max(1, num_slots // 2),
         inference_timeout_ms=min(config.inference_timeout_ms, _INFERENCE_TIMEOUT_MS),
         learner=dataclasses.replace(config.learner, unroll_length=_UNROLL_LENGTH),
         environment=dataclasses.replace(
