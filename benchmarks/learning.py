@@ -182,8 +182,9 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(filed[::stride])
     with matplotlib.rc_context(plot.STYLE):
-        kinds = plot.group([plot.read_run(os.path.join(ROOT, logdir)) for logdir in logdirs])
-        figure = plot.learning_curves(kinds, 'agent_steps')
+        runs = [plot.read_run(os.path.join(ROOT, logdir)) for logdir in logdirs]
+        label = f'{name}, {len(runs)} seeds' if len(runs) > 1 else name
+        figure = plot.learning_curves({label: runs}, 'agent_steps')
         figure.savefig(os.path.join(RESULTS, f'{name}.png'))
     level_name = rows[0]['level']
     shape = ', between the lowest and the highest of the seeds' if len(rows) > 1 else ''
