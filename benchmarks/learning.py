@@ -77,8 +77,12 @@ def run(name: str, seed: int, test_episodes: int) -> str:
     here = [sys.executable, 'experiment.py', f'--logdir={logdir}']
     train = [*here, f'--flagfile=configs/{name}.flags', f'--seed={seed}']
     test = [*here, '--mode=test', f'--test_num_episodes={test_episodes}', '--num_actors=10']
-    for command in (train, test):
-        subprocess.run(command, cwd=ROOT, check=True)
+    trained = subprocess.run(train, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(trained)
+    # It ends well when it is stopped, too.
+    if 'The run is complete' not in trained:
+        sys.exit(f'{logdir} is not complete; the same command goes on with it.')
+    subprocess.run(test, cwd=ROOT, check=True)
     return logdir
 
 

@@ -5,8 +5,10 @@ corrects them as it does any other unroll, by the behaviour policy that is store
 Letters: T unroll length, B batch size, C frames of a stack, K components of an unroll.
 """
 
+import contextlib
 import functools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -273,6 +275,20 @@ def unroll_nbytes(components: Sequence[Component], stack: str | None = None) -> 
             # Which rows begin an episode.
             total += component.shape[0]
     return total
+
+
+def memory_bytes(cgroups: str = '/sys/fs/cgroup') -> int:
+    """Returns the bytes of memory that this process may have at most.
+
+    Args:
+      cgroups: folder of the limits of the container that it is in, if it is in one.
+    """
+    limits = [os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')]
+    for name in ('memory.max', 'memory/memory.limit_in_bytes'):
+        # There is no such file, or it says 'max'.
+        with contextlib.suppress(OSError, ValueError), open(os.path.join(cgroups, name)) as file:
+            limits.append(int(file.read()))
+    return min(limits)
 
 
 def _stored_shape(component: Component, stack: str | None) -> tuple[int, ...]:

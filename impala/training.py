@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from impala.learner_group import (
 from impala.loading import Loading
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings, unroll_components
-from impala.replay import Replay, ReplayMixer, unroll_nbytes
+from impala.replay import Replay, ReplayMixer, memory_bytes, unroll_nbytes
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
@@ -212,6 +211,8 @@ def train(
             # For the last line, which may come early.
             log.record_stage_seconds(actors.record(log) | timer.seconds)
             _record_popart(config, learner, log)
+            if replay is not None:
+                log.record_stage_seconds(replay.record(log))
             if not stop.received:
                 actors.check()
                 if group is not None:
@@ -295,15 +296,20 @@ def _create_replay(
     is_stack = spec.suite == 'atari' and spec.observation['frame'].shape[-1] > 1
     stack = 'frame' if is_stack else None
     nbytes = unroll_nbytes(components, stack)
-    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    memory = memory_bytes()
+    too_large = ConfigError(
+        f'--replay_capacity={learner.replay_capacity} trajectories of {nbytes:,} bytes are more '
+        f'than there is room for in the {memory / 1e9:.1f} GB of memory that this process may '
+        f'have: give less than --replay_capacity={max(1, memory // nbytes)}, for there to be room '
+        'for the rest.'
+    )
     if learner.replay_capacity * nbytes > memory:
-        raise ConfigError(
-            f'--replay_capacity={learner.replay_capacity} trajectories of {nbytes:,} bytes are '
-            f'more than the {memory / 1e9:.1f} GB of memory of this machine: give at most '
-            f'--replay_capacity={memory // nbytes}, and less for there to be room for the rest.'
-        )
+        raise too_large
     seed = (config.seed, 0 if member is None else member.task)
-    replay = Replay(components, learner.replay_capacity, seed, stack)
+    try:
+        replay = Replay(components, learner.replay_capacity, seed, stack)
+    except MemoryError as error:
+        raise too_large from error
     return ReplayMixer(replay, learner.replay_fraction, part_size)
 
 

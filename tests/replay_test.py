@@ -12,7 +12,7 @@ from dynamic_batching.exchange import Component
 from environments import EnvironmentConfig, create_environment
 from impala.acting import batch_components, batch_of_components, compiled
 from impala.remote_actors import unroll_components
-from impala.replay import Replay, ReplayMixer, unroll_nbytes
+from impala.replay import Replay, ReplayMixer, memory_bytes, unroll_nbytes
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 T = 20
@@ -318,3 +318,12 @@ def test_batches_of_a_pipeline_have_fresh_unrolls_and_then_replayed_ones():
                 np.testing.assert_array_equal(array, np.broadcast_to(expected, array.shape))
     assert num_fresh == [10] + [8, 7] * 19 + [8]
     assert mixer.replay.left_out == 0
+
+
+def test_memory_is_that_of_the_container(tmp_path):
+    of_machine = memory_bytes(str(tmp_path))
+    assert of_machine > 1e9
+    (tmp_path / 'memory.max').write_text('max\n')
+    assert memory_bytes(str(tmp_path)) == of_machine
+    (tmp_path / 'memory.max').write_text('123456789\n')
+    assert memory_bytes(str(tmp_path)) == 123456789

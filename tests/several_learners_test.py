@@ -15,7 +15,10 @@ from replica import BATCH_SIZE, PIPELINED, POISONED, UPDATES, agents, create_lea
 def free_ports(number):
     """Ports whose offsets of learners are free, too."""
     found = []
-    port = 20_000 + os.getpid() % 10_000
+    # Ranges of their own for the processes that share the tests out: a port that one has found may
+    # be free for a while yet.
+    worker = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw'))
+    port = 10_000 + 3_000 * (worker % 7) + os.getpid() % 900
     while len(found) < number:
         port += 1
         with contextlib.ExitStack() as stack:

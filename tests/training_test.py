@@ -317,8 +317,8 @@ def test_a_replay_larger_than_the_memory_is_refused(tmp_path):
     replay = {'replay_fraction': 0.5, 'replay_capacity': 10**12}
     with pytest.raises(
         run_config.ConfigError,
-        match=r'--replay_capacity=1000000000000 trajectories of \d+ bytes are more than the .* GB '
-        r'of memory of this machine: give at most --replay_capacity=\d+',
+        match=r'--replay_capacity=1000000000000 trajectories of \d+ bytes are more than there is '
+        r'room for in the .* GB of memory .*: give less than --replay_capacity=\d+',
     ):
         training.train(
             config(tmp_path, learner=LearnerConfig(batch_size=2, unroll_length=10, **replay))

@@ -216,7 +216,7 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
     if (actors_[actor].row == options_.rows - 1) {
       // Its unroll is full: it waits until the learner has made room for another.
       if (free_unrolls_.empty()) {
-        ++num_silent;
+        if (!GetActorBlock(segment_, actor)->finished.load()) ++num_silent;
         continue;
       }
       // Whether there is a batch for the actor or not: the learner may be waiting.
