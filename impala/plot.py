@@ -26,7 +26,6 @@ POINTS = 200
 _OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall time (h)'}
 # What tells runs of one kind apart.
 _OF_ONE_RUN = ('seed', 'logdir', 'learner_address', 'task')
-_STAGES = ('learner/', 'batcher/', 'actor/', 'queue/')
 STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
 
 
@@ -206,11 +205,11 @@ def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:
                         stage = name.partition('/')[2]
                         of_kind = totals.setdefault(kind, {})
                         of_kind[stage] = of_kind.get(stage, 0.0) + value
-    clocks = [c for c in _STAGES if any(s.startswith(c) for kind in totals.values() for s in kind)]
+    stages = list(dict.fromkeys(s for kind in totals.values() for s in kind))
+    clocks = list(dict.fromkeys(stage.partition('/')[0] + '/' for stage in stages))
     height = 0.9 + 0.32 * max(1, len(totals)) * max(1, len(clocks))
     figure: Any = Figure(figsize=(6.5, height + 0.8), dpi=200, layout='constrained')
     axes = figure.subplots()
-    stages = list(dict.fromkeys(s for kind in totals.values() for s in kind))
     labels = []
     for clock in clocks:
         for kind, seconds in totals.items():

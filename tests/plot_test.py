@@ -27,6 +27,7 @@ def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=A
                     'stage_seconds/learner/wait': 1.0,
                     'stage_seconds/learner/train_step': 3.0,
                     'stage_seconds/actor/environment': 2.0,
+                    'stage_seconds/replay/sample': 0.1,
                 }
             )
         )
@@ -72,8 +73,11 @@ def test_runs_that_differ_in_their_seeds_are_one_line(tmp_path):
     hours = plot.learning_curves(kinds, 'wall_time').axes[0].get_lines()[0].get_xdata()
     np.testing.assert_allclose([hours[0], hours[-1]], [0.01, 0.03])
 
-    bars = plot.stage_times(kinds).axes[0].patches
-    assert sorted({round(bar.get_width(), 6) for bar in bars}) == [25, 75, 100]
+    (axes,) = plot.stage_times(kinds).axes
+    assert sorted({round(bar.get_width(), 6) for bar in axes.patches}) == [25, 75, 100]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    clocks = ('learner', 'actor', 'replay')
+    assert labels == [f'{kind}: {clock}' for clock in clocks for kind in kinds]
     lag = plot.policy_lag(kinds).axes[0].get_lines()[0]
     assert lag.get_ydata().tolist() == [2, 2, 2]
 
