@@ -194,7 +194,7 @@ flags.DEFINE_integer('frame_stack', 4, 'Atari: frames in an observation.', lower
 flags.DEFINE_enum(
     'torso',
     'auto',
-    ['auto', 'shallow', 'deep', 'mlp', 'autoencoder'],
+    ['auto', 'shallow', 'deep', 'nature', 'mlp', 'autoencoder'],
     'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise.',
 )
 flags.DEFINE_integer(

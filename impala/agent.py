@@ -31,7 +31,8 @@ class AgentConfig:
     """What shapes the network.
 
     Attributes:
-      torso: `'deep'`, `'shallow'`, `'autoencoder'` (all for images) or `'mlp'` (for vectors).
+      torso: `'deep'`, `'shallow'`, `'nature'`, `'autoencoder'` (all for images) or `'mlp'` (for
+        vectors).
       use_lstm: whether a recurrent core follows the torso.
       core_size: units of that core.
       compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that

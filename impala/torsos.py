@@ -1,4 +1,4 @@
-"""The networks that turn an observation into features: Figure 3 of the paper, an MLP, an encoder.
+"""The networks that turn an observation into features: Figure 3 of the paper, and others.
 
 Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
 Architectures", 2018. Letters: N rows (merged time and batch), H, W, C frame height, width and
@@ -13,6 +13,7 @@ function, with one pass less over the frames, which are far larger than the weig
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import sonnet as snt
@@ -20,13 +21,18 @@ import tensorflow as tf
 
 from impala.trajectory import ArraySpec
 
-TORSOS = ('deep', 'shallow', 'mlp', 'autoencoder')
+TORSOS = ('deep', 'shallow', 'nature', 'mlp', 'autoencoder')
 LATENT_SIZE = 64
 
 # Channels, kernel and stride of the encoder's convolutions; the decoder mirrors them.
 ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))
 
 _FEATURES = 256
+# Channels, kernel and stride of the convolutions, and the size of the linear layer.
+_UNPADDED = {
+    'shallow': (((16, 8, 4), (32, 4, 2)), _FEATURES),
+    'nature': (((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),
+}
 _MLP_SIZES = (64, 64)
 _DEEP_SECTIONS = (16, 32, 32)
 _RESIDUAL_BLOCKS = 2
@@ -149,48 +155,58 @@ class TransposedConvolution(snt.Module):
         return tf.slice(x, [0, top, left, 0], [-1, height, width, out_channels])
 
 
-class ShallowTorso(snt.Module):
-    """The paper's shallow network: two convolutions and a linear layer (Figure 3, left).
+class UnpaddedTorso(snt.Module):
+    """Convolutions without padding and a linear layer: the shallow network and DQN's.
 
-    Convolutions are unpadded: with padding the network has 1.5M parameters instead of the paper's
-    1.2M.
+    Shallow is the paper's (Figure 3, left); with padding it has 1.5M parameters instead of the
+    paper's 1.2M. That of Mnih et al. 2015 (Nature 518, "Model architecture") has one convolution
+    more, and two to four times as many of everything.
 
     Args:
-      frame: uint8 `[H, W, C]`, at least 20x20.
+      name: `'shallow'` or `'nature'`.
+      frame: uint8 `[H, W, C]`, at least 20x20 or 36x36.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
 
     Raises:
       ValueError: the frame is too small or is no image.
     """
 
-    def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
-        super().__init__(name)
-        height, width, channels = _image_shape(frame, 'shallow')
-        if min(height, width) < 20:
+    def __init__(self, name: str, frame: ArraySpec, compute_dtype: tf.DType):
+        super().__init__(f'{name}_torso')
+        *size, channels = _image_shape(frame, name)
+        layers, features = _UNPADDED[name]
+        smallest = _input_size(1, layers)
+        if min(size) < smallest:
             raise ValueError(
-                f'The shallow torso needs frames of at least 20x20 pixels, got {height}x{width}; '
-                'use the deep torso.'
+                f'The {name} torso needs frames of at least {smallest}x{smallest} pixels, got '
+                f'{size[0]}x{size[1]}; use the deep torso.'
             )
         self._dtype = compute_dtype
+        self._convolutions = []
+        outputs = list(size)
+        for layer, (out_channels, kernel, stride) in enumerate(layers, 1):
+            self._convolutions.append(
+                Convolution(channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}')
+            )
+            outputs = [(pixels - kernel) // stride + 1 for pixels in outputs]
+            channels = out_channels
         # Pixels at the far edges that no output depends on are cut off before they cost anything.
-        rows, columns = (((size - 8) // 4 + 1 - 4) // 2 + 1 for size in (height, width))
-        self._used_height, self._used_width = (
-            ((size - 1) * 2 + 3) * 4 + 8 for size in (rows, columns)
-        )
-        self._crop = (height, width) != (self._used_height, self._used_width)
-        self._flat_size = rows * columns * 32
-        self._conv_1 = Convolution(channels, 16, 8, 4, 'VALID', name='conv_1')
-        self._conv_2 = Convolution(16, 32, 4, 2, 'VALID', name='conv_2')
-        self._linear = Linear(self._flat_size, _FEATURES, name='linear')
-        self.output_size = _FEATURES
+        self._used = [_input_size(pixels, layers) for pixels in outputs]
+        self._crop = size != self._used
+        self._flat_size = math.prod(outputs) * channels
+        self._linear = Linear(self._flat_size, features, name='linear')
+        self.output_size = features
 
     def __call__(self, frame: tf.Tensor) -> tf.Tensor:
         """Returns features, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
         if self._crop:
-            frame = frame[:, : self._used_height, : self._used_width]
+            height, width = self._used
+            frame = frame[:, :height, :width]
         x = tf.cast(frame, self._dtype)
-        x = tf.nn.relu(self._conv_1(x, 1 / 255))
-        x = tf.nn.relu(self._conv_2(x))
+        scale = 1 / 255
+        for convolution in self._convolutions:
+            x = tf.nn.relu(convolution(x, scale))
+            scale = 1.0
         x = tf.reshape(x, [-1, self._flat_size])
         x = tf.nn.relu(self._linear(x))
         return tf.cast(x, tf.float32)
@@ -347,8 +363,8 @@ def create_torso(
     Raises:
       ValueError: there is no such torso, or it cannot serve such frames.
     """
-    if name == 'shallow':
-        return ShallowTorso(frame, compute_dtype)
+    if name in _UNPADDED:
+        return UnpaddedTorso(name, frame, compute_dtype)
     if name == 'deep':
         return DeepTorso(frame, compute_dtype)
     if name == 'mlp':
@@ -361,6 +377,13 @@ def create_torso(
 def layers(torso: snt.Module) -> list[Linear | Convolution]:
     """Returns the layers of a torso."""
     return [module for module in torso.submodules if isinstance(module, (Linear, Convolution))]
+
+
+def _input_size(output_size: int, layers: Sequence[tuple[int, int, int]]) -> int:
+    """Returns the height or width of which unpadded convolutions make another."""
+    for _, kernel, stride in reversed(layers):
+        output_size = (output_size - 1) * stride + kernel
+    return output_size
 
 
 def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:

@@ -306,9 +306,9 @@ def test_bfloat16_is_close_to_float32(torso):
 
 
 @pytest.mark.parametrize('use_lstm', [False, True])
-@pytest.mark.parametrize('torso', ['shallow', 'deep', 'mlp', 'autoencoder'])
+@pytest.mark.parametrize('torso', ['shallow', 'deep', 'nature', 'mlp', 'autoencoder'])
 def test_gradient_reaches_every_variable(torso, use_lstm):
-    spec = make_spec((4,) if torso == 'mlp' else (24, 28, 3))
+    spec = make_spec((4,) if torso == 'mlp' else (36, 44, 3))
     agent = Agent(AgentConfig(torso=torso, use_lstm=use_lstm), spec)
     prev_actions, env_outputs = make_inputs(spec, 4, 3)
 
@@ -390,7 +390,7 @@ def test_an_unknown_compute_dtype_is_refused():
         Agent(AgentConfig(compute_dtype='float16'), make_spec())
 
 
-@pytest.mark.parametrize('torso', ['shallow', 'deep', 'autoencoder'])
+@pytest.mark.parametrize('torso', ['shallow', 'deep', 'nature', 'autoencoder'])
 def test_orthogonal_weights(torso):
     config = AgentConfig(torso=torso, use_lstm=True)
     agent = Agent(config, make_spec((36, 36, 3)))
@@ -406,7 +406,7 @@ def test_orthogonal_weights(torso):
         matrix = np.reshape(variable, [-1, variable.shape[-1]]).astype(np.float64)
         products = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
         np.testing.assert_allclose(products, gain**2 * np.eye(len(products)), atol=1e-5)
-    num_layers = {'shallow': 3, 'deep': 16, 'autoencoder': 4}[torso]
+    num_layers = {'shallow': 3, 'deep': 16, 'nature': 4, 'autoencoder': 4}[torso]
     assert changed == num_layers + 2
 
 
