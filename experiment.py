@@ -36,7 +36,9 @@ flags.DEFINE_boolean('watch', False, 'Test the newest checkpoint whenever there 
 flags.DEFINE_integer('save_video', 0, 'Test: episodes per level to write as videos.', lower_bound=0)
 
 flags.DEFINE_integer('task', -1, 'Number of a distributed job, from 0; -1 on a single machine.')
-flags.DEFINE_enum('job_name', 'learner', ['learner', 'actor'], 'Kind of a distributed job.')
+flags.DEFINE_enum(
+    'job_name', 'learner', ['learner', 'actor', 'replay'], 'Kind of a distributed job.'
+)
 flags.DEFINE_string('learner_address', 'localhost:8000', 'Distributed: host:port of the learner.')
 flags.DEFINE_list(
     'learner_addresses',
@@ -51,6 +53,12 @@ flags.DEFINE_list(
     'Devices that share each batch of a learner, as /gpu:0,/gpu:1; empty: the first GPU, or the '
     'CPU; with --learner_addresses, all GPUs.',
 )
+flags.DEFINE_list(
+    'replay_addresses',
+    [],
+    'host:port of each replay job, by --task, for them and for the learner; empty: the learner '
+    'holds the replay in its own memory.',
+)
 flags.DEFINE_integer('envs_per_actor', 1, 'Environments of an actor job.', lower_bound=1)
 flags.DEFINE_float(
     'reconnect_timeout',
@@ -64,7 +72,7 @@ flags.DEFINE_enum(
 flags.DEFINE_boolean(
     'trusted_network',
     False,
-    'Nobody but the actor jobs reaches the learner: do not warn that it listens.',
+    'Nobody but the jobs of the run reaches those that listen: do not warn that they do.',
 )
 
 flags.DEFINE_integer(
@@ -139,7 +147,10 @@ flags.DEFINE_float(
     upper_bound=1,
 )
 flags.DEFINE_integer(
-    'replay_capacity', 10_000, 'Unrolls held for that; the oldest go.', lower_bound=1
+    'replay_capacity',
+    10_000,
+    'Unrolls held for that, by all replay jobs together if there are any; the oldest go.',
+    lower_bound=1,
 )
 flags.DEFINE_float('entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0)
 flags.DEFINE_float(
@@ -289,6 +300,15 @@ def main(unused_argv: list[str]) -> int:
             '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.',
             BAD_INPUT_EXIT_CODE,
         )
+    is_replay = FLAGS.job_name == 'replay'
+    if is_actor and FLAGS['replay_addresses'].present:
+        return _fail(
+            '--replay_addresses is for the learner and for replay jobs: leave it out of an actor '
+            'job, which has nothing to do with them.',
+            BAD_INPUT_EXIT_CODE,
+        )
+    if is_replay:
+        return _serve_replay()
     is_one_of_several = not is_actor and FLAGS.mode == 'train' and len(FLAGS.learner_addresses) > 1
     if not is_actor and FLAGS.task > 0 and not is_one_of_several:
         return _fail(
@@ -352,6 +372,51 @@ def main(unused_argv: list[str]) -> int:
         return _fail(INTERRUPTED, 130)
 
 
+def _serve_replay() -> int:
+    """Holds a part of the experience replay: neither environments nor a network are needed."""
+    addresses = FLAGS.replay_addresses
+    if not addresses:
+        return _fail(
+            '--job_name=replay needs --replay_addresses=host:port,... of all replay jobs.',
+            BAD_INPUT_EXIT_CODE,
+        )
+    if not 0 <= FLAGS.task < len(addresses) or FLAGS.mode == 'test':
+        return _fail(
+            f'--job_name=replay needs a number of its own, --task=0 to {len(addresses) - 1}, the '
+            'place of its address in --replay_addresses, and --mode=train.',
+            BAD_INPUT_EXIT_CODE,
+        )
+    if FLAGS.replay_capacity < len(addresses):
+        return _fail(
+            f'--replay_capacity={FLAGS.replay_capacity} leaves nothing for some of '
+            f'{len(addresses)} replay jobs: give --replay_capacity={len(addresses)} or more.',
+            BAD_INPUT_EXIT_CODE,
+        )
+    logging.set_verbosity(logging.ERROR)
+    with quiet_tensorflow():
+        import tensorflow as tf
+
+        tf.config.set_visible_devices([], 'GPU')
+        tf.config.list_logical_devices()
+    from impala import remote, replay_job
+
+    config = replay_job.ReplayJobConfig(
+        task=FLAGS.task,
+        addresses=tuple(addresses),
+        capacity=FLAGS.replay_capacity,
+        seed=FLAGS.seed,
+    )
+    try:
+        remote.split_address(addresses[FLAGS.task])
+        _warn_of_network(addresses[FLAGS.task])
+        print(replay_job.run(config, lambda text: print(text, file=sys.stderr)))
+        return 0
+    except remote.ServerError as error:
+        return _fail(str(error), BAD_INPUT_EXIT_CODE)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, 130)
+
+
 def _interruptible_start() -> None:
     """Makes SIGINT and SIGTERM end the process with a sentence as long as it holds nothing.
 
@@ -402,7 +467,7 @@ def _train_with_first() -> int:
 
 def _learn(on_accepted: Callable[[], Any] | None = None) -> str | None:
     """Trains; see `training.train`."""
-    from impala import remote, training
+    from impala import training
     from impala.learner_group import Member
 
     member, address = None, None
@@ -410,16 +475,23 @@ def _learn(on_accepted: Callable[[], Any] | None = None) -> str | None:
         address = _own_address()
         if len(FLAGS.learner_addresses) > 1:
             member = Member(tuple(FLAGS.learner_addresses), FLAGS.task)
-        if not FLAGS.trusted_network and remote.has_network():
-            print(
-                f'WARNING: whoever reaches port {address.rpartition(":")[2]} of this machine can '
-                'run code in this process: see docs/distributed.md, then say --trusted_network.',
-                file=sys.stderr,
-            )
+        _warn_of_network(address)
     config = _config()
     # So that a test of one of many games knows of it.
     FLAGS.full_action_set = config.environment.full_action_set
     return training.train(config, on_accepted, address, member, FLAGS.learner_devices)
+
+
+def _warn_of_network(address: str) -> None:
+    """Says that a process that listens can be reached, where that is so."""
+    from impala import remote
+
+    if not FLAGS.trusted_network and remote.has_network():
+        print(
+            f'WARNING: whoever reaches port {address.rpartition(":")[2]} of this machine can '
+            'run code in this process: see docs/distributed.md, then say --trusted_network.',
+            file=sys.stderr,
+        )
 
 
 def _own_address() -> str:
@@ -507,6 +579,7 @@ def _config() -> Any:
         popart=FLAGS.popart,
         latent_size=FLAGS.latent_size,
         initializer=FLAGS.initializer,
+        replay_addresses=tuple(FLAGS.replay_addresses),
         learner=LearnerConfig(
             batch_size=FLAGS.batch_size,
             unroll_length=FLAGS.unroll_length,

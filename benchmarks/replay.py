@@ -26,7 +26,8 @@ import tabulate
 from benchmarks import machine
 from dynamic_batching.exchange import Component
 from impala.remote_actors import unroll_components
-from impala.replay import Replay, ReplayMixer, unroll_nbytes
+from impala.replay import Replay, unroll_nbytes
+from impala.replay_mixer import ReplayMixer
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
 _CAPACITY = 500

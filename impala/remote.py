@@ -1,12 +1,13 @@
-"""The learner and actor jobs on several machines, as far as they talk to each other.
+"""The jobs of a run on several machines, as far as they talk to each other.
 
 The learner runs TensorFlow's own server, an actor job is a client of it: it sends a graph once, and
 runs it with an unroll to be fed or weights to be fetched. Nothing listens on the actor's machine.
-This module alone knows of sessions and servers; what the graphs find in the learner's process is
+A replay job runs such a server, too, and the learner is a client of that. This module alone knows
+of sessions and servers; what the graphs find in the server's process is
 `dynamic_batching.exchange`.
 
 TensorFlow's server knows no authentication and listens on all interfaces: whoever reaches its port
-may run anything in the learner's process.
+may run anything in that process.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import socket
 import textwrap
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -31,17 +32,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
 _LONGEST_SENTENCE = 300
 
+AnyConnection = TypeVar('AnyConnection', bound='Connection')
+
 
 class RemoteError(Exception):
-    """A call between learner and actor that failed; its text is one sentence."""
+    """A call between two jobs that failed; its text is one sentence."""
 
 
 class Disconnected(RemoteError):
-    """The learner does not answer, or is a new one; the call may be repeated."""
+    """The other end does not answer, or is a new one; the call may be repeated."""
 
 
 class Rejected(RemoteError):
-    """The learner refuses this unroll, or these weights are not the network's."""
+    """The other end refuses this unroll, or these weights are not the network's."""
 
 
 class Closed(RemoteError):
@@ -49,10 +52,10 @@ class Closed(RemoteError):
 
 
 class ServerError(RemoteError):
-    """The learner cannot listen."""
+    """A job cannot listen."""
 
 
-class LearnerServer:
+class Server:
     """Lets other machines run graphs in this process.
 
     TensorFlow cannot stop a server: the port stays open until the process ends, whatever becomes of
@@ -61,6 +64,8 @@ class LearnerServer:
     Attributes:
       port: on which it listens.
     """
+
+    _who = 'job'
 
     def __init__(self, address: str):
         """Starts the server.
@@ -83,10 +88,22 @@ class LearnerServer:
             )
         except tf.errors.OpError as error:
             raise ServerError(
-                f'The learner cannot listen on {address}: '
+                f'The {self._who} cannot listen on {address}: '
                 f'{"another process does" if is_in_use(port) else _sentence(error)}.'
             ) from error
         self.port = split_address(server.target.removeprefix('grpc://'))[1]
+
+
+class LearnerServer(Server):
+    """The learner's."""
+
+    _who = 'learner'
+
+
+class ReplayServer(Server):
+    """That of a replay job."""
+
+    _who = 'replay job'
 
 
 class Status(NamedTuple):
@@ -113,13 +130,15 @@ class Weights(NamedTuple):
     values: list[np.ndarray]
 
 
-class LearnerConnection:
-    """An actor job's end of the line to the learner.
+class Connection:
+    """A client's end of the line to a server, of which it wants what an actor wants of the learner.
 
     It connects with the first call and, after `Disconnected`, with the next one; no call hangs. It
     may be closed by any thread; the other methods may be called from several threads, but unrolls
     have an order.
     """
+
+    _who = 'job'
 
     def __init__(
         self,
@@ -146,6 +165,7 @@ class LearnerConnection:
         """
         split_address(address)
         self.address = address
+        self._peer = f'The {self._who} at {address}'
         # Of this process and object, so that the learner knows an unroll that comes twice.
         self.client = secrets.randbits(62)
         self._components = list(components)
@@ -185,7 +205,23 @@ class LearnerConnection:
                 )
                 with tf.control_dependencies([accepted]):
                     self._put = ops.weights_board_version(object=board)
+            self._build()
         self._graph.finalize()
+
+    def knock(self, seconds: float) -> None:
+        """Returns if somebody listens, without TensorFlow's attempts to find somebody after all.
+
+        Args:
+          seconds: that it may take.
+
+        Raises:
+          Disconnected: nobody does.
+        """
+        try:
+            socket.create_connection(split_address(self.address), seconds).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Disconnected(f'{self._peer} is not there: {reason}.') from error
 
     def settings(self) -> str:
         """Returns the text that the learner has for its actors.
@@ -280,11 +316,14 @@ class LearnerConnection:
         if session is not None:
             self._discard(session)
 
-    def __enter__(self) -> 'LearnerConnection':
+    def __enter__(self: AnyConnection) -> AnyConnection:
         return self
 
     def __exit__(self, *unused: Any) -> None:
         self.close()
+
+    def _build(self) -> None:
+        """Adds to the graph what a class of its own has."""
 
     def _run(self, fetches: Any, feeds: dict[tf.Tensor, Any] | None = None) -> Any:
         session = self._connect()
@@ -297,7 +336,7 @@ class LearnerConnection:
         except tf.errors.DeadlineExceededError as error:
             if feeds is None:
                 self._discard(session)
-            raise _DeadlineExceeded(f'The learner at {self.address} does not answer.') from error
+            raise _DeadlineExceeded(f'{self._peer} does not answer.') from error
         except (tf.errors.OpError, RuntimeError) as error:
             # RuntimeError: the session was closed meanwhile.
             self._discard(session)
@@ -305,10 +344,8 @@ class LearnerConnection:
                 raise self._closed_error() from error
             sentence = _sentence(error)
             if sentence.endswith('is closed'):
-                raise _Ending(f'The learner at {self.address} is ending: {sentence}.') from error
-            raise Disconnected(
-                f'The learner at {self.address} is not there: {sentence}.'
-            ) from error
+                raise _Ending(f'{self._peer} is ending: {sentence}.') from error
+            raise Disconnected(f'{self._peer} is not there: {sentence}.') from error
 
     def _connect(self) -> tf.compat.v1.Session:
         with self._lock:
@@ -326,7 +363,7 @@ class LearnerConnection:
             return self._session
 
     def _closed_error(self) -> Closed:
-        return Closed(f'The connection to the learner at {self.address} is closed.')
+        return Closed(f'The connection to the {self._who} at {self.address} is closed.')
 
     def _discard(self, session: tf.compat.v1.Session) -> None:
         """Lets go of a session without waiting for a learner that may not be there."""
@@ -338,12 +375,60 @@ class LearnerConnection:
         threading.Thread(target=_close, args=(session,)).start()
 
 
+class LearnerConnection(Connection):
+    """An actor job's end of the line to the learner."""
+
+    _who = 'learner'
+
+
+class ReplayConnection(Connection):
+    """A learner's end of the line to a replay job."""
+
+    _who = 'replay job'
+
+    def __init__(self, *args: Any, outbox: str = '', num_taken: int = 1, **kwargs: Any):
+        """Prepares the graphs that the replay job will run.
+
+        Args:
+          *args: as of `Connection`.
+          outbox: name of the job's `UnrollInbox` out of which unrolls are taken, which are of the
+            given components; without it there is no `take`.
+          num_taken: unrolls that are taken at once, N.
+          **kwargs: as of `Connection`.
+
+        Raises:
+          ServerError: the address makes no sense.
+        """
+        self._outbox = outbox
+        self._num_taken = num_taken
+        super().__init__(*args, **kwargs)
+
+    def take(self) -> list[np.ndarray]:
+        """Waits for N unrolls; returns their components, `[N, ...]`, or time-major `[T+1, N, ...]`.
+
+        Raises:
+          Disconnected: also if there are not so many in time.
+          Closed: see there.
+        """
+        return self._run(self._taken)
+
+    def _build(self) -> None:
+        if self._outbox:
+            self._taken = ops.unroll_inbox_take(
+                object=self._outbox,
+                batch_size=self._num_taken,
+                types=[tf.as_dtype(component.dtype) for component in self._components],
+                shapes=[list(component.shape) for component in self._components],
+                time_major=[component.time_major for component in self._components],
+            ).components
+
+
 class _DeadlineExceeded(Disconnected):
-    """The learner did not answer in time."""
+    """It did not answer in time."""
 
 
 class _Ending(Disconnected):
-    """The learner takes no more unrolls."""
+    """It takes no more unrolls."""
 
 
 def _close(session: tf.compat.v1.Session) -> None:
@@ -359,7 +444,7 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ServerError(f"'{address}' is no address of a learner, which reads host:port.")
+        raise ServerError(f"'{address}' is no address of a job, which reads host:port.")
     return host, int(port)
 
 

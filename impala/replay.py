@@ -1,148 +1,130 @@
-"""Experience replay: unrolls of before that fill a part of each batch of the learner.
+"""Experience replay: unrolls of before, to be given out again.
 
 Espeholt et al. 2018, section 5.2.2: sampled uniformly, removed first in, first out. V-trace
 corrects them as it does any other unroll, by the behaviour policy that is stored with them.
-Letters: T unroll length, B batch size, C frames of a stack, K components of an unroll.
+Letters: T unroll length, C frames of a stack, K components of an unroll.
 """
 
 import contextlib
-import functools
+import dataclasses
 import math
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
-from fractions import Fraction
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from dynamic_batching.exchange import Component
-from impala.acting import UnrollBatch, batch_components, batch_of_components
-from impala.learner_group import Log
 
 # Bytes at whose multiples an array must begin if TensorFlow is to use it without a copy.
 _ALIGNMENT = 64
 
 
-class Replay:
-    """A ring of unrolls, in memory that is set aside at the start. For any number of threads.
+class Packing:
+    """How an unroll is kept: as it is, but for a component that stacks the last C frames.
 
-    Of a component that stacks the last C frames, as Atari's observations do, each frame is kept
-    once: T+C frames in place of C(T+1). A row is then either the row before, moved on by a frame,
-    or one frame C times, with which an episode begins. Which of them is read off the pixels, so
-    that what comes out is what was put in, byte by byte; an unroll with a row that is neither is
-    not taken in.
+    Of such a component, as Atari's observations are, each frame is kept once: T+C frames in place
+    of C(T+1). A row is then either the row before, moved on by a frame, or one frame C times, with
+    which an episode begins. Which of them is read off the pixels, so that what comes out is what
+    was put in, byte by byte; an unroll with a row that is neither cannot be packed.
+
+    One thread at a time may pack; any number may unpack.
 
     Attributes:
       components: of an unroll, as given.
-      capacity: unrolls that there is room for.
-      left_out: unrolls that were not taken in.
+      packed: of an unroll that is packed; time is a dimension like others there.
     """
 
-    def __init__(
-        self, components: Sequence[Component], capacity: int, seed: Any, stack: str | None = None
-    ):
-        """Sets memory aside, of which the system gives out what is written to.
+    def __init__(self, components: Sequence[Component], stack: str | None = None):
+        """Finds out what is to be kept.
 
         Args:
           components: of an unroll, as of `impala.remote_actors.unroll_components`.
-          capacity: unrolls, 1 or more.
-          seed: of what is sampled; see `numpy.random.default_rng`.
           stack: name of the component, uint8 `[T+1, H, W, C]`, that is a stack of frames.
-
-        Raises:
-          MemoryError: there is not so much.
         """
         self.components = list(components)
-        self.capacity = capacity
-        self.left_out = 0
-        self._stores = [
-            np.empty((capacity, *_stored_shape(component, stack)), component.dtype)
-            for component in components
-        ]
+        self.packed = [dataclasses.replace(each, time_major=False) for each in components]
         self._stack = None
         if stack is not None:
             self._stack = [component.name for component in components].index(stack)
             rows, *frame, size = components[self._stack].shape
-            self._begins = np.zeros((capacity, rows), bool)
+            self.packed[self._stack] = dataclasses.replace(
+                self.packed[self._stack], shape=(rows + size - 1, *frame)
+            )
+            self.packed.append(Component(f'{stack}_begins', (rows,), 'bool', False))
             # Of two rows as bytes, one of them moved on by a byte, all but the newest frame's are
             # the same if the one is the other moved on by a frame.
             num_bytes = math.prod(frame) * size - 1
             self._is_old = np.arange(num_bytes) % size != size - 1
             self._differs = np.empty((rows - 1, num_bytes), bool)
-        self._added = 0
-        self._random = np.random.default_rng(seed)
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return min(self._added, self.capacity)
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside, however few unrolls there are yet."""
-        stores = self._stores if self._stack is None else [*self._stores, self._begins]
-        return sum(store.nbytes for store in stores)
+        """Bytes of a packed unroll."""
+        return sum(math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in self.packed)
 
-    def add(self, unrolls: Sequence[np.ndarray]) -> None:
-        """Takes unrolls in, in the order of their columns; the oldest make room.
+    def new(self) -> list[np.ndarray]:
+        """Returns arrays for a packed unroll, of any contents."""
+        return [aligned(each.shape, np.dtype(each.dtype)) for each in self.packed]
 
-        Args:
-          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-        """
-        with self._lock:
-            for column in range(self._num_columns(unrolls)):
-                self._add(
-                    [
-                        array[:, column] if component.time_major else array[column]
-                        for component, array in zip(self.components, unrolls, strict=True)
-                    ]
-                )
-
-    def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
-        """Writes unrolls, each drawn uniformly from all that there are, into columns.
+    def pack(self, unroll: Sequence[np.ndarray], packed: Sequence[np.ndarray]) -> bool:
+        """Writes an unroll as it is kept.
 
         Args:
-          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-          first_column: of those that are written; the last one is the last there is.
+          unroll: K arrays.
+          packed: as of `new`, written to.
 
-        Raises:
-          ValueError: there is nothing to draw from.
+        Returns:
+          Whether that was possible; nothing is written otherwise.
         """
-        with self._lock:
-            num_drawn = self._num_columns(unrolls) - first_column
-            slots = self._random.integers(len(self), size=num_drawn)
-            for column, slot in enumerate(slots.tolist(), first_column):
-                for i, (component, array) in enumerate(zip(self.components, unrolls, strict=True)):
-                    if i == self._stack:
-                        begins = np.flatnonzero(self._begins[slot])
-                        _rebuild_stacks(self._stores[i][slot], begins.tolist(), array[:, column])
-                    elif component.time_major:
-                        array[:, column] = self._stores[i][slot]
-                    else:
-                        array[column] = self._stores[i][slot]
-
-    def _num_columns(self, unrolls: Sequence[np.ndarray]) -> int:
-        return unrolls[0].shape[int(self.components[0].time_major)]
-
-    def _add(self, unroll: list[np.ndarray]) -> None:
-        slot = self._added % self.capacity
         if self._stack is not None:
             stacks = unroll[self._stack]
             begins = self._rows_that_begin(stacks)
             if begins is None:
-                self.left_out += 1
-                return
-            self._begins[slot] = begins
+                return False
             num_old = stacks.shape[-1] - 1
-            frames = self._stores[self._stack][slot]
+            frames = packed[self._stack]
             frames[:num_old] = np.moveaxis(stacks[0, ..., :num_old], -1, 0)
             frames[num_old:] = stacks[..., num_old]
-        for i, (store, array) in enumerate(zip(self._stores, unroll, strict=True)):
+            packed[-1][...] = begins
+        for i, array in enumerate(unroll):
             if i != self._stack:
-                store[slot] = array
-        self._added += 1
+                packed[i][...] = array
+        return True
+
+    def unpack(
+        self, packed: Sequence[np.ndarray], unrolls: Sequence[np.ndarray], column: int
+    ) -> None:
+        """Writes a packed unroll as it was, into a column.
+
+        Args:
+          packed: written by `pack`.
+          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
+          column: of these, the one that is written.
+        """
+        for i, (component, array) in enumerate(zip(self.components, unrolls, strict=True)):
+            if i == self._stack:
+                begins = np.flatnonzero(packed[-1])
+                _rebuild_stacks(packed[i], begins.tolist(), array[:, column])
+            elif component.time_major:
+                array[:, column] = packed[i]
+            else:
+                array[column] = packed[i]
+
+    def num_columns(self, unrolls: Sequence[np.ndarray]) -> int:
+        """Returns N of K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`."""
+        return unrolls[0].shape[int(self.components[0].time_major)]
+
+    def columns(self, unrolls: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+        """Returns each unroll of such arrays by itself, in their order; nothing is copied."""
+        return [
+            [
+                array[:, column] if component.time_major else array[column]
+                for component, array in zip(self.components, unrolls, strict=True)
+            ]
+            for column in range(self.num_columns(unrolls))
+        ]
 
     def _rows_that_begin(self, stacks: np.ndarray) -> np.ndarray | None:
         """Returns which rows, bool `[T+1]`, are one frame C times; None if a row is neither.
@@ -161,120 +143,111 @@ class Replay:
         return begins
 
 
-class ReplayMixer:
-    """Has batches consist of fresh unrolls and of replayed ones.
+class Replay:
+    """A ring of unrolls, in memory that is set aside at the start. For any number of threads.
 
-    The first k batches with replayed unrolls have `floor(k * fraction * B)` of them, so that the
-    fraction is exact over time, and never off by as much as an unroll. As long as there is nothing
-    to replay, batches are all fresh.
+    Attributes:
+      components: of an unroll, as given.
+      capacity: unrolls that there is room for.
+      left_out: unrolls that were not taken in, as they could not be packed.
     """
 
-    def __init__(self, replay: Replay, fraction: float, batch_size: int):
-        """Wraps a replay.
+    def __init__(
+        self, components: Sequence[Component], capacity: int, seed: Any, stack: str | None = None
+    ):
+        """Sets memory aside, of which the system gives out what is written to.
 
         Args:
-          replay: takes in the fresh unrolls, which can be drawn from the next batch on.
-          fraction: of the unrolls of a batch that are replayed; leaves each batch a fresh one.
-          batch_size: B.
+          components: see `Packing`.
+          capacity: unrolls, 1 or more.
+          seed: of what is sampled; see `numpy.random.default_rng`.
+          stack: see `Packing`.
+
+        Raises:
+          MemoryError: there is not so much.
         """
-        self.replay = replay
-        self._batch_size = batch_size
-        # As it was written down: in binary, .29 of 100 is less than 29.
-        self._share = Fraction(str(fraction)) * batch_size
-        fewest, most = math.floor(self._share), math.ceil(self._share)
-        self._sizes = sorted({batch_size, batch_size - fewest, batch_size - most})
-        self._num_mixed = 0
+        self.components = list(components)
+        self.capacity = capacity
+        self.left_out = 0
+        self._packing = Packing(components, stack)
+        self._stores = [
+            np.empty((capacity, *component.shape), component.dtype)
+            for component in self._packing.packed
+        ]
+        self._added = 0
+        self._random = np.random.default_rng(seed)
         self._lock = threading.Lock()
-        self._seconds = {'replay/sample': 0.0, 'replay/store': 0.0}
 
-    def batch(self, dequeue: Callable[[int], UnrollBatch]) -> UnrollBatch:
-        """Returns a batch of B unrolls, the fresh ones first; to be made into a graph.
+    def __len__(self) -> int:
+        return min(self._added, self.capacity)
 
-        Args:
-          dequeue: returns that many fresh unrolls.
-        """
-        with tf.device('/cpu:0'):
-            index = tf.numpy_function(self._next_size, [], tf.int32)
-            index.set_shape([])
-            fresh = tf.switch_case(
-                index, [functools.partial(dequeue, size) for size in self._sizes]
-            )
-            components = batch_components(fresh)
-            mixed = tf.numpy_function(self.mix, components, [each.dtype for each in components])
-            for tensor, component in zip(mixed, self.replay.components, strict=True):
-                axis = int(component.time_major)
-                shape = component.shape
-                tensor.set_shape([*shape[:axis], self._batch_size, *shape[axis:]])
-            num_fresh = tf.size(fresh.actors)
-            nobody = tf.fill([self._batch_size - num_fresh], -1)
-            return batch_of_components(
-                mixed,
-                tf.ensure_shape(tf.concat([fresh.actors, nobody], 0), [self._batch_size]),
-                fresh.actor_output.agent_state,
-                list(fresh.actor_output.env_outputs.observation),
-                tf.range(self._batch_size) >= num_fresh,
-            )
+    @property
+    def nbytes(self) -> int:
+        """Bytes set aside, however few unrolls there are yet."""
+        return sum(store.nbytes for store in self._stores)
 
-    def next_num_fresh(self) -> int:
-        """Returns how many unrolls of the next batch are to be fresh."""
-        with self._lock:
-            if not len(self.replay):
-                return self._batch_size
-            before, self._num_mixed = self._num_mixed, self._num_mixed + 1
-            return self._batch_size - (
-                math.floor(self._num_mixed * self._share) - math.floor(before * self._share)
-            )
+    @property
+    def description(self) -> str:
+        """What this is, in a sentence for the user."""
+        return (
+            f'Replay of {self.capacity:,} trajectories: up to {self.nbytes / 1e9:.2f} GB of memory'
+        )
 
-    def mix(self, *fresh: np.ndarray) -> list[np.ndarray]:
-        """Fills a batch up, and stores what is new in it.
+    def add(self, unrolls: Sequence[np.ndarray]) -> None:
+        """Takes unrolls in, in the order of their columns; the oldest make room.
 
         Args:
-          fresh: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`, N at most B.
-
-        Returns:
-          K arrays, `[T+1, B, ...]` or `[B, ...]`, the fresh unrolls first.
+          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
         """
-        started = time.perf_counter()
-        batch = []
-        for component, array in zip(self.replay.components, fresh, strict=True):
-            axis = int(component.time_major)
-            shape = list(array.shape)
-            num_fresh, shape[axis] = shape[axis], self._batch_size
-            if num_fresh == self._batch_size:
-                batch.append(array)
-                continue
-            batch.append(_aligned(shape, array.dtype))
-            batch[-1][(slice(None),) * axis + (slice(num_fresh),)] = array
-        if num_fresh < self._batch_size:
-            self.replay.sample(batch, num_fresh)
-        sampled = time.perf_counter()
-        self.replay.add(fresh)
         with self._lock:
-            self._seconds['replay/sample'] += sampled - started
-            self._seconds['replay/store'] += time.perf_counter() - sampled
-        return batch
+            for unroll in self._packing.columns(unrolls):
+                if self._packing.pack(unroll, self._slot(self._added % self.capacity)):
+                    self._added += 1
+                else:
+                    self.left_out += 1
 
-    def record(self, log: Log) -> dict[str, float]:
-        """Hands how full the replay is to the log; returns the seconds of each stage so far."""
-        log.record_update({'replay_unrolls': len(self.replay)})
-        if self.replay.left_out:
-            log.record_update({'replay_unrolls_left_out': self.replay.left_out})
-        return dict(self._seconds)
+    def reserve(self, number: int) -> bool:
+        """Returns whether that many unrolls can be drawn, by a call of `sample` that must follow.
 
-    def _next_size(self) -> np.int32:
-        return np.int32(self._sizes.index(self.next_num_fresh()))
+        Args:
+          number: of unrolls.
+        """
+        return len(self) > 0
+
+    def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
+        """Writes unrolls, each drawn uniformly from all that there are, into columns.
+
+        Args:
+          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
+          first_column: of those that are written; the last one is the last there is.
+
+        Raises:
+          ValueError: there is nothing to draw from.
+        """
+        with self._lock:
+            num_drawn = self._packing.num_columns(unrolls) - first_column
+            slots = self._random.integers(len(self), size=num_drawn)
+            for column, slot in enumerate(slots.tolist(), first_column):
+                self._packing.unpack(self._slot(slot), unrolls, column)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what the log is to know, by its name there."""
+        values: dict[str, float] = {'replay_unrolls': len(self)}
+        if self.left_out:
+            values['replay_unrolls_left_out'] = self.left_out
+        return values
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Returns the seconds so far of stages on threads of its own: it has none."""
+        return {}
+
+    def _slot(self, slot: int) -> list[np.ndarray]:
+        return [store[slot, ...] for store in self._stores]
 
 
 def unroll_nbytes(components: Sequence[Component], stack: str | None = None) -> int:
-    """Returns the bytes of one stored unroll; arguments as of `Replay`."""
-    total = 0
-    for component in components:
-        size = math.prod(_stored_shape(component, stack))
-        total += size * np.dtype(component.dtype).itemsize
-        if component.name == stack:
-            # Which rows begin an episode.
-            total += component.shape[0]
-    return total
+    """Returns the bytes of one stored unroll; arguments as of `Packing`."""
+    return Packing(components, stack).nbytes
 
 
 def memory_bytes(cgroups: str = '/sys/fs/cgroup') -> int:
@@ -291,11 +264,12 @@ def memory_bytes(cgroups: str = '/sys/fs/cgroup') -> int:
     return min(limits)
 
 
-def _stored_shape(component: Component, stack: str | None) -> tuple[int, ...]:
-    if component.name != stack:
-        return component.shape
-    rows, *frame, size = component.shape
-    return rows + size - 1, *frame
+def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Returns an array of any contents that TensorFlow can use as it is."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _rebuild_stacks(frames: np.ndarray, begins: Sequence[int], stacks: np.ndarray) -> None:
@@ -313,11 +287,3 @@ def _rebuild_stacks(frames: np.ndarray, begins: Sequence[int], stacks: np.ndarra
         # What would be older is not of this episode.
         for i in range(size - 1):
             stacks[row : row + size - 1 - i, ..., i] = frames[row + size - 1]
-
-
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns an array of any contents that TensorFlow can use as it is."""
-    num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + num_bytes].view(dtype).reshape(shape)

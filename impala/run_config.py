@@ -51,6 +51,8 @@ class TrainingConfig:
       latent_size: as `AgentConfig.latent_size`.
       initializer: of the weights with which a run begins; `'truncated_normal'`, or `'orthogonal'`,
         see `Agent.initialize_orthogonally`.
+      replay_addresses: `host:port` of the replay jobs that hold the replay; none for the learner's
+        memory.
     """
 
     logdir: str
@@ -76,6 +78,7 @@ class TrainingConfig:
     loaders: int = 1
     latent_size: int = LATENT_SIZE
     initializer: str = 'truncated_normal'
+    replay_addresses: tuple[str, ...] = ()
 
     @property
     def last_frames(self) -> int:

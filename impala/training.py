@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,7 +28,9 @@ from impala.learner_group import (
 from impala.loading import Loading
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings, unroll_components
-from impala.replay import Replay, ReplayMixer, memory_bytes, unroll_nbytes
+from impala.remote_replay import RemoteReplay, check_replay_jobs
+from impala.replay import Replay, memory_bytes, unroll_nbytes
+from impala.replay_mixer import ReplayMixer
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
@@ -96,6 +99,7 @@ def train(
         )
     check_learner(config.learner, config.popart)
     check_torso(config)
+    check_replay_jobs(config.replay_addresses, config.learner.replay_fraction)
     if member is not None:
         check_member(member)
     is_first = member is None or member.is_first
@@ -115,6 +119,7 @@ def train(
         frames_per_step = spec.num_action_repeats
         agent, learner = _create_learner(config, network, spec, member, learner_devices)
         replay = _create_replay(config, spec, agent, len(learner.devices), member)
+        shards = replay.replay if replay and isinstance(replay.replay, RemoteReplay) else None
         checkpointer: Checkpointer | None = None
         if is_first:
             checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
@@ -160,6 +165,10 @@ def train(
         else:
             stop.then(_both(actors.close, group.stop))
             group.then(actors.close)
+        if shards is not None:
+            # Of a run that several learners begin, the first one does.
+            shards.start(is_first and restored_updates == 0, log.message)
+            stack.enter_context(shards)
         # Ends after the actors, for whom its threads wait.
         loading = stack.enter_context(
             Loading(
@@ -181,10 +190,7 @@ def train(
             + (f'; all goes to {config.logdir}' if is_first else '')
         )
         if replay is not None:
-            log.message(
-                f'Replay of {config.learner.replay_capacity:,} trajectories: up to '
-                f'{replay.replay.nbytes / 1e9:.2f} GB of memory'
-            )
+            log.message(replay.replay.description)
         if checkpointer is not None and checkpointer.latest is not None:
             log.message(f'Going on from {checkpointer.latest}, at agent step {agent_steps:,}')
 
@@ -295,6 +301,19 @@ def _create_replay(
     )
     is_stack = spec.suite == 'atari' and spec.observation['frame'].shape[-1] > 1
     stack = 'frame' if is_stack else None
+    seed = (config.seed, 0 if member is None else member.task)
+    if config.replay_addresses:
+        shards = RemoteReplay(
+            components,
+            stack,
+            config.level_names,
+            config.replay_addresses,
+            learner.batch_size,
+            num_devices * math.ceil(learner.replay_fraction * part_size),
+            seed,
+            report_to_stderr,
+        )
+        return ReplayMixer(shards, learner.replay_fraction, part_size)
     nbytes = unroll_nbytes(components, stack)
     memory = memory_bytes()
     too_large = ConfigError(
@@ -305,7 +324,6 @@ def _create_replay(
     )
     if learner.replay_capacity * nbytes > memory:
         raise too_large
-    seed = (config.seed, 0 if member is None else member.task)
     try:
         replay = Replay(components, learner.replay_capacity, seed, stack)
     except MemoryError as error:
@@ -330,6 +348,7 @@ def _shared_settings(
             'total_environment_frames': config.total_environment_frames,
             'stop_at_frames': config.stop_at_frames,
             'num_action_repeats': spec.num_action_repeats,
+            'replay_addresses': ','.join(config.replay_addresses),
         }
     )
 

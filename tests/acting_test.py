@@ -14,7 +14,8 @@ from dynamic_batching.actor_client import ClosedError
 from impala.acting import BehaviourPolicy, UnrollSource
 from impala.agent import Agent, AgentConfig
 from impala.remote_actors import unroll_components
-from impala.replay import Replay, ReplayMixer
+from impala.replay import Replay
+from impala.replay_mixer import ReplayMixer
 from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.

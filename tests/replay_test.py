@@ -12,7 +12,8 @@ from dynamic_batching.exchange import Component
 from environments import EnvironmentConfig, create_environment
 from impala.acting import batch_components, batch_of_components, compiled
 from impala.remote_actors import unroll_components
-from impala.replay import Replay, ReplayMixer, memory_bytes, unroll_nbytes
+from impala.replay import Replay, memory_bytes, unroll_nbytes
+from impala.replay_mixer import ReplayMixer
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 T = 20

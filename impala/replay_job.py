@@ -1,0 +1,347 @@
+"""The replay job: holds a shard of a run's experience replay for its learners.
+
+It knows nothing of levels or networks: the first learner that comes says of what arrays an unroll
+consists. It is found by learners as the learner is by actor jobs, with the same objects:
+
+- `REQUESTS`, an inbox of texts: what a learner wants to have held.
+- `BOARD`, whose settings are what this job is, whose one "weight" is what it holds (`Answer`), and
+  whose version is how many unrolls it holds.
+- Two inboxes of unrolls, as `impala.replay.Packing` packs them: one that learners put into, and one
+  that this job keeps filled with a few drawn ones, out of which learners take.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.remote import ReplayServer
+from impala.replay import Replay, aligned, memory_bytes
+from impala.stop_signal import StopSignal
+
+# Changes when a learner and a replay job of two versions could misunderstand each other.
+PROTOCOL = 1
+
+BOARD = 'replay'
+REQUESTS = 'replay requests'
+_TEXT_BYTES = 1 << 17
+REQUEST_COMPONENTS = [
+    Component('version', (), 'int64', False),
+    Component('text', (_TEXT_BYTES,), 'uint8', False),
+]
+# Unrolls that have come in or been drawn, and wait.
+_NUM_WAITING = 8
+# Requests whose outcome is kept for who asked.
+_NUM_OUTCOMES = 64
+# Weights of any version may have acted.
+_ANY_VERSION = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a shard holds.
+
+    Attributes:
+      level_names: of the run; unrolls of another one's do not belong among them.
+      components: of a packed unroll.
+    """
+
+    level_names: tuple[str, ...]
+    components: tuple[Component, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `from_json` reads."""
+        return {
+            'level_names': list(self.level_names),
+            'components': [dataclasses.asdict(component) for component in self.components],
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> 'Layout':
+        """Reads a layout; raises KeyError, TypeError or ValueError where it is none."""
+        return cls(
+            tuple(values['level_names']),
+            tuple(
+                Component(**component | {'shape': tuple(component['shape'])})
+                for component in values['components']
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a learner asks for.
+
+    Attributes:
+      number: its own, random, by which it finds the outcome.
+      layout: of the unrolls that it has.
+      begins: whether its run begins, so that unrolls that are there are those of another one.
+    """
+
+    number: int
+    layout: Layout
+    begins: bool
+
+    def to_array(self) -> np.ndarray:
+        """Returns it as the second of `REQUEST_COMPONENTS`."""
+        text = json.dumps(
+            {'number': self.number, 'layout': self.layout.to_json(), 'begins': self.begins}
+        ).encode()
+        array = aligned([_TEXT_BYTES], np.dtype('uint8'))
+        array[:] = np.frombuffer(text.ljust(_TEXT_BYTES, b' '), np.uint8)
+        return array
+
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> 'Request':
+        """Reads what `to_array` wrote; raises KeyError, TypeError or ValueError if it is not."""
+        values = json.loads(array.tobytes())
+        return cls(values['number'], Layout.from_json(values['layout']), values['begins'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a replay job shows.
+
+    Attributes:
+      layout: of what it holds; None as long as nobody has said.
+      inbox: name of the `UnrollInbox` to put unrolls into.
+      outbox: name of the one to take drawn unrolls out of.
+      outcomes: number of a request -> empty, or a sentence that says why it was refused.
+    """
+
+    layout: Layout | None = None
+    inbox: str = ''
+    outbox: str = ''
+    outcomes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """Returns what `from_text` reads."""
+        values = dataclasses.asdict(self)
+        return json.dumps(values | {'layout': self.layout and self.layout.to_json()})
+
+    @classmethod
+    def from_text(cls, text: bytes | str) -> 'Answer':
+        """Reads what `to_text` wrote."""
+        values = json.loads(text)
+        layout = values['layout'] and Layout.from_json(values['layout'])
+        return cls(**values | {'layout': layout})
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayJobConfig:
+    """What a replay job is.
+
+    Attributes:
+      task: its number, from 0.
+      addresses: `host:port` of all replay jobs.
+      capacity: unrolls of them all; each holds an equal part.
+      seed: of what is drawn.
+    """
+
+    task: int
+    addresses: tuple[str, ...]
+    capacity: int
+    seed: int
+
+    @property
+    def own_capacity(self) -> int:
+        """Unrolls that this job holds."""
+        return -(-self.capacity // len(self.addresses))
+
+
+def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
+    """Serves until a signal comes. Main thread only.
+
+    Args:
+      config: who this is.
+      report: told, in lines, what happens.
+
+    Returns:
+      A sentence that says why it ended.
+
+    Raises:
+      ServerError: the address makes no sense or is in use.
+      KeyboardInterrupt: a signal came before anything was held.
+    """
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        requests = UnrollInbox(_NUM_WAITING, REQUEST_COMPONENTS, 'version', REQUESTS)
+        board = WeightsBoard(json.dumps({'protocol': PROTOCOL, 'capacity': config.own_capacity}),
+                             BOARD)  # fmt: skip
+        server = ReplayServer(config.addresses[config.task])
+        shard = stack.enter_context(_Shard(config, board, report))
+        stop.then(requests.close)
+        report(
+            f'Replay job {config.task} of {len(config.addresses)}: up to {config.own_capacity:,} '
+            f'trajectories of what a learner says; waiting for it on port {server.port}'
+        )
+        with contextlib.suppress(tf.errors.CancelledError):
+            while True:
+                _, (_, text) = requests.take(1)
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    shard.answer(Request.from_array(np.asarray(text)[0]))
+        number = shard.close()
+    return f'Stopped; the {number:,} trajectories held here are gone.'
+
+
+class _Shard:
+    """What the job holds at present. A context manager."""
+
+    def __init__(self, config: ReplayJobConfig, board: WeightsBoard, report: Callable[[str], None]):
+        self._config = config
+        self._board = board
+        self._report = report
+        self._shelf: _Shelf | None = None
+        self._numbers = itertools.count()
+        # Guards the answer, which is shown by the thread that stores unrolls, too.
+        self._lock = threading.Lock()
+        self._answer = Answer()
+        self._show()
+
+    def __enter__(self) -> '_Shard':
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+        self._board.close()
+
+    def answer(self, request: Request) -> None:
+        """Does what is asked for, if it can be, and shows the outcome."""
+        try:
+            if self._answer.layout is None:
+                self._begin(request.layout)
+            elif request.begins and request.layout == self._answer.layout:
+                held = self.close()
+                self._report(f'Another run begins; the {held:,} trajectories of before are gone')
+                self._begin(request.layout)
+            outcome = ''
+        except _RefusedError as error:
+            outcome = str(error)
+            self._report(f'WARNING: a learner is refused: {error}')
+        outcomes = self._answer.outcomes | {str(request.number): outcome}
+        latest = dict(list(outcomes.items())[-_NUM_OUTCOMES:])
+        with self._lock:
+            self._answer = dataclasses.replace(self._answer, outcomes=latest)
+        self._show()
+
+    def close(self) -> int:
+        """Lets go of what is held; returns how many unrolls that was. May be called again."""
+        if self._shelf is None:
+            return 0
+        shelf, self._shelf = self._shelf, None
+        shelf.close()
+        return len(shelf.replay)
+
+    def _begin(self, layout: Layout) -> None:
+        number = next(self._numbers)
+        capacity = self._config.own_capacity
+        try:
+            nbytes = Replay(layout.components, 1, 0).nbytes
+            memory = memory_bytes()
+            if capacity * nbytes > memory:
+                raise MemoryError
+            seed = (self._config.seed, self._config.task, number)
+            replay = Replay(layout.components, capacity, seed)
+        except MemoryError as error:
+            raise _RefusedError(
+                f'{capacity:,} trajectories of {nbytes:,} bytes are more than there is room for in '
+                f'the {memory / 1e9:.1f} GB of memory that replay job {self._config.task} has: '
+                'start it with a smaller --replay_capacity, or start more of them.'
+            ) from error
+        shelf = _Shelf(replay, number, self._show)
+        self._report(
+            f'Holding trajectories of {nbytes:,} bytes, {capacity * nbytes / 1e9:.2f} GB at most, '
+            f'of {", ".join(layout.level_names[:3])}{" ..." * (len(layout.level_names) > 3)}'
+        )
+        with self._lock:
+            self._shelf = shelf
+            self._answer = dataclasses.replace(
+                self._answer, layout=layout, inbox=shelf.inbox_name, outbox=shelf.outbox_name
+            )
+
+    def _show(self) -> None:
+        with self._lock:
+            held = 0 if self._shelf is None else len(self._shelf.replay)
+            self._board.publish([tf.constant(self._answer.to_text())], tf.constant(held, tf.int64))
+
+
+class _Shelf:
+    """A replay of unrolls of one layout, with the threads that store and draw.
+
+    Attributes:
+      replay: of packed unrolls.
+      inbox_name: of the inbox that learners put into.
+      outbox_name: of the one that they take out of.
+    """
+
+    def __init__(self, replay: Replay, number: int, on_stored: Callable[[], None]):
+        """Begins.
+
+        Args:
+          replay: that is empty.
+          number: that no shelf of this process has had.
+          on_stored: called when there is one more.
+        """
+        self.replay = replay
+        self.inbox_name, self.outbox_name = f'unrolls {number}', f'drawn {number}'
+        self._on_stored = on_stored
+        self._inbox = self._open(self.inbox_name)
+        self._outbox = self._open(self.outbox_name)
+        self._has_some = threading.Event()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=target, name=target.__name__, daemon=True)
+            for target in (self._store, self._draw)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Fails who puts or takes from now on, and ends the threads."""
+        self._closed = True
+        self._inbox.close()
+        self._outbox.close()
+        self._has_some.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _open(self, name: str) -> UnrollInbox:
+        inbox = UnrollInbox(_NUM_WAITING, self.replay.components, 'policy_version', name)
+        inbox.set_latest_version(tf.constant(_ANY_VERSION, tf.int64))
+        return inbox
+
+    def _store(self) -> None:
+        with contextlib.suppress(tf.errors.CancelledError):
+            while True:
+                self.replay.add(_arrays(self._inbox.take(1).components))
+                self._has_some.set()
+                self._on_stored()
+
+    def _draw(self) -> None:
+        with contextlib.suppress(tf.errors.CancelledError):
+            self._has_some.wait()
+            for sequence in itertools.count(1):
+                if self._closed:
+                    return
+                # Not the same arrays again: those who wait share them.
+                drawn = [
+                    aligned((1, *component.shape), np.dtype(component.dtype))
+                    for component in self.replay.components
+                ]
+                self.replay.sample(drawn)
+                self._outbox.put([array[0, ...] for array in drawn], 0, 0, sequence)
+
+
+class _RefusedError(Exception):
+    """What a learner asks for cannot be had; the text is one sentence."""
+
+
+def _arrays(tensors: Sequence[tf.Tensor]) -> list[np.ndarray]:
+    return [np.asarray(tensor) for tensor in tensors]

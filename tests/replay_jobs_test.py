@@ -1,0 +1,462 @@
+"""Tests of impala/replay_job.py and impala/remote_replay.py: jobs, killed and started again."""
+
+import contextlib
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from experiment_test import CARTPOLE, TESTS, Run, assert_one_sentence, metrics
+from several_learners_test import free_ports
+
+from dynamic_batching.exchange import Component, WeightsBoard
+from impala import replay_job
+from impala.remote import ReplayServer
+from impala.remote_replay import RemoteReplay, check_replay_jobs
+from impala.run_config import ConfigError
+
+PATIENCE_SECONDS = 120
+BATCH = 50
+ROWS, HEIGHT, WIDTH, STACKED = 6, 3, 5, 4
+ENDLESS = '--total_environment_frames=1000000000'
+# Fresh and replayed unrolls of a batch of CARTPOLE, with this part of it.
+FRACTION, NUM_FRESH = 0.3, 8 * 0.7
+COMPONENTS = [
+    Component('level_id', (), 'int32', False, 0, 2),
+    Component('policy_version', (), 'int64', False, 0),
+    Component('state_0', (2, 3), 'float32', False),
+    Component('end', (ROWS,), 'uint8', True, 0, 3),
+    Component('frame', (ROWS, HEIGHT, WIDTH, STACKED), 'uint8'),
+    Component('flag', (ROWS, 2), 'bool'),
+    Component('reward', (ROWS,), 'float64'),
+]
+
+
+@pytest.fixture
+def addresses():
+    """Of two replay jobs on the loopback interface."""
+    return [f'localhost:{port}' for port in free_ports(2)]
+
+
+def job(folder, task, addresses, *flags, **options):
+    return Run(folder, '--job_name=replay', f'--task={task}', '--trusted_network',
+               f'--replay_addresses={",".join(addresses)}', *flags, **options)  # fmt: skip
+
+
+def learner(folder, logdir, addresses, *flags):
+    return Run(folder, *CARTPOLE, f'--logdir={logdir}', f'--replay_fraction={FRACTION}',
+               f'--replay_addresses={",".join(addresses)}', *flags)  # fmt: skip
+
+
+def kill(run):
+    os.kill(run.id, signal.SIGKILL)
+    run.process.wait()
+
+
+@functools.lru_cache(1000)
+def unroll(number):
+    """Arrays that follow from a number, with episodes of stacks that begin here and there."""
+    random = np.random.default_rng(number)
+    stack = random.integers(256, size=(HEIGHT, WIDTH, STACKED), dtype=np.uint8)
+    stacks = [stack]
+    for _ in range(ROWS - 1):
+        frame = random.integers(256, size=(HEIGHT, WIDTH, 1), dtype=np.uint8)
+        is_first = random.random() < 0.3
+        stack = np.repeat(frame, 4, 2) if is_first else np.concatenate([stack[..., 1:], frame], 2)
+        stacks.append(stack)
+    return [
+        np.int32(number % 3),
+        np.int64(number),
+        random.normal(size=(2, 3)).astype(np.float32),
+        random.integers(4, size=ROWS, dtype=np.uint8),
+        np.stack(stacks),
+        random.random((ROWS, 2)) < 0.5,
+        random.normal(size=ROWS),
+    ]
+
+
+def batch_of(numbers):
+    unrolls = zip(*map(unroll, numbers), strict=True)
+    return [
+        np.stack(arrays, int(component.time_major))
+        for component, arrays in zip(COMPONENTS, unrolls, strict=True)
+    ]
+
+
+def wait_until(happened):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.01)
+
+
+def draw(replay):
+    """Draws a batch; returns the numbers of its unrolls, which are all of one piece."""
+    wait_until(lambda: replay.reserve(BATCH))
+    unrolls = [
+        np.random.default_rng(1).integers(0, 2, array.shape).astype(array.dtype)
+        for array in batch_of(range(BATCH))
+    ]
+    replay.sample(unrolls)
+    for array, expected in zip(unrolls, batch_of(unrolls[1].tolist()), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    return unrolls[1]
+
+
+def draw_many(replay, number):
+    # What was drawn before the last ones came is on its way for a while.
+    for _ in range(6):
+        draw(replay)
+    return np.concatenate([draw(replay) for _ in range(number // BATCH)])
+
+
+def remote_replay(addresses, report=lambda text: None, **changes):
+    arguments = {'level_names': ['a', 'b', 'c'], 'components': COMPONENTS} | changes
+    return RemoteReplay(
+        stack='frame',
+        addresses=addresses,
+        batch_size=BATCH,
+        num_replayed=BATCH,
+        seed=0,
+        report=report,
+        **arguments,
+    )
+
+
+def assert_uniform(draws, numbers):
+    counts = np.bincount(draws, minlength=max(numbers) + 1)
+    assert counts.sum() == counts[numbers].sum()
+    expected = len(draws) / len(numbers)
+    chi_square = np.sum(np.square(counts[numbers] - expected) / expected)
+    # A normal distribution is near enough to it for as many; 4 deviations.
+    freedom = len(numbers) - 1
+    assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom), chi_square
+
+
+def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addresses):
+    said = []
+    capacity = '--replay_capacity=60'
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            stack.enter_context(job(tmp_path / str(task), task, addresses, capacity))
+            for task in range(2)
+        ]
+        for each in jobs:
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        replay = remote_replay(addresses, said.append)
+        assert not said
+        replay.start(True, said.append)
+        stack.enter_context(replay)
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        assert not replay.reserve(1)
+        assert not replay.reserve(0)
+        for first in (0, 50):
+            replay.add(batch_of(range(first, first + 50)))
+            wait_until(lambda: len(replay) >= 50)
+        replay.add(batch_of([100, 101]))
+        assert len(replay) <= 60
+        wait_until(lambda: {100, 101} <= set(draw(replay)))
+        # Of each shard the last 30 of those that were given out in turns.
+        assert_uniform(draw_many(replay, 6_000), range(42, 102))
+        assert len(replay) == 60
+        assert replay.metrics() == {'replay_unrolls': 60, 'replay_jobs': 2}
+
+        # A shard that came back holds fewer than the other.
+        kill(jobs[1])
+        wait_until(lambda: len(replay) == 30)
+        assert set(draw(replay)) <= set(range(42, 102, 2))
+        wait_until(lambda: len(said) == 3)
+        assert re.search(
+            rf'replay job at {addresses[1]} \S* .*Going on with 1 of the replay', said[2]
+        )
+        with job(tmp_path / 'again', 1, addresses, capacity):
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+            replay.add(batch_of(range(102, 112)))
+            wait_until(lambda: len(replay) == 35)
+            wait_until(lambda: {103, 111} <= set(draw(replay)))
+            expected = [*range(52, 112, 2), *range(103, 112, 2)]
+            draws = draw_many(replay, 6_000)
+            # In turns, but nobody said which comes first.
+            if not set(draws) <= set(expected):
+                expected = [*range(53 - 1, 102, 2), *range(103, 112, 2), *range(102, 112, 2)]
+            assert_uniform(draws, sorted(expected))
+            assert len(said) == 4
+            assert f'Replay job 1 at {addresses[1]} is there, with 0 trajectories: 2 of' in said[3]
+
+
+def test_a_shard_that_hangs_is_not_waited_for(tmp_path, addresses):
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            stack.enter_context(job(tmp_path / str(task), task, addresses)) for task in range(2)
+        ]
+        for each in jobs:
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        replay = stack.enter_context(remote_replay(addresses))
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        replay.add(batch_of(range(BATCH)))
+        wait_until(lambda: len(replay) == BATCH)
+        wait_until(lambda: len(set(draw(replay) % 2)) == 2)
+        os.kill(jobs[1].id, signal.SIGSTOP)
+        slowest = 0.0
+        for i in range(40):
+            started = time.monotonic()
+            if replay.reserve(BATCH):
+                replay.sample(batch_of(range(BATCH)))
+            replay.add(batch_of(range(100 + i * BATCH, 100 + (i + 1) * BATCH)))
+            slowest = max(slowest, time.monotonic() - started)
+        # A call to it fails after 10 seconds.
+        assert slowest < 5
+        # Nor is the other one held up.
+        newest = 100 + 40 * BATCH
+
+        def arrives():
+            replay.add(batch_of([newest]))
+            return newest in draw(replay)
+
+        wait_until(arrives)
+        os.kill(jobs[1].id, signal.SIGCONT)
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        draw_many(replay, 500)
+
+
+def test_what_cannot_be_kept_is_left_out(tmp_path, addresses):
+    with job(tmp_path, 0, addresses[:1]) as only:
+        only.wait_until(lambda: 'waiting for it on port' in only.stderr)
+        with remote_replay(addresses[:1]) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            unrolls = batch_of(range(10))
+            unrolls[4][3, 4, 0, 0, 1] ^= 1  # No stack of frames.
+            unrolls[6][2, 5] = np.nan
+            unrolls[0][6] = 3  # There is no such level.
+            replay.add(unrolls)
+            wait_until(lambda: replay.metrics().get('replay_unrolls_left_out') == 3)
+            wait_until(lambda: len(replay) == 7)
+            wait_until(lambda: {0, 9} <= set(draw(replay)))
+            assert set(draw_many(replay, 500)) == {0, 1, 2, 3, 7, 8, 9}
+
+
+def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
+    logdir = tmp_path / 'run'
+    capacity = '--replay_capacity=400'
+
+    def latest(name):
+        lines = metrics(logdir)
+        return lines[-1].get(name) if lines else None
+
+    def assert_exact(first, last):
+        """Between these lines the fraction was exact, as far as a fraction of unrolls goes."""
+        updates = last['updates'] - first['updates']
+        fresh = (last['frames'] - first['frames']) / 20
+        assert updates > 20
+        assert abs(fresh - NUM_FRESH * updates) < 1
+
+    def wait_for_lines(run, number):
+        length = len(metrics(logdir))
+        run.wait_until(lambda: len(metrics(logdir)) >= length + number)
+        return metrics(logdir)[-number:]
+
+    with (
+        job(tmp_path / 'job0', 0, addresses, capacity) as first,
+        learner(tmp_path / 'learner', logdir, addresses, ENDLESS) as run,
+    ):
+        # One that comes late.
+        first.wait_until(lambda: latest('replay_unrolls') == 200)
+        assert run.stderr.count('Going on with') == 1
+        with job(tmp_path / 'job1', 1, addresses, capacity) as second:
+            run.wait_until(lambda: latest('replay_unrolls') == 400)
+            lines = wait_for_lines(run, 4)
+            assert_exact(lines[0], lines[-1])
+            assert lines[-1]['replay_jobs'] == 2
+            assert lines[-1]['replayed_policy_lag_mean'] > lines[-1]['policy_lag_mean']
+            kill(second)
+        run.wait_until(lambda: latest('replay_unrolls') == 200)
+        assert latest('replay_jobs') == 1
+        lines = wait_for_lines(run, 4)
+        assert_exact(lines[0], lines[-1])
+        run.wait_until(lambda: run.stderr.count('Going on with') == 2)
+        with job(tmp_path / 'job1_again', 1, addresses, capacity) as second:
+            run.wait_until(lambda: latest('replay_unrolls') == 400)
+            # Now both: training goes on with what is new alone.
+            kill(first)
+            second.send(signal.SIGTERM)
+            assert second.wait() == 0
+            assert second.stdout == 'Stopped; the 200 trajectories held here are gone.\n'
+        run.wait_until(lambda: latest('replay_jobs') == latest('replay_unrolls') == 0)
+        lines = wait_for_lines(run, 3)
+        assert lines[-1]['replayed_fraction'] == 0
+        run.wait_until(lambda: run.stderr.count('Going on with') == 4)
+        assert run.stderr.count('Going on with no replayed trajectories until it is back') == 2
+        run.send(signal.SIGTERM)
+        assert run.wait() == 0
+    assert 'Traceback' not in run.stderr + first.stderr + second.stderr
+
+
+def test_shards_outlive_their_learner(tmp_path, addresses):
+    logdir = tmp_path / 'run'
+    devices = '--learner_devices=/cpu:0,/cpu:1'
+    one = addresses[:1]
+    importing = ('/usr/bin/env', 'PYTHONPROFILEIMPORTTIME=1')
+    with job(tmp_path / 'job', 0, one, prefix=importing) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        for i, total in enumerate((4000, 8000)):
+            frames = f'--total_environment_frames={total}'
+            with learner(tmp_path / f'learner{i}', logdir, one, frames, devices) as run:
+                assert run.wait() == 0, run.stderr
+            assert 'Another run' not in shard.stderr
+            assert metrics(logdir)[-1]['frames'] >= total
+        assert re.search(r'is there, with [1-9]\d+ trajectories: 1 of 1', run.stderr)
+        resumed = next(line for line in metrics(logdir) if line['frames'] > 4200)
+        assert resumed['replayed_fraction'] > 0
+
+        frames = '--total_environment_frames=4000'
+        with learner(tmp_path / 'new', tmp_path / 'new_run', one, frames) as run:
+            assert run.wait() == 0, run.stderr
+        assert re.search(r'Another run begins; the [1-9]\d+ trajectories of before', shard.stderr)
+        assert 'is there, with 0 trajectories' in run.stderr
+
+        with learner(tmp_path / 'odd', tmp_path / 'other', one, '--unroll_length=10') as run:
+            assert_one_sentence(
+                run, 2, r"another run, whose 'reward' \(float32 \[21\]\) is 'reward' .*\[11\]"
+            )
+        assert not (tmp_path / 'other' / 'flags.txt').exists()
+        shard.send(signal.SIGINT)
+        assert shard.wait() == 0
+    imported = set(re.findall(r'\| +([\w.]+)$', shard.stderr, re.MULTILINE))
+    assert 'impala.replay_job' in imported
+    assert not {'environments', 'gymnasium', 'ale_py', 'sonnet', 'impala.agent'} & imported
+
+
+def test_learners_and_actor_jobs_share_the_shards(tmp_path):
+    ports = [f'localhost:{port}' for port in free_ports(3)]
+    shared = f'--learner_addresses={",".join(ports[:2])}'
+    logdir = tmp_path / 'run'
+    with contextlib.ExitStack() as stack:
+        shard = stack.enter_context(job(tmp_path / 'job', 0, ports[2:]))
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        runs = [
+            stack.enter_context(
+                learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
+                        '--trusted_network', '--total_environment_frames=8000')
+            )
+            for task in range(2)
+        ] + [
+            stack.enter_context(
+                Run(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
+                    '--envs_per_actor=4')
+            )
+            for task in range(2)
+        ]  # fmt: skip
+        for run in runs:
+            assert run.wait() == 0, run.stderr
+        shard.send(signal.SIGTERM)
+        assert shard.wait() == 0
+    held = int(re.search(r'the (\d+) trajectories held here', shard.stdout).group(1))
+    # What both have sent, but for what was on its way at the end.
+    assert abs(held - metrics(logdir)[-1]['frames'] / 20) < 40
+    assert metrics(logdir)[-1]['replayed_fraction'] > 0
+
+
+def test_unrolls_that_do_not_fit(tmp_path, addresses):
+    one, other = [addresses[0]], [addresses[1]]
+    with (
+        job(tmp_path / 'job', 0, one, '--replay_capacity=1000000000000') as vast,
+        job(tmp_path / 'other', 0, other) as shard,
+    ):
+        for each in (vast, shard):
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        with pytest.raises(ConfigError, match=f'at {one[0]} refuses: .* than there is room for'):
+            remote_replay(one)
+        remote_replay(other)
+        with pytest.raises(ConfigError, match='of another run, of a, b, c and not of a: start it'):
+            remote_replay(other, level_names=['a'])
+        with pytest.raises(ConfigError, match="whose 'reward'.* here: start it anew"):
+            remote_replay(other, components=COMPONENTS[:-1])
+        for each in (vast, shard):
+            each.send(signal.SIGTERM)
+            assert each.wait() == 0
+
+
+def test_a_job_of_another_version(addresses):
+    board = WeightsBoard(f'{{"protocol": {replay_job.PROTOCOL + 1}}}', replay_job.BOARD)
+    board.publish([tf.constant('')], 0)
+    try:
+        server = ReplayServer('localhost:0')
+        with pytest.raises(ConfigError, match='runs another version of this program'):
+            remote_replay([f'localhost:{server.port}'])
+    finally:
+        board.close()
+
+
+def test_a_port_that_is_in_use(tmp_path, addresses):
+    with (
+        socket.create_server(('', int(addresses[1].partition(':')[2]))),
+        job(tmp_path, 1, addresses) as second,
+    ):
+        assert_one_sentence(
+            second, 2, f'The replay job cannot listen on {addresses[1]}: another process does'
+        )
+
+
+@pytest.mark.parametrize(
+    ('flags', 'sentence'),
+    [
+        (['--job_name=replay', '--task=0'], '^--job_name=replay needs --replay_addresses='),
+        (
+            ['--job_name=replay', '--task=2', '--replay_addresses=a:1,b:2'],
+            '^--job_name=replay needs a number of its own, --task=0 to 1',
+        ),
+        (['--job_name=replay', '--replay_addresses=a:1'], 'needs a number of its own, --task=0'),
+        (
+            ['--job_name=replay', '--task=0', '--replay_addresses=nowhere'],
+            "^'nowhere' is no address of a job, which reads host:port",
+        ),
+        (
+            ['--job_name=replay', '--task=0', '--replay_addresses=a:1,b:2', '--replay_capacity=1'],
+            '^--replay_capacity=1 leaves nothing for some of 2 replay jobs',
+        ),
+        (
+            ['--job_name=actor', '--task=0', '--replay_addresses=a:1'],
+            '^--replay_addresses is for the learner and for replay jobs',
+        ),
+        (
+            [*CARTPOLE, '--replay_addresses=a:1'],
+            '^--replay_addresses=a:1 would hold .* no one uses',
+        ),
+    ],
+)
+def test_bad_flags(tmp_path, flags, sentence):
+    with Run(tmp_path, f'--logdir={tmp_path}/run', *flags) as run:
+        assert_one_sentence(run, 2, sentence)
+
+
+@pytest.mark.parametrize(
+    ('addresses', 'fraction', 'sentence'),
+    [
+        (['a:1'], 0, '^--replay_addresses=a:1 would hold trajectories that no one uses again'),
+        (['a:1', 'b'], 0.5, "^'b' in --replay_addresses is no address of a replay job"),
+        (['a:1', 'a:1'], 0.5, '^--replay_addresses has a:1 more than once'),
+    ],
+)
+def test_bad_addresses(addresses, fraction, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        check_replay_jobs(addresses, fraction)
+
+
+def test_a_replay_job_needs_no_environments():
+    program = 'import sys, impala.replay_job; print(*sys.modules)'
+    modules = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=TESTS.parent,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split()
+    assert 'impala.replay_job' in modules
+    assert 'environments' not in modules
