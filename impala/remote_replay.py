@@ -288,8 +288,8 @@ class RemoteReplay:
             num_there = sum(each.connection is not None for each in self._shards)
             self._changed.notify_all()
         self._report(
-            f'Replay job {shard.task} at {shard.address} is there, with {held:,} trajectories: '
-            f'{num_there} of {len(self._shards)}'
+            f'Replay job {shard.task} at {shard.address} is there, with {held:,} of at most '
+            f'{shard.capacity:,} trajectories: {num_there} of {len(self._shards)}'
         )
         for sequence in itertools.count(1):
             with self._changed:
@@ -390,6 +390,7 @@ class RemoteReplay:
                     f'The replay job at {shard.address} runs another version of this program '
                     f'(protocol {settings["protocol"]}, here {PROTOCOL}): install the same one.'
                 )
+            shard.capacity = settings['capacity']
             held, answer = _read(asking)
             if answer.layout is None or (begins and held and answer.layout == self._layout):
                 held, answer = self._ask(asking, begins)
@@ -451,6 +452,7 @@ class _Shard:
     Attributes:
       task: its number.
       address: `host:port`.
+      capacity: unrolls that it has room for, as it said last.
       connection: None as long as it is not there.
       held: unrolls that it holds, as it said last; 0 as long as it is not there.
       ready: packed unrolls that it has drawn.
@@ -461,6 +463,7 @@ class _Shard:
 
     task: int
     address: str
+    capacity: int = 0
     connection: ReplayConnection | None = None
     held: int = 0
     ready: collections.deque[list[np.ndarray]] = dataclasses.field(

@@ -235,7 +235,9 @@ class _Shard:
         """Lets go of what is held; returns how many unrolls that was. May be called again."""
         if self._shelf is None:
             return 0
-        shelf, self._shelf = self._shelf, None
+        with self._lock:
+            shelf, self._shelf = self._shelf, None
+            self._answer = dataclasses.replace(self._answer, layout=None)
         shelf.close()
         return len(shelf.replay)
 
