@@ -182,14 +182,18 @@ class UnpaddedTorso(snt.Module):
                 f'{size[0]}x{size[1]}; use the deep torso.'
             )
         self._dtype = compute_dtype
-        self._convolutions = []
+        convolutions = []
         outputs = list(size)
         for layer, (out_channels, kernel, stride) in enumerate(layers, 1):
-            self._convolutions.append(
-                Convolution(channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}')
+            convolution = Convolution(
+                channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}'
             )
+            # Attributes of these names are what checkpoints know them by.
+            setattr(self, f'_conv_{layer}', convolution)
+            convolutions.append(convolution)
             outputs = [(pixels - kernel) // stride + 1 for pixels in outputs]
             channels = out_channels
+        self._convolutions = convolutions
         # Pixels at the far edges that no output depends on are cut off before they cost anything.
         self._used = [_input_size(pixels, layers) for pixels in outputs]
         self._crop = size != self._used

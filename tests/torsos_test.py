@@ -305,6 +305,18 @@ def test_too_small_frames_are_refused(name, pixels):
         torsos.create_torso(name, ArraySpec((pixels, pixels - 1, 3), 'uint8'), tf.float32)
 
 
+def test_checkpoints_of_shallow_torsos_of_before_fit(tmp_path):
+    torso = torsos.create_torso('shallow', ArraySpec((84, 84, 4), 'uint8'), tf.float32)
+    before = tf.train.Checkpoint()
+    for number, layer in enumerate(own_layers(torso)):
+        name = ('_conv_1', '_conv_2', '_linear')[number]
+        weights = tf.Variable(tf.fill(layer.w.shape, float(number)))
+        setattr(before, name, tf.train.Checkpoint(w=weights, b=tf.Variable(layer.b)))
+    path = before.write(str(tmp_path / 'before'))
+    tf.train.Checkpoint(torso).read(path).assert_existing_objects_matched()
+    assert [np.unique(layer.w).tolist() for layer in own_layers(torso)] == [[0], [1], [2]]
+
+
 def test_an_unknown_torso_is_refused():
     with pytest.raises(ValueError, match="Unknown torso 'wide'.*deep, shallow, nature, mlp"):
         torsos.create_torso('wide', ArraySpec((4,), 'float32'), tf.float32)
