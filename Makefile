@@ -10,7 +10,7 @@ SOURCES = setup.py pyproject.toml $(wildcard */cc/*)
 .PHONY: train test install clean
 
 train: $(INSTALLED)
-	$(VENV)/bin/python experiment.py --flagfile=configs/pong_quick.flags --logdir=$(LOGDIR)
+	$(VENV)/bin/python experiment.py --flagfile=configs/pong_fast.flags --logdir=$(LOGDIR)
 
 test: $(INSTALLED)
 	$(VENV)/bin/ruff check .

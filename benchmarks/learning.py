@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning babyai_instruction --threshold=0.8 --seeds=3
 
-writes `docs/results/babyai_instruction.md`, `.csv` and `.png`: command, curve, and scores beside
-random actions, people and what is published. A run that was stopped goes on; one that is complete
-is only reported.
+writes `docs/results/babyai_instruction.md`, `.csv`, `.png` and `_time.png`: command, curves over
+agent steps and over time, and scores beside random actions, people and what is published. A run
+that was stopped goes on; one that is complete is only reported.
 """
 
 import argparse
@@ -188,8 +188,9 @@ def main() -> None:
     with matplotlib.rc_context(plot.STYLE):
         runs = [plot.read_run(os.path.join(ROOT, logdir)) for logdir in logdirs]
         label = f'{name}, {len(runs)} seeds' if len(runs) > 1 else name
-        figure = plot.learning_curves({label: runs}, 'agent_steps')
-        figure.savefig(os.path.join(RESULTS, f'{name}.png'))
+        for over, suffix in (('agent_steps', ''), ('wall_time', '_time')):
+            figure = plot.learning_curves({label: runs}, over)
+            figure.savefig(os.path.join(RESULTS, f'{name}{suffix}.png'))
     level_name = rows[0]['level']
     shape = ', between the lowest and the highest of the seeds' if len(rows) > 1 else ''
     page = f"""# {level_name}
@@ -206,6 +207,8 @@ and so on. Agent steps and minutes until the mean of the last {WINDOW} episodes 
 {comparison(level_name, args.random_episodes)}
 
 ![Learning curve{shape}]({name}.png)
+
+![The same over wall time]({name}_time.png)
 
 {'Every episode' if stride == 1 else f'One episode in {stride}'} is in [{name}.csv]({name}.csv),
 the settings are in [configs/{name}.flags](../../configs/{name}.flags). This page was written by

@@ -173,7 +173,7 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
             handles.values(),
             handles.keys(),
             loc='outside lower center',
-            ncols=min(4, len(handles)),
+            ncols=min(3, len(handles)),
             fontsize=8,
         )
     else:

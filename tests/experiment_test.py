@@ -797,6 +797,7 @@ def test_defaults_are_those_of_the_released_code():
             },
         ),
         ('pong_quick', {'level_name': 'ALE/Pong-v5', 'sticky_actions': 0}),
+        ('pong_fast', {'level_name': 'ALE/Pong-v5', 'num_action_repeats': None, 'loss': 'appo'}),
     ],
 )
 def test_flag_files(name, paper):
