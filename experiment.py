@@ -300,14 +300,13 @@ def main(unused_argv: list[str]) -> int:
             '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.',
             BAD_INPUT_EXIT_CODE,
         )
-    is_replay = FLAGS.job_name == 'replay'
     if is_actor and FLAGS['replay_addresses'].present:
         return _fail(
             '--replay_addresses is for the learner and for replay jobs: leave it out of an actor '
             'job, which has nothing to do with them.',
             BAD_INPUT_EXIT_CODE,
         )
-    if is_replay:
+    if FLAGS.job_name == 'replay':
         return _serve_replay()
     is_one_of_several = not is_actor and FLAGS.mode == 'train' and len(FLAGS.learner_addresses) > 1
     if not is_actor and FLAGS.task > 0 and not is_one_of_several:
