@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 # Found whether this runs as a module or as a file.
@@ -71,11 +72,10 @@ def mean_text(returns: list[float]) -> str:
     return text if interval is None else f'{text} ({interval[0]:.2f} to {interval[1]:.2f})'
 
 
-def run(name: str, seed: int, test_episodes: int) -> str:
-    """Trains and tests with one seed; returns the folder, from the root of the project."""
-    logdir = os.path.join('runs', name, f'seed_{seed}')
+def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: int) -> None:
+    """Trains, going on if it was stopped, and tests the last checkpoint; `logdir` from ROOT."""
     here = [sys.executable, 'experiment.py', f'--logdir={logdir}']
-    train = [*here, f'--flagfile=configs/{name}.flags', f'--seed={seed}']
+    train = [*here, *flags, f'--seed={seed}']
     test = [*here, '--mode=test', f'--test_num_episodes={test_episodes}', '--num_actors=10']
     trained = subprocess.run(train, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(trained)
@@ -83,7 +83,6 @@ def run(name: str, seed: int, test_episodes: int) -> str:
     if 'The run is complete' not in trained:
         sys.exit(f'{logdir} is not complete; the same command goes on with it.')
     subprocess.run(test, cwd=ROOT, check=True)
-    return logdir
 
 
 def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -107,8 +106,21 @@ def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], li
     }, episodes
 
 
-def table(rows: list[dict[str, Any]], threshold: float) -> str:
-    """Returns a row per seed, and the medians."""
+def table_headers(threshold: float) -> list[str]:
+    """Returns what stands above `table_lines`."""
+    return [
+        'seed',
+        f'steps until {threshold:g}',
+        'minutes',
+        'steps in all',
+        'minutes',
+        f'return, last {WINDOW}',
+        '`--mode=test` (95% interval)',
+    ]
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+    """Returns a line for each run of `row_of`, and one of medians if there are several."""
     lines = [
         [
             row['seed'],
@@ -137,16 +149,17 @@ def table(rows: list[dict[str, Any]], threshold: float) -> str:
                 f'{statistics.median(np.mean(row["tested"]) for row in rows):.2f}',
             ]
         )
-    headers = [
-        'seed',
-        f'steps until {threshold:g}',
-        'minutes',
-        'steps in all',
-        'minutes',
-        f'return, last {WINDOW}',
-        '`--mode=test` (95% interval)',
-    ]
-    return tabulate.tabulate(lines, headers, 'github', disable_numparse=True)
+    return lines
+
+
+def file_episodes(name: str, episodes: Sequence[dict[str, Any]]) -> int:
+    """Writes episodes to docs/results/NAME.csv, one in so many as it returns."""
+    stride = -(-len(episodes) // MAX_ROWS)
+    with open(os.path.join(RESULTS, f'{name}.csv'), 'w', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, episodes[0], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(episodes[::stride])
+    return stride
 
 
 def comparison(level_name: str, random_episodes: int) -> str:
@@ -174,17 +187,15 @@ def main() -> None:
     args = parser.parse_args()
     name = args.name
     rows, filed = [], []
-    logdirs = [run(name, seed, args.test_episodes) for seed in range(1, args.seeds + 1)]
+    logdirs = [os.path.join('runs', name, f'seed_{seed}') for seed in range(1, args.seeds + 1)]
+    for seed, logdir in enumerate(logdirs, 1):
+        train_and_test(logdir, [f'--flagfile=configs/{name}.flags'], seed, args.test_episodes)
     for seed, logdir in enumerate(logdirs, 1):
         row, episodes = row_of(seed, logdir, args.threshold)
         rows.append(row)
         filed += [{'seed': seed} | episode for episode in episodes]
     os.makedirs(RESULTS, exist_ok=True)
-    stride = -(-len(filed) // MAX_ROWS)
-    with open(os.path.join(RESULTS, f'{name}.csv'), 'w', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, filed[0], lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(filed[::stride])
+    stride = file_episodes(name, filed)
     with matplotlib.rc_context(plot.STYLE):
         runs = [plot.read_run(os.path.join(ROOT, logdir)) for logdir in logdirs]
         label = f'{name}, {len(runs)} seeds' if len(runs) > 1 else name
@@ -193,6 +204,9 @@ def main() -> None:
             figure.savefig(os.path.join(RESULTS, f'{name}{suffix}.png'))
     level_name = rows[0]['level']
     shape = ', between the lowest and the highest of the seeds' if len(rows) > 1 else ''
+    table = tabulate.tabulate(
+        table_lines(rows), table_headers(args.threshold), 'github', disable_numparse=True
+    )
     page = f"""# {level_name}
 
 {machine.describe()}, no GPU, {datetime.date.today()}. {args.remark}
@@ -202,7 +216,7 @@ def main() -> None:
 and so on. Agent steps and minutes until the mean of the last {WINDOW} episodes first reached
 {args.threshold:g}; the test is of the last checkpoint, {args.test_episodes} episodes.
 
-{table(rows, args.threshold)}
+{table}
 
 {comparison(level_name, args.random_episodes)}
 

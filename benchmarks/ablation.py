@@ -1,0 +1,130 @@
+"""Trains levels with several settings each, and files table and curves under docs/results/.
+
+    python -m benchmarks.ablation configs/generality.json
+
+The file says how many frames a run has, the levels with the return that counts as learned, and the
+settings: their flags and how many seeds. All have their first seed before any has its second. A run
+that was stopped goes on, complete ones are only reported; `--report` trains nothing and reports
+what is complete.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import re
+import shlex
+import sys
+from typing import Any
+
+# Found whether this runs as a module or as a file.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import matplotlib
+import tabulate
+
+from benchmarks import learning, machine
+from impala import plot
+
+
+def folder(name: str, setting: str, level_name: str, seed: int) -> str:
+    """Returns the folder of a run, from the root of the project."""
+    words = [re.sub(r'[^A-Za-z0-9]+', '_', text).strip('_') for text in (setting, level_name)]
+    return os.path.join('runs', name, *words, f'seed_{seed}')
+
+
+def is_complete(logdir: str) -> bool:
+    """Returns whether a run was trained and tested to its end."""
+    return os.path.exists(os.path.join(learning.ROOT, logdir, 'test_scores.json'))
+
+
+def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
+    """Trains and tests what is not complete."""
+    settings = plan['settings']
+    for seed in range(1, max(setting['seeds'] for setting in settings.values()) + 1):
+        for level_name in plan['levels']:
+            for setting_name, setting in settings.items():
+                logdir = folder(name, setting_name, level_name, seed)
+                if seed > setting['seeds'] or is_complete(logdir):
+                    continue
+                flags = [
+                    *setting['flags'],
+                    f'--level_name={level_name}',
+                    f'--total_environment_frames={plan["frames"]}',
+                ]
+                learning.train_and_test(logdir, flags, seed, test_episodes)
+
+
+def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> str:
+    """Writes the CSV files and pictures; returns the page."""
+    page = [f'# {plan["title"]}', '']
+    page += [f'{machine.describe()}, no GPU, {datetime.date.today()}. {remark}'.strip(), '']
+    page += [
+        f'{plan["frames"]:,} frames a run. Agent steps and minutes until the mean of the last '
+        f'{learning.WINDOW} episodes first reached a return; the test is of the last checkpoint, '
+        f'{test_episodes} episodes.',
+        '',
+    ]
+    for setting_name, setting in plan['settings'].items():
+        flags = ' '.join(map(shlex.quote, setting['flags']))
+        page += [
+            f'{setting_name}:',
+            '',
+            f'    python experiment.py {flags} --total_environment_frames={plan["frames"]}',
+            '',
+        ]
+    for level_name, threshold in plan['levels'].items():
+        lines: list[list[Any]] = []
+        runs: dict[str, list[plot.Run]] = {}
+        filed: list[dict[str, Any]] = []
+        for setting_name, setting in plan['settings'].items():
+            rows = []
+            for seed in range(1, setting['seeds'] + 1):
+                logdir = folder(name, setting_name, level_name, seed)
+                if is_complete(logdir):
+                    row, episodes = learning.row_of(seed, logdir, threshold)
+                    rows.append(row)
+                    filed += [{'settings': setting_name, 'seed': seed} | e for e in episodes]
+                    run = plot.read_run(os.path.join(learning.ROOT, logdir))
+                    runs.setdefault(setting_name, []).append(run)
+            lines += [[setting_name, *line] for line in learning.table_lines(rows)]
+        if not filed:
+            continue
+        stem = f'{name}_{re.sub(r"[^A-Za-z0-9]+", "_", level_name.removeprefix("ALE/"))}'
+        learning.file_episodes(stem, filed)
+        with matplotlib.rc_context(plot.STYLE):
+            for over, suffix in (('agent_steps', ''), ('wall_time', '_time')):
+                figure = plot.learning_curves(runs, over)
+                figure.savefig(os.path.join(learning.RESULTS, f'{stem}{suffix}.png'))
+        headers = ['settings', *learning.table_headers(threshold)]
+        page += [f'## {level_name}', '']
+        page += [tabulate.tabulate(lines, headers, 'github', disable_numparse=True), '']
+        page += [learning.comparison(level_name, 100), '']
+        page += [f'![Learning curves, lowest to highest of the seeds]({stem}.png)', '']
+        page += [f'![The same over wall time]({stem}_time.png)', '']
+    page.append(f'Written by `python -m benchmarks.ablation configs/{name}.json`; the episodes are')
+    page.append('in the CSV files beside this page.')
+    return '\n'.join(page) + '\n'
+
+
+def main() -> None:
+    """Trains, tests, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('plan', help='JSON file in configs/')
+    parser.add_argument('--report', action='store_true', help='of what is complete, train nothing')
+    parser.add_argument('--test_episodes', type=int, default=50)
+    parser.add_argument('--remark', default='', help='a sentence for the page')
+    args = parser.parse_args()
+    name = os.path.splitext(os.path.basename(args.plan))[0]
+    with open(args.plan, encoding='utf-8') as file:
+        plan = json.load(file)
+    if not args.report:
+        train(name, plan, args.test_episodes)
+    page = report(name, plan, args.test_episodes, args.remark)
+    with open(os.path.join(learning.RESULTS, f'{name}.md'), 'w', encoding='utf-8') as file:
+        file.write(page)
+    print(page)
+
+
+if __name__ == '__main__':
+    main()
