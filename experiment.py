@@ -32,7 +32,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_string('checkpoint', '', 'Test: a checkpoint other than the newest, for instance '
                     'RUN/checkpoints/ckpt-3.')  # fmt: skip
-flags.DEFINE_boolean('watch', False, 'Test the newest checkpoint whenever there is a newer one.')
+flags.DEFINE_boolean('watch', False, 'Test the newest checkpoint and each one that follows.')
 flags.DEFINE_integer('save_video', 0, 'Test: episodes per level to write as videos.', lower_bound=0)
 
 flags.DEFINE_integer('task', -1, 'Number of a distributed job, from 0; -1 on a single machine.')

@@ -21,6 +21,7 @@ from impala.run_files import (
     CHECKPOINT_PREFIX,
     FLAG_FILE,
     LogdirError,
+    checkpoint_number,
     checkpoint_paths,
     write_atomically,
 )
@@ -29,7 +30,7 @@ NETWORK_FILE = 'network.json'
 
 
 class NoIntactCheckpointError(LogdirError):
-    """There are checkpoints, and all of them are damaged, or not written to their end yet."""
+    """All checkpoints, or the one asked for, are damaged, or not written to their end yet."""
 
 
 def report_to_stderr(text: str) -> None:
@@ -184,14 +185,12 @@ class Checkpointer:
           Whether there was a checkpoint.
 
         Raises:
-          LogdirError: if there are checkpoints and all are damaged, or if the one restored does
-            not fit the learner.
+          NoIntactCheckpointError: if there are checkpoints and all are damaged, or the given one
+            is or is not there.
+          LogdirError: if the one restored does not fit the learner.
         """
         if path is not None:
-            fault = _fault(path)
-            if fault:
-                raise LogdirError(f'The checkpoint {path} cannot be used: {fault}.')
-            self._read(path)
+            self._restore_given(path)
             return True
         while True:
             paths = checkpoint_paths(self._logdir)
@@ -200,6 +199,19 @@ class Checkpointer:
             except LogdirError:
                 if checkpoint_paths(self._logdir) == paths:
                     raise
+
+    def _restore_given(self, path: str) -> None:
+        fault = _fault(path)
+        if not fault:
+            try:
+                self._read(path)
+                return
+            except LogdirError:
+                # Or it has just been removed.
+                fault = _fault(path)
+                if not fault:
+                    raise
+        raise NoIntactCheckpointError(f'The checkpoint {path} cannot be used: {fault}.')
 
     def _restore_newest(self, paths: list[str]) -> bool:
         damaged = []
@@ -259,7 +271,7 @@ class Checkpointer:
         """
         self._last_attempt = wall_seconds
         before = checkpoint_paths(self._logdir)
-        number = _number(before[-1]) if before else 0
+        number = checkpoint_number(before[-1]) if before else 0
         path = os.path.join(self._folder, f'{CHECKPOINT_PREFIX}-{number + 1}')
         self._wall_seconds.assign(wall_seconds)
         try:
@@ -312,10 +324,6 @@ class Checkpointer:
             ) from error
         self._last_attempt = self.wall_seconds
         self._latest = path
-
-
-def _number(path: str) -> int:
-    return int(path.rpartition('-')[2])
 
 
 def _fault(path: str) -> str:

@@ -5,6 +5,7 @@ follows from the run's seed, its level and its number, whatever process plays it
 episodes that end would favour short ones.
 """
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -42,7 +43,7 @@ from impala.run_config import (
     network_settings,
     popart_levels,
 )
-from impala.run_files import newest_checkpoint
+from impala.run_files import complete_checkpoints, newest_checkpoint
 from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.test_report import CheckpointScores
@@ -54,7 +55,7 @@ VIDEO_FOLDER = 'videos'
 _UNROLL_LENGTH = 50
 _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
-_WATCH_TRIES = 3
+_WATCH_TRIES = 4
 _WRITING_SECONDS = 3.0
 # Part of every seed, so that a test does not repeat the episodes trained on.
 _TEST = 0x7E57
@@ -68,7 +69,8 @@ class EvaluationConfig:
       num_episodes: per level.
       policy: `'sample'` as in the paper, or `'greedy'`: the most probable action.
       checkpoint: path without file extension; None for the newest.
-      watch: test the newest checkpoint of a run that goes on whenever there is a newer one.
+      watch: test the newest checkpoint of a run that goes on, and then each one that follows, in
+        their order; those that training removes while another one is tested are left out.
       num_videos: episodes per level that are filmed.
     """
 
@@ -201,7 +203,7 @@ def evaluate(
                 if int(restorable.agent_steps) * spec.num_action_repeats >= final_frames:
                     report('Training is complete.')
                     return returns
-            if not _await_checkpoint(config.logdir, checkpointer, evaluation, players):
+            if not _await_checkpoint(config.logdir, checkpointer, players):
                 return returns
 
 
@@ -240,29 +242,35 @@ def _restore(checkpointer: Checkpointer, evaluation: EvaluationConfig) -> bool:
             # The first one of a run may be being written at this moment.
             if evaluation.watch:
                 return False
-            if time.monotonic() > deadline:
+            if evaluation.checkpoint is not None or time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 
 
-def _await_checkpoint(
-    logdir: str, checkpointer: Checkpointer, evaluation: EvaluationConfig, players: _Players
-) -> bool:
-    """Waits for a checkpoint newer than the last and restores it; False if that is ended."""
+def _await_checkpoint(logdir: str, checkpointer: Checkpointer, players: _Players) -> bool:
+    """Waits for the checkpoint after the last one and restores it; False if that is ended.
+
+    One after the other, so that a test which outlasts several saves leaves none of them out but
+    those that training has removed by then.
+    """
     last = checkpointer.latest
-    tried, tries = last, 0
+    tries: collections.Counter[str] = collections.Counter()
     while True:
+        for path in complete_checkpoints(logdir, after=last):
+            if tries[path] == _WATCH_TRIES:
+                continue
+            tries[path] += 1
+            try:
+                checkpointer.restore(path)
+                return True
+            except NoIntactCheckpointError as error:
+                # It may be cut short as yet, or just have been removed. If it stays so, it is
+                # damaged, and it is the turn of the next.
+                if tries[path] < _WATCH_TRIES:
+                    break
+                report_to_stderr(f'WARNING: {error} It is not tested.')
         if players.wait(_WATCH_SECONDS):
             return False
-        newest = newest_checkpoint(logdir)
-        if newest != tried:
-            tried, tries = newest, 0
-        # It may be cut short as yet; if it stays so, it is damaged.
-        if newest == last or tries == _WATCH_TRIES:
-            continue
-        tries += 1
-        if _restore(checkpointer, evaluation) and checkpointer.latest != last:
-            return True
 
 
 def _test(

@@ -55,8 +55,28 @@ def lock_logdir(logdir: str) -> int:
 
 def newest_checkpoint(logdir: str) -> str | None:
     """Returns the path of the newest checkpoint that seems to be complete, None without any."""
-    complete = [path for path in checkpoint_paths(logdir) if os.path.exists(f'{path}.index')]
+    complete = complete_checkpoints(logdir)
     return complete[-1] if complete else None
+
+
+def complete_checkpoints(logdir: str, after: str | None = None) -> list[str]:
+    """Returns the checkpoints that seem to be complete, oldest first.
+
+    Args:
+      logdir: the log directory.
+      after: path of a checkpoint, there or not; only newer ones are returned.
+    """
+    return [
+        path
+        for path in checkpoint_paths(logdir)
+        if os.path.exists(f'{path}.index')
+        and (after is None or checkpoint_number(path) > checkpoint_number(after))
+    ]
+
+
+def checkpoint_number(path: str) -> int:
+    """Returns the number at the end of a checkpoint's path."""
+    return int(path.rpartition('-')[2])
 
 
 def checkpoint_paths(logdir: str) -> list[str]:

@@ -159,6 +159,55 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
     ]
 
 
+def test_watching_leaves_out_none_of_the_checkpoints_that_appear_during_a_test(
+    logdir, tmp_path, monkeypatch, capsys
+):
+    """But those that are removed by then, or damaged."""
+    monkeypatch.setattr(evaluation, '_WATCH_SECONDS', 0.05)
+    ready = tmp_path / 'ready' / 'checkpoints'
+    kept = tmp_path / 'kept'
+    shutil.copytree(logdir, ready.parent)
+    for frames in (120, 140, 160, 180):
+        training.train(lives_config(ready.parent, total_environment_frames=frames))
+        # Training keeps three.
+        shutil.copytree(ready, kept, dirs_exist_ok=True)
+    folder = tmp_path / 'run' / 'checkpoints'
+    folder.mkdir(parents=True)
+
+    def files_of(number, where):
+        return list(where.glob(f'ckpt-{number}.*'))
+
+    def add(*numbers):
+        for number in numbers:
+            for path in sorted(files_of(number, kept)):
+                shutil.copy(path, folder)
+
+    tested = []
+
+    def report(line):
+        if not line.startswith('Testing '):
+            return
+        tested.append(line.rpartition('/')[2])
+        if tested[-1] == 'ckpt-1':
+            add(2, 3)
+        elif tested[-1] == 'ckpt-2':
+            for path in files_of(3, folder):
+                path.unlink()
+            add(4, 5)
+            (data,) = folder.glob('ckpt-4.data*')
+            data.write_bytes(data.read_bytes()[:-1])
+
+    add(1)
+    capsys.readouterr()
+    run = lives_config(tmp_path / 'run', total_environment_frames=180)
+    evaluate(run, EvaluationConfig(1, watch=True), report)
+    assert tested == ['ckpt-1', 'ckpt-2', 'ckpt-5']
+    rows = (tmp_path / 'run' / 'test_history.csv').read_text().splitlines()[1:]
+    assert [row.split(',')[1] for row in rows] == ['100', '120', '180']
+    warnings = capsys.readouterr().err
+    assert warnings.count('ckpt-4 cannot be used') == 1 and 'ckpt-3' not in warnings
+
+
 def test_videos_show_what_agent_and_person_see(tmp_path):
     run = config(tmp_path, level_names=('ALE/Boxing-v5',), total_environment_frames=20)
     run = dataclasses.replace(
