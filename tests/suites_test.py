@@ -75,6 +75,14 @@ def test_a_file_of_ones_own(tmp_path):
         ('level,random,human\na,nan,2\n', "line 2: random is 'nan'"),
         ('level,random,human\na,2,2\n', 'line 2: random and human score of a are both 2'),
         ('level,random,human\na,1,2\nb,1,2\na,1,2\n', 'names the level a twice'),
+        (
+            'level,random,human,test_level\na,1,2,c\nd,1,2,\nb,1,2,c\n',
+            'has c as the test_level of both a and b: each needs one of its own',
+        ),
+        (
+            'level,random,human,test_level\na,1,2,\nb,1,2,a\n',
+            'has a as the test_level of both a and b',
+        ),
         (b'\xff\xfe', 'is not a CSV file'),
     ],
 )

@@ -156,6 +156,15 @@ def read(path: str) -> Suite:
     if not levels:
         raise LevelError(f'The suite {path} has no level.')
     _refuse_repetition([level.name for level in levels], f'The suite {path}')
+    tested: dict[str, str] = {}
+    for level in levels:
+        # Their episodes would be those of one level.
+        other = tested.setdefault(level.test_name, level.name)
+        if other != level.name:
+            raise LevelError(
+                f'The suite {path} has {level.test_name} as the test_level of both {other} and '
+                f'{level.name}: each needs one of its own.'
+            )
     return Suite(os.path.splitext(os.path.basename(path))[0], tuple(levels))
 
 
