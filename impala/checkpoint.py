@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import tensorflow as tf
@@ -80,7 +80,7 @@ def network_settings(logdir: str) -> dict[str, Any] | None:
     return settings
 
 
-def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
+def check_same_network(logdir: str, settings: dict[str, Any], later: Collection[str] = ()) -> None:
     """Stores the settings that shape the network, or compares them with those of the run before.
 
     As long as there is no checkpoint nothing depends on them, and they are simply replaced.
@@ -88,6 +88,8 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
     Args:
       logdir: the log directory; created if missing.
       settings: flag name -> JSON-serialisable value.
+      later: names of settings that are not compared if none was stored: the run may be from before
+        they were.
 
     Raises:
       LogdirError: if the run was started with other values; names each flag with both. Also if
@@ -99,6 +101,7 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
         text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
         write_atomically(os.path.join(logdir, NETWORK_FILE), text)
         return
+    stored = {name: settings[name] for name in later if name in settings} | stored
     different = [
         f'--{name} was {_shown(stored, name)} and is now {_shown(settings, name)}'
         for name in sorted({*stored, *settings})

@@ -35,6 +35,7 @@ from impala.checkpoint import (
 from impala.checkpoint import network_settings as settings_of_run
 from impala.local_actors import LocalActors
 from impala.run_config import (
+    LATER_SETTINGS,
     ConfigError,
     TrainingConfig,
     choose_network,
@@ -176,7 +177,9 @@ def evaluate(
         checkpointer = Checkpointer(config.logdir, restorable)
         if newest_checkpoint(config.logdir) is not None:
             check_same_network(
-                config.logdir, network_settings(network, spec) | learner_settings(config.learner)
+                config.logdir,
+                network_settings(network, spec) | learner_settings(config.learner),
+                LATER_SETTINGS,
             )
         players = _Players()
         if not _restore(checkpointer, evaluation):

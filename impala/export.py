@@ -26,7 +26,7 @@ with quiet_tensorflow():
 
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, network_settings
-from impala.run_config import latent_size, popart_levels
+from impala.run_config import frame_dtype, latent_size, popart_levels
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
@@ -56,7 +56,7 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
         return found[0]
 
     shape = tuple(value('shape of the frames'))
-    observation = {'frame': ArraySpec(shape, 'uint8' if len(shape) == 3 else 'float32')}
+    observation = {'frame': ArraySpec(shape, frame_dtype(settings, shape))}
     if value('whether it has instructions'):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
     network = AgentConfig(

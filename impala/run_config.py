@@ -17,6 +17,9 @@ from impala.trajectory import EnvironmentSpec
 
 # In the settings of a network: names of the levels, in their order; not there without PopArt.
 POPART_LEVELS = 'popart or --level_name (levels whose values are normalised)'
+_FRAME_DTYPE = 'level_name (dtype of the frames)'
+# Runs from before these were stored go on without them.
+LATER_SETTINGS = (_FRAME_DTYPE,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +276,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'use_lstm': network.use_lstm,
         'level_name or --full_action_set (number of actions)': spec.num_actions,
         'level_name, --width, --height or --frame_stack (shape of the frames)': list(frame),
+        _FRAME_DTYPE: spec.observation['frame'].dtype,
         'level_name (whether it has instructions)': 'instruction' in spec.observation,
     }
     # Left out without it, so that runs from before there was such a thing can be resumed.
@@ -286,6 +290,14 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
 def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns `AgentConfig.popart_levels` of what `network_settings` returned."""
     return tuple(settings.get(POPART_LEVELS, ()))
+
+
+def frame_dtype(settings: Mapping[str, Any], frame_shape: Sequence[int]) -> str:
+    """Returns the dtype of the frames of what `network_settings` returned.
+
+    Of runs from before it was stored: uint8 for images, float32 for all else.
+    """
+    return settings.get(_FRAME_DTYPE, 'uint8' if len(frame_shape) == 3 else 'float32')
 
 
 def latent_size(settings: Mapping[str, Any]) -> int:

@@ -32,6 +32,7 @@ from impala.remote_replay import RemoteReplay, check_replay_jobs
 from impala.replay import Replay, memory_bytes, unroll_nbytes
 from impala.replay_mixer import ReplayMixer
 from impala.run_config import (
+    LATER_SETTINGS,
     ConfigError,
     TrainingConfig,
     check_learner,
@@ -110,7 +111,9 @@ def train(
         network = choose_network(config, spec)
         if is_first:
             check_same_network(
-                config.logdir, network_settings(network, spec) | learner_settings(config.learner)
+                config.logdir,
+                network_settings(network, spec) | learner_settings(config.learner),
+                LATER_SETTINGS,
             )
         group = None
         if member is not None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,8 +10,8 @@ import tensorflow as tf
 from run_config_test import config
 
 from impala import export, training
-from impala.agent import Agent
-from impala.trajectory import StepOutput, StepOutputInfo
+from impala.agent import Agent, AgentConfig
+from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 # What somebody has who knows TensorFlow only. One row's inputs are JSON on stdin.
 STRANGER = """
@@ -99,6 +100,49 @@ def test_an_autoencoder_is_exported_without_its_decoder(tmp_path):
         kinds += [node.op for node in function.node_def]
     assert kinds.count('Conv2D') == 3
     assert 'DepthToSpace' not in kinds
+
+
+@pytest.mark.parametrize(
+    ('level', 'shape', 'dtype', 'guess'),
+    [
+        ('levels:float_picture', (4, 5, 3), 'float32', 'uint8'),
+        ('levels:byte_vector', (3,), 'uint8', 'float32'),
+    ],
+)
+def test_observations_keep_their_type(tmp_path, level, shape, dtype, guess):
+    """Bytes are scaled and floats are not, so the same numbers are others to the network."""
+    logdir = tmp_path / 'run'
+    run = config(logdir, level_names=(level,), torso='mlp', use_lstm=False)
+    training.train(run)
+    assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
+    agent = Agent(
+        AgentConfig(torso='mlp', use_lstm=False),
+        EnvironmentSpec({'frame': ArraySpec(shape, dtype)}, 2, 1),
+    )
+    restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
+    restored.restore(str(logdir / 'checkpoints' / 'ckpt-1')).expect_partial()
+    inputs = {
+        'prev_action': tf.constant([0]),
+        'reward': tf.constant([0.0]),
+        'done': tf.constant([True]),
+        'frame': tf.cast(tf.fill((1, *shape), 200), dtype),
+    }
+    info = StepOutputInfo(tf.zeros(1), tf.zeros(1, tf.int32))
+    env_output = StepOutput(inputs['reward'], info, inputs['done'], {'frame': inputs['frame']})
+    expected, _ = agent.step(inputs['prev_action'], env_output, ())
+    step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']
+    np.testing.assert_allclose(step(**inputs)['baseline'], expected.baseline, rtol=1e-5)
+
+    # A run from before types were stored goes on, and is exported as it would have been then.
+    path = logdir / 'network.json'
+    settings = json.loads(path.read_text())
+    (name,) = (key for key in settings if 'dtype of the frames' in key)
+    assert settings.pop(name) == dtype
+    path.write_text(json.dumps(settings))
+    _, spec = export.spec_of_run(str(logdir))
+    assert spec.observation['frame'] == ArraySpec(shape, guess)
+    training.train(dataclasses.replace(run, total_environment_frames=120))
+    assert (logdir / 'checkpoints' / 'ckpt-2.index').exists()
 
 
 def test_the_terminal_has_what_was_written_and_nothing_else(tmp_path):

@@ -154,6 +154,23 @@ class _Picture(_Level):
         return {'frame': frame, 'instruction': instruction}
 
 
+class _Constant(_Level):
+    """Observations that are all alike, of a shape and a dtype."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        super().__init__()
+        self.spec = EnvironmentSpec({'frame': ArraySpec(shape, dtype)}, 2, 1)
+        self.frame = np.full(shape, 1, dtype)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        super().reset()
+        return {'frame': self.frame}
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
+        reward, end, _ = super().step(action)
+        return reward, end, {'frame': self.frame}
+
+
 def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Takes for ever, as a download or a compiler may seem to."""
     time.sleep(600)
@@ -228,6 +245,16 @@ def counting(seed: int, config: environments.EnvironmentConfig) -> environments.
 def picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has frames and instructions."""
     return _Picture()
+
+
+def float_picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has frames of the shape of a picture that are no bytes."""
+    return _Constant((4, 5, 3), 'float32')
+
+
+def byte_vector(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has observations of three bytes."""
+    return _Constant((3,), 'uint8')
 
 
 def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

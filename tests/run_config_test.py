@@ -142,6 +142,22 @@ def test_another_level_is_another_network_if_its_spec_is(spec):
     assert run_config.network_settings(network, IMAGE) != run_config.network_settings(network, spec)
 
 
+def test_another_type_of_frames_is_another_network_if_the_type_is_known(tmp_path):
+    network = run_config.choose_network(config(tmp_path), VECTOR)
+    of_bytes = dataclasses.replace(VECTOR, observation={'frame': ArraySpec((4,), 'uint8')})
+    (tmp_path / 'checkpoints').mkdir()
+    stored = run_config.network_settings(network, VECTOR)
+    later = run_config.LATER_SETTINGS
+    checkpoint.check_same_network(str(tmp_path), stored, later)
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    now = run_config.network_settings(network, of_bytes)
+    with pytest.raises(checkpoint.LogdirError, match='frames. was "float32" and is now "uint8"'):
+        checkpoint.check_same_network(str(tmp_path), now, later)
+    older = {name: value for name, value in stored.items() if name not in later}
+    (tmp_path / 'network.json').write_text(json.dumps(older))
+    checkpoint.check_same_network(str(tmp_path), now, later)
+
+
 def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
     network = run_config.choose_network(config(tmp_path), STACK)
     (tmp_path / 'checkpoints').mkdir()
