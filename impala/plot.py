@@ -24,6 +24,12 @@ from impala.run_files import FLAG_FILE, LogdirError, read_episodes, read_metrics
 WINDOW = 100
 POINTS = 200
 _OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall time (h)'}
+# Of the scores of others; points.
+_KNOWN_COLOR = '0.35'
+_KNOWN_FONT_SIZE = 6.5
+_PUBLISHED_STYLE = (0, (8, 2, 1, 2))
+# How far beyond all else, in multiples of its range, a published score still is on the scale.
+_KNOWN_REACH = 2.0
 # What tells runs of one kind apart.
 _OF_ONE_RUN = ('seed', 'logdir', 'learner_address', 'task')
 STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
@@ -136,10 +142,11 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
     )
     columns = min(4, math.ceil(math.sqrt(max(1, len(levels)))))
     rows = max(1, math.ceil(len(levels) / columns))
-    size = (6.0, 3.6) if len(levels) <= 1 else (2.9 * columns, 2.3 * rows)
+    size = (6.0, 3.6) if len(levels) <= 1 else (3.3 * columns, 2.3 * rows)
     figure: Any = Figure(figsize=(size[0], size[1] + 0.3), dpi=200, layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     column = list(_OVER).index(over)
+    known_levels = _known_levels(kinds)
     for axes, name in zip(grid, levels, strict=False):
         for color, (kind, runs) in enumerate(kinds.items()):
             curves = [
@@ -153,7 +160,7 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
             axes.plot(x, mean, color=f'C{color}', linewidth=1.5, label=kind)
             if len(curves) > 1:
                 axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
-        _draw_known_scores(axes, name, len(levels) == 1)
+        _draw_known_scores(axes, known_levels.get(name) or suites.known_level(name))
         axes.set_title(name, fontsize=8)
         if over != 'wall_time':
             axes.xaxis.set_major_formatter(EngFormatter(sep=''))
@@ -168,7 +175,8 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
         handles: dict[str, Any] = {}
         for axes in grid[: len(levels)]:
             drawn = axes.get_legend_handles_labels()
-            handles |= dict(zip(drawn[1], drawn[0], strict=True))
+            drawn_runs = zip(drawn[1], drawn[0], strict=True)
+            handles |= {label: handle for label, handle in drawn_runs if label in kinds}
         figure.legend(
             handles.values(),
             handles.keys(),
@@ -176,20 +184,117 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
             ncols=min(3, len(handles)),
             fontsize=8,
         )
+        figure.draw_without_rendering()
+        for axes in grid[: len(levels)]:
+            _name_known_scores(axes)
     else:
         grid[0].text(0.5, 0.5, 'no episode has ended', ha='center', transform=grid[0].transAxes)
     return figure
 
 
-def _draw_known_scores(axes: Any, level_name: str, with_published: bool) -> None:
-    level = suites.known_level(level_name)
-    known = {'random': level.random, 'human': level.human}
-    if with_published:
-        known |= {f'paper: {name}': value for name, value in level.published.items()}
-    styles = ((0, (1, 1)), (0, (4, 2)), '-.', (0, (6, 1, 1, 1)), (0, (2, 3)))
-    for (name, value), style in zip(known.items(), styles, strict=False):
-        if value is not None:
-            axes.axhline(value, color='0.4', linewidth=1, linestyle=style, label=name)
+def _known_levels(kinds: Mapping[str, Sequence[Run]]) -> dict[str, suites.Level]:
+    """Returns the levels of the suites that were played, which may be the user's own."""
+    played = {run.flags.get('level_name', '') for runs in kinds.values() for run in runs} - {''}
+    levels: dict[str, suites.Level] = {}
+    for level_name in sorted(played):
+        try:
+            suite = suites.load(level_name)
+        except LevelError as error:
+            # The file may have been moved since; the curves are there all the same.
+            print(f'{error} There are no lines for its random and human scores.', file=sys.stderr)
+            continue
+        for level in suite.levels:
+            levels.setdefault(level.name, level)
+    return levels
+
+
+def _draw_known_scores(axes: Any, level: suites.Level) -> None:
+    def draw(name: str, value: float, style: Any) -> None:
+        axes.axhline(value, color=_KNOWN_COLOR, linewidth=0.8, linestyle=style, label=name)
+
+    if level.random is not None:
+        draw('random', level.random, (0, (1, 1)))
+    if level.human is not None:
+        draw('human', level.human, (0, (4, 2)))
+    published = sorted(level.published.items(), key=lambda item: item[1])
+    low, high = axes.dataLim.intervaly
+    reach = _KNOWN_REACH * (high - low)
+    # Of scores far beyond all else there would be nothing else to be seen: those are off the scale.
+    for name, value in published:
+        if low - reach <= value <= high + reach:
+            draw(f'paper: {name}', value, _PUBLISHED_STYLE)
+    limits = axes.get_ylim()
+    for name, value in published:
+        if not low - reach <= value <= high + reach:
+            draw(f'paper: {name}', value, _PUBLISHED_STYLE)
+    axes.set_ylim(limits)
+
+
+def _name_known_scores(axes: Any) -> None:
+    """Names the lines of known scores where they end: there are more than styles tell apart.
+
+    To be called when the layout has been made once.
+    """
+    lines = [line for line in axes.get_lines() if line.get_color() == _KNOWN_COLOR]
+    lines.sort(key=lambda line: line.get_ydata()[0])
+    low, high = axes.get_ylim()
+    ends, labels = [], []
+    for line in lines:
+        value = line.get_ydata()[0]
+        off = f' {value:g} \N{UPWARDS ARROW}' if value > high else ''
+        off = off or (f' {value:g} \N{DOWNWARDS ARROW}' if value < low else '')
+        labels.append(line.get_label() + off)
+        ends.append(min(max((value - low) / (high - low), 0.0), 1.0))
+    height = 72 * axes.bbox.height / axes.figure.dpi
+    distance = 1.15 * _KNOWN_FONT_SIZE / height
+    places = [
+        # Above are titles.
+        min(place, 1 - distance * (len(ends) - 1 - index))
+        for index, place in enumerate(spread_out(ends, distance))
+    ]
+    for label, end, place in zip(labels, ends, places, strict=True):
+        axes.annotate(
+            label,
+            xy=(1, end),
+            xytext=(1 + 10 / (72 * axes.bbox.width / axes.figure.dpi), place),
+            xycoords='axes fraction',
+            textcoords='axes fraction',
+            va='center',
+            fontsize=_KNOWN_FONT_SIZE,
+            color=_KNOWN_COLOR,
+            annotation_clip=False,
+            arrowprops={
+                'arrowstyle': '-',
+                'color': _KNOWN_COLOR,
+                'linewidth': 0.5,
+                'shrinkA': 1,
+                'shrinkB': 0,
+                'relpos': (0, 0.5),
+            },
+        )
+
+
+def spread_out(places: Sequence[float], distance: float) -> list[float]:
+    """Returns places that are at least so far apart and together as close as can be to the given.
+
+    Args:
+      places: rising.
+      distance: between neighbours.
+    """
+    # Neighbours that would overlap stand together, around the mean of where they should be.
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and (
+            np.mean(groups[-1]) - np.mean(groups[-2])
+            < distance * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [
+        float(np.mean(group) + distance * (index - (len(group) - 1) / 2))
+        for group in groups
+        for index in range(len(group))
+    ]
 
 
 def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:

@@ -1,11 +1,14 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
 import cv2
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from impala import plot, run_log
 
@@ -53,6 +56,81 @@ def test_spread_is_where_all_curves_are():
     assert x.tolist() == [5, 7.5, 10]
     assert low.tolist() == [5, 7.5, 10] and high.tolist() == [20, 20, 20]
     assert mean.tolist() == [12.5, 13.75, 15]
+
+
+def test_places_are_spread_out_as_little_as_can_be():
+    assert plot.spread_out([], 1) == []
+    assert plot.spread_out([1, 3, 9], 1) == [1, 3, 9]
+    assert plot.spread_out([1, 3, 3.5, 9], 1) == [1, 2.75, 3.75, 9]
+    # Pushed by those above, these two push the next one.
+    np.testing.assert_allclose(plot.spread_out([1, 2.5, 3, 3], 1), [0.875, 1.875, 2.875, 3.875])
+    places = plot.spread_out([0, 0, 0, 5, 5.5], 2)
+    np.testing.assert_allclose(places, [-2, 0, 2, 4.25, 6.25])
+
+
+@pytest.mark.parametrize('num_levels', [1, 4])
+def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
+    """Two of the published scores of Pong are .58 apart, and there are five lines."""
+    games = ('Pong', 'Breakout', 'Boxing', 'Alien')[:num_levels]
+    for game in games:
+        write_run(tmp_path / game, 1, [1, 2, 3], level=f'ALE/{game}-v5')
+    kinds = {'all': [plot.read_run(str(tmp_path / game)) for game in games]}
+    with matplotlib.rc_context(plot.STYLE):
+        figure = plot.learning_curves(kinds)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ['all']
+        for axes in figure.axes:
+            # Without the lines that lead to them.
+            boxes = {
+                re.sub(r' \S+ \S$', '', text.get_text()): Text.get_window_extent(text)
+                for text in axes.texts
+            }
+            assert {*boxes} == {
+                'random', 'human', *(f'paper: impala_{n}' for n in ('multitask', 'shallow', 'deep'))
+            }  # fmt: skip
+            stacked = sorted(boxes.values(), key=lambda box: box.y0)
+            for below, above in zip(stacked[:-1], stacked[1:], strict=True):
+                assert below.y1 <= above.y0
+            for box in stacked:
+                assert axes.bbox.x1 < box.x0 and box.x1 <= figure.bbox.x1
+                others = [other for other in figure.axes if other is not axes]
+                assert not any(box.overlaps(other.bbox) for other in others)
+    if num_levels > 1:
+        # The paper's 787.34 in Breakout, where the curve ends at 3 and people score 30.
+        assert 'paper: impala_deep 787.34 \N{UPWARDS ARROW}' in [
+            text.get_text() for text in figure.axes[1].texts
+        ]
+        assert 30.5 < figure.axes[1].get_ylim()[1] < 100
+    pong = figure.axes[0]
+    ends = {text.get_text(): text.xy[1] for text in pong.texts}
+    lines = {line.get_label(): line.get_ydata()[0] for line in pong.get_lines()}
+    low, high = pong.get_ylim()
+    for name, end in ends.items():
+        assert low + end * (high - low) == pytest.approx(lines[name])
+
+
+def test_a_suite_of_ones_own_has_its_lines(tmp_path, capsys):
+    path = tmp_path / 'mine.csv'
+    path.write_text('level,random,human,others\nmy:level,0.5,7,6\nALE/Pong-v5,-1,1,\n')
+    flags = (f'--level_name={path}',)
+    logdirs = [
+        write_run(tmp_path / 'a', 1, [1, 2, 3], level='my:level', flags=flags),
+        write_run(tmp_path / 'b', 1, [1, 2, 3], flags=flags),
+    ]
+
+    def lines():
+        kinds = plot.group([plot.read_run(logdir) for logdir in logdirs])
+        return [
+            {line.get_label(): line.get_ydata()[0] for line in axes.get_lines()[1:]}
+            for axes in plot.learning_curves(kinds).axes
+        ]
+
+    assert lines() == [{'random': 0.5, 'human': 7, 'paper: others': 6}, {'random': -1, 'human': 1}]
+    path.unlink()
+    without, packaged = lines()
+    assert without == {} and packaged['human'] == 14.6
+    assert 'There are no lines for its random and human scores.' in capsys.readouterr().err
 
 
 def test_runs_that_differ_in_their_seeds_are_one_line(tmp_path):
