@@ -127,6 +127,7 @@ class _Film:
         self._path = path
         # Those two have 60 frames a second; others have no time of their own.
         self._rate = max(1.0, 60 / num_action_repeats) if suite else 10.0
+        self._is_atari = suite == 'atari'
         self._writers: dict[str, Any] = {}
 
     def take(
@@ -134,8 +135,12 @@ class _Film:
     ) -> None:
         frame = observation['frame']
         if frame.dtype == np.uint8 and frame.ndim == 3:
-            # The newest one of a stack of grey frames is the last.
-            rgb = frame if frame.shape[2] == 3 else np.repeat(frame[..., -1:], 3, axis=2)
+            if frame.shape[2] in (3, 4) and not self._is_atari:
+                # A fourth channel says how opaque a picture is.
+                rgb = frame[..., :3]
+            else:
+                # The newest one of a stack of grey frames is the last.
+                rgb = np.repeat(frame[..., -1:], 3, axis=2)
             self._write('agent', rgb)
         picture = environment.render()
         if picture is not None:
