@@ -1029,11 +1029,11 @@ class LevelCache:
                 shutil.copyfile(pk3_path, copy)
                 if not _is_intact(copy):
                     raise zipfile.BadZipFile(f'{pk3_path} is not an intact map')
-                # Made for this user only, while the folder may be for several.
-                os.chmod(copy, 0o644)
+                self._share(copy)
                 size = os.path.getsize(copy)
             with _replacing(cached + _SECONDS) as file:
                 pathlib.Path(file).write_text(f'{seconds:.3f}', encoding='utf-8')
+                self._share(file)
             self._unseen_bytes += size
             # A folder of a hundred thousand maps is not looked through for each of them.
             if self._unseen_bytes > self._limit_bytes / 100:
@@ -1063,6 +1063,11 @@ class LevelCache:
             text = pathlib.Path(cached + _SECONDS).read_text(encoding='utf-8')
             self.seconds_saved += float(text)
         return True
+
+    def _share(self, path: str) -> None:
+        # Temporary files are made for one user only, while the folder may be for several. Who may
+        # write there may touch the map, too, so that it does not look as if it was not used.
+        os.chmod(path, 0o644 | os.stat(self._folder).st_mode & 0o022)
 
     def _prune(self) -> None:
         """Removes maps until they have nine tenths of the limit, if they have more than it."""

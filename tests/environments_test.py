@@ -5,8 +5,10 @@ import dataclasses
 import importlib
 import json
 import os
+import pathlib
 import re
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -925,6 +927,61 @@ def test_level_cache_forgets_what_was_not_used_for_longest(tmp_path):
     seconds = [name for name in os.listdir(folder) if name.endswith('.seconds')]
     assert len(seconds) == len(there)
     assert not abandoned.exists() and fresh.exists() and foreign.exists()
+
+
+@pytest.mark.parametrize(
+    ('folder_mode', 'file_mode'),
+    [(0o700, 0o644), (0o755, 0o644), (0o2775, 0o664), (0o777, 0o666)],
+)
+def test_a_level_cache_is_open_to_whom_its_folder_is(tmp_path, folder_mode, file_mode):
+    folder = tmp_path / 'cache'
+    folder.mkdir()
+    folder.chmod(folder_mode)
+    write_map(tmp_path / 'map.pk3', 'one')
+    LevelCache(str(folder)).write('key', str(tmp_path / 'map.pk3'))
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()]
+    assert modes == [file_mode] * 2
+
+
+# zipfile loads a module when it is used, which other users need not be able to read.
+LEVEL_CACHE_OF_ANOTHER_USER = """
+import encodings.cp437, os, sys
+from environments import LevelCache
+folder, path = sys.argv[1:]
+os.setgroups([])
+os.setgid(54321)
+os.setuid(54321)
+cache = LevelCache(folder)
+assert cache.fetch('key', path), 'cannot read the map'
+print(cache.seconds_saved)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason='only root can act as another user')
+def test_another_users_level_cache(tmp_path):
+    """The map counts as used, and the seconds that it saves are known."""
+    # The folders of tests are closed to others.
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        shared, own = pathlib.Path(name, 'shared'), pathlib.Path(name, 'own')
+        for folder in (shared, own):
+            folder.mkdir()
+            folder.chmod(0o777)
+        write_map(tmp_path / 'map.pk3', 'one')
+        cache = LevelCache(str(shared))
+        cache.write('key', str(tmp_path / 'map.pk3'))
+        (cached,) = shared.glob('*.pk3')
+        cached.with_name(cached.name + '.seconds').write_text('7.5')
+        os.utime(cached, (1e9, 1e9))
+        output = subprocess.run(
+            [sys.executable, '-c', LEVEL_CACHE_OF_ANOTHER_USER, str(shared), str(own / 'map.pk3')],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (output.stdout, output.stderr) == ('7.5\n', '')
+        assert cached.stat().st_mtime > 1.5e9
 
 
 def test_level_cache_tells_what_it_saves(tmp_path, make, deepmind_lab, monkeypatch):
