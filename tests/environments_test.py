@@ -961,7 +961,7 @@ print(cache.seconds_saved)
 def test_another_users_level_cache(tmp_path):
     """The map counts as used, and the seconds that it saves are known."""
     # The folders of tests are closed to others.
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir='/tmp') as name:
         os.chmod(name, 0o755)
         shared, own = pathlib.Path(name, 'shared'), pathlib.Path(name, 'own')
         for folder in (shared, own):

@@ -743,6 +743,46 @@ def test_dmlab30_as_jobs(tmp_path):
     assert not any(frames[:20]) and sum(frames[20:]) == 400 and sum(map(bool, frames)) > 1
 
 
+def test_dmlab30_is_tested_at_once_with_its_hold_out_levels(tmp_path):
+    """On the stand-in, in steps so long that no episode has more than ten."""
+    logdir = tmp_path / 'run'
+    (tmp_path / 'images' / 'brady_konkle_oliva2008').mkdir(parents=True)
+    lab = [TESTS / 'deepmind_lab_stand_in']
+    common = ('--level_cache_dir=', f'--logdir={logdir}')
+    train = (
+        '--level_name=rooms_collect_good_objects_train',
+        '--torso=shallow',
+        '--use_lstm=false',
+        '--num_actors=2',
+        '--batch_size=1',
+        '--unroll_length=2',
+        '--num_action_repeats=1800',
+        '--total_environment_frames=3600',
+    )
+    with Run(tmp_path / 'train', *common, *train, pythonpath=lab) as run:
+        assert run.wait() == 0, run.stderr
+    test = ('--mode=test', '--level_name=dmlab30', '--test_num_episodes=1')
+    images = f'--dataset_path={tmp_path}/images'
+    with Run(tmp_path / 'test', *common, *test, images, pythonpath=lab) as run:
+        assert run.wait() == 0, run.stderr
+    with open(PROGRAM.parent / 'impala' / 'suites' / 'dmlab30.csv', newline='') as file:
+        rows = {row['test_level']: row for row in csv.DictReader(file)}
+    scores = json.loads((logdir / 'test_scores.json').read_text())
+    assert scores['levels'].keys() == rows.keys()
+    assert sum(name.endswith('_test') for name in scores['levels']) == 2
+    percent = []
+    for name, row in rows.items():
+        (value,) = scores['levels'][name]['returns']
+        # So many frames forward or backward.
+        assert value % 180 == 0 and abs(value) <= 18_000
+        low, high = float(row['random']), float(row['human'])
+        percent.append(100 * (value - low) / (high - low))
+    assert len({scores['levels'][name]['mean'] for name in rows}) > 3
+    assert scores['suite']['name'] == 'dmlab30'
+    assert scores['suite']['mean_no_cap'] == pytest.approx(np.mean(percent))
+    assert scores['suite']['mean_cap_100'] == pytest.approx(np.mean(np.minimum(percent, 100)))
+
+
 def test_defaults_are_those_of_the_released_code():
     script = (
         'import json, experiment; experiment.FLAGS(["experiment.py"]); '
