@@ -147,8 +147,9 @@ class Agent(snt.Module):
         """
         x = self._inputs(prev_action, env_output)
         if self._core is not None:
-            keep = tf.cast(tf.logical_not(env_output.done), tf.float32)[:, tf.newaxis]
-            state = tf.nest.map_structure(lambda s: s * keep, state)
+            # Selected, as a product would keep a state that is NaN for ever.
+            is_first = env_output.done[:, tf.newaxis]
+            state = tf.nest.map_structure(lambda s: tf.where(is_first, 0.0, s), state)
             state = self._core.step(self._core.project(x), state)
             x = state.hidden
         logits, baseline = self._heads(x)

@@ -59,7 +59,8 @@ class LSTM(snt.Module):
 
         Args:
           projected: f32 `[T, B, 4 H]`, from `project`.
-          reset: bool `[T, B]`; where True the state is zero before that step.
+          reset: bool `[T, B]`; where True the state is zero before that step, even if what was
+            there is NaN or infinite.
           state: f32 `[B, H]` each, before the first step.
 
         Returns:
@@ -92,7 +93,8 @@ def _unroll(
 
     Args:
       projected: f32 `[T, B, 4 H]`.
-      keep: f32 `[T, B, 1]`, factor of the state before each step; no gradient goes there.
+      keep: f32 `[T, B, 1]`, factor of the state before each step, 0 or 1; where 0, neither the
+        state nor a gradient goes across, whatever they are. No gradient goes to `keep`.
       hidden_0: f32 `[B, H]`, before the first step.
       cell_0: f32 `[B, H]`.
       w_h: f32 `[H, 4 H]`.
@@ -100,9 +102,14 @@ def _unroll(
     steps = tf.shape(projected)[0]
     size = w_h.shape[0]
     row = tf.TensorShape([None, size])
+    # 0 wherever the second factor is, also if the first is NaN or infinite, where a product is NaN:
+    # an episode that went wrong must not reach into the next one, nor back.
+    select = tf.math.multiply_no_nan
 
     def forward(t, hidden, cell, hiddens, cells, gates):
-        hidden, cell, gates_t = _step(projected[t], hidden * keep[t], cell * keep[t], w_h)
+        hidden, cell, gates_t = _step(
+            projected[t], select(hidden, keep[t]), select(cell, keep[t]), w_h
+        )
         return (
             t + 1,
             hidden,
@@ -123,8 +130,8 @@ def _unroll(
     hiddens, cells, gates = (array.stack() for array in arrays)
 
     def gradient(d_hiddens, d_hidden_last, d_cell_last):
-        hiddens_before = tf.concat([hidden_0[tf.newaxis], hiddens[:-1]], 0) * keep
-        cells_before = tf.concat([cell_0[tf.newaxis], cells[:-1]], 0) * keep
+        hiddens_before = select(tf.concat([hidden_0[tf.newaxis], hiddens[:-1]], 0), keep)
+        cells_before = select(tf.concat([cell_0[tf.newaxis], cells[:-1]], 0), keep)
         i, f, g, o = tf.split(gates, 4, axis=-1)
         i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
         tanh_cells = tf.tanh(cells)
@@ -140,7 +147,7 @@ def _unroll(
             -1,
         )
         hidden_by_cell = o * (1 - tanh_cells * tanh_cells)
-        cell_by_cell = f * keep
+        cell_by_cell = select(f, keep)
         w_h_transposed = tf.transpose(w_h)
 
         def backward(t, d_hidden, d_cell, d_gates):
@@ -149,8 +156,8 @@ def _unroll(
             d_gates_t = tf.concat([d_cell, d_cell, d_cell, d_hidden], -1) * by_gates[t]
             return (
                 t - 1,
-                tf.matmul(d_gates_t, w_h_transposed) * keep[t],
-                d_cell * cell_by_cell[t],
+                select(tf.matmul(d_gates_t, w_h_transposed), keep[t]),
+                select(d_cell, cell_by_cell[t]),
                 d_gates.write(t, d_gates_t),
             )
 

@@ -141,6 +141,45 @@ def test_state_is_the_initial_one_where_done_and_kept_elsewhere(unrolled):
         np.testing.assert_allclose(mine, [fresh[0], kept[1]], atol=1e-6)
 
 
+@pytest.mark.parametrize('what', ['reward', 'frame'])
+@pytest.mark.parametrize('unrolled', [False, True])
+def test_what_is_not_a_number_is_forgotten_with_the_episode(unrolled, what):
+    spec = make_spec((4,), instruction=False)
+    agent = Agent(AgentConfig(torso='mlp'), spec)
+    t, b = 3, 2
+    actions, env_outputs = make_inputs(spec, t, b)
+    env_outputs = env_outputs._replace(
+        done=tf.constant([[True, True], [False, False], [True, False]])
+    )
+    # Of the first environment, in the row before its episode ends.
+    where = [[1, 0]]
+    if what == 'reward':
+        reward = tf.tensor_scatter_nd_update(env_outputs.reward, where, [np.nan])
+        broken = env_outputs._replace(reward=reward)
+    else:
+        frame = env_outputs.observation['frame']
+        frame = tf.tensor_scatter_nd_update(frame, where, [[np.nan] * 4])
+        broken = env_outputs._replace(observation={'frame': frame})
+
+    def run(env_outputs):
+        state = agent.initial_state(b)
+        if unrolled:
+            outputs, state = agent.unroll(actions, env_outputs, state)
+            return outputs.policy_logits.numpy(), state
+        logits = []
+        for i in range(t):
+            output, state = agent.step(actions[i], row(env_outputs, i), state)
+            logits.append(output.policy_logits.numpy())
+        return np.stack(logits), state
+
+    logits, state = run(broken)
+    expected, expected_state = run(env_outputs)
+    assert np.isnan(logits[1, 0]).all()
+    logits[1, 0] = expected[1, 0]
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    assert_nests_close(state, expected_state)
+
+
 def test_sampled_actions_follow_the_policy():
     spec = make_spec((4,), instruction=False, num_actions=3)
     agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)

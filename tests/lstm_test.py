@@ -99,6 +99,56 @@ def test_unroll_and_its_gradients_equal_sonnets_steps(cores, sequence, in_graph)
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_row_that_is_not_a_number_stays_between_its_resets(cores, sequence):
+    ours, _ = cores
+    inputs, _, state = sequence
+    # The second column is reset before its broken row, behind it, and nowhere else.
+    reset = np.zeros([T, B], bool)
+    reset[2, 1] = reset[3, 1] = True
+    projected = ours.project(tf.reshape(inputs, [-1, INPUTS])).numpy().reshape([T, B, -1])
+    broken = projected.copy()
+    broken[2, 1] = np.nan
+
+    @tf.function
+    def run(projected):
+        with tf.GradientTape() as tape:
+            tape.watch([projected, *state])
+            outputs, last = ours.unroll(projected, tf.constant(reset), state)
+            loss = tf.reduce_sum(tf.sin(outputs)) + tf.reduce_sum(last.cell**2)
+        return outputs, last, tape.gradient(loss, [projected, *state])
+
+    outputs, last, (d_projected, *d_state) = run(tf.constant(broken))
+    expected, expected_last, (expected_d_projected, *expected_d_state) = run(tf.constant(projected))
+    assert np.isnan(outputs[2, 1]).all() and np.isnan(d_projected[2, 1]).all()
+    others = np.ones([T, B], bool)
+    others[2, 1] = False
+    np.testing.assert_allclose(outputs[others], expected[others], rtol=1e-6)
+    np.testing.assert_allclose(d_projected[others], expected_d_projected[others], rtol=1e-5)
+    for mine, other in zip([*last, *d_state], [*expected_last, *expected_d_state], strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-5)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_a_broken_state_that_is_reset_is_as_any_other(cores, sequence, bad):
+    ours, _ = cores
+    inputs, reset, state = sequence
+    assert reset[0, 0] and not reset[0, 1]
+    broken = snt.LSTMState(
+        *(tf.tensor_scatter_nd_update(s, [[0]], [[bad] * HIDDEN]) for s in state)
+    )
+
+    def run(state):
+        with tf.GradientTape() as tape:
+            sources = [ours.w_i, ours.w_h, ours.b, *state]
+            tape.watch(sources)
+            outputs, last = our_unroll(ours, inputs, reset, state)
+            loss = tf.reduce_sum(tf.sin(outputs)) + tf.reduce_sum(last.cell**2)
+        return outputs, last, tape.gradient(loss, sources)
+
+    for mine, other in zip(tf.nest.flatten(run(broken)), tf.nest.flatten(run(state)), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-6)
+
+
 def test_unroll_takes_unknown_sizes(cores, sequence):
     ours, _ = cores
     inputs, reset, state = sequence
