@@ -1,0 +1,93 @@
+"""Tests of what installs the project: setup.py, Makefile and Dockerfile.
+
+Nothing is installed or compiled here; what is asserted is what they say, and do, before that.
+"""
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def without_a_compiler(tmp_path):
+    """An environment in which no program is found."""
+    folder = tmp_path / 'bin'
+    folder.mkdir()
+    return {'PATH': str(folder)}
+
+
+def lines(*, beginning_with, path):
+    """Returns the arguments behind what a line of a file begins with, of all such lines."""
+    text = (ROOT / path).read_text(encoding='utf-8')
+    return re.findall(rf'^\s*{re.escape(beginning_with)} *(.*)$', text, re.MULTILINE)
+
+
+def test_make_without_a_compiler_is_one_sentence(tmp_path, without_a_compiler):
+    make = shutil.which('make')
+    if make is None:
+        pytest.skip('make is not installed')
+    result = subprocess.run(
+        [
+            make,
+            '--no-print-directory',
+            'train',
+            f'VENV={tmp_path}/venv',
+            f'PYTHON={sys.executable}',
+        ],
+        cwd=ROOT,
+        env=without_a_compiler,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 2
+    sentence, makes_own = result.stderr.splitlines()
+    assert sentence == (
+        'A C++ compiler is needed to build the TensorFlow ops and g++ was not found; install it '
+        '(Debian, Ubuntu: apt-get install g++).'
+    )
+    assert re.fullmatch(r'make: \*\*\* .* Error 2', makes_own)
+    assert result.stdout == ''
+    assert not (tmp_path / 'venv').exists()
+
+
+def test_setup_without_a_compiler_is_one_sentence(tmp_path, without_a_compiler):
+    build = [f'--build-lib={tmp_path}/lib', f'--build-temp={tmp_path}/temp']
+    result = subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'build_ext', *build],
+        cwd=ROOT,
+        env=without_a_compiler,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == (
+        'A C++ compiler is needed to build the TensorFlow ops and g++ was not found; install it '
+        '(Debian, Ubuntu: apt-get install g++ make) and run this again.'
+    )
+    assert 'Traceback' not in result.stderr
+    assert not (tmp_path / 'lib').exists()
+
+
+def test_the_image_runs_the_tests_as_make_does():
+    (of_make,) = lines(beginning_with='$(VENV)/bin/python -m pytest', path='Makefile')
+    (of_image,) = lines(beginning_with='RUN python -m pytest', path='Dockerfile')
+    assert of_image == of_make != ''
+
+
+def test_what_make_train_runs_is_said_of_that_flag_file_alone():
+    (arguments,) = lines(beginning_with='$(VENV)/bin/python experiment.py', path='Makefile')
+    trained = pathlib.PurePath(re.match(r'--flagfile=(\S+)', arguments)[1])
+    for path in ROOT.glob('configs/*.flags'):
+        is_trained = path.name == trained.name
+        assert ('what `make train` runs' in path.read_text(encoding='utf-8')) == is_trained
+        (of_readme,) = lines(beginning_with=f'| `{path.name}` |', path='README.md')
+        assert ('what `make train` runs' in of_readme) == is_trained
+    assert (ROOT / trained).exists()
