@@ -7,12 +7,13 @@
     act(frame, state)  # uint8 [1, H, W, C], float32 [1, N], from any thread, tf.function or loop
 
 Each caller passes one row and gets its own row back. How long callers wait for each other is up to
-`batch_fn_with_options`.
+`batch_fn_with_options`, which also takes an input signature, so that it is not the first call that
+says what rows are like.
 """
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -30,8 +31,9 @@ tf.no_gradient('DynamicBatch')
 class BatchedFunction:
     """A function whose concurrent calls are computed together; made by the decorators below.
 
-    The first call settles structure, dtypes and shapes of the arguments: the function is traced
-    then, and all later calls must agree with it.
+    The input signature settles structure, dtypes and shapes of the arguments. Where there is none,
+    the first call does. The function is traced in the first call, and all calls must agree with
+    what is settled.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class BatchedFunction:
         minimum_batch_size: int,
         maximum_batch_size: int,
         timeout_ms: int | None,
+        input_signature: Sequence[Any] | None,
     ):
         self.__name__ = getattr(function, '__name__', type(function).__name__)
         self.__doc__ = function.__doc__
@@ -47,6 +50,11 @@ class BatchedFunction:
         self._minimum_batch_size = minimum_batch_size
         self._maximum_batch_size = maximum_batch_size
         self._timeout_ms = timeout_ms
+        self._signature: tuple[Any, Any] | None = None
+        if input_signature is not None:
+            # As the arguments of a call: those without and those with names.
+            self._signature = (tuple(input_signature), {})
+            _check_signature(self.__name__, self._signature)
         self._lock = threading.Lock()
         self._closed = False
         self._traced: _Traced | None = None
@@ -64,8 +72,10 @@ class BatchedFunction:
 
         Raises:
           tf.errors.CancelledError: the batcher was closed, before or while the call waited.
-          tf.errors.InvalidArgumentError: shapes or dtypes are not those of the first call.
-          ValueError: the structure is not that of the first call, or a shape is not known there.
+          tf.errors.InvalidArgumentError: shapes or dtypes are not those of the input signature or,
+            where there is none, of the first call.
+          ValueError: the structure is not, or there is no input signature and the first call does
+            not know a shape.
           tf.errors.OpError: the function failed; every caller of the batch gets its error.
         """
         traced = self._traced
@@ -102,7 +112,8 @@ class BatchedFunction:
                     raise tf.errors.CancelledError(
                         None, None, f"The batcher of '{self.__name__}' is closed."
                     )
-                self._traced = _Traced(self, args, kwargs)
+                specs = self._signature or _specs_of_call(self.__name__, args, kwargs)
+                self._traced = _Traced(self, specs)
         if self._closed:
             self.close()
         return self._traced
@@ -116,34 +127,23 @@ class BatchedFunction:
 
 
 class _Traced:
-    """The function traced for the arguments of the first call, and its batcher."""
+    """The function traced for rows of given specs, and its batcher.
 
-    def __init__(self, batched: BatchedFunction, args: Any, kwargs: Any):
+    Args:
+      batched: whose function it is.
+      specs: arguments and keyword arguments, nests of `tf.TensorSpec`; the batcher decides about
+        their leading dimension.
+    """
+
+    def __init__(self, batched: BatchedFunction, specs: tuple[Any, Any]):
         name = batched.__name__
-        self._structure = (args, kwargs)
-        self._input_names = [
-            _input_name(path) for path, _ in nest.flatten_with_tuple_paths(self._structure)
+        self._settled_by = 'the first call' if batched._signature is None else 'the input signature'
+        self._structure = specs
+        self._input_names = _input_names(specs)
+        self._types = [spec.dtype for spec in tf.nest.flatten(specs)]
+        self._shapes = [
+            tf.TensorShape([1]).concatenate(spec.shape[1:]) for spec in tf.nest.flatten(specs)
         ]
-        rows = [tf.convert_to_tensor(value) for value in tf.nest.flatten(self._structure)]
-        if not rows:
-            raise ValueError(
-                f"'{name}' is called without tensors, so that there is nothing to batch."
-            )
-        for input_name, row in zip(self._input_names, rows, strict=True):
-            if row.shape.rank is None or not row.shape[1:].is_fully_defined():
-                raise ValueError(
-                    f"The first call of '{name}' settles its shapes, but that of input "
-                    f'{input_name} is not known: {row.shape}. Use tf.ensure_shape.'
-                )
-            if row.shape.rank == 0 or row.shape[0] not in (1, None):
-                raise tf.errors.InvalidArgumentError(
-                    None,
-                    None,
-                    f"Input {input_name} of '{name}' has shape {row.shape}, but must have leading "
-                    'dimension 1.',
-                )
-        self._types = [row.dtype for row in rows]
-        self._shapes = [tf.TensorShape([1]).concatenate(row.shape[1:]) for row in rows]
         batch = tf.TensorShape([batched._static_batch_size])
         # The batcher belongs to no graph: it serves callers in any.
         with tf.init_scope(), tf.device(None):
@@ -157,7 +157,6 @@ class _Traced:
                 args, kwargs = tf.nest.pack_sequence_as(self._structure, rows)
                 return batched._function(*args, **kwargs)
 
-            self._structure = tf.nest.map_structure(lambda _: 0, self._structure)
             # Kept, because the runtime forgets functions that Python does not refer to.
             self._function = compute.get_concrete_function(
                 *(
@@ -201,7 +200,12 @@ class _Traced:
 
     def check(self, name: str, args: Any, kwargs: Any) -> list[tf.Tensor]:
         """Returns the arguments as flat tensors, or raises what is wrong with them."""
-        tf.nest.assert_same_structure(self._structure, (args, kwargs))
+        try:
+            tf.nest.assert_same_structure(self._structure, (args, kwargs))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"The arguments of '{name}' are not of the structure of {self._settled_by}: {error}"
+            ) from error
         rows = []
         for input_name, value, dtype, shape in zip(
             self._input_names,
@@ -238,15 +242,60 @@ class _Traced:
         )
 
 
-def _input_name(path: tuple[Any, ...]) -> str:
-    """('args', 'kwargs') paths as in `0.observation.frame` or `state.1`."""
-    return '.'.join(str(part) for part in path[1:])
+def _specs_of_call(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Returns the specs of a call's rows, or raises why it cannot settle those of all calls."""
+    rows = [tf.convert_to_tensor(value) for value in tf.nest.flatten((args, kwargs))]
+    if not rows:
+        raise ValueError(f"'{name}' is called without tensors, so that there is nothing to batch.")
+    for input_name, row in zip(_input_names((args, kwargs)), rows, strict=True):
+        if row.shape.rank is None or not row.shape[1:].is_fully_defined():
+            raise ValueError(
+                f"The first call of '{name}' settles its shapes, but that of input {input_name} is "
+                f'not known: {row.shape}. Use tf.ensure_shape, or an input signature.'
+            )
+        if row.shape.rank == 0 or row.shape[0] not in (1, None):
+            raise tf.errors.InvalidArgumentError(
+                None,
+                None,
+                f"Input {input_name} of '{name}' has shape {row.shape}, but must have leading "
+                'dimension 1.',
+            )
+    specs = [tf.TensorSpec(row.shape, row.dtype) for row in rows]
+    return tf.nest.pack_sequence_as((args, kwargs), specs)
+
+
+def _check_signature(name: str, signature: tuple[Any, Any]) -> None:
+    """Raises a ValueError that says which spec of an input signature cannot be one of rows."""
+    specs = tf.nest.flatten(signature)
+    if not specs:
+        raise ValueError(f"The input signature of '{name}' has no tensors to batch.")
+    for input_name, spec in zip(_input_names(signature), specs, strict=True):
+        if not isinstance(spec, tf.TensorSpec):
+            raise ValueError(
+                f"Input {input_name} in the input signature of '{name}' must be a tf.TensorSpec, "
+                f'but is {spec!r}.'
+            )
+        shape = spec.shape
+        if not shape.rank or shape[0] not in (1, None) or not shape[1:].is_fully_defined():
+            raise ValueError(
+                f"Input {input_name} in the input signature of '{name}' has shape {shape}, but "
+                'must have leading dimension 1, which None stands for, too, and all others known.'
+            )
+
+
+def _input_names(arguments: tuple[Any, Any]) -> list[str]:
+    """Returns names as `0.observation.frame` or `state.1` of what is in args and kwargs."""
+    return [
+        '.'.join(str(part) for part in path[1:])
+        for path, _ in nest.flatten_with_tuple_paths(arguments)
+    ]
 
 
 def batch_fn_with_options(
     minimum_batch_size: int = 1,
     maximum_batch_size: int = 1024,
     timeout_ms: int | None = 100,
+    input_signature: Sequence[Any] | None = None,
 ) -> Callable[[Callable[..., Any]], BatchedFunction]:
     """Makes a decorator as `batch_fn`, with a say in when a batch is computed.
 
@@ -259,12 +308,18 @@ def batch_fn_with_options(
       maximum_batch_size: rows; more callers than that are served by several batches.
       timeout_ms: milliseconds after which a batch is computed with fewer rows than the minimum;
         None to wait forever.
+      input_signature: as that of `tf.function`, a sequence with a nest of `tf.TensorSpec` for each
+        argument, all of which are then given by position. Shapes are those of the rows that callers
+        pass, `[1, ...]`; `[None, ...]` means the same. A call that does not agree with it fails
+        alone, also if it is the first. Without a signature the first call settles what all later
+        ones must agree with.
 
     Returns:
       A decorator that returns a `BatchedFunction`.
 
     Raises:
-      ValueError: not 1 <= minimum_batch_size <= maximum_batch_size, or a negative time-out.
+      ValueError: not 1 <= minimum_batch_size <= maximum_batch_size, or a negative time-out; from
+        the decorator, that the input signature has something else than specs of rows.
     """
     if not 1 <= minimum_batch_size <= maximum_batch_size:
         raise ValueError(
@@ -274,7 +329,7 @@ def batch_fn_with_options(
     if timeout_ms is not None and timeout_ms < 0:
         raise ValueError(f'timeout_ms must be None or not negative, but is {timeout_ms}.')
     return lambda function: BatchedFunction(
-        function, minimum_batch_size, maximum_batch_size, timeout_ms
+        function, minimum_batch_size, maximum_batch_size, timeout_ms, input_signature
     )
 
 
@@ -283,8 +338,9 @@ def batch_fn(function: Callable[..., Any]) -> BatchedFunction:
 
     Args:
       function: takes nests of tensors `[B, ...]` and returns a nest of tensors `[B, ...]`, row by
-        row. It is traced once, on the first call. Variables that it uses are read anew for each
-        batch.
+        row. It is traced once, on the first call, whose dtypes and shapes all others must have;
+        `batch_fn_with_options` takes an input signature instead. Variables that it uses are read
+        anew for each batch.
 
     Returns:
       A `BatchedFunction`, to be called with nests of tensors `[1, ...]`. Gradients do not flow

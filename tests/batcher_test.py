@@ -358,6 +358,81 @@ def test_first_call_that_is_wrong_leaves_the_batcher_usable():
     assert batched(tf.ones([1, 3])).numpy() == [[3.0]]
 
 
+def test_a_wrong_first_call_fails_alone_where_there_is_an_input_signature():
+    traced = []
+
+    def act(frame, state):
+        traced.append((frame.shape.as_list(), frame.dtype, state['cell'].dtype))
+        return tf.cast(frame[:, 0], tf.float32) + state['cell'], batch_size_of(frame)
+
+    batched = batch_fn_with_options(
+        minimum_batch_size=2,
+        timeout_ms=None,
+        input_signature=[
+            tf.TensorSpec([None, 3], tf.uint8),
+            {'cell': tf.TensorSpec([1], tf.float32)},
+        ],
+    )(act)
+    frame, state = tf.constant([[4, 5, 6]], tf.uint8), {'cell': tf.constant([0.5])}
+
+    # All of these can be traced.
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"Input 0 of 'act'.*float32.*uint8"):
+        batched(tf.cast(frame, tf.float32), state)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r'Input 0 .*\(1, 4\).*\(1, 3\)'):
+        batched(tf.zeros([1, 4], tf.uint8), state)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r'Input 0 .*\(2, 3\).*\(1, 3\)'):
+        batched(tf.zeros([2, 3], tf.uint8), state)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r'Input 1.cell .*float64.*float32'):
+        batched(frame, {'cell': tf.constant([0.5], tf.float64)})
+    for wrong in ({'hidden': state['cell']}, state['cell']):
+        with pytest.raises(ValueError, match="'act' .* structure of the input signature"):
+            batched(frame, wrong)
+    with pytest.raises(ValueError, match="'act' .* structure of the input signature"):
+        batched(frame, state=state)
+
+    @tf.function(input_signature=[tf.TensorSpec(None, tf.uint8)])
+    def unknown_shape(frame):
+        return batched(frame, state)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r'Input 0 .*\[1,4\].*\[1,3\]'):
+        unknown_shape(tf.zeros([1, 4], tf.uint8))
+
+    results = run_all([lambda: batched(frame, state), lambda: unknown_shape(frame)])
+    assert [(float(x[0]), int(size[0])) for x, size in results] == [(4.5, 2)] * 2
+    assert traced == [([None, 3], tf.uint8, tf.float32)]
+
+
+def test_a_static_batch_size_with_an_input_signature():
+    shapes = []
+
+    def record(x):
+        shapes.append(x.shape.as_list())
+        return x
+
+    batched = batch_fn_with_options(2, 2, None, [tf.TensorSpec([1, 3])])(record)
+    run_all([lambda: batched(tf.zeros([1, 3]))] * 2)
+    assert shapes == [[2, 3]]
+
+
+@pytest.mark.parametrize(
+    ('signature', 'pattern'),
+    [
+        ([], "signature of 'identity' has no tensors"),
+        ([tf.TensorSpec([3])], r'Input 0 .*\(3,\), but must have leading dimension 1'),
+        ([{'a': tf.TensorSpec([])}], r'Input 0.a .*\(\), but must have leading dimension 1'),
+        ([tf.TensorSpec([1]), tf.TensorSpec(None)], 'Input 1 .*unknown.*leading dimension 1'),
+        ([tf.TensorSpec([None, None])], r'Input 0 .*\(None, None\).*all others known'),
+        ([tf.float32], 'Input 0 .*must be a tf.TensorSpec, but is tf.float32'),
+    ],
+)
+def test_input_signatures_that_cannot_be(signature, pattern):
+    def identity(*x):
+        return x
+
+    with pytest.raises(ValueError, match=pattern):
+        batch_fn_with_options(input_signature=signature)(identity)
+
+
 def test_an_assertion_reaches_every_caller_of_the_batch_and_later_ones_go_on():
     @batch_fn_with_options(minimum_batch_size=3, maximum_batch_size=3, timeout_ms=None)
     def positive(x):
