@@ -3,13 +3,17 @@
     python -m benchmarks.throughput --level_name=ALE/Pong-v5
 
 Runs `experiment.py` for `--seconds` after a warm-up, then measures its parts alone on the same
-machine: environments with random actions on all cores, the agent's step at the batch size seen in
-training, and the learner's step, both with a thread per core. Each part's share of the cores' time
-is its rate in training over its rate alone; `rest` is what is left: hand-over, contention,
-idleness. `--rounds` repeats the whole in turn, because shared machines drift; medians are given.
+machine: environments with random actions, the agent's step at the batch size seen in training, and
+the learner's step. Each has all cores: the environments a process on each, the others
+`--intra_op_threads` threads for an operation, as in training, and as many steps at a time as that
+leaves cores for. Each part's share of the cores' time is its rate in training over its rate alone;
+`rest` is what is left: hand-over, contention, idleness. `--rounds` repeats the whole in turn,
+because shared machines drift; medians are given.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import os
 import shutil
@@ -19,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Found whether this runs as a module or as a file.
@@ -113,14 +119,36 @@ def environment_rate(level_name: str, seconds: float) -> float:
     return sum(float(process.communicate()[0]) for process in processes)
 
 
-def _rate(function, rows: int, seconds: float) -> float:
-    for _ in range(3):
-        function()
-    started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        function()
-        calls += 1
-    return calls * rows / (time.perf_counter() - started)
+def concurrent_rate(
+    create: Callable[[], Callable[[], Any]], num_concurrent: int, rows: int, seconds: float
+) -> float:
+    """Returns rows per second of several functions together, each on a thread of its own.
+
+    Args:
+      create: makes one of the functions.
+      num_concurrent: functions, which are called at the same time.
+      rows: that a call computes.
+      seconds: of measurement.
+    """
+    functions = [create() for _ in range(num_concurrent)]
+    for function in functions:
+        for _ in range(3):
+            function()
+
+    def rate(function: Callable[[], Any]) -> float:
+        started, calls = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds:
+            function()
+            calls += 1
+        return calls * rows / (time.perf_counter() - started)
+
+    with concurrent.futures.ThreadPoolExecutor(num_concurrent) as executor:
+        return sum(executor.map(rate, functions))
+
+
+def steps_at_a_time(intra_op_threads: int) -> int:
+    """Returns how many steps with so many threads for an operation, 0 for all, fill the cores."""
+    return max(1, CORES // intra_op_threads) if intra_op_threads else 1
 
 
 def _step_output(spec: EnvironmentSpec, dims: list[int]) -> StepOutput:
@@ -134,18 +162,18 @@ def _step_output(spec: EnvironmentSpec, dims: list[int]) -> StepOutput:
     return StepOutput(zeros, info, tf.zeros(dims, tf.bool), observation)
 
 
-def inference_rate(spec: EnvironmentSpec, config: AgentConfig, rows: int, seconds: float) -> float:
-    """Returns rows per second of the agent's step."""
+def inference(spec: EnvironmentSpec, config: AgentConfig, rows: int) -> Callable[[], Any]:
+    """Returns a function that is a step of an agent of its own, with so many rows."""
     agent = Agent(config, spec)
     output, state = _step_output(spec, [rows]), agent.initial_state(rows)
     step = tf.function(lambda: agent.step(tf.zeros([rows], tf.int32), output, state)[0].action)
-    return _rate(lambda: step().numpy(), rows, seconds)
+    return lambda: step().numpy()
 
 
-def learner_rate(
-    spec: EnvironmentSpec, config: AgentConfig, batch_size: int, length: int, seconds: float
-) -> float:
-    """Returns agent steps per second of the learner's step."""
+def learning(
+    spec: EnvironmentSpec, config: AgentConfig, batch_size: int, length: int
+) -> Callable[[], Any]:
+    """Returns a function that is a step of a learner of its own."""
     agent = Agent(config, spec)
     learner = Learner(agent, LearnerConfig(batch_size=batch_size, unroll_length=length))
     dims = [length + 1, batch_size]
@@ -156,7 +184,7 @@ def learner_rate(
         _step_output(spec, dims),
         AgentOutput(tf.zeros(dims, tf.int32), tf.zeros([*dims, spec.num_actions]), tf.zeros(dims)),
     )
-    return _rate(lambda: learner.step(batch)['loss/total'].numpy(), batch_size * length, seconds)
+    return lambda: learner.step(batch)['loss/total'].numpy()
 
 
 def main() -> None:
@@ -174,11 +202,14 @@ def main() -> None:
         help='float32 or bfloat16; default: the faster one on this processor',
     )
     parser.add_argument('--inference_batch_size', type=int, default=16)
-    parser.add_argument('--intra_op_threads', type=int, default=1, help='of training')
+    parser.add_argument('--intra_op_threads', type=int, default=1, help='0: one per core')
     parser.add_argument('--warm_up', type=float, default=10, help='seconds')
     parser.add_argument('--seconds', type=float, default=30)
     parser.add_argument('--rounds', type=int, default=1)
+    parser.add_argument('--part_seconds', type=float, default=5, help='for each of the parts alone')
     args = parser.parse_args()
+    tf.config.threading.set_intra_op_parallelism_threads(args.intra_op_threads)
+    at_a_time = steps_at_a_time(args.intra_op_threads)
     flags = [
         f'--{name}={getattr(args, name)}'
         for name in (
@@ -189,17 +220,29 @@ def main() -> None:
     environment = create_environment(args.level_name, 1, EnvironmentConfig())
     spec = environment.spec
     environment.close()
-    acting = AgentConfig(torso=args.torso, use_lstm=False)
-    learning = AgentConfig(torso=args.torso, use_lstm=False, compute_dtype=args.compute_dtype)
+    acting_config = AgentConfig(torso=args.torso, use_lstm=False)
+    learner_config = AgentConfig(torso=args.torso, use_lstm=False, compute_dtype=args.compute_dtype)
     rounds = []
     for _ in range(args.rounds):
         rate, rows = training_rate([*flags, '--use_lstm=false'], args.warm_up, args.seconds)
         rounds.append(
             {
                 'training': rate,
-                'environment': environment_rate(args.level_name, 5),
-                'inference': inference_rate(spec, acting, max(1, round(rows)), 5),
-                'learning': learner_rate(spec, learning, args.batch_size, args.unroll_length, 5),
+                'environment': environment_rate(args.level_name, args.part_seconds),
+                'inference': concurrent_rate(
+                    functools.partial(inference, spec, acting_config, max(1, round(rows))),
+                    at_a_time,
+                    max(1, round(rows)),
+                    args.part_seconds,
+                ),
+                'learning': concurrent_rate(
+                    functools.partial(
+                        learning, spec, learner_config, args.batch_size, args.unroll_length
+                    ),
+                    at_a_time,
+                    args.batch_size * args.unroll_length,
+                    args.part_seconds,
+                ),
                 'rows': rows,
             }
         )
