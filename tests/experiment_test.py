@@ -439,6 +439,72 @@ def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
     assert {path: path.read_bytes() for path in (logdir / 'checkpoints').glob('ckpt-*')} == before
 
 
+# Has what follows it see, in a folder, an empty disk of its own that is gone when it ends.
+OWN_DISK = ('unshare', '--user', '--map-root-user', '--mount', 'sh', '-ec')
+OWN_DISK += ('mount -t tmpfs -o size=8m tmpfs "$0"; exec "$@"',)
+
+
+def fill(path):
+    """Writes to a file until the disk is full."""
+    with open(path, 'ab', buffering=0) as file:
+        for size in (2**16, 1):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
+    logdir = tmp_path / 'run'
+    logdir.mkdir()
+    try:
+        subprocess.run([*OWN_DISK, logdir, 'true'], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f'a disk of its own is not permitted: {getattr(error, "stderr", "") or error}')
+    flags = (*CARTPOLE, f'--logdir={logdir}', '--total_environment_frames=1000000000')
+    with Run(tmp_path / 'a', *flags, prefix=(*OWN_DISK, logdir)) as run:
+        # As the run sees it.
+        disk = pathlib.Path(f'/proc/{run.id}/root/{logdir}')
+        run.wait_until(lambda: 'all goes to' in run.stderr and checkpoints(disk))
+
+        def has_failed():
+            # Again and again: one that was being written may yet push an old one out.
+            fill(disk / 'filler')
+            return 'Training goes on, next attempt' in run.stderr
+
+        run.wait_until(has_failed)
+        warning = re.search('WARNING: Cannot save a checkpoint.*', run.stderr)[0]
+        failed = re.fullmatch(
+            rf'WARNING: Cannot save a checkpoint in {logdir}/checkpoints: No space left on device; '
+            rf'the previous one is {logdir}/checkpoints/ckpt-(\d+)\. '
+            r'Training goes on, next attempt in 2 s\.',
+            warning,
+        )
+        assert failed, warning
+        previous = int(failed[1])
+        assert checkpoints(disk)[-1] == previous
+        intact = tf.train.load_checkpoint(str(disk / 'checkpoints' / f'ckpt-{previous}'))
+        for name in intact.get_variable_to_shape_map():
+            intact.get_tensor(name)
+        full_at = frames(disk)
+
+        (disk / 'filler').unlink()
+        run.wait_until(lambda: checkpoints(disk)[-1] > previous)
+        run.wait_until(lambda: frames(disk) > full_at)
+        saved = checkpoints(disk)[-1]
+        lines = metrics(disk)
+        run.send(signal.SIGINT)
+        assert run.wait() == 0
+    last = re.search(rf'Checkpoint: {logdir}/checkpoints/ckpt-(\d+)', run.stdout)
+    assert int(last[1]) >= saved
+    assert 'Traceback' not in run.stderr
+    assert 'restarted' not in run.stderr
+    # No row of the time in between is missing: each speaks of the steps since the one before.
+    for before, line in zip(lines, lines[1:], strict=False):
+        seconds = line['wall_seconds'] - before['wall_seconds']
+        steps = line['agent_steps'] - before['agent_steps']
+        assert line['agent_steps_per_second'] * seconds == pytest.approx(steps, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ('flag', 'pattern'),
     [
