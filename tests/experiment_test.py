@@ -357,9 +357,12 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
         run.wait_until(lambda: frames(logdir) > resumed_at + 20_000)
         started = time.monotonic()
         run.send(signal.SIGINT)
+        run.process.wait(PATIENCE_SECONDS)
+        seconds = time.monotonic() - started
         assert run.wait() == 0
-        # The promise is 5 seconds on a machine that does nothing else.
-        assert time.monotonic() - started < 30
+        # The promise is 5 seconds on a machine that does nothing else. Two cores with 16 processes
+        # that want them need 4.
+        assert seconds < 8
     assert re.search(rf'damaged checkpoint .*ckpt-{last_checkpoint} ', run.stderr)
     assert 'restarted' not in run.stderr
     assert 'Traceback' not in run.stderr
