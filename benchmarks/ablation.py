@@ -3,9 +3,9 @@
     python -m benchmarks.ablation configs/generality.json
 
 The file says how many frames a run has, the levels with the return that counts as learned, and the
-settings: their flags and how many seeds. All have their first seed before any has its second. A run
-that was stopped goes on, complete ones are only reported; `--report` trains nothing and reports
-what is complete.
+settings: their flags and how many seeds, unless a level has fewer. All have their first seed before
+any has its second. A run that was stopped goes on, complete ones are only reported; `--report`
+trains nothing and reports what is complete.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # Found whether this runs as a module or as a file.
@@ -38,21 +39,27 @@ def is_complete(logdir: str) -> bool:
     return os.path.exists(os.path.join(learning.ROOT, logdir, 'test_scores.json'))
 
 
+def plan_runs(plan: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
+    """Yields seed, level and settings of each run, in the order in which they are made."""
+    most = max(setting['seeds'] for setting in plan['settings'].values())
+    for seed in range(1, most + 1):
+        for level_name, level in plan['levels'].items():
+            for setting_name, setting in plan['settings'].items():
+                if seed <= min(setting['seeds'], level.get('seeds', most)):
+                    yield seed, level_name, setting_name
+
+
 def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
     """Trains and tests what is not complete."""
-    settings = plan['settings']
-    for seed in range(1, max(setting['seeds'] for setting in settings.values()) + 1):
-        for level_name in plan['levels']:
-            for setting_name, setting in settings.items():
-                logdir = folder(name, setting_name, level_name, seed)
-                if seed > setting['seeds'] or is_complete(logdir):
-                    continue
-                flags = [
-                    *setting['flags'],
-                    f'--level_name={level_name}',
-                    f'--total_environment_frames={plan["frames"]}',
-                ]
-                learning.train_and_test(logdir, flags, seed, test_episodes)
+    for seed, level_name, setting_name in plan_runs(plan):
+        logdir = folder(name, setting_name, level_name, seed)
+        if not is_complete(logdir):
+            flags = [
+                *plan['settings'][setting_name]['flags'],
+                f'--level_name={level_name}',
+                f'--total_environment_frames={plan["frames"]}',
+            ]
+            learning.train_and_test(logdir, flags, seed, test_episodes)
 
 
 def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> str:
@@ -73,16 +80,16 @@ def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> 
             f'    python experiment.py {flags} --total_environment_frames={plan["frames"]}',
             '',
         ]
-    for level_name, threshold in plan['levels'].items():
+    for level_name, level in plan['levels'].items():
         lines: list[list[Any]] = []
         runs: dict[str, list[plot.Run]] = {}
         filed: list[dict[str, Any]] = []
-        for setting_name, setting in plan['settings'].items():
+        for setting_name in plan['settings']:
             rows = []
-            for seed in range(1, setting['seeds'] + 1):
+            for seed, *what in plan_runs(plan):
                 logdir = folder(name, setting_name, level_name, seed)
-                if is_complete(logdir):
-                    row, episodes = learning.row_of(seed, logdir, threshold)
+                if what == [level_name, setting_name] and is_complete(logdir):
+                    row, episodes = learning.row_of(seed, logdir, level['learned'])
                     rows.append(row)
                     filed += [{'settings': setting_name, 'seed': seed} | e for e in episodes]
                     run = plot.read_run(os.path.join(learning.ROOT, logdir))
@@ -96,7 +103,7 @@ def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> 
             for over, suffix in (('agent_steps', ''), ('wall_time', '_time')):
                 figure = plot.learning_curves(runs, over)
                 figure.savefig(os.path.join(learning.RESULTS, f'{stem}{suffix}.png'))
-        headers = ['settings', *learning.table_headers(threshold)]
+        headers = ['settings', *learning.table_headers(level['learned'])]
         page += [f'## {level_name}', '']
         page += [tabulate.tabulate(lines, headers, 'github', disable_numparse=True), '']
         page += [learning.comparison(level_name, 100), '']
