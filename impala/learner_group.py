@@ -29,7 +29,7 @@ GRADIENTS_PORT_OFFSET = 1000
 ROLL_CALL_PORT_OFFSET = 2000
 
 # Changes when learners of two versions could misunderstand each other.
-PROTOCOL = 1
+PROTOCOL = 2
 
 _HEARTBEAT_SECONDS = 1.0
 # A learner that has died is noticed at once, as its connection is closed; one whose machine or
@@ -146,16 +146,27 @@ class LearnerGroup:
 
     The first learner listens, the others connect to it. Messages are lines of JSON. Without
     `then`, the end of another learner ends this process at once.
+
+    Attributes:
+      run_id: the first learner's, which the others know once they are in.
     """
 
-    def __init__(self, member: Member, settings: dict[str, Any], report: Callable[[str], None]):
+    def __init__(
+        self,
+        member: Member,
+        settings: dict[str, Any],
+        report: Callable[[str], None],
+        run_id: str = '',
+    ):
         """Does nothing yet.
 
         Args:
           member: which learner this is.
           settings: flag -> JSON-serialisable value, of those that must be the same everywhere.
           report: told, in lines, who is waited for.
+          run_id: of the first learner, for the others.
         """
+        self.run_id = run_id
         self._member = member
         self._settings = json.loads(json.dumps(settings))
         self._report = report
@@ -231,7 +242,7 @@ class LearnerGroup:
                     reported = missing
                 self._changed.wait()
             self._has_begun = True
-        self._send({'begin': True})
+        self._send({'begin': True, 'run_id': self.run_id})
 
     def _accept(self) -> None:
         assert self._listener is not None
@@ -301,6 +312,7 @@ class LearnerGroup:
                     if 'refused' in answer:
                         raise ConfigError(answer['refused'])
                     if 'begin' in answer:
+                        self.run_id = answer['run_id']
                         self._has_begun = True
                         threading.Thread(
                             target=self._listen, args=(line, 0), name='learner', daemon=True

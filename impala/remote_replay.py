@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import secrets
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +38,7 @@ from impala.replay_job import (
     Answer,
     Layout,
     Request,
+    Wish,
 )
 from impala.run_config import ConfigError
 
@@ -47,7 +47,10 @@ _PATIENCE_SECONDS = 1.0
 # A shard to which nothing is sent is asked this often whether it is still there.
 _POLL_SECONDS = 2.0
 _FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 0.25, 5.0
+# A shard's lease is renewed so many times before it ends.
+_RENEWALS_PER_LEASE = 4
 _KNOCK_SECONDS = 3.0
+_LEAVE_SECONDS = 2.0
 _DEADLINE_SECONDS = 10.0
 
 
@@ -73,18 +76,20 @@ class RemoteReplay:
         components: Sequence[Component],
         stack: str | None,
         level_names: Sequence[str],
+        run_id: str,
         addresses: Sequence[str],
         batch_size: int,
         num_replayed: int,
         seed: Any,
         report: Callable[[str], None],
     ):
-        """Looks for the shards, and agrees with those that are there on what they hold.
+        """Looks for the shards, and asks those that are there whether they can be had.
 
         Args:
           components: see `Packing`.
           stack: see `Packing`.
           level_names: of the run.
+          run_id: what tells the run from all others, see `impala.run_files.run_id`.
           addresses: `host:port` of the shards.
           batch_size: unrolls of a batch.
           num_replayed: of them, at most.
@@ -92,17 +97,19 @@ class RemoteReplay:
           report: told, in lines, which shards come and go.
 
         Raises:
-          ConfigError: a shard cannot or must not hold these unrolls.
+          ConfigError: a shard cannot hold these unrolls, or holds those of another run that goes
+            on.
           ServerError: an address that makes no sense.
         """
         self.components = list(components)
         self._packing = Packing(components, stack)
         self._layout = Layout(tuple(level_names), tuple(self._packing.packed))
+        self._run_id = run_id
+        self._learner = secrets.randbits(62)
         self._batch_size = batch_size
         self._num_taken = -(-max(1, num_replayed) // len(addresses))
         self._random = np.random.default_rng(seed)
         self._report = report
-        self._begins = False
         self._shards = [_Shard(task, address) for task, address in enumerate(addresses)]
         self._packing_lock = threading.Lock()
         # Guards all below, and the shards.
@@ -119,20 +126,30 @@ class RemoteReplay:
             for shard in self._shards
             for target in (self._keep, self._fetch)
         ]
-        with concurrent.futures.ThreadPoolExecutor(len(addresses)) as executor:
-            list(executor.map(self._look_for, self._shards))
+        self._for_each(lambda shard: self._tell(shard, Wish.ASK))
 
     def start(self, begins: bool, report: Callable[[str], None]) -> None:
-        """Begins to use the shards.
+        """To be called before the shards are used.
 
         Args:
-          begins: whether the run begins, so that what shards hold is of another one.
+          begins: whether the run begins, so that what shards hold is not of it.
           report: told from now on which shards come and go.
         """
-        self._begins = begins
+        for shard in self._shards:
+            shard.begins = begins
         self._report = report
 
     def __enter__(self) -> 'RemoteReplay':
+        """Takes the shards that are there.
+
+        Raises:
+          ConfigError: as when this was made.
+        """
+        try:
+            self._for_each(lambda shard: self._tell(shard, shard.wish))
+        except ConfigError:
+            self._for_each(self._leave)
+            raise
         for thread in self._threads:
             thread.start()
         return self
@@ -140,12 +157,14 @@ class RemoteReplay:
     def __exit__(self, *error: Any) -> None:
         with self._changed:
             self._closed = True
+            there = [shard for shard in self._shards if shard.connection]
             connections = list(self._connections)
             self._changed.notify_all()
         for connection in connections:
             connection.close()
         for thread in self._threads:
             thread.join()
+        self._for_each(self._leave, there)
 
     @property
     def description(self) -> str:
@@ -257,23 +276,44 @@ class RemoteReplay:
         shard.is_late = not is_settled
         return bool(shard.ready) and not self._closed
 
-    def _look_for(self, shard: '_Shard') -> None:
+    def _for_each(
+        self, call: Callable[['_Shard'], None], shards: Sequence['_Shard'] | None = None
+    ) -> None:
+        """Calls a function with each shard, all of them if none are given, at the same time."""
+        with concurrent.futures.ThreadPoolExecutor(len(self._shards)) as executor:
+            list(executor.map(call, self._shards if shards is None else shards))
+
+    def _tell(self, shard: '_Shard', wish: Wish) -> None:
+        """Says what is wanted of a shard, if it is there."""
         try:
-            with self._connected(shard, begins=False):
-                pass
+            with self._asking(shard) as asking:
+                self._ask(asking, wish)
+                shard.begins &= wish is Wish.ASK
         except RemoteError as error:
             self._lose(shard, error)
 
+    def _leave(self, shard: '_Shard') -> None:
+        """Lets go of a shard, so that it need not wait to be another run's."""
+        with (
+            contextlib.suppress(RemoteError),
+            ReplayConnection(
+                shard.address, REQUEST_COMPONENTS, (), _LEAVE_SECONDS, REQUESTS, BOARD
+            ) as asking,
+        ):
+            asking.knock(_LEAVE_SECONDS)
+            self._send(asking, Wish.LEAVE)
+
     def _keep(self, shard: '_Shard') -> None:
         """Sends a shard what is for it, and tries to find it when it is not there."""
-        begins = self._begins
         back_off = _FIRST_BACK_OFF_SECONDS
         while True:
             try:
-                with self._connected(shard, begins) as (connection, held):
-                    begins = False
-                    back_off = _FIRST_BACK_OFF_SECONDS
-                    self._use(shard, connection, held)
+                with self._asking(shard) as asking:
+                    held, answer = self._ask(asking, shard.wish)
+                    shard.begins = False
+                    with self._connected(shard, answer) as connection:
+                        back_off = _FIRST_BACK_OFF_SECONDS
+                        self._use(shard, asking, answer, connection, held)
             except (RemoteError, ConfigError) as error:
                 self._lose(shard, error)
             with self._changed:
@@ -281,8 +321,18 @@ class RemoteReplay:
                     return
             back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
 
-    def _use(self, shard: '_Shard', connection: ReplayConnection, held: int) -> None:
+    def _use(
+        self,
+        shard: '_Shard',
+        asking: Connection,
+        answer: Answer,
+        connection: ReplayConnection,
+        held: int,
+    ) -> None:
         """Sends until that fails, or all is closed."""
+        renewal_seconds = shard.lease_seconds / _RENEWALS_PER_LEASE
+        pause = min(_POLL_SECONDS, renewal_seconds)
+        renewed_at = time.monotonic()
         with self._changed:
             shard.connection, shard.held, shard.is_missed = connection, held, False
             num_there = sum(each.connection is not None for each in self._shards)
@@ -294,10 +344,15 @@ class RemoteReplay:
         for sequence in itertools.count(1):
             with self._changed:
                 self._changed.wait_for(
-                    lambda: self._closed or shard.outgoing or not shard.connection, _POLL_SECONDS
+                    lambda: self._closed or shard.outgoing or not shard.connection, pause
                 )
                 if self._closed or not shard.connection:
                     return
+            if time.monotonic() - renewed_at >= renewal_seconds:
+                if self._ask(asking, Wish.TAKE)[1].inbox != answer.inbox:
+                    raise Disconnected(f'The replay job at {shard.address} begins anew.')
+                renewed_at = time.monotonic()
+            with self._changed:
                 unroll = shard.outgoing.popleft() if shard.outgoing else None
             started = time.perf_counter()
             try:
@@ -365,12 +420,12 @@ class RemoteReplay:
             self._report(f'{error} Going on with {rest} until it is back')
 
     @contextlib.contextmanager
-    def _connected(self, shard: '_Shard', begins: bool) -> Iterator[tuple[ReplayConnection, int]]:
-        """Agrees with a shard on what it holds; gives a connection and how many unrolls it has.
+    def _asking(self, shard: '_Shard') -> Iterator[Connection]:
+        """Gives a connection by which something can be asked of a shard.
 
         Raises:
           RemoteError: it is not there.
-          ConfigError: it cannot or must not hold these unrolls.
+          ConfigError: it is of another version.
         """
         with self._opened(
             ReplayConnection(
@@ -391,16 +446,14 @@ class RemoteReplay:
                     f'(protocol {settings["protocol"]}, here {PROTOCOL}): install the same one.'
                 )
             shard.capacity = settings['capacity']
-            held, answer = _read(asking)
-            if answer.layout is None or (begins and held and answer.layout == self._layout):
-                held, answer = self._ask(asking, begins)
-        if answer.layout != self._layout:
-            assert answer.layout is not None
-            raise ConfigError(
-                f'The replay job at {shard.address} holds trajectories of another run, '
-                f'{_difference(answer.layout, self._layout)}: start it anew for this one.'
-            )
-        with self._opened(
+            shard.lease_seconds = settings['lease_seconds']
+            yield asking
+
+    def _connected(
+        self, shard: '_Shard', answer: Answer
+    ) -> contextlib.AbstractContextManager[ReplayConnection]:
+        """Gives a connection to a shard that is this run's."""
+        return self._opened(
             ReplayConnection(
                 shard.address,
                 self._packing.packed,
@@ -411,24 +464,35 @@ class RemoteReplay:
                 outbox=answer.outbox,
                 num_taken=self._num_taken,
             )
-        ) as connection:
-            yield connection, held
+        )
 
-    def _ask(self, asking: Connection, begins: bool) -> tuple[int, Answer]:
-        """Says what is to be held; returns how many unrolls there are then, and the answer."""
-        request = Request(secrets.randbits(62), self._layout, begins)
-        asking.put([np.int64(0), request.to_array()], 0, '', 1)
+    def _ask(self, asking: Connection, wish: Wish) -> tuple[int, Answer]:
+        """Says what is wanted; returns how many unrolls there are then, and the answer.
+
+        Raises:
+          RemoteError: there is no answer.
+          ConfigError: it cannot be had.
+        """
+        number = self._send(asking, wish)
         deadline = time.monotonic() + _DEADLINE_SECONDS
         while True:
             held, answer = _read(asking)
-            refusal = answer.outcomes.get(str(request.number))
+            refusal = answer.outcomes.get(str(number))
             if refusal:
                 raise ConfigError(f'The replay job at {asking.address} refuses: {refusal}')
-            if refusal is not None and answer.layout is not None:
+            if refusal is not None and (wish is Wish.ASK or answer.run == self._run_id):
                 return held, answer
             if time.monotonic() > deadline:
                 raise Disconnected(f'The replay job at {asking.address} does not answer.')
             time.sleep(0.02)
+
+    def _send(self, asking: Connection, wish: Wish) -> int:
+        """Sends what is wanted; returns the number of the outcome."""
+        number = secrets.randbits(62)
+        request = Request(number, self._run_id, self._learner, self._layout, wish)
+        # The time grows, as a sequence must.
+        asking.put([np.int64(0), request.to_array()], 0, '', time.monotonic_ns())
+        return number
 
     @contextlib.contextmanager
     def _opened(self, connection: AnyConnection) -> Iterator[AnyConnection]:
@@ -453,6 +517,8 @@ class _Shard:
       task: its number.
       address: `host:port`.
       capacity: unrolls that it has room for, as it said last.
+      lease_seconds: for which it stays with a run that it does not hear of, as it said last.
+      begins: the run begins, and the shard has not been told so.
       connection: None as long as it is not there.
       held: unrolls that it holds, as it said last; 0 as long as it is not there.
       ready: packed unrolls that it has drawn.
@@ -464,6 +530,8 @@ class _Shard:
     task: int
     address: str
     capacity: int = 0
+    lease_seconds: float = 0.0
+    begins: bool = False
     connection: ReplayConnection | None = None
     held: int = 0
     ready: collections.deque[list[np.ndarray]] = dataclasses.field(
@@ -474,6 +542,11 @@ class _Shard:
     )
     is_late: bool = False
     is_missed: bool = False
+
+    @property
+    def wish(self) -> Wish:
+        """What is wanted of it when it is found."""
+        return Wish.BEGIN if self.begins else Wish.TAKE
 
 
 def check_replay_jobs(addresses: Sequence[str], fraction: float) -> None:
@@ -509,24 +582,3 @@ def check_replay_jobs(addresses: Sequence[str], fraction: float) -> None:
 def _read(asking: Connection) -> tuple[int, Answer]:
     held, (text,) = asking.weights()
     return held, Answer.from_text(bytes(text))
-
-
-def _difference(theirs: Layout, ours: Layout) -> str:
-    """Says in what two layouts differ."""
-    if theirs.level_names != ours.level_names:
-        names = [
-            textwrap.shorten(', '.join(layout.level_names), 100, placeholder=' ...')
-            for layout in (theirs, ours)
-        ]
-        return f'of {names[0]} and not of {names[1]}'
-    for there, here in itertools.zip_longest(theirs.components, ours.components):
-        if there != here:
-            return f'whose {_text(there)} is {_text(here)} here'
-    return 'in another order'
-
-
-def _text(component: Component | None) -> str:
-    if component is None:
-        return 'nothing'
-    bounds = '' if component.high is None else f', at most {component.high}'
-    return f"'{component.name}' ({component.dtype} {list(component.shape)}{bounds})"

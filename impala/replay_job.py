@@ -1,7 +1,9 @@
 """The replay job: holds a shard of a run's experience replay for its learners.
 
 It knows nothing of levels or networks: the first learner that comes says of what arrays an unroll
-consists. It is found by learners as the learner is by actor jobs, with the same objects:
+consists. It belongs to the run of that learner, whose learners ask for it again and again: only
+when it has not heard of that run for `LEASE_SECONDS`, or the run has left, can it be another one's.
+It is found by learners as the learner is by actor jobs, with the same objects:
 
 - `REQUESTS`, an inbox of texts: what a learner wants to have held.
 - `BOARD`, whose settings are what this job is, whose one "weight" is what it holds (`Answer`), and
@@ -12,9 +14,13 @@ consists. It is found by learners as the learner is by actor jobs, with the same
 
 import contextlib
 import dataclasses
+import enum
 import itertools
 import json
+import math
+import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +33,10 @@ from impala.replay import Replay, aligned, memory_bytes
 from impala.stop_signal import StopSignal
 
 # Changes when a learner and a replay job of two versions could misunderstand each other.
-PROTOCOL = 1
+PROTOCOL = 2
+
+# A run that was not heard of for so long is over, or so it seems: what it left makes room.
+LEASE_SECONDS = 30.0
 
 BOARD = 'replay'
 REQUESTS = 'replay requests'
@@ -75,25 +84,47 @@ class Layout:
         )
 
 
+class Wish(enum.Enum):
+    """What a learner wants of a replay job for its run."""
+
+    # To know whether it could have it; nothing changes.
+    ASK = 'ask'
+    # To have it, or to keep it; with the unrolls of this run, if there are any.
+    TAKE = 'take'
+    # To have it without any unrolls, since the run begins.
+    BEGIN = 'begin'
+    # No more of it. What it holds stays there until it is another run's.
+    LEAVE = 'leave'
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """What a learner asks for.
 
     Attributes:
       number: its own, random, by which it finds the outcome.
+      run: what tells its run from all others; all learners of a run have the same.
+      learner: its own, random, the same in all that it asks for.
       layout: of the unrolls that it has.
-      begins: whether its run begins, so that unrolls that are there are those of another one.
+      wish: what it wants.
     """
 
     number: int
+    run: str
+    learner: int
     layout: Layout
-    begins: bool
+    wish: Wish
 
     def to_array(self) -> np.ndarray:
         """Returns it as the second of `REQUEST_COMPONENTS`."""
-        text = json.dumps(
-            {'number': self.number, 'layout': self.layout.to_json(), 'begins': self.begins}
-        ).encode()
+        values = {
+            'number': self.number,
+            'run': self.run,
+            'learner': self.learner,
+            'layout': self.layout.to_json(),
+            'wish': self.wish.value,
+        }
+        text = json.dumps(values).encode()
         array = aligned([_TEXT_BYTES], np.dtype('uint8'))
         array[:] = np.frombuffer(text.ljust(_TEXT_BYTES, b' '), np.uint8)
         return array
@@ -102,7 +133,9 @@ class Request:
     def from_array(cls, array: np.ndarray) -> 'Request':
         """Reads what `to_array` wrote; raises KeyError, TypeError or ValueError if it is not."""
         values = json.loads(array.tobytes())
-        return cls(values['number'], Layout.from_json(values['layout']), values['begins'])
+        layout = Layout.from_json(values['layout'])
+        wish = Wish(values['wish'])
+        return cls(values['number'], values['run'], values['learner'], layout, wish)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,28 +143,25 @@ class Answer:
     """What a replay job shows.
 
     Attributes:
-      layout: of what it holds; None as long as nobody has said.
+      run: whose unrolls it holds; empty as long as nobody has taken it.
       inbox: name of the `UnrollInbox` to put unrolls into.
       outbox: name of the one to take drawn unrolls out of.
       outcomes: number of a request -> empty, or a sentence that says why it was refused.
     """
 
-    layout: Layout | None = None
+    run: str = ''
     inbox: str = ''
     outbox: str = ''
     outcomes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_text(self) -> str:
         """Returns what `from_text` reads."""
-        values = dataclasses.asdict(self)
-        return json.dumps(values | {'layout': self.layout and self.layout.to_json()})
+        return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_text(cls, text: bytes | str) -> 'Answer':
         """Reads what `to_text` wrote."""
-        values = json.loads(text)
-        layout = values['layout'] and Layout.from_json(values['layout'])
-        return cls(**values | {'layout': layout})
+        return cls(**json.loads(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +203,12 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         requests = UnrollInbox(_NUM_WAITING, REQUEST_COMPONENTS, 'version', REQUESTS)
-        board = WeightsBoard(json.dumps({'protocol': PROTOCOL, 'capacity': config.own_capacity}),
-                             BOARD)  # fmt: skip
+        settings = {
+            'protocol': PROTOCOL,
+            'capacity': config.own_capacity,
+            'lease_seconds': LEASE_SECONDS,
+        }
+        board = WeightsBoard(json.dumps(settings), BOARD)
         server = ReplayServer(config.addresses[config.task])
         shard = stack.enter_context(_Shard(config, board, report))
         stop.then(requests.close)
@@ -199,6 +233,9 @@ class _Shard:
         self._board = board
         self._report = report
         self._shelf: _Shelf | None = None
+        self._owner: Request | None = None
+        # By learner of its owner, the time that it was heard of.
+        self._heard_at: dict[int, float] = {}
         self._numbers = itertools.count()
         # Guards the answer, which is shown by the thread that stores unrolls, too.
         self._lock = threading.Lock()
@@ -215,12 +252,7 @@ class _Shard:
     def answer(self, request: Request) -> None:
         """Does what is asked for, if it can be, and shows the outcome."""
         try:
-            if self._answer.layout is None:
-                self._begin(request.layout)
-            elif request.begins and request.layout == self._answer.layout:
-                held = self.close()
-                self._report(f'Another run begins; the {held:,} trajectories of before are gone')
-                self._begin(request.layout)
+            self._fulfil(request)
             outcome = ''
         except _RefusedError as error:
             outcome = str(error)
@@ -235,37 +267,73 @@ class _Shard:
         """Lets go of what is held; returns how many unrolls that was. May be called again."""
         if self._shelf is None:
             return 0
+        self._heard_at.clear()
         with self._lock:
-            shelf, self._shelf = self._shelf, None
-            self._answer = dataclasses.replace(self._answer, layout=None)
+            shelf, self._shelf, self._owner = self._shelf, None, None
+            self._answer = dataclasses.replace(self._answer, run='')
         shelf.close()
         return len(shelf.replay)
 
-    def _begin(self, layout: Layout) -> None:
-        number = next(self._numbers)
-        capacity = self._config.own_capacity
-        try:
-            nbytes = Replay(layout.components, 1, 0).nbytes
-            memory = memory_bytes()
-            if capacity * nbytes > memory:
-                raise MemoryError
-            seed = (self._config.seed, self._config.task, number)
-            replay = Replay(layout.components, capacity, seed)
-        except MemoryError as error:
+    def _fulfil(self, request: Request) -> None:
+        owner = self._owner
+        is_owner = owner is not None and owner.run == request.run
+        if request.wish is Wish.LEAVE:
+            if is_owner:
+                self._heard_at.pop(request.learner, None)
+            return
+        silence = time.monotonic() - max(self._heard_at.values(), default=-math.inf)
+        if owner is not None and not is_owner and silence < LEASE_SECONDS:
+            levels = ', '.join(owner.layout.level_names)
             raise _RefusedError(
-                f'{capacity:,} trajectories of {nbytes:,} bytes are more than there is room for in '
-                f'the {memory / 1e9:.1f} GB of memory that replay job {self._config.task} has: '
-                'start it with a smaller --replay_capacity, or start more of them.'
-            ) from error
+                f'another run, of {textwrap.shorten(levels, 100, placeholder=" ...")}, uses it and '
+                f'was heard of {silence:.0f} seconds ago: give this one other --replay_addresses, '
+                f'or end that one; one that was killed has ended after {LEASE_SECONDS:.0f} seconds.'
+            )
+        is_there = owner is not None and is_owner and owner.layout == request.layout
+        if not is_there:
+            self._check_room(request.layout)
+        if request.wish is Wish.ASK:
+            return
+        if not is_there or request.wish is Wish.BEGIN:
+            held = self.close()
+            if held:
+                what = 'The run begins anew' if is_owner else 'Another run begins'
+                self._report(f'{what}; the {held:,} trajectories of before are gone')
+            self._begin(request)
+        self._heard_at[request.learner] = time.monotonic()
+
+    def _check_room(self, layout: Layout) -> None:
+        nbytes = Replay(layout.components, 1, 0).nbytes
+        if self._config.own_capacity * nbytes > memory_bytes():
+            raise self._no_room(nbytes)
+
+    def _no_room(self, nbytes: int) -> '_RefusedError':
+        return _RefusedError(
+            f'{self._config.own_capacity:,} trajectories of {nbytes:,} bytes are more than there '
+            f'is room for in the {memory_bytes() / 1e9:.1f} GB of memory that replay job '
+            f'{self._config.task} has: start it with a smaller --replay_capacity, or start more of '
+            'them.'
+        )
+
+    def _begin(self, request: Request) -> None:
+        layout, number = request.layout, next(self._numbers)
+        capacity = self._config.own_capacity
+        nbytes = Replay(layout.components, 1, 0).nbytes
+        try:
+            replay = Replay(
+                layout.components, capacity, (self._config.seed, self._config.task, number)
+            )
+        except MemoryError as error:
+            raise self._no_room(nbytes) from error
         shelf = _Shelf(replay, number, self._show)
         self._report(
             f'Holding trajectories of {nbytes:,} bytes, {capacity * nbytes / 1e9:.2f} GB at most, '
             f'of {", ".join(layout.level_names[:3])}{" ..." * (len(layout.level_names) > 3)}'
         )
         with self._lock:
-            self._shelf = shelf
+            self._shelf, self._owner = shelf, request
             self._answer = dataclasses.replace(
-                self._answer, layout=layout, inbox=shelf.inbox_name, outbox=shelf.outbox_name
+                self._answer, run=request.run, inbox=shelf.inbox_name, outbox=shelf.outbox_name
             )
 
     def _show(self) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ CHECKPOINT_PREFIX = 'ckpt'
 FLAG_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
 EPISODES_FILE = 'episodes.csv'
+RUN_ID_FILE = 'run_id.txt'
 
 
 class LogdirError(Exception):
@@ -51,6 +53,31 @@ def lock_logdir(logdir: str) -> int:
         # Some network file systems cannot lock directories; that is no reason not to train there.
         pass
     return descriptor
+
+
+def run_id(logdir: str) -> str:
+    """Returns what tells the run in a log directory from all others, for who serves several runs.
+
+    It is made when it is first asked for, and stays with the directory.
+
+    Args:
+      logdir: the log directory; created if missing.
+
+    Raises:
+      LogdirError: if it cannot be read or written.
+    """
+    path = os.path.join(logdir, RUN_ID_FILE)
+    try:
+        with open(path, encoding='ascii', errors='replace') as file:
+            text = file.read().strip()
+    except FileNotFoundError:
+        text = ''
+    except OSError as error:
+        raise LogdirError(f'Cannot read {path}: {error.strerror}.') from error
+    if not re.fullmatch('[0-9a-f]{32}', text):
+        text = secrets.token_hex(16)
+        write_atomically(path, f'{text}\n')
+    return text
 
 
 def newest_checkpoint(logdir: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from impala import decoder
+from impala import decoder, run_files
 from impala.acting import UnrollBatch
 from impala.actor_pool import Workplace
 from impala.agent import Agent, AgentConfig
@@ -115,13 +115,15 @@ def train(
                 network_settings(network, spec) | learner_settings(config.learner),
                 LATER_SETTINGS,
             )
+        run_id = run_files.run_id(config.logdir) if is_first and config.replay_addresses else ''
         group = None
         if member is not None:
             settings = _shared_settings(config, member, spec, network_settings(network, spec))
-            group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr))
+            group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr, run_id))
+            run_id = group.run_id
         frames_per_step = spec.num_action_repeats
         agent, learner = _create_learner(config, network, spec, member, learner_devices)
-        replay = _create_replay(config, spec, agent, len(learner.devices), member)
+        replay = _create_replay(config, spec, agent, len(learner.devices), member, run_id)
         shards = replay.replay if replay and isinstance(replay.replay, RemoteReplay) else None
         checkpointer: Checkpointer | None = None
         if is_first:
@@ -287,6 +289,7 @@ def _create_replay(
     agent: Agent,
     num_devices: int,
     member: Member | None,
+    run_id: str,
 ) -> ReplayMixer | None:
     """Makes what fills a part of each batch, or of each device's part, if the flags say so."""
     learner = config.learner
@@ -310,6 +313,7 @@ def _create_replay(
             components,
             stack,
             config.level_names,
+            run_id,
             config.replay_addresses,
             learner.batch_size,
             num_devices * math.ceil(learner.replay_fraction * part_size),

@@ -428,3 +428,18 @@ def test_unusable_logdir(tmp_path):
     for use in (run_files.lock_logdir, lambda name: checkpoint.write_flags(name, '')):
         with pytest.raises(checkpoint.LogdirError, match=re.escape(str(path))):
             use(str(path))
+
+
+def test_a_run_keeps_its_id(tmp_path):
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    ids = [run_files.run_id(str(folder)) for folder in (first, second, first)]
+    assert ids[0] == ids[2] != ids[1]
+    path = first / 'run_id.txt'
+    path.write_text('half of')
+    new = run_files.run_id(str(first))
+    assert new not in ids
+    assert run_files.run_id(str(first)) == new
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(checkpoint.LogdirError, match='Cannot read .*run_id.txt: Is a directory'):
+        run_files.run_id(str(first))

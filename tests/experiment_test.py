@@ -98,10 +98,10 @@ class Run:
     """A run of experiment.py in a session of its own, with a folder for its temporary files.
 
     A context manager that ends the whole session, whatever happened. What `prefix` holds is put
-    before the command and must become it by exec.
+    before the command and must become it by exec; `program` is one that runs experiment.py.
     """
 
-    def __init__(self, folder, *flags, pythonpath=(), file_bytes=None, prefix=()):
+    def __init__(self, folder, *flags, pythonpath=(), file_bytes=None, prefix=(), program=PROGRAM):
         self.temp_folder = folder / 'tmp'
         self.temp_folder.mkdir(parents=True)
         self.output_paths = folder / 'stdout', folder / 'stderr'
@@ -116,7 +116,7 @@ class Run:
 
         with open(self.output_paths[0], 'wb') as stdout, open(self.output_paths[1], 'wb') as stderr:
             self.process = subprocess.Popen(
-                [*prefix, sys.executable, str(PROGRAM), *map(str, flags)],
+                [*prefix, sys.executable, str(program), *map(str, flags)],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,

@@ -148,3 +148,13 @@ def test_addresses_that_cannot_be(addresses, task, error, sentence):
 
 def test_addresses_that_can_be():
     learner_group.check_member(Member(('a:8000', 'b:8000', 'b:8001', 'c:63535'), 3))
+
+
+def test_all_have_the_run_id_of_the_first(addresses, threads):
+    def member(task, run_id):
+        with LearnerGroup(Member(addresses, task), SETTINGS, lambda text: None, run_id) as it:
+            it.finish()
+            return it.run_id
+
+    waiting = [threads.submit(member, task, run_id) for task, run_id in enumerate(['x', '', ''])]
+    assert [each.result(PATIENCE_SECONDS) for each in waiting] == ['x', 'x', 'x']

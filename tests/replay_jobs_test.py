@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_test import CARTPOLE, TESTS, Run, assert_one_sentence, metrics
+from experiment_test import CARTPOLE, PROGRAM, TESTS, Run, assert_one_sentence, metrics
 from several_learners_test import free_ports
 
 from dynamic_batching.exchange import Component, WeightsBoard
@@ -48,6 +48,16 @@ def addresses():
 def job(folder, task, addresses, *flags, **options):
     return Run(folder, '--job_name=replay', f'--task={task}', '--trusted_network',
                f'--replay_addresses={",".join(addresses)}', *flags, **options)  # fmt: skip
+
+
+def changed_job(folder, task, addresses, change):
+    """A replay job for which Python's lines in `change` are run before."""
+    program = folder / 'program.py'
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        f'import runpy\n{change}\nrunpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
+    )
+    return job(folder, task, addresses, program=program, pythonpath=[TESTS.parent])
 
 
 def learner(folder, logdir, addresses, *flags):
@@ -118,7 +128,11 @@ def draw_many(replay, number):
 
 
 def remote_replay(addresses, report=lambda text: None, **changes):
-    arguments = {'level_names': ['a', 'b', 'c'], 'components': COMPONENTS} | changes
+    arguments = {
+        'level_names': ['a', 'b', 'c'],
+        'run_id': 'a run',
+        'components': COMPONENTS,
+    } | changes
     return RemoteReplay(
         stack='frame',
         addresses=addresses,
@@ -319,16 +333,84 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
         assert re.search(r'Another run begins; the [1-9]\d+ trajectories of before', shard.stderr)
         assert 'is there, with 0 of' in run.stderr
 
-        with learner(tmp_path / 'odd', tmp_path / 'other', one, '--unroll_length=10') as run:
-            assert_one_sentence(
-                run, 2, r"another run, whose 'reward' \(float32 \[21\]\) is 'reward' .*\[11\]"
-            )
-        assert not (tmp_path / 'other' / 'flags.txt').exists()
+        # Of another shape.
+        flags = (frames, '--unroll_length=10')
+        with learner(tmp_path / 'odd', tmp_path / 'other', one, *flags) as run:
+            assert run.wait() == 0, run.stderr
+        assert len(re.findall('Another run begins; the ', shard.stderr)) == 2
+        assert 'is there, with 0 of' in run.stderr
+
+        # What holds it now stays as it is.
+        with remote_replay(one) as replay:
+            replay.add(batch_of(range(10)))
+            wait_until(lambda: len(replay) == 10)
+            with learner(tmp_path / 'refused', tmp_path / 'refused_run', one) as run:
+                assert_one_sentence(
+                    run,
+                    2,
+                    rf'job at {one[0]} refuses: another run, of a, b, c, uses it and was heard of '
+                    r'\d+ seconds ago: give this one other --replay_addresses, or end that one',
+                )
+            assert not (tmp_path / 'refused_run' / 'flags.txt').exists()
+            assert len(replay) == 10
+            assert replay.metrics()['replay_jobs'] == 1
         shard.send(signal.SIGINT)
         assert shard.wait() == 0
     imported = set(re.findall(r'\| +([\w.]+)$', shard.stderr, re.MULTILINE))
     assert 'impala.replay_job' in imported
     assert not {'environments', 'gymnasium', 'ale_py', 'sonnet', 'impala.agent'} & imported
+
+
+def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
+    one, lease = addresses[:1], 3.0
+    change = f'from impala import replay_job\nreplay_job.LEASE_SECONDS = {lease}'
+
+    def is_refused(run_id):
+        try:
+            remote_replay(one, run_id=run_id)
+        except ConfigError as error:
+            assert re.search('another run, of a, b, c, uses it and was heard of', str(error))
+            return True
+        return False
+
+    with changed_job(tmp_path / 'job', 0, one, change) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        with remote_replay(one) as first:
+            wait_until(lambda: first.metrics()['replay_jobs'] == 1)
+            # It has a learner that has nothing to send.
+            begun = time.monotonic()
+            while time.monotonic() - begun < 2.5 * lease:
+                assert is_refused('another')
+            first.add(batch_of(range(10)))
+            wait_until(lambda: len(first) == 10)
+            with remote_replay(one) as second:
+                wait_until(lambda: len(second) == 10)
+                assert set(draw(second)) <= set(range(10))
+            # One of two learners has left.
+            assert is_refused('another')
+            monkeypatch.setattr(first, '_leave', lambda shard: None)
+        # Gone without a word, as those are that were killed.
+        assert is_refused('another')
+        with remote_replay(one) as again:
+            wait_until(lambda: len(again) == 10)
+            monkeypatch.setattr(again, '_leave', lambda shard: None)
+        left_at = time.monotonic()
+        wait_until(lambda: not is_refused('another'))
+        assert time.monotonic() - left_at > lease / 2
+        # To ask has changed nothing.
+        with remote_replay(one) as again:
+            wait_until(lambda: len(again) == 10)
+        with remote_replay(one, run_id='another') as other:
+            other.add(batch_of(range(10, 15)))
+            wait_until(lambda: other.metrics() == {'replay_jobs': 1, 'replay_unrolls': 5})
+            assert set(draw(other)) <= set(range(10, 15))
+            assert is_refused('a run')
+        assert 'Another run begins; the 10 trajectories of before are gone' in shard.stderr
+        begins = remote_replay(one, run_id='another')
+        begins.start(True, lambda text: None)
+        with begins:
+            wait_until(lambda: begins.metrics() == {'replay_jobs': 1, 'replay_unrolls': 0})
+        assert 'The run begins anew; the 5 trajectories of before are gone' in shard.stderr
 
 
 def test_learners_and_actor_jobs_share_the_shards(tmp_path):
@@ -371,11 +453,15 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
             each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
         with pytest.raises(ConfigError, match=f'at {one[0]} refuses: .* than there is room for'):
             remote_replay(one)
-        remote_replay(other)
-        with pytest.raises(ConfigError, match='of another run, of a, b, c and not of a: start it'):
-            remote_replay(other, level_names=['a'])
-        with pytest.raises(ConfigError, match="whose 'reward'.* here: start it anew"):
-            remote_replay(other, components=COMPONENTS[:-1])
+        with remote_replay(other) as replay:
+            replay.add(batch_of(range(10)))
+            wait_until(lambda: len(replay) == 10)
+        # The run goes on with others; nothing of before is drawn with them.
+        with remote_replay(other, components=COMPONENTS[:-1]) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(5))[:-1])
+            wait_until(lambda: len(replay) == 5)
+        assert 'The run begins anew; the 10 trajectories of before are gone' in shard.stderr
         for each in (vast, shard):
             each.send(signal.SIGTERM)
             assert each.wait() == 0
