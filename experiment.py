@@ -414,6 +414,8 @@ def _serve_replay() -> int:
         return 0
     except remote.ServerError as error:
         return _fail(str(error), BAD_INPUT_EXIT_CODE)
+    except replay_job.ReplayJobError as error:
+        return _fail(str(error), 1)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, 130)
 

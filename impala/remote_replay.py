@@ -289,7 +289,9 @@ class RemoteReplay:
             with self._asking(shard) as asking:
                 self._ask(asking, wish)
                 shard.begins &= wish is Wish.ASK
-        except RemoteError as error:
+        except ConfigError:
+            raise
+        except Exception as error:
             self._lose(shard, error)
 
     def _leave(self, shard: '_Shard') -> None:
@@ -314,7 +316,8 @@ class RemoteReplay:
                     with self._connected(shard, answer) as connection:
                         back_off = _FIRST_BACK_OFF_SECONDS
                         self._use(shard, asking, answer, connection, held)
-            except (RemoteError, ConfigError) as error:
+            # Of any kind: without this thread the shard would be lost for ever.
+            except Exception as error:
                 self._lose(shard, error)
             with self._changed:
                 if self._changed.wait_for(lambda: self._closed, back_off):
@@ -383,7 +386,7 @@ class RemoteReplay:
             started = time.perf_counter()
             try:
                 arrays = connection.take()
-            except RemoteError as error:
+            except Exception as error:  # As above.
                 with self._changed:
                     is_news = shard.connection is connection
                 if is_news:
@@ -417,6 +420,9 @@ class RemoteReplay:
             self._changed.notify_all()
         if not is_known:
             rest = f'{num_there} of the replay jobs' if num_there else 'no replayed trajectories'
+            if not isinstance(error, RemoteError | ConfigError):
+                what = f'{type(error).__name__}: {error}'
+                error = RemoteError(f'The replay job at {shard.address} cannot be used: {what}.')
             self._report(f'{error} Going on with {rest} until it is back')
 
     @contextlib.contextmanager

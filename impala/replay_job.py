@@ -21,6 +21,7 @@ import math
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,10 @@ _NUM_WAITING = 8
 _NUM_OUTCOMES = 64
 # Weights of any version may have acted.
 _ANY_VERSION = 2**62
+
+
+class ReplayJobError(Exception):
+    """The job cannot go on; the text is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,8 +203,10 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
 
     Raises:
       ServerError: the address makes no sense or is in use.
+      ReplayJobError: storing or drawing has failed.
       KeyboardInterrupt: a signal came before anything was held.
     """
+    errors: list[Exception] = []
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         requests = UnrollInbox(_NUM_WAITING, REQUEST_COMPONENTS, 'version', REQUESTS)
@@ -210,7 +217,12 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
         }
         board = WeightsBoard(json.dumps(settings), BOARD)
         server = ReplayServer(config.addresses[config.task])
-        shard = stack.enter_context(_Shard(config, board, report))
+
+        def fail(error: Exception) -> None:
+            errors.append(error)
+            requests.close()
+
+        shard = stack.enter_context(_Shard(config, board, report, fail))
         stop.then(requests.close)
         report(
             f'Replay job {config.task} of {len(config.addresses)}: up to {config.own_capacity:,} '
@@ -222,13 +234,26 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
                 with contextlib.suppress(KeyError, TypeError, ValueError):
                     shard.answer(Request.from_array(np.asarray(text)[0]))
         number = shard.close()
+    if errors:
+        report(''.join(traceback.format_exception(errors[0])).rstrip())
+        raise ReplayJobError(
+            f'Replay job {config.task} cannot go on: {type(errors[0]).__name__}: {errors[0]}; the '
+            f'{number:,} trajectories held here are gone.'
+        ) from errors[0]
     return f'Stopped; the {number:,} trajectories held here are gone.'
 
 
 class _Shard:
     """What the job holds at present. A context manager."""
 
-    def __init__(self, config: ReplayJobConfig, board: WeightsBoard, report: Callable[[str], None]):
+    def __init__(
+        self,
+        config: ReplayJobConfig,
+        board: WeightsBoard,
+        report: Callable[[str], None],
+        on_error: Callable[[Exception], None],
+    ):
+        self._on_error = on_error
         self._config = config
         self._board = board
         self._report = report
@@ -325,7 +350,7 @@ class _Shard:
             )
         except MemoryError as error:
             raise self._no_room(nbytes) from error
-        shelf = _Shelf(replay, number, self._show)
+        shelf = _Shelf(replay, number, self._show, self._on_error)
         self._report(
             f'Holding trajectories of {nbytes:,} bytes, {capacity * nbytes / 1e9:.2f} GB at most, '
             f'of {", ".join(layout.level_names[:3])}{" ..." * (len(layout.level_names) > 3)}'
@@ -351,24 +376,32 @@ class _Shelf:
       outbox_name: of the one that they take out of.
     """
 
-    def __init__(self, replay: Replay, number: int, on_stored: Callable[[], None]):
+    def __init__(
+        self,
+        replay: Replay,
+        number: int,
+        on_stored: Callable[[], None],
+        on_error: Callable[[Exception], None],
+    ):
         """Begins.
 
         Args:
           replay: that is empty.
           number: that no shelf of this process has had.
           on_stored: called when there is one more.
+          on_error: called when a thread has failed, by that thread.
         """
         self.replay = replay
         self.inbox_name, self.outbox_name = f'unrolls {number}', f'drawn {number}'
         self._on_stored = on_stored
+        self._on_error = on_error
         self._inbox = self._open(self.inbox_name)
         self._outbox = self._open(self.outbox_name)
         self._has_some = threading.Event()
         self._closed = False
         self._threads = [
-            threading.Thread(target=target, name=target.__name__, daemon=True)
-            for target in (self._store, self._draw)
+            threading.Thread(target=self._work, args=(work,), name=work.__name__, daemon=True)
+            for work in (self._store, self._draw)
         ]
         for thread in self._threads:
             thread.start()
@@ -387,26 +420,33 @@ class _Shelf:
         inbox.set_latest_version(tf.constant(_ANY_VERSION, tf.int64))
         return inbox
 
+    def _work(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except tf.errors.CancelledError:
+            pass
+        except Exception as error:
+            # Without this thread the job would go on answering, and hold the same for ever.
+            self._on_error(error)
+
     def _store(self) -> None:
-        with contextlib.suppress(tf.errors.CancelledError):
-            while True:
-                self.replay.add(_arrays(self._inbox.take(1).components))
-                self._has_some.set()
-                self._on_stored()
+        while True:
+            self.replay.add(_arrays(self._inbox.take(1).components))
+            self._has_some.set()
+            self._on_stored()
 
     def _draw(self) -> None:
-        with contextlib.suppress(tf.errors.CancelledError):
-            self._has_some.wait()
-            for sequence in itertools.count(1):
-                if self._closed:
-                    return
-                # Not the same arrays again: those who wait share them.
-                drawn = [
-                    aligned((1, *component.shape), np.dtype(component.dtype))
-                    for component in self.replay.components
-                ]
-                self.replay.sample(drawn)
-                self._outbox.put([array[0, ...] for array in drawn], 0, 0, sequence)
+        self._has_some.wait()
+        for sequence in itertools.count(1):
+            if self._closed:
+                return
+            # Not the same arrays again: those who wait share them.
+            drawn = [
+                aligned((1, *component.shape), np.dtype(component.dtype))
+                for component in self.replay.components
+            ]
+            self.replay.sample(drawn)
+            self._outbox.put([array[0, ...] for array in drawn], 0, 0, sequence)
 
 
 class _RefusedError(Exception):

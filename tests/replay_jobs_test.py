@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from several_learners_test import free_ports
 
 from dynamic_batching.exchange import Component, WeightsBoard
 from impala import replay_job
-from impala.remote import ReplayServer
+from impala.remote import ReplayConnection, ReplayServer
 from impala.remote_replay import RemoteReplay, check_replay_jobs
 from impala.run_config import ConfigError
 
@@ -55,7 +56,12 @@ def changed_job(folder, task, addresses, change):
     program = folder / 'program.py'
     program.parent.mkdir(parents=True)
     program.write_text(
-        f'import runpy\n{change}\nrunpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
+        'import runpy\n'
+        'from impala.quiet_start import quiet_tensorflow\n'
+        'with quiet_tensorflow():\n'
+        '    import impala.replay_job\n'
+        f'{change}\n'
+        f'runpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
     )
     return job(folder, task, addresses, program=program, pythonpath=[TESTS.parent])
 
@@ -342,6 +348,7 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
 
         # What holds it now stays as it is.
         with remote_replay(one) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(10)))
             wait_until(lambda: len(replay) == 10)
             with learner(tmp_path / 'refused', tmp_path / 'refused_run', one) as run:
@@ -401,6 +408,7 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
         with remote_replay(one) as again:
             wait_until(lambda: len(again) == 10)
         with remote_replay(one, run_id='another') as other:
+            wait_until(lambda: other.metrics()['replay_jobs'] == 1)
             other.add(batch_of(range(10, 15)))
             wait_until(lambda: other.metrics() == {'replay_jobs': 1, 'replay_unrolls': 5})
             assert set(draw(other)) <= set(range(10, 15))
@@ -411,6 +419,62 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
         with begins:
             wait_until(lambda: begins.metrics() == {'replay_jobs': 1, 'replay_unrolls': 0})
         assert 'The run begins anew; the 5 trajectories of before are gone' in shard.stderr
+
+
+@pytest.mark.parametrize('method', ['add', 'sample'])
+def test_a_job_that_cannot_store_or_draw_ends(tmp_path, addresses, method):
+    change = (
+        'from impala import replay\n'
+        f'actual = replay.Replay.{method}\n'
+        'def fail_later(self, *arguments):\n'
+        '    if len(self) >= 5: raise OSError("the shelf is broken")\n'
+        '    return actual(self, *arguments)\n'
+        f'replay.Replay.{method} = fail_later'
+    )
+    with changed_job(tmp_path / 'job', 0, addresses[:1], change) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        with remote_replay(addresses[:1]) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(20)))
+            assert shard.wait() == 1
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 0)
+    sentence = 'Replay job 0 cannot go on: OSError: the shelf is broken; the'
+    assert shard.stderr.splitlines()[-1].startswith(sentence)
+
+
+def test_an_unexpected_error_is_told_and_the_shard_used_again(tmp_path, addresses, monkeypatch):
+    said, faults = [], []
+
+    def fails_once(function, number):
+        calls = itertools.count()
+
+        def call(*arguments):
+            if next(calls) == number:
+                faults.append(function.__name__)
+                raise ZeroDivisionError(f'by {function.__name__}')
+            return function(*arguments)
+
+        return call
+
+    with job(tmp_path / 'job', 0, addresses[:1]) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        with remote_replay(addresses[:1]) as replay:
+            replay.start(False, said.append)
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            monkeypatch.setattr(ReplayConnection, 'take', fails_once(ReplayConnection.take, 2))
+            monkeypatch.setattr(ReplayConnection, 'put', fails_once(ReplayConnection.put, 40))
+            for first in itertools.count(0, 5):
+                replay.add(batch_of(range(first, first + 5)))
+                draw(replay)
+                if len(faults) == 2:
+                    break
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            draw_many(replay, 500)
+    assert sorted(faults) == ['put', 'take']
+    text = ' '.join(said)
+    for fault in faults:
+        sentence = f'job at {addresses[0]} cannot be used: ZeroDivisionError: by {fault}. Going on'
+        assert sentence in text
 
 
 def test_learners_and_actor_jobs_share_the_shards(tmp_path):
@@ -454,6 +518,7 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
         with pytest.raises(ConfigError, match=f'at {one[0]} refuses: .* than there is room for'):
             remote_replay(one)
         with remote_replay(other) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(10)))
             wait_until(lambda: len(replay) == 10)
         # The run goes on with others; nothing of before is drawn with them.
