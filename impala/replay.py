@@ -27,7 +27,8 @@ class Packing:
     Of such a component, as Atari's observations are, each frame is kept once: T+C frames in place
     of C(T+1). A row is then either the row before, moved on by a frame, or one frame C times, with
     which an episode begins. Which of them is read off the pixels, so that what comes out is what
-    was put in, byte by byte; an unroll with a row that is neither cannot be packed.
+    was put in, byte by byte; an unroll with a row that is neither cannot be packed. Nor can one
+    with a float that is not finite: every batch with it would be skipped by the learner.
 
     One thread at a time may pack; any number may unpack.
 
@@ -45,6 +46,11 @@ class Packing:
         """
         self.components = list(components)
         self.packed = [dataclasses.replace(each, time_major=False) for each in components]
+        self._floats = [
+            i
+            for i, component in enumerate(components)
+            if np.issubdtype(np.dtype(component.dtype), np.floating)
+        ]
         self._stack = None
         if stack is not None:
             self._stack = [component.name for component in components].index(stack)
@@ -78,6 +84,8 @@ class Packing:
         Returns:
           Whether that was possible; nothing is written otherwise.
         """
+        if not all(np.isfinite(unroll[i]).all() for i in self._floats):
+            return False
         if self._stack is not None:
             stacks = unroll[self._stack]
             begins = self._rows_that_begin(stacks)

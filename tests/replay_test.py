@@ -222,6 +222,17 @@ def test_an_unroll_whose_rows_are_no_stacks_is_left_out():
     assert set(out[0]) == {0, 2}
 
 
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_an_unroll_that_is_not_finite_is_left_out(value):
+    replay = Replay(NUMBERED, 10, 0)
+    unrolls = numbered(range(5))
+    unrolls[1][2, 3, 1] = value
+    replay.add(unrolls)
+    assert (len(replay), replay.left_out) == (4, 1)
+    assert replay.metrics() == {'replay_unrolls': 4, 'replay_unrolls_left_out': 1}
+    assert set(drawn(replay, 200)) == {0, 1, 2, 4}
+
+
 def components_of(shape, num_actions=6, **observation):
     spec = EnvironmentSpec(
         {'frame': ArraySpec(shape, 'uint8'), **observation}, num_actions, 4, 'atari'
