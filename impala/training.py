@@ -445,9 +445,9 @@ def _record_popart(config: TrainingConfig, learner: Learner, log: Log) -> None:
 
 
 def _of_reuse(metrics: dict[str, float]) -> dict[str, float]:
-    """Returns metrics of an update by a batch used before, whose policy lag is told apart."""
+    """Returns metrics of an update by a batch used before, whose policy lags are told apart."""
     return {
-        f'reused_{name}' if name.startswith('policy_lag') else name: value
+        f'reused_{name}' if 'policy_lag_' in name else name: value
         for name, value in metrics.items()
     }
 

@@ -254,7 +254,8 @@ def test_every_pair_of_settings_trains(tmp_path, choice):
         assert 1 <= num_all_fresh <= choice['loaders']
         # Behind these there are two for each as many frames.
         batches = num_all_fresh + 2 * (batches - num_all_fresh)
-        assert [line for line in lines if 'replayed_policy_lag_max' not in line] == all_fresh
+        lags = {'replayed_policy_lag_max', 'reused_replayed_policy_lag_max'}
+        assert [line for line in lines if not lags & line.keys()] == all_fresh
     else:
         assert not any(name.startswith('replay') for line in lines for name in line)
     updates = _uses(batches, choice['sample_reuse'], choice['reuse_buffer'])
@@ -266,7 +267,12 @@ def test_every_pair_of_settings_trains(tmp_path, choice):
     decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
     assert all(('loss/autoencoder' in line) == decodes for line in lines)
     assert (tmp_path / 'reconstructions.png').exists() == decodes
-    assert any('reused_policy_lag_mean' in line for line in lines) == (choice['sample_reuse'] > 1)
+    # Each line is of one update: by a batch that is new, or by one of before.
+    reused = [line for line in lines if 'reused_policy_lag_mean' in line]
+    assert bool(reused) == (choice['sample_reuse'] > 1)
+    for line in lines:
+        lags = {name for name in line if 'policy_lag' in name}
+        assert all(name.startswith('reused_') == (line in reused) for name in lags)
 
 
 def _uses(batches, times, buffer_size):
