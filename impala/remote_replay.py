@@ -42,8 +42,13 @@ from impala.replay_job import (
 )
 from impala.run_config import ConfigError
 
-# A shard that lets the learner wait for longer is left alone until it has delivered again.
+# For a batch, the learner waits for all shards together for so many seconds at most.
 _PATIENCE_SECONDS = 1.0
+# A mere limit to each wait would let a shard that is slow again and again slow the learner down:
+# what is longer than this may, for each shard, over time be this part of the time. One that is
+# waited for in vain is left alone until it has delivered.
+_PROMPT_SECONDS = 0.05
+_PATIENCE_SHARE = 0.1
 # A shard to which nothing is sent is asked this often whether it is still there.
 _POLL_SECONDS = 2.0
 _FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 0.25, 5.0
@@ -65,7 +70,8 @@ class RemoteReplay:
 
     What is here is bounded: of drawn unrolls, twice as many as a batch replays, rounded up for each
     shard, and those on their way; of unrolls to be sent, two batches. What a shard that is too slow
-    or not there does not take is lost. Nothing here waits for a shard for longer than a second.
+    or not there does not take is lost. Nothing here waits for shards for longer than a second, nor
+    again and again for one that is slow; what it delivers too late is used later.
 
     Attributes:
       components: of an unroll, as given.
@@ -116,6 +122,7 @@ class RemoteReplay:
         self._changed = threading.Condition()
         self._closed = False
         self._connections: set[Connection] = set()
+        self._drawn: list[list[np.ndarray]] = []
         self._reserved: list[list[np.ndarray]] = []
         self._next_shard = 0
         self._num_left_out = 0
@@ -209,21 +216,12 @@ class RemoteReplay:
         Returns:
           Whether there are so many; if not, none is reserved.
         """
-        drawn: list[list[np.ndarray]] = []
         with self._changed:
-            while True:
-                # Also if nothing is wanted: as long as there is nothing, that does not count.
-                shards = [shard for shard in self._shards if shard.held and not shard.is_late]
-                if self._closed or not shards:
-                    return False
-                if len(drawn) == number:
-                    self._reserved += drawn
-                    return True
-                held = np.array([shard.held for shard in shards], np.float64)
-                shard = shards[self._random.choice(len(shards), p=held / held.sum())]
-                if self._wait_for(shard):
-                    drawn.append(shard.ready.popleft())
-                    self._changed.notify_all()
+            has_all = self._draw(number, time.monotonic() + _PATIENCE_SECONDS)
+            if has_all:
+                self._reserved += self._drawn[:number]
+                del self._drawn[:number]
+            return has_all
 
     def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
         """Writes unrolls that were reserved into columns.
@@ -268,12 +266,34 @@ class RemoteReplay:
                     return shard
         return None
 
-    def _wait_for(self, shard: '_Shard') -> bool:
-        """Waits, not for long, for a drawn unroll of a shard; returns whether there is one."""
+    def _draw(self, number: int, deadline: float) -> bool:
+        """Draws so many unrolls, of the shards that have them in time; returns whether they do."""
+        while True:
+            # Also if nothing is wanted: as long as there is nothing, that does not count.
+            shards = [shard for shard in self._shards if shard.held and not shard.is_late]
+            if self._closed or not shards:
+                return False
+            if len(self._drawn) >= number:
+                return True
+            held = np.array([shard.held for shard in shards], np.float64)
+            shard = shards[self._random.choice(len(shards), p=held / held.sum())]
+            if self._wait_for(shard, deadline):
+                self._drawn.append(shard.ready.popleft())
+                self._changed.notify_all()
+
+    def _wait_for(self, shard: '_Shard', deadline: float) -> bool:
+        """Waits for a drawn unroll of a shard; returns whether there is one."""
+        started = time.monotonic()
+        grown = shard.patience + _PATIENCE_SHARE * (started - shard.patience_at)
+        patience = min(_PATIENCE_SECONDS, grown)
         is_settled = self._changed.wait_for(
-            lambda: self._closed or shard.ready or not shard.held, _PATIENCE_SECONDS
+            lambda: bool(self._closed or shard.ready or not shard.held),
+            max(0.0, min(_PROMPT_SECONDS + patience, deadline - started)),
         )
         shard.is_late = not is_settled
+        shard.patience_at = time.monotonic()
+        excess = max(0.0, shard.patience_at - started - _PROMPT_SECONDS)
+        shard.patience = max(0.0, patience - excess)
         return bool(shard.ready) and not self._closed
 
     def _for_each(
@@ -530,6 +550,9 @@ class _Shard:
       ready: packed unrolls that it has drawn.
       outgoing: packed unrolls to be sent to it.
       is_late: it has let the learner wait.
+      patience: seconds beyond the prompt ones for which the learner would have waited for it at
+        `patience_at`.
+      patience_at: time of the monotonic clock.
       is_missed: that it is not there has been said.
     """
 
@@ -547,6 +570,8 @@ class _Shard:
         default_factory=collections.deque
     )
     is_late: bool = False
+    patience: float = _PATIENCE_SECONDS
+    patience_at: float = 0.0
     is_missed: bool = False
 
     @property
