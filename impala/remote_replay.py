@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import Component
+from impala.learner import LearnerConfig
 from impala.remote import (
     AnyConnection,
     Connection,
@@ -580,20 +581,25 @@ class _Shard:
         return Wish.BEGIN if self.begins else Wish.TAKE
 
 
-def check_replay_jobs(addresses: Sequence[str], fraction: float) -> None:
-    """Refuses addresses of replay jobs that make no sense, or that nothing would be sent to.
+def check_replay_jobs(addresses: Sequence[str], learner: LearnerConfig) -> None:
+    """Refuses addresses of replay jobs that make no sense, or settings that do not go with them.
 
     Args:
       addresses: `host:port` of each.
-      fraction: of the unrolls of a batch that are replayed.
+      learner: how much is replayed, and the capacity of a replay that the learner would hold.
 
     Raises:
       ConfigError: names the flag.
     """
-    if addresses and not fraction:
+    if addresses and not learner.replay_fraction:
         raise ConfigError(
             f'--replay_addresses={",".join(addresses)} would hold trajectories that no one uses '
             'again: give --replay_fraction=0.5, for instance, too.'
+        )
+    if addresses and learner.replay_capacity != LearnerConfig.replay_capacity:
+        raise ConfigError(
+            f'--replay_capacity={learner.replay_capacity} is for who holds the trajectories: with '
+            '--replay_addresses give it to the replay jobs, and leave it out of the learner.'
         )
     for address in addresses:
         try:

@@ -100,7 +100,7 @@ def train(
         )
     check_learner(config.learner, config.popart)
     check_torso(config)
-    check_replay_jobs(config.replay_addresses, config.learner.replay_fraction)
+    check_replay_jobs(config.replay_addresses, config.learner)
     if member is not None:
         check_member(member)
     is_first = member is None or member.is_first

@@ -22,6 +22,7 @@ from several_learners_test import free_ports
 
 from dynamic_batching.exchange import Component, WeightsBoard
 from impala import replay_job
+from impala.learner import LearnerConfig
 from impala.remote import ReplayConnection, ReplayServer
 from impala.remote_replay import RemoteReplay, check_replay_jobs
 from impala.run_config import ConfigError
@@ -677,6 +678,15 @@ def test_a_port_that_is_in_use(tmp_path, addresses):
             [*CARTPOLE, '--replay_addresses=a:1'],
             '^--replay_addresses=a:1 would hold .* no one uses',
         ),
+        (
+            [
+                *CARTPOLE,
+                '--replay_addresses=a:1',
+                '--replay_fraction=0.5',
+                '--replay_capacity=200',
+            ],
+            '^--replay_capacity=200 is for who holds .* --replay_addresses give it to the replay j',
+        ),
     ],
 )
 def test_bad_flags(tmp_path, flags, sentence):
@@ -685,16 +695,25 @@ def test_bad_flags(tmp_path, flags, sentence):
 
 
 @pytest.mark.parametrize(
-    ('addresses', 'fraction', 'sentence'),
+    ('addresses', 'learner_flags', 'sentence'),
     [
-        (['a:1'], 0, '^--replay_addresses=a:1 would hold trajectories that no one uses again'),
-        (['a:1', 'b'], 0.5, "^'b' in --replay_addresses is no address of a replay job"),
-        (['a:1', 'a:1'], 0.5, '^--replay_addresses has a:1 more than once'),
+        (['a:1'], {}, '^--replay_addresses=a:1 would hold trajectories that no one uses again'),
+        (
+            ['a:1'],
+            {'replay_fraction': 0.5, 'replay_capacity': 9999},
+            '^--replay_capacity=9999 is for who holds the trajectories',
+        ),
+        (
+            ['a:1', 'b'],
+            {'replay_fraction': 0.5},
+            "^'b' in --replay_addresses is no address of a replay job",
+        ),
+        (['a:1', 'a:1'], {'replay_fraction': 0.5}, '^--replay_addresses has a:1 more than once'),
     ],
 )
-def test_bad_addresses(addresses, fraction, sentence):
+def test_bad_addresses(addresses, learner_flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        check_replay_jobs(addresses, fraction)
+        check_replay_jobs(addresses, LearnerConfig(**learner_flags))
 
 
 def test_a_replay_job_needs_no_environments():
