@@ -1,16 +1,25 @@
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from experiment_test import PATIENCE_SECONDS, TESTS, Run
 from run_config_test import config
+from several_learners_test import free_ports
 
 import environments
-from impala import checkpoint, run_config, training
+from impala import checkpoint, learner_devices, remote_replay, run_config, training
 from impala.actor_pool import ActorError
 from impala.learner import LearnerConfig
 
@@ -153,70 +162,98 @@ def test_a_run_begins_with_the_weights_that_were_asked_for(tmp_path):
 # What may be chosen of each setting of the learner; the first is the default.
 CHOICES = {
     'torso': ('auto', 'autoencoder'),
+    'latent_size': (64, 5),
     'autoencoder_cost': (1.0, 0.0),
     'use_lstm': (False, True),
     'popart': (False, True),
+    'initializer': ('truncated_normal', 'orthogonal'),
+    'compute_dtype': ('float32', 'bfloat16'),
     'loss': ('vtrace', 'appo'),
+    'clip_epsilon': (0.2, 0.1),
     'sample_reuse': (1, 2, 4),
     'reuse_buffer': (1, 3),
     'replay_fraction': (0.0, 0.5),
+    'replay_capacity': (10_000, 9),
+    'replay_addresses': ((), ('localhost:1',)),
     'optimizer': ('rmsprop', 'adam'),
     'target_update_steps': (0, 2),
     'normalize_advantages': (False, True),
     'kl_cost': (0.0, 0.1),
     'final_entropy_cost': (None, 0.0),
-    'loaders': (1, 4),
+    'loaders': (1, 2),
+    'learner_devices': ((), ('/cpu:0', '/cpu:1')),
 }
+NUM_CANDIDATES = 2000
 
 
 def _pairs(choice):
     return set(itertools.combinations(choice.items(), 2))
 
 
+def _num_devices(choice):
+    return max(1, len(choice['learner_devices']))
+
+
 def _learner(choice):
-    of_learner = {
-        name: value
-        for name, value in choice.items()
-        if name not in ('torso', 'use_lstm', 'popart', 'loaders')
-    }
-    return LearnerConfig(batch_size=2, unroll_length=10, **of_learner)
+    names = {field.name for field in dataclasses.fields(LearnerConfig)}
+    of_learner = {name: value for name, value in choice.items() if name in names}
+    return LearnerConfig(batch_size=2 * _num_devices(choice), unroll_length=10, **of_learner)
 
 
 def _run(logdir, choice):
-    # Of odd frames and instructions, or vectors.
-    level = 'levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short'
+    names = {field.name for field in dataclasses.fields(run_config.TrainingConfig)}
     return config(
         logdir,
-        level_names=(level,),
-        torso=choice['torso'],
-        use_lstm=choice['use_lstm'],
-        popart=choice['popart'],
-        loaders=choice['loaders'],
+        **{name: value for name, value in choice.items() if name in names},
+        # Of odd frames and instructions, or vectors.
+        level_names=('levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',),
         learner=_learner(choice),
-        total_environment_frames=200,
+        total_environment_frames=200 * _num_devices(choice),
     )
 
 
-def _is_accepted(choice):
+def _refusal(choice):
+    """Returns why a choice is refused, None if it is not."""
     try:
         run_config.check_learner(_learner(choice), choice['popart'])
         run_config.check_torso(_run('', choice))
-    except run_config.ConfigError:
-        return False
-    return True
+        remote_replay.check_replay_jobs(choice['replay_addresses'], _learner(choice))
+    except run_config.ConfigError as error:
+        return str(error)
+    return None
 
 
+@functools.cache
+def _accepted():
+    """Returns many choices that are accepted, at random."""
+    random = np.random.default_rng(0)
+    accepted = []
+    for _ in range(NUM_CANDIDATES):
+        choice = {name: values[random.integers(len(values))] for name, values in CHOICES.items()}
+        for name in random.permutation(list(CHOICES)).tolist():
+            if _refusal(choice) is None:
+                break
+            choice[name] = CHOICES[name][0]
+        accepted.append(choice)
+    return accepted
+
+
+@functools.cache
 def _pairwise():
-    """Returns choices in which every pair that any accepted choice has occurs."""
-    choices = [
-        dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())
-    ]
-    accepted = [choice for choice in choices if _is_accepted(choice)]
-    missing = set().union(*map(_pairs, accepted))
+    """Returns choices in which every pair that any accepted choice has occurs.
+
+    Few of them have several devices, which take a process each.
+    """
+    pairs = [(choice, _pairs(choice)) for choice in _accepted()]
+    missing = set().union(*(each for _, each in pairs))
     chosen = []
     while missing:
-        chosen.append(max(accepted, key=lambda choice: len(missing & _pairs(choice))))
-        missing -= _pairs(chosen[-1])
+        choice, most = max(
+            pairs,
+            key=lambda each: len(missing & each[1]) / (1.5 if each[0]['learner_devices'] else 1),
+        )
+        chosen.append(choice)
+        missing -= most
     return chosen
 
 
@@ -229,50 +266,128 @@ def test_pairs_that_never_train_are_those_refused_by_name():
             [(a, value) for value in CHOICES[a]], [(b, value) for value in CHOICES[b]]
         )
     }
-    assert pairs - trained == {
+    refused = {
+        (('torso', 'auto'), ('latent_size', 5)),
         (('torso', 'auto'), ('autoencoder_cost', 0.0)),
         (('popart', True), ('target_update_steps', 2)),
+        (('loss', 'vtrace'), ('clip_epsilon', 0.1)),
         (('loss', 'vtrace'), ('target_update_steps', 2)),
         (('loss', 'vtrace'), ('normalize_advantages', True)),
         (('loss', 'vtrace'), ('kl_cost', 0.1)),
         (('sample_reuse', 1), ('reuse_buffer', 3)),
+        (('replay_fraction', 0.0), ('replay_capacity', 9)),
+        (('replay_fraction', 0.0), ('replay_addresses', ('localhost:1',))),
+        (('replay_capacity', 9), ('replay_addresses', ('localhost:1',))),
     }
+    assert pairs - trained == refused
+    for (name, value), (other, other_value) in refused:
+        # Refused whatever else is chosen, and by both names where there is no other reason.
+        refusals = [
+            _refusal(choice | {name: value})
+            for choice in _accepted()
+            if choice[other] == other_value
+        ]
+        assert None not in refusals
+        assert any(f'--{name}' in text and f'--{other}' in text for text in refusals)
 
 
-@pytest.mark.parametrize('choice', _pairwise(), ids=str)
-def test_every_pair_of_settings_trains(tmp_path, choice):
-    assert training.train(_run(tmp_path, choice)) == str(tmp_path / 'checkpoints' / 'ckpt-1')
-    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    assert lines[-1]['frames'] == 200
-    batches = 200 // 20
-    if choice['replay_fraction']:
-        assert {line['replayed_fraction'] for line in lines} == {0, 0.5}
-        all_fresh = [line for line in lines if line['replayed_fraction'] == 0]
-        # Each loader may begin with a batch while there is nothing to replay.
-        num_all_fresh, rest = divmod(len(all_fresh), choice['sample_reuse'])
-        assert rest == 0
-        assert 1 <= num_all_fresh <= choice['loaders']
-        # Behind these there are two for each as many frames.
-        batches = num_all_fresh + 2 * (batches - num_all_fresh)
-        lags = {'replayed_policy_lag_max', 'reused_replayed_policy_lag_max'}
-        assert [line for line in lines if not lags & line.keys()] == all_fresh
+@pytest.fixture(scope='module')
+def shard(tmp_path_factory):
+    """The address of a replay job."""
+    address = f'localhost:{free_ports(1)[0]}'
+    flags = ('--job_name=replay', '--task=0', f'--replay_addresses={address}', '--trusted_network')
+    with Run(tmp_path_factory.mktemp('shard'), *flags) as run:
+        run.wait_until(lambda: 'waiting for it on port' in run.stderr)
+        yield address
+        run.send(signal.SIGTERM)
+        assert run.wait() == 0, run.stderr
+
+
+def _train(folder, number, shard):
+    """Trains as one of the choices says, in a folder of its own; returns its last checkpoint."""
+    choice = _pairwise()[number]
+    run = _run(folder / str(number), choice)
+    if run.replay_addresses:
+        run = dataclasses.replace(run, replay_addresses=(shard,))
+    return training.train(run, learner_devices=choice['learner_devices'])
+
+
+def train_on_devices(folder, number, shard):
+    """Does what `_train` does; in a process of its own, as there can be one strategy in each."""
+    learner_devices.prepare(CHOICES['learner_devices'][1], are_shared_with_others=False)
+    _train(pathlib.Path(folder), number, shard)
+
+
+@pytest.fixture(scope='module')
+def folder_of_devices(tmp_path_factory, shard):
+    """Holds the runs on several devices, by number."""
+    folder = tmp_path_factory.mktemp('devices')
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+
+    def train(number):
+        call = f'train_on_devices({str(folder)!r}, {number}, {shard!r})'
+        subprocess.run(
+            [sys.executable, '-c', f'import training_test; training_test.{call}'],
+            env=os.environ | {'PYTHONPATH': path},
+            check=True,
+            timeout=PATIENCE_SECONDS,
+        )
+
+    on_devices = [i for i, choice in enumerate(_pairwise()) if choice['learner_devices']]
+    # Those with the replay job, which is one run's at a time, in turns.
+    turns = [[], []]
+    for number in on_devices:
+        turns[bool(_pairwise()[number]['replay_addresses'])].append(number)
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        list(executor.map(lambda numbers: [train(number) for number in numbers], turns))
+    return folder
+
+
+@pytest.mark.parametrize('number', range(len(_pairwise())), ids=lambda i: str(_pairwise()[i]))
+def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
+    choice = _pairwise()[number]
+    if choice['learner_devices']:
+        logdir = request.getfixturevalue('folder_of_devices') / str(number)
     else:
-        assert not any(name.startswith('replay') for line in lines for name in line)
-    updates = _uses(batches, choice['sample_reuse'], choice['reuse_buffer'])
-    assert lines[-1]['updates'] == updates
-    # Two actors of which each unroll has two episodes, told once.
-    episode_steps = 10 if choice['torso'] == 'autoencoder' else 5
-    assert len((tmp_path / 'episodes.csv').read_text().splitlines()) == 1 + 200 // episode_steps
-    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
-    decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
-    assert all(('loss/autoencoder' in line) == decodes for line in lines)
-    assert (tmp_path / 'reconstructions.png').exists() == decodes
+        logdir = tmp_path / str(number)
+        assert _train(tmp_path, number, shard) == str(logdir / 'checkpoints' / 'ckpt-1')
+    assert (logdir / 'checkpoints' / 'ckpt-1.index').exists()
+    lines = [json.loads(line) for line in (logdir / 'metrics.jsonl').read_text().splitlines()]
     # Each line is of one update: by a batch that is new, or by one of before.
     reused = [line for line in lines if 'reused_policy_lag_mean' in line]
     assert bool(reused) == (choice['sample_reuse'] > 1)
     for line in lines:
         lags = {name for name in line if 'policy_lag' in name}
         assert all(name.startswith('reused_') == (line in reused) for name in lags)
+    new = [line for line in lines if line not in reused]
+    frames, batch_frames = 200 * _num_devices(choice), 20 * _num_devices(choice)
+    if choice['replay_fraction']:
+        fractions = [line['replayed_fraction'] for line in new]
+        # Fewer where there was nothing to replay yet, for one of two devices or for both.
+        assert set(fractions) <= {0, 0.25, 0.5}
+        assert fractions[-1] == 0.5
+        assert sum(batch_frames * (1 - each) for each in fractions) == lines[-1]['frames']
+        if not choice['replay_addresses'] and not choice['learner_devices']:
+            # Each loader may begin with a batch while there is nothing to replay.
+            assert 1 <= fractions.count(0) <= choice['loaders']
+            assert 0.25 not in fractions
+        lags = {'replayed_policy_lag_max', 'reused_replayed_policy_lag_max'}
+        assert all(bool(lags & line.keys()) == (line['replayed_fraction'] > 0) for line in lines)
+        assert all(('replay_jobs' in line) == bool(choice['replay_addresses']) for line in lines)
+    else:
+        assert len(new) == 10
+        assert not any('replay' in name for line in lines for name in line)
+    assert frames <= lines[-1]['frames'] < frames + batch_frames
+    updates = _uses(len(new), choice['sample_reuse'], choice['reuse_buffer'])
+    assert lines[-1]['updates'] == updates == len(lines)
+    # Two actors of which each unroll has two episodes, told once.
+    episode_steps = 10 if choice['torso'] == 'autoencoder' else 5
+    episodes = (logdir / 'episodes.csv').read_text().splitlines()
+    assert len(episodes) == 1 + lines[-1]['frames'] // episode_steps
+    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
+    decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
+    assert all(('loss/autoencoder' in line) == decodes for line in lines)
+    assert (logdir / 'reconstructions.png').exists() == decodes
 
 
 def _uses(batches, times, buffer_size):
