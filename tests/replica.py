@@ -29,9 +29,9 @@ UPDATES = 4
 # The update in which a reward is not a number, in the last unroll of the batch.
 POISONED = 2
 # Agents that `pipelines` is tried with.
-PIPELINED = ('lstm', 'popart')
+PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'replay')
 # Unrolls of the joined batch that are replayed, not as many of them in each part.
-REPLAYED = [False, True, True, False]
+REPLAYED = [True, True, False, False]
 
 APPO = {
     'loss': 'appo',
@@ -99,15 +99,20 @@ def share(batch, part, num_parts):
     )
 
 
+def replayed_share(learner, part, num_parts):
+    """Which of the unrolls that are one learner's are replayed."""
+    size = BATCH_SIZE // num_parts
+    if not learner.config.replay_fraction:
+        return tf.zeros([size], tf.bool)
+    return tf.constant(REPLAYED[part * size : (part + 1) * size])
+
+
 def train(learner, part=0, num_parts=1):
     """Yields, for each update, what `step` returned and the learner's variables."""
     uses_state = isinstance(learner.agent, EmbeddingAgent)
     for update in range(UPDATES):
         state = () if uses_state else learner.agent.initial_state(BATCH_SIZE)
-        is_replayed = None
-        if learner.config.replay_fraction:
-            size = BATCH_SIZE // num_parts
-            is_replayed = tf.constant(REPLAYED[part * size : (part + 1) * size])
+        is_replayed = replayed_share(learner, part, num_parts)
         batch = share(joined_batch(update, state, learner.decoder is not None), part, num_parts)
         metrics = learner.step(batch, is_replayed=is_replayed)
         yield metrics, learner.variables
@@ -117,8 +122,12 @@ def train_by_pipelines(learner):
     """Does what `train` does, with the devices' parts of batches on pipelines of their own."""
     num_parts = len(learner.devices)
     state = learner.agent.initial_state(BATCH_SIZE)
+    # With each part what is replayed of it: either device may be the one that asks for it.
     pieces = iter(
-        share(joined_batch(update, state, learner.decoder is not None), part, num_parts)
+        (
+            share(joined_batch(update, state, learner.decoder is not None), part, num_parts),
+            replayed_share(learner, part, num_parts),
+        )
         for update in range(UPDATES)
         for part in range(num_parts)
     )
@@ -136,7 +145,9 @@ def train_by_pipelines(learner):
             for part, device in zip(parts, learner.devices, strict=True):
                 for tensor in tf.nest.flatten(part):
                     assert tensor.device.endswith(device), (tensor.device, device)
-            yield learner.step_in_parts(parts), learner.variables
+            outputs, are_replayed = zip(*parts, strict=True)
+            metrics = learner.step_in_parts(outputs, are_replayed=are_replayed)
+            yield metrics, learner.variables
 
 
 def agents():
