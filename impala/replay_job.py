@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
 from impala.remote import ReplayServer
-from impala.replay import Replay, aligned, memory_bytes
+from impala.replay import Replay, aligned, room_bytes
 from impala.stop_signal import StopSignal
 
 # Changes when a learner and a replay job of two versions could misunderstand each other.
@@ -329,15 +329,19 @@ class _Shard:
 
     def _check_room(self, layout: Layout) -> None:
         nbytes = Replay(layout.components, 1, 0).nbytes
-        if self._config.own_capacity * nbytes > memory_bytes():
-            raise self._no_room(nbytes)
+        # What is held now is let go of before.
+        replay = None if self._shelf is None else self._shelf.replay
+        held = 0 if replay is None else len(replay) * (replay.nbytes // replay.capacity)
+        room = room_bytes(held)
+        if self._config.own_capacity * nbytes > room:
+            raise self._no_room(nbytes, room)
 
-    def _no_room(self, nbytes: int) -> '_RefusedError':
+    def _no_room(self, nbytes: int, room: int) -> '_RefusedError':
         return _RefusedError(
             f'{self._config.own_capacity:,} trajectories of {nbytes:,} bytes are more than there '
-            f'is room for in the {memory_bytes() / 1e9:.1f} GB of memory that replay job '
-            f'{self._config.task} has: start it with a smaller --replay_capacity, or start more of '
-            'them.'
+            f'is room for in replay job {self._config.task}: {room / 1e9:.1f} GB, which is most of '
+            'the memory that is free now; start it with a smaller --replay_capacity, or start more '
+            'of them elsewhere.'
         )
 
     def _begin(self, request: Request) -> None:
@@ -349,7 +353,7 @@ class _Shard:
                 layout.components, capacity, (self._config.seed, self._config.task, number)
             )
         except MemoryError as error:
-            raise self._no_room(nbytes) from error
+            raise self._no_room(nbytes, room_bytes()) from error
         shelf = _Shelf(replay, number, self._show, self._on_error)
         self._report(
             f'Holding trajectories of {nbytes:,} bytes, {capacity * nbytes / 1e9:.2f} GB at most, '

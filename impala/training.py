@@ -29,7 +29,7 @@ from impala.loading import Loading
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings, unroll_components
 from impala.remote_replay import RemoteReplay, check_replay_jobs
-from impala.replay import Replay, memory_bytes, unroll_nbytes
+from impala.replay import Replay, room_bytes, unroll_nbytes
 from impala.replay_mixer import ReplayMixer
 from impala.run_config import (
     LATER_SETTINGS,
@@ -322,14 +322,13 @@ def _create_replay(
         )
         return ReplayMixer(shards, learner.replay_fraction, part_size)
     nbytes = unroll_nbytes(components, stack)
-    memory = memory_bytes()
+    room = room_bytes()
     too_large = ConfigError(
         f'--replay_capacity={learner.replay_capacity} trajectories of {nbytes:,} bytes are more '
-        f'than there is room for in the {memory / 1e9:.1f} GB of memory that this process may '
-        f'have: give less than --replay_capacity={max(1, memory // nbytes)}, for there to be room '
-        'for the rest.'
+        f'than there is room for: {room / 1e9:.1f} GB, which is most of the memory that is free '
+        f'now, for --replay_capacity={room // nbytes} at most.'
     )
-    if learner.replay_capacity * nbytes > memory:
+    if learner.replay_capacity * nbytes > room:
         raise too_large
     try:
         replay = Replay(components, learner.replay_capacity, seed, stack)

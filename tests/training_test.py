@@ -439,7 +439,7 @@ def test_a_replay_larger_than_the_memory_is_refused(tmp_path):
     with pytest.raises(
         run_config.ConfigError,
         match=r'--replay_capacity=1000000000000 trajectories of \d+ bytes are more than there is '
-        r'room for in the .* GB of memory .*: give less than --replay_capacity=\d+',
+        r'room for: [\d.]+ GB, which is most of .* free now, for --replay_capacity=\d+ at most\.$',
     ):
         training.train(
             config(tmp_path, learner=LearnerConfig(batch_size=2, unroll_length=10, **replay))
