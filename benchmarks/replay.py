@@ -5,15 +5,23 @@ without queue, network and learner. All runs on one thread, and its processor ti
 counted, so that other work on the machine matters little. In turn with it the bytes of a batch are
 copied into new memory, which is the least that assembling a batch can cost.
 
-    python -m benchmarks.replay --batches=100
+Then trajectories a second that a replay job on the loopback interface stores and gives out, and, as
+a limit, the bytes a second of bare sockets between two processes. All of this is wall time: what
+else the machine does counts.
+
+    python -m benchmarks.replay --batches=100 --seconds=10
 """
 
 import argparse
+import contextlib
 import json
 import os
+import secrets
+import socket
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -24,8 +32,10 @@ import numpy as np
 import tabulate
 
 from benchmarks import machine
+from benchmarks.ingest import SEND_BYTES
 from dynamic_batching.exchange import Component
 from impala.remote_actors import unroll_components
+from impala.remote_replay import RemoteReplay
 from impala.replay import Replay, unroll_nbytes
 from impala.replay_mixer import ReplayMixer
 from impala.trajectory import ArraySpec, EnvironmentSpec
@@ -59,29 +69,55 @@ def main() -> None:
     """Prints one table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--batches', type=int, default=100, help='of each setting')
+    parser.add_argument('--seconds', type=float, default=10.0, help='of each rate of a job')
     args = parser.parse_args()
     load = os.getloadavg()[0]
     results = [{'trajectory': name, **_measure(args.batches, **s)} for name, s in _SETTINGS.items()]
     print(f'{machine.describe()}; load at the start {load:.1f}')
     print('Medians, milliseconds of processor time per batch.')
     print(tabulate.tabulate(results, headers='keys', floatfmt='.2f', tablefmt='github'))
-    print(json.dumps({'machine': machine.describe(), 'results': results}))
+    with _replay_job() as address:
+        rates = [
+            {'trajectory': name, **_measure_job(address, args.seconds, **s)}
+            for name, s in _SETTINGS.items()
+        ]
+    limit = _measure_sockets(args.seconds)
+    print('A replay job by TCP on the loopback interface.')
+    print(tabulate.tabulate(rates, headers='keys', floatfmt=',.0f', tablefmt='github'))
+    print(f'Bare sockets: {limit:,.0f} MB/s')
+    print(
+        json.dumps(
+            {
+                'machine': machine.describe(),
+                'results': results,
+                'rates': rates,
+                'bare_sockets_mb_per_second': limit,
+            }
+        )
+    )
 
 
-def _measure(
-    num_batches: int,
+def _unrolls(
     observation: dict[str, ArraySpec],
     num_actions: int,
     state: list[ArraySpec],
     unroll_length: int,
-    batch_size: int,
+    size: int,
     stack: str | None,
-) -> dict[str, float]:
+) -> tuple[list[Component], list[np.ndarray]]:
+    """Returns what unrolls consist of, and so many."""
     spec = EnvironmentSpec(observation, num_actions, 4)
-    components = unroll_components(spec, state, unroll_length, 1)
-    fresh = [
-        _random(component, batch_size // 2, component.name == stack) for component in components
+    # Two levels, as random numbers below are 0 and 1.
+    components = unroll_components(spec, state, unroll_length, 2)
+    return components, [
+        _random(component, size, component.name == stack) for component in components
     ]
+
+
+def _measure(
+    num_batches: int, batch_size: int, stack: str | None, **setting: Any
+) -> dict[str, float]:
+    components, fresh = _unrolls(size=batch_size // 2, stack=stack, **setting)
     replay = Replay(components, _CAPACITY, 0, stack)
     mixer = ReplayMixer(replay, 0.5, batch_size)
     for _ in range(2 * _CAPACITY // batch_size + 1):
@@ -105,6 +141,97 @@ def _measure(
         'draw and assemble': mix - store,
         'copy of a batch': copy,
     }
+
+
+@contextlib.contextmanager
+def _replay_job() -> Iterator[str]:
+    """Runs a replay job; gives its address."""
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        address = f'localhost:{probe.getsockname()[1]}'
+    program = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+                           'experiment.py')  # fmt: skip
+    flags = ['--job_name=replay', '--task=0', '--trusted_network']
+    flags += [f'--replay_addresses={address}', f'--replay_capacity={_CAPACITY}']
+    job = subprocess.Popen([sys.executable, program, *flags], stderr=subprocess.DEVNULL)
+    try:
+        while job.poll() is None:
+            with contextlib.suppress(OSError):
+                socket.create_connection(('localhost', int(address.partition(':')[2]))).close()
+                break
+            time.sleep(0.1)
+        yield address
+    finally:
+        job.kill()
+        job.wait()
+
+
+def _measure_job(
+    address: str, seconds: float, batch_size: int, stack: str | None, **setting: Any
+) -> dict[str, float]:
+    number = batch_size // 2
+    components, fresh = _unrolls(size=number, stack=stack, **setting)
+    batch = [np.empty_like(array) for array in fresh]
+    replay = RemoteReplay(
+        components, stack, ['a'], secrets.token_hex(16), [address], batch_size, number, 0, print
+    )
+
+    def num_lost() -> float:
+        return replay.metrics().get('replay_unrolls_lost', 0)
+
+    def store() -> float:
+        lost = num_lost()
+        replay.add(fresh)
+        return number - (num_lost() - lost)
+
+    def draw() -> float:
+        if not replay.reserve(number):
+            return 0
+        replay.sample(batch)
+        return number
+
+    def rate(*calls: Callable[[], float]) -> float:
+        """Returns unrolls a second, of calls in turns those of the slower one."""
+        counts = [0.0] * len(calls)
+        started = time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds:
+            done = [call() for call in calls]
+            counts = [count + more for count, more in zip(counts, done, strict=True)]
+            if not any(done):
+                time.sleep(0.001)
+        return min(counts) / elapsed
+
+    with replay:
+        while len(replay) < number:
+            store()
+            time.sleep(0.01)
+        rates = {'stored': rate(store), 'drawn': rate(draw), 'both at once': rate(store, draw)}
+    nbytes = unroll_nbytes(components, stack)
+    row: dict[str, float] = {'bytes each': nbytes}
+    for name, value in rates.items():
+        row |= {f'{name}, 1/s': value, f'{name}, MB/s': value * nbytes / 1e6}
+    return row
+
+
+def _measure_sockets(seconds: float) -> float:
+    """Returns MB/s from one process to another."""
+    buffer = bytearray(1 << 21)
+    with socket.create_server(('localhost', 0)) as listener:
+        port = listener.getsockname()[1]
+        sender = subprocess.Popen(
+            [sys.executable, '-c', SEND_BYTES, str(port), str(len(buffer))],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            connection, _ = listener.accept()
+            with connection:
+                started, received = time.perf_counter(), 0
+                while (elapsed := time.perf_counter() - started) < seconds:
+                    received += connection.recv_into(buffer)
+        finally:
+            sender.kill()
+            sender.wait()
+    return received / elapsed / 1e6
 
 
 def _random(component: Component, size: int, is_stack: bool) -> np.ndarray:
