@@ -334,6 +334,10 @@ def main(unused_argv: list[str]) -> int:
 
         if FLAGS.intra_op_threads:
             tf.config.threading.set_intra_op_parallelism_threads(FLAGS.intra_op_threads)
+        if FLAGS.mode == 'test':
+            # Nothing but acting: what other threads do, most of all looking for work, is at the
+            # environments' cost.
+            tf.config.threading.set_inter_op_parallelism_threads(1)
         if is_actor and FLAGS.actor_device == 'cpu':
             tf.config.set_visible_devices([], 'GPU')
         trains = not is_actor and FLAGS.mode == 'train'

@@ -102,6 +102,8 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
     from impala.local_actors import LocalActors
     from impala.run_config import TrainingConfig
 
+    # As experiment.py does.
+    tf.config.threading.set_inter_op_parallelism_threads(1)
     num_slots = slots_per_level * len(LEVELS)
     options = evaluation.EvaluationConfig(num_episodes=num_episodes)
     config = evaluation.settings_of_test(

@@ -53,7 +53,7 @@ from impala.trajectory import AgentOutput, EnvironmentSpec, EpisodeEnd, StepOutp
 VIDEO_FOLDER = 'videos'
 
 # Short, since an unroll has to be full before its episodes are counted, but each costs some Python.
-_UNROLL_LENGTH = 50
+_UNROLL_LENGTH = 100
 _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
 _WATCH_TRIES = 4
