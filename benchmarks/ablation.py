@@ -62,7 +62,9 @@ def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
             learning.train_and_test(logdir, flags, seed, test_episodes)
 
 
-def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> str:
+def report(
+    name: str, plan: dict[str, Any], test_episodes: int, random_episodes: int, remark: str
+) -> str:
     """Writes the CSV files and pictures; returns the page."""
     page = [f'# {plan["title"]}', '']
     page += [f'{machine.describe()}, no GPU, {datetime.date.today()}. {remark}'.strip(), '']
@@ -106,7 +108,7 @@ def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> 
         headers = ['settings', *learning.table_headers(level['learned'])]
         page += [f'## {level_name}', '']
         page += [tabulate.tabulate(lines, headers, 'github', disable_numparse=True), '']
-        page += [learning.comparison(level_name, 100), '']
+        page += [learning.comparison(level_name, random_episodes), '']
         page += [f'![Learning curves, lowest to highest of the seeds]({stem}.png)', '']
         page += [f'![The same over wall time]({stem}_time.png)', '']
     page.append(f'Written by `python -m benchmarks.ablation configs/{name}.json`; the episodes are')
@@ -120,6 +122,7 @@ def main() -> None:
     parser.add_argument('plan', help='JSON file in configs/')
     parser.add_argument('--report', action='store_true', help='of what is complete, train nothing')
     parser.add_argument('--test_episodes', type=int, default=50)
+    parser.add_argument('--random_episodes', type=int, default=100)
     parser.add_argument('--remark', default='', help='a sentence for the page')
     args = parser.parse_args()
     name = os.path.splitext(os.path.basename(args.plan))[0]
@@ -127,7 +130,7 @@ def main() -> None:
         plan = json.load(file)
     if not args.report:
         train(name, plan, args.test_episodes)
-    page = report(name, plan, args.test_episodes, args.remark)
+    page = report(name, plan, args.test_episodes, args.random_episodes, args.remark)
     with open(os.path.join(learning.RESULTS, f'{name}.md'), 'w', encoding='utf-8') as file:
         file.write(page)
     print(page)

@@ -24,6 +24,8 @@ from impala.run_files import FLAG_FILE, LogdirError, read_episodes, read_metrics
 WINDOW = 100
 POINTS = 200
 _OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall time (h)'}
+# Runs that are all shorter are drawn over minutes; hours.
+_SHORT_RUN = 2.0
 # Of the scores of others; points.
 _KNOWN_COLOR = '0.35'
 _KNOWN_FONT_SIZE = 6.5
@@ -146,11 +148,17 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
     figure: Any = Figure(figsize=(size[0], size[1] + 0.3), dpi=200, layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     column = list(_OVER).index(over)
+    label, scale = _OVER[over], 1.0
+    if over == 'wall_time' and all(
+        episodes[-1, column] < _SHORT_RUN
+        for runs in kinds.values() for run in runs for episodes in run.episodes.values()
+    ):  # fmt: skip
+        label, scale = 'wall time (min)', 60.0
     known_levels = _known_levels(kinds)
     for axes, name in zip(grid, levels, strict=False):
         for color, (kind, runs) in enumerate(kinds.items()):
             curves = [
-                (run.episodes[name][:, column], running_mean(run.episodes[name][:, 3]))
+                (scale * run.episodes[name][:, column], running_mean(run.episodes[name][:, 3]))
                 for run in runs
                 if name in run.episodes
             ]
@@ -169,7 +177,7 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
         axes.set_visible(False)
     # Not as the label of the whole figure, which the legend would be drawn over.
     for axes in grid[max(0, len(levels) - columns) : max(1, len(levels))]:
-        axes.set_xlabel(_OVER[over])
+        axes.set_xlabel(label)
     figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
     if levels:
         handles: dict[str, Any] = {}

@@ -148,8 +148,10 @@ def test_runs_that_differ_in_their_seeds_are_one_line(tmp_path):
     np.testing.assert_allclose(mean[[0, -1]], [[400, 2], [1200, 3]])
     assert lines['human'].get_ydata()[0] == 14.6 and lines['random'].get_ydata()[0] == -20.7
     assert lines['paper: impala_shallow'].get_ydata()[0] == 20.4
-    hours = plot.learning_curves(kinds, 'wall_time').axes[0].get_lines()[0].get_xdata()
-    np.testing.assert_allclose([hours[0], hours[-1]], [0.01, 0.03])
+    axes = plot.learning_curves(kinds, 'wall_time').axes[0]
+    minutes = axes.get_lines()[0].get_xdata()
+    np.testing.assert_allclose([minutes[0], minutes[-1]], [0.6, 1.8])
+    assert axes.get_xlabel() == 'wall time (min)'
 
     (axes,) = plot.stage_times(kinds).axes
     assert sorted({round(bar.get_width(), 6) for bar in axes.patches}) == [25, 75, 100]
@@ -158,6 +160,15 @@ def test_runs_that_differ_in_their_seeds_are_one_line(tmp_path):
     assert labels == [f'{kind}: {clock}' for clock in clocks for kind in kinds]
     lag = plot.policy_lag(kinds).axes[0].get_lines()[0]
     assert lag.get_ydata().tolist() == [2, 2, 2]
+
+
+def test_long_runs_are_drawn_over_hours(tmp_path):
+    # An episode every 36 seconds.
+    run = plot.read_run(write_run(tmp_path / 'run', 1, [0] * 250))
+    axes = plot.learning_curves({'run': [run]}, 'wall_time').axes[0]
+    hours = axes.get_lines()[0].get_xdata()
+    np.testing.assert_allclose([hours[0], hours[-1]], [0.01, 2.5])
+    assert axes.get_xlabel() == 'wall time (h)'
 
 
 @pytest.mark.parametrize('over', ['frames', 'wall_time'])
