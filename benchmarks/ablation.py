@@ -79,7 +79,8 @@ def report(
         page += [
             f'{setting_name}:',
             '',
-            f'    python experiment.py {flags} --total_environment_frames={plan["frames"]}',
+            f'    python experiment.py {flags} --level_name=LEVEL '
+            f'--total_environment_frames={plan["frames"]} --seed=N',
             '',
         ]
     for level_name, level in plan['levels'].items():
