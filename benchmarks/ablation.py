@@ -127,8 +127,11 @@ def main() -> None:
     parser.add_argument('--remark', default='', help='a sentence for the page')
     args = parser.parse_args()
     name = os.path.splitext(os.path.basename(args.plan))[0]
-    with open(args.plan, encoding='utf-8') as file:
-        plan = json.load(file)
+    try:
+        with open(args.plan, encoding='utf-8') as file:
+            plan = json.load(file)
+    except (OSError, ValueError) as error:
+        parser.error(f'{args.plan} is not a plan such as configs/generality.json: {error}.')
     if not args.report:
         train(name, plan, args.test_episodes)
     page = report(name, plan, args.test_episodes, args.random_episodes, args.remark)

@@ -77,10 +77,13 @@ def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: 
     here = [sys.executable, 'experiment.py', f'--logdir={logdir}']
     train = [*here, *flags, f'--seed={seed}']
     test = [*here, '--mode=test', f'--test_num_episodes={test_episodes}', '--num_actors=10']
-    trained = subprocess.run(train, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    print(trained)
+    trained = subprocess.run(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(trained.stdout)
+    if trained.returncode:
+        # It has said why.
+        sys.exit(trained.returncode)
     # It ends well when it is stopped, too.
-    if 'The run is complete' not in trained:
+    if 'The run is complete' not in trained.stdout:
         sys.exit(f'{logdir} is not complete; the same command goes on with it.')
     subprocess.run(test, cwd=ROOT, check=True)
 

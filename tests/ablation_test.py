@@ -1,0 +1,62 @@
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import ablation
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_all_have_their_first_seed_before_any_has_its_second():
+    plan = {
+        'levels': {'a': {'learned': 1}, 'b': {'learned': 2, 'seeds': 1}},
+        'settings': {'x': {'seeds': 2, 'flags': []}, 'y': {'seeds': 1, 'flags': []}},
+    }
+    assert list(ablation.plan_runs(plan)) == [
+        (1, 'a', 'x'),
+        (1, 'a', 'y'),
+        (1, 'b', 'x'),
+        (1, 'b', 'y'),
+        (2, 'a', 'x'),
+    ]
+
+
+@pytest.mark.parametrize('name', ['ablation', 'generality'])
+def test_plans_have_runs_in_folders_of_their_own_and_flag_files_that_exist(name):
+    plan = json.loads((ROOT / 'configs' / f'{name}.json').read_text(encoding='utf-8'))
+    runs = list(ablation.plan_runs(plan))
+    folders = {ablation.folder(name, setting, level, seed) for seed, level, setting in runs}
+    assert len(folders) == len(runs) > 8
+    for setting in plan['settings'].values():
+        (path,) = (flag for flag in setting['flags'] if flag.startswith('--flagfile='))
+        assert (ROOT / path.partition('=')[2]).exists()
+
+
+def run(*args):
+    command = [sys.executable, '-m', 'benchmarks.ablation', *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize('text', [None, '{'])
+def test_a_plan_that_cannot_be_read_is_one_sentence(tmp_path, text):
+    path = tmp_path / 'plan.json'
+    if text is not None:
+        path.write_text(text)
+    result = run(path)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert f'{path} is not a plan' in result.stderr.splitlines()[-1]
+
+
+def test_a_setting_that_is_refused_ends_it_with_that_sentence(tmp_path):
+    plan = {
+        'title': 'None', 'frames': 100, 'levels': {'CartPole-v1': {'learned': 1}},
+        'settings': {'x': {'seeds': 1, 'flags': ['--sample_reuse=0']}},
+    }  # fmt: skip
+    path = tmp_path / 'plan.json'
+    path.write_text(json.dumps(plan))
+    result = run(path)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert '--sample_reuse=0' in result.stderr
