@@ -7,6 +7,9 @@ int32 that its last call returned, as an actor passes its observation and its st
 each answer. The function computes next to nothing, so that batching itself is what is measured;
 once without variables, and once with as many (scalar) ones as the shallow network has.
 
+A turn of the loop makes four such calls, one after the other, and in other rows a single one. With
+one, more than half of what a call costs is TensorFlow's while loop, the same for every batcher.
+
 TensorFlow's function runs with several settings and the fastest counts. Ratios are medians over
 rounds in which all take turns, because the speed of a shared machine drifts. `unbatched` is the
 same loop calling the function itself. With few calls (`--calls`) the start of the callers, threads
@@ -14,6 +17,7 @@ of Python, would count more than what they do.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -34,6 +38,7 @@ from dynamic_batching import batch_fn
 
 _CALLERS = (1, 16, 48)
 _VARIABLES = (0, 13)
+_CALLS_PER_TURN = (4, 1)
 
 
 def main() -> None:
@@ -44,41 +49,50 @@ def main() -> None:
     args = parser.parse_args()
     load = os.getloadavg()[0]
     table, result = [], {}
-    for num_variables in _VARIABLES:
-        for callers in _CALLERS:
-            rates = _measure(callers, num_variables, args.rounds, args.calls)
-            theirs = max(
-                (name for name in rates if name.startswith('TensorFlow')),
-                key=lambda name: statistics.median(rates[name]),  # noqa: B023
+    for calls_per_turn, num_variables, callers in itertools.product(
+        _CALLS_PER_TURN, _VARIABLES, _CALLERS
+    ):
+        rates = _measure(callers, num_variables, calls_per_turn, args.rounds, args.calls)
+        theirs = max(
+            (name for name in rates if name.startswith('TensorFlow')),
+            key=lambda name: statistics.median(rates[name]),  # noqa: B023
+        )
+        ratio = statistics.median(
+            ours / other for ours, other in zip(rates['batch_fn'], rates[theirs], strict=True)
+        )
+        medians = {name: round(statistics.median(values)) for name, values in rates.items()}
+        table.append(
+            (
+                calls_per_turn,
+                num_variables,
+                callers,
+                medians['unbatched'],
+                medians[theirs],
+                theirs.partition(' ')[2],
+                medians['batch_fn'],
+                f'{ratio:.2f}',
             )
-            ratio = statistics.median(
-                ours / other for ours, other in zip(rates['batch_fn'], rates[theirs], strict=True)
-            )
-            medians = {name: round(statistics.median(values)) for name, values in rates.items()}
-            table.append(
-                (
-                    num_variables,
-                    callers,
-                    medians['unbatched'],
-                    medians[theirs],
-                    theirs.partition(' ')[2],
-                    medians['batch_fn'],
-                    f'{ratio:.2f}',
-                )
-            )
-            suffix = f'{callers}_with_variables' if num_variables else f'{callers}'
-            result[f'ratio_{suffix}'] = round(ratio, 3)
-            result[f'calls_per_second_{suffix}'] = medians['batch_fn']
+        )
+        suffix = str(callers)
+        if calls_per_turn == 1:
+            suffix += '_one_call_a_turn'
+        if num_variables:
+            suffix += '_with_variables'
+        result[f'ratio_{suffix}'] = round(ratio, 3)
+        result[f'calls_per_second_{suffix}'] = medians['batch_fn']
     print(
         f'{machine.describe()}, TensorFlow {tf.__version__}, load average at start {load:.1f}; '
         f'calls/s, medians of {args.rounds} rounds'
     )
-    headers = ('variables', 'callers', 'unbatched', 'TensorFlow', 'settings', 'batch_fn', 'ratio')
+    headers = ['calls a turn', 'variables', 'callers', 'unbatched']
+    headers += ['TensorFlow', 'settings', 'batch_fn', 'ratio']
     print(tabulate.tabulate(table, headers=headers, tablefmt='github'))
     print(json.dumps(result))
 
 
-def _measure(callers: int, num_variables: int, rounds: int, calls: int) -> dict[str, list[float]]:
+def _measure(
+    callers: int, num_variables: int, calls_per_turn: int, rounds: int, calls: int
+) -> dict[str, list[float]]:
     """Returns calls/s of each round, by name of the batcher."""
     variables = [tf.Variable(0) for _ in range(num_variables)]
 
@@ -99,7 +113,9 @@ def _measure(callers: int, num_variables: int, rounds: int, calls: int) -> dict[
         batched[name] = _tensorflow_batch_fn(act, threads, maximum, timeout)
     # Each caller has a frame of its own, or all copies would come from the same cached memory.
     frames = [tf.fill([1, 72, 96, 3], tf.constant(1, tf.uint8)) for _ in range(callers)]
-    measurements = {name: _measurement(function, frames) for name, function in batched.items()}
+    measurements = {
+        name: _measurement(function, frames, calls_per_turn) for name, function in batched.items()
+    }
     for measure in measurements.values():
         measure(10 * callers)
     rates: dict[str, list[float]] = {name: [] for name in batched}
@@ -117,9 +133,11 @@ def _tensorflow_batch_fn(
         threads, maximum, timeout_micros, max_enqueued_batches=1000
     )(function)
     # TensorFlow names the queue after the scope of the call, and shares it, with the options of the
-    # first call, among all calls in the process that are in a scope of that name.
+    # first call, among all calls in the process that are in a scope of that name. The tf.function
+    # has the calls of one loop's turn in the same scope.
     scope = f'batch_{id(batched)}'
 
+    @tf.function
     def call(*args):
         with tf.name_scope(scope):
             return batched(*args)
@@ -127,19 +145,27 @@ def _tensorflow_batch_fn(
     return call
 
 
-def _measurement(function: Callable[..., Any], frames: list[tf.Tensor]) -> Callable[[int], float]:
+def _measurement(
+    function: Callable[..., Any], frames: list[tf.Tensor], calls_per_turn: int
+) -> Callable[[int], float]:
     """Returns a function that makes about so many calls and returns calls/s."""
+
+    def turn(frame, count):
+        for _ in range(calls_per_turn):
+            count = tf.ensure_shape(function(frame, count), [1])
+        return (count,)
 
     @tf.function
     def loop(frame, calls):
         return tf.while_loop(
             lambda count: count[0] < calls,
-            lambda count: (tf.ensure_shape(function(frame, count), [1]),),
+            lambda count: turn(frame, count),
             (tf.constant([0]),),
         )[0]
 
     def measure(total_calls):
-        calls = tf.constant(total_calls // len(frames))
+        turns = total_calls // len(frames) // calls_per_turn
+        calls = tf.constant(turns * calls_per_turn)
         counts: list[Any] = [None] * len(frames)
 
         def run(caller):
