@@ -138,12 +138,11 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
         stopwatch = Stopwatch()
         steps = 0
         with actors:
-            for batch in actors.batches(1):
-                ends = batch.ends.numpy()[1:, 0]
-                info = batch.actor_output.env_outputs.info
+            for rows in actors.episodes():
+                ends = rows.ends.numpy()[1:, 0]
                 is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
-                steps += int(info.episode_step.numpy()[1:, 0][is_end].sum())
-                schedule.count(batch)
+                steps += int(rows.info.episode_step.numpy()[1:, 0][is_end].sum())
+                schedule.count(rows)
                 if schedule.is_complete:
                     break
         return stopwatch.rates(steps)

@@ -165,8 +165,13 @@ class UnrollBatcher:
                 self._handle, *tickets, policy_version, outputs=outputs, states=states
             )
 
-    def dequeue(self, batch_size: int) -> Unrolls:
+    def dequeue(self, batch_size: int, num_inputs: int | None = None) -> Unrolls:
         """Waits for `batch_size` full unrolls and frees their places.
+
+        Args:
+          batch_size: B, unrolls.
+          num_inputs: only the first so many inputs are wanted; None for all. What is not is not
+            copied, and of an unroll the observations are nearly all.
 
         Raises:
           tf.errors.CancelledError: the batcher is closed.
@@ -177,7 +182,7 @@ class UnrollBatcher:
                     self._handle,
                     batch_size=batch_size,
                     rows=self.unroll_length + 1,
-                    **self._inputs,
+                    **{name: values[:num_inputs] for name, values in self._inputs.items()},
                     **self._outputs,
                     **self._states,
                 )

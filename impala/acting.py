@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from impala.agent import Agent
-from impala.loading import Loading
+from impala.loading import Batch, Loading
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,
@@ -38,6 +38,20 @@ class UnrollBatch(NamedTuple):
     actors: tf.Tensor
     ends: tf.Tensor
     is_replayed: tf.Tensor
+
+
+class EpisodeRows(NamedTuple):
+    """What unrolls tell of the episodes in them.
+
+    Attributes:
+      actors: i32 `[B]`, who acted.
+      ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
+      info: of `[T+1, B]`.
+    """
+
+    actors: tf.Tensor
+    ends: tf.Tensor
+    info: StepOutputInfo
 
 
 def batch_components(batch: UnrollBatch) -> list[tf.Tensor]:
@@ -188,12 +202,20 @@ class UnrollSource:
 
     def batches(self, batch_size: int, mix: Mix | None = None) -> Iterator[UnrollBatch]:
         """Yields batches, as of `assembler`, until the batcher is closed, one ahead of use."""
-        loading = Loading(self.assembler(batch_size, mix))
-        try:
-            for (batch,) in loading:
-                yield batch
-        finally:
-            loading.close()
+        return _ahead(self.assembler(batch_size, mix))
+
+    def episodes(self) -> Iterator[EpisodeRows]:
+        """Yields what single unrolls tell of episodes, as `batches` does whole ones.
+
+        Observations, which are nearly all there is of an unroll, are not touched.
+        """
+
+        def dequeue() -> EpisodeRows:
+            unrolls = self.batcher.dequeue(1, num_inputs=4)
+            _, episode_return, episode_step, end = unrolls.inputs
+            return EpisodeRows(unrolls.actors, end, StepOutputInfo(episode_return, episode_step))
+
+        return _ahead(compiled(dequeue))
 
     def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
         reward, episode_return, episode_step, end, *observation = inputs
@@ -313,7 +335,17 @@ class BehaviourPolicy(tf.Module):
             raise self._failure
 
 
-def compiled(dequeue: Callable[[], UnrollBatch]) -> Callable[[], UnrollBatch]:
+def _ahead(assemble: Callable[[], Batch]) -> Iterator[Batch]:
+    """Yields what is assembled until the source is closed, one ahead of use."""
+    loading = Loading(assemble)
+    try:
+        for (batch,) in loading:
+            yield batch
+    finally:
+        loading.close()
+
+
+def compiled(dequeue: Callable[[], Batch]) -> Callable[[], Batch]:
     """Returns a function made into a graph on the CPU, which any thread may call.
 
     Args:
@@ -321,7 +353,7 @@ def compiled(dequeue: Callable[[], UnrollBatch]) -> Callable[[], UnrollBatch]:
     """
 
     @tf.function(autograph=False)
-    def dequeue_on_cpu() -> UnrollBatch:
+    def dequeue_on_cpu() -> Batch:
         with tf.device('/cpu:0'):
             return dequeue()
 

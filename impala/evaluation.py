@@ -22,7 +22,7 @@ import tensorflow as tf
 import tqdm
 
 from impala import test_report
-from impala.acting import UnrollBatch
+from impala.acting import EpisodeRows
 from impala.actor_pool import Workplace
 from impala.agent import Agent
 from impala.checkpoint import (
@@ -302,8 +302,8 @@ def _test(
         tqdm.tqdm(total=total, unit='episode', disable=None) as progress,
         players.playing(actors),
     ):
-        for batch in actors.batches(1):
-            schedule.count(batch)
+        for rows in actors.episodes():
+            schedule.count(rows)
             progress.update(schedule.num_counted - progress.n)
             if schedule.is_complete:
                 break
@@ -382,21 +382,20 @@ class Schedule:
             'num_videos': self._evaluation.num_videos,
         }
 
-    def count(self, batch: UnrollBatch) -> None:
+    def count(self, rows: EpisodeRows) -> None:
         """Takes the episodes that ended in the next unroll of an actor.
 
         Args:
-          batch: of one unroll.
+          rows: of one unroll.
         """
-        ends = batch.ends.numpy()[:, 0]
-        info = batch.actor_output.env_outputs.info
-        counted = self._returns[int(batch.actors[0])]
+        ends = rows.ends.numpy()[:, 0]
+        counted = self._returns[int(rows.actors[0])]
         # Only the row that an actor starts with ends an episode of no steps; it has begun anew.
-        if ends[0] and info.episode_step.numpy()[0, 0] == 0:
+        if ends[0] and rows.info.episode_step.numpy()[0, 0] == 0:
             counted.clear()
         is_end = (ends[1:] == EpisodeEnd.TERMINATED) | (ends[1:] == EpisodeEnd.TRUNCATED)
         # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
-        counted += [float(str(value)) for value in info.episode_return.numpy()[1:, 0][is_end]]
+        counted += [float(str(value)) for value in rows.info.episode_return.numpy()[1:, 0][is_end]]
 
     @property
     def num_counted(self) -> int:

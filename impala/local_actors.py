@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from environments import level_cache_statistics
-from impala.acting import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
+from impala.acting import BehaviourPolicy, EpisodeRows, Mix, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
 from impala.learner_group import Log
@@ -83,6 +83,10 @@ class LocalActors:
     def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
         """Yields batches of unrolls until the actors are closed; see `UnrollSource.batches`."""
         return self._source.batches(batch_size)
+
+    def episodes(self) -> Iterator[EpisodeRows]:
+        """Yields what each unroll tells of episodes; see `UnrollSource.episodes`."""
+        return self._source.episodes()
 
     def close(self) -> None:
         """Ends playing, and whoever waits for a batch. From any thread, at any time, repeatedly."""

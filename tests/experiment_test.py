@@ -443,8 +443,10 @@ def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
 
 
 # Has what follows it see, in a folder, an empty disk of its own that is gone when it ends.
-OWN_DISK = ('unshare', '--user', '--map-root-user', '--mount', 'sh', '-ec')
-OWN_DISK += ('mount -t tmpfs -o size=8m tmpfs "$0"; exec "$@"',)
+OWN_DISK = [
+    *('unshare', '--user', '--map-root-user', '--mount', 'sh', '-ec'),
+    'mount -t tmpfs -o size=8m tmpfs "$0"; exec "$@"',
+]
 
 
 def fill(path):

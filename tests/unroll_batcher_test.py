@@ -10,6 +10,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -316,7 +317,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
         timeout_ms=FOREVER_MS,
     )
     get_inputs, set_outputs = batcher.get_inputs, batcher.set_outputs
-    dequeue = lambda: batcher.dequeue(batch_size)  # noqa: E731
+    dequeue = functools.partial(batcher.dequeue, batch_size)
     if in_graph:
         get_inputs, dequeue = tf.function(get_inputs), tf.function(dequeue)
 
@@ -411,8 +412,12 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                 assert futures.pop(actor).result(TIMEOUT) == row.outputs[0]
 
             while len(expected) >= batch_size:
-                unrolls = dequeue()
-                for tensor, spec in zip(unrolls.inputs[4:], (frame_spec, words_spec), strict=True):
+                num_inputs = rng.choice([None, 4, 5])
+                unrolls = dequeue(num_inputs)
+                observations = (frame_spec, words_spec)[
+                    : 2 if num_inputs is None else num_inputs - 4
+                ]
+                for tensor, spec in zip(unrolls.inputs[4:], observations, strict=True):
                     assert tensor.shape == (unroll_length + 1, batch_size, *spec.shape)
                     assert tensor.dtype == spec.dtype
                 for column in range(batch_size):
@@ -425,7 +430,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                     names = (
                         'reward', 'episode_return', 'episode_step', 'end', 'frame', 'words',
                     )  # fmt: skip
-                    for name, field in zip(names, unrolls.inputs, strict=True):
+                    for name, field in zip(names[:num_inputs], unrolls.inputs, strict=True):
                         want = np.stack([np.asarray(getattr(row, name)) for row in rows])
                         got = field.numpy()[:, column]
                         np.testing.assert_array_equal(got, want.astype(got.dtype))

@@ -431,8 +431,8 @@ absl::Status UnrollBatcher::SetOutputs(const Tensor& actor_ids, const Tensor& ep
   return absl::OkStatus();
 }
 
-void UnrollBatcher::Dequeue(OpKernelContext* context, int batch_size, Done done) {
-  AddWaiter({context, std::move(done), batch_size}, &dequeue_waiters_);
+void UnrollBatcher::Dequeue(OpKernelContext* context, int batch_size, int num_inputs, Done done) {
+  AddWaiter({context, std::move(done), batch_size, num_inputs}, &dequeue_waiters_);
 }
 
 void UnrollBatcher::DequeueLoop() {
@@ -446,7 +446,7 @@ void UnrollBatcher::DequeueLoop() {
       dequeue_waiters_.pop_front();
     }
     std::vector<Tensor> batch;
-    absl::Status status = AllocateBatch(waiter.context, waiter.batch_size, &batch);
+    absl::Status status = AllocateBatch(waiter, &batch);
     for (int column = 0; status.ok() && column < waiter.batch_size; ++column) {
       const uint64_t started_at = NowNanoseconds();
       int unroll;
@@ -464,7 +464,7 @@ void UnrollBatcher::DequeueLoop() {
       }
       const uint64_t copied_from = NowNanoseconds();
       queue_wait_ += copied_from - started_at;
-      CopyUnroll(unroll, column, waiter.batch_size, &batch);
+      CopyUnroll(unroll, column, waiter, &batch);
       {
         std::lock_guard<std::mutex> lock(mutex_);
         free_unrolls_.push_back(unroll);
@@ -482,8 +482,8 @@ void UnrollBatcher::DequeueLoop() {
   }
 }
 
-absl::Status UnrollBatcher::AllocateBatch(OpKernelContext* context, int batch_size,
-                                          std::vector<Tensor>* batch) const {
+absl::Status UnrollBatcher::AllocateBatch(const Waiter& waiter, std::vector<Tensor>* batch) const {
+  const int batch_size = waiter.batch_size;
   const auto add = [&](DataType type, const TensorShape& shape) {
     batch->emplace_back(RecyclingAllocator::Get(), type, shape);
     return batch->back().IsInitialized()
@@ -497,7 +497,7 @@ absl::Status UnrollBatcher::AllocateBatch(OpKernelContext* context, int batch_si
     TF_RETURN_IF_ERROR(
         add(spec_.state_types[i], WithLeading({batch_size}, spec_.state_shapes[i])));
   }
-  for (size_t i = 0; i < spec_.input_types.size(); ++i) {
+  for (int i = 0; i < waiter.num_inputs; ++i) {
     TF_RETURN_IF_ERROR(add(spec_.input_types[i],
                            WithLeading({options_.rows, batch_size}, spec_.input_shapes[i])));
   }
@@ -509,7 +509,8 @@ absl::Status UnrollBatcher::AllocateBatch(OpKernelContext* context, int batch_si
 }
 
 // A full unroll belongs to nobody else, so it is read without the lock.
-void UnrollBatcher::CopyUnroll(int index, int column, int batch_size, std::vector<Tensor>* batch) {
+void UnrollBatcher::CopyUnroll(int index, int column, const Waiter& waiter,
+                               std::vector<Tensor>* batch) {
   const Unroll& unroll = unrolls_[index];
   auto tensor = batch->begin();
   (tensor++)->flat<int32_t>()(column) = level_ids_[unroll.actor];
@@ -521,10 +522,10 @@ void UnrollBatcher::CopyUnroll(int index, int column, int batch_size, std::vecto
   const auto copy_rows = [&](const char* source, size_t bytes) {
     char* target = Data(&*tensor++) + column * bytes;
     for (int row = 0; row < options_.rows; ++row) {
-      memcpy(target + row * batch_size * bytes, source + row * bytes, bytes);
+      memcpy(target + row * waiter.batch_size * bytes, source + row * bytes, bytes);
     }
   };
-  for (int field = 0; field < header_->num_fields; ++field) {
+  for (int field = 0; field < waiter.num_inputs; ++field) {
     copy_rows(GetRow(segment_, index, field, 0), header_->fields[field].row_bytes);
   }
   for (size_t i = 0; i < output_bytes_.size(); ++i) {

@@ -59,8 +59,9 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
                           int64_t policy_version, const tensorflow::OpInputList& outputs,
                           const tensorflow::OpInputList& states);
 
-  // Asks for `batch_size` full unrolls, first in, first out, as one time-major batch.
-  void Dequeue(tensorflow::OpKernelContext* context, int batch_size, Done done);
+  // Asks for `batch_size` full unrolls, first in, first out, as one time-major batch with the first
+  // `num_inputs` of the inputs.
+  void Dequeue(tensorflow::OpKernelContext* context, int batch_size, int num_inputs, Done done);
 
   // Throws away the unfinished unroll of an actor whose process is gone; a new one may connect.
   absl::Status ResetActor(int actor);
@@ -102,6 +103,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
     tensorflow::OpKernelContext* context;
     Done done;
     int batch_size = 0;
+    int num_inputs = 0;
     uint64_t since = 0;
     std::shared_ptr<std::atomic<bool>> cancelled;
     tensorflow::CancellationToken token = tensorflow::CancellationManager::kInvalidToken;
@@ -131,9 +133,9 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   bool IsReady(int actor) const;
   void StartNextUnroll(int actor);
   absl::Status FillBatch(tensorflow::OpKernelContext* context, const std::vector<Ticket>& tickets);
-  absl::Status AllocateBatch(tensorflow::OpKernelContext* context, int batch_size,
-                             std::vector<tensorflow::Tensor>* batch) const;
-  void CopyUnroll(int unroll, int column, int batch_size, std::vector<tensorflow::Tensor>* batch);
+  absl::Status AllocateBatch(const Waiter& waiter, std::vector<tensorflow::Tensor>* batch) const;
+  void CopyUnroll(int unroll, int column, const Waiter& waiter,
+                  std::vector<tensorflow::Tensor>* batch);
   bool IsClosed() const { return header_->closed.load() != 0; }
 
   void* const segment_;

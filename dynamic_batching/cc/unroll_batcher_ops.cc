@@ -123,15 +123,19 @@ class UnrollBatcherDequeueOp : public AsyncOpKernel {
  public:
   explicit UnrollBatcherDequeueOp(OpKernelConstruction* context) : AsyncOpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("batch_size", &batch_size_));
+    std::vector<tensorflow::DataType> input_types;
+    OP_REQUIRES_OK(context, context->GetAttr("input_types", &input_types));
+    num_inputs_ = input_types.size();
   }
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
     std::shared_ptr<UnrollBatcher> batcher;
     OP_REQUIRES_OK_ASYNC(context, LookupBatcher(context, &batcher), done);
-    batcher->Dequeue(context, batch_size_, std::move(done));
+    batcher->Dequeue(context, batch_size_, num_inputs_, std::move(done));
   }
 
  private:
   int batch_size_;
+  int num_inputs_;
 };
 
 class UnrollBatcherResetActorOp : public OpKernel {
