@@ -8,6 +8,7 @@ that the CSV file has already are left out: remove it to begin anew, or with oth
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -63,12 +64,16 @@ def finish(process: subprocess.Popen, output: str) -> None:
 
 def measure(level_name: str, seconds: float) -> dict[str, object]:
     """Trains and tests a game; returns its row of the table."""
-    with tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder,
+        contextlib.ExitStack() as stack,
+    ):
         logdir = os.path.join(folder, 'run')
         output = os.path.join(folder, 'output')
         training = start(
             output, f'--level_name={level_name}', f'--logdir={logdir}', '--log_secs=1', *TRAINING
         )
+        stack.callback(training.kill)
         # A line a second, but for the first one, of the first update, and the last.
         while len(read_metrics(logdir)) < seconds + 2 and training.poll() is None:
             time.sleep(0.1)
@@ -78,6 +83,7 @@ def measure(level_name: str, seconds: float) -> dict[str, object]:
         lines = read_metrics(logdir)
         first, last = lines[1], lines[-2]
         test = start(output, '--mode=test', f'--logdir={logdir}', '--test_num_episodes=1')
+        stack.callback(test.kill)
         finish(test, output)
         with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
             tested = json.load(file)['levels'][level_name]
@@ -126,8 +132,9 @@ def main() -> None:
 
 Each game is trained with `{' '.join(TRAINING)}`
 for {args.seconds:g} seconds after its first update, stopped, and tested for one episode. Nothing is
-learned in that time: this shows that all of them run, and how fast. Agent steps/s: median
-{np.median(rates):,.0f}, from {min(rates):,} to {max(rates):,}.
+learned in that time: this shows that all of them run, and how fast. (`python -m pytest -m slow`
+has the same as a test.) Agent steps/s: median {np.median(rates):,.0f}, from {min(rates):,} to
+{max(rates):,}.
 
 {tabulate.tabulate(table, headers, 'github', disable_numparse=True)}
 """
