@@ -3,12 +3,15 @@
     python -m benchmarks.throughput --level_name=ALE/Pong-v5
 
 Runs `experiment.py` for `--seconds` after a warm-up, then measures its parts alone on the same
-machine: environments with random actions, the agent's step at the batch size seen in training, and
-the learner's step. Each has all cores: the environments a process on each, the others
-`--intra_op_threads` threads for an operation, as in training, and as many steps at a time as that
-leaves cores for. Each part's share of the cores' time is its rate in training over its rate alone;
-`rest` is what is left: hand-over, contention, idleness. `--rounds` repeats the whole in turn,
-because shared machines drift; medians are given.
+machine: environments with random actions, a process on each core, the agent's step at the batch
+size seen in training, and the learner's step. Those two have all cores in two ways: one step at a
+time with a thread per core for each operation, as is usual to say what a machine can do, and with
+the threads of training (`--intra_op_threads`), as many steps at a time as these leave cores for.
+The second wastes less of the cores, so it leaves more to `rest`.
+
+Each part's share of the cores' time is its rate in training over its rate alone; `rest` is what is
+left: hand-over, contention, idleness. `--rounds` repeats the whole in turn, because shared machines
+drift; medians are given. Training draws its first learning curve within the warm-up.
 """
 
 import argparse
@@ -49,6 +52,7 @@ from impala.trajectory import (
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CORES = len(os.sched_getaffinity(0))
+PARTS = ('environment', 'inference', 'learning')
 
 ENVIRONMENT_LOOP = """
 import sys, time
@@ -187,12 +191,48 @@ def learning(
     return lambda: learner.step(batch)['loss/total'].numpy()
 
 
+def network_rates(args: argparse.Namespace) -> dict[str, float]:
+    """Returns rows per second of the network's two parts, alone, in this process."""
+    tf.config.threading.set_intra_op_parallelism_threads(args.intra_op_threads)
+    environment = create_environment(args.level_name, 1, EnvironmentConfig())
+    spec = environment.spec
+    environment.close()
+    acting = AgentConfig(torso=args.torso, use_lstm=False)
+    learner = AgentConfig(torso=args.torso, use_lstm=False, compute_dtype=args.compute_dtype)
+    at_a_time = steps_at_a_time(args.intra_op_threads)
+    return {
+        'inference': concurrent_rate(
+            functools.partial(inference, spec, acting, args.rows),
+            at_a_time,
+            args.rows,
+            args.part_seconds,
+        ),
+        'learning': concurrent_rate(
+            functools.partial(learning, spec, learner, args.batch_size, args.unroll_length),
+            at_a_time,
+            args.batch_size * args.unroll_length,
+            args.part_seconds,
+        ),
+    }
+
+
+def network_rates_of_process(
+    flags: list[str], intra_op_threads: int, rows: float, args: argparse.Namespace
+) -> dict[str, float]:
+    """Returns the same from a process of its own, as TensorFlow's threads cannot be changed."""
+    command = [sys.executable, '-m', 'benchmarks.throughput', *flags]
+    command += [f'--intra_op_threads={intra_op_threads}', f'--rows={max(1, round(rows))}']
+    command.append(f'--part_seconds={args.part_seconds}')
+    output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
 def main() -> None:
-    """Prints one table and a line of JSON."""
+    """Prints a table or two and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--level_name', default='ALE/Pong-v5')
-    parser.add_argument('--num_actors', type=int, default=48)
-    parser.add_argument('--envs_per_process', type=int, default=8)
+    parser.add_argument('--num_actors', type=int, default=64)
+    parser.add_argument('--envs_per_process', type=int, default=32)
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--unroll_length', type=int, default=20)
     parser.add_argument('--torso', default='shallow')
@@ -201,15 +241,17 @@ def main() -> None:
         default='bfloat16' if has_fast_bfloat16() else 'float32',
         help='float32 or bfloat16; default: the faster one on this processor',
     )
-    parser.add_argument('--inference_batch_size', type=int, default=16)
+    parser.add_argument('--inference_batch_size', type=int, default=32)
     parser.add_argument('--intra_op_threads', type=int, default=1, help='0: one per core')
-    parser.add_argument('--warm_up', type=float, default=10, help='seconds')
+    parser.add_argument('--warm_up', type=float, default=15, help='seconds')
     parser.add_argument('--seconds', type=float, default=30)
     parser.add_argument('--rounds', type=int, default=1)
     parser.add_argument('--part_seconds', type=float, default=5, help='for each of the parts alone')
+    parser.add_argument('--rows', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    tf.config.threading.set_intra_op_parallelism_threads(args.intra_op_threads)
-    at_a_time = steps_at_a_time(args.intra_op_threads)
+    if args.rows:
+        print(json.dumps(network_rates(args)))
+        return
     flags = [
         f'--{name}={getattr(args, name)}'
         for name in (
@@ -217,56 +259,43 @@ def main() -> None:
             'compute_dtype', 'inference_batch_size', 'intra_op_threads',
         )
     ]  # fmt: skip
-    environment = create_environment(args.level_name, 1, EnvironmentConfig())
-    spec = environment.spec
-    environment.close()
-    acting_config = AgentConfig(torso=args.torso, use_lstm=False)
-    learner_config = AgentConfig(torso=args.torso, use_lstm=False, compute_dtype=args.compute_dtype)
-    rounds = []
+    # What the cores are given to, and by which flag of this program.
+    ways = {'a thread per core': 0}
+    if args.intra_op_threads:
+        ways["training's threads"] = args.intra_op_threads
+    rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(args.rounds):
-        rate, rows = training_rate([*flags, '--use_lstm=false'], args.warm_up, args.seconds)
-        rounds.append(
-            {
-                'training': rate,
-                'environment': environment_rate(args.level_name, args.part_seconds),
-                'inference': concurrent_rate(
-                    functools.partial(inference, spec, acting_config, max(1, round(rows))),
-                    at_a_time,
-                    max(1, round(rows)),
-                    args.part_seconds,
-                ),
-                'learning': concurrent_rate(
-                    functools.partial(
-                        learning, spec, learner_config, args.batch_size, args.unroll_length
-                    ),
-                    at_a_time,
-                    args.batch_size * args.unroll_length,
-                    args.part_seconds,
-                ),
-                'rows': rows,
-            }
-        )
-    median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
-    parts = ('environment', 'inference', 'learning')
-    shares = {part: statistics.median(r['training'] / r[part] for r in rounds) for part in parts}
-    rest = statistics.median(1 - sum(r['training'] / r[part] for part in parts) for r in rounds)
+        training, rows = training_rate([*flags, '--use_lstm=false'], args.warm_up, args.seconds)
+        shared = {
+            'training': training,
+            'environment': environment_rate(args.level_name, args.part_seconds),
+            'rows': rows,
+        }
+        for way, threads in ways.items():
+            rounds[way].append(shared | network_rates_of_process(flags, threads, rows, args))
     print(machine.describe())
     print(f'`python -m benchmarks.throughput {" ".join(sys.argv[1:])}`')
-    print(f'Mean inference batch: {median["rows"]:.1f} of {args.num_actors} actors')
-    table = [[part, f'{median[part]:,.0f}', f'{shares[part]:.1%}'] for part in parts]
-    limit = statistics.median(1 / sum(1 / r[part] for part in parts) for r in rounds)
-    table += [['rest', '', f'{rest:.1%}'], ['training', f'{median["training"]:,.0f}', '100%']]
-    print(tabulate.tabulate(table, ['part', 'agent steps/s alone', 'share of the cores'], 'github'))
-    print(f'Limit, from the parts alone: {limit:,.0f} agent steps/s')
-    print(
-        json.dumps(
-            {
-                'agent_steps_per_second': round(median['training']),
-                'rest_share': round(rest, 4),
-                'limit': round(limit),
-            }
+    result: dict[str, float] = {}
+    for way in ways:
+        median = {name: statistics.median(r[name] for r in rounds[way]) for name in rounds[way][0]}
+        shares = {
+            part: statistics.median(r['training'] / r[part] for r in rounds[way]) for part in PARTS
+        }
+        rest = statistics.median(
+            1 - sum(r['training'] / r[part] for part in PARTS) for r in rounds[way]
         )
-    )
+        limit = statistics.median(1 / sum(1 / r[part] for part in PARTS) for r in rounds[way])
+        table = [[part, f'{median[part]:,.0f}', f'{shares[part]:.1%}'] for part in PARTS]
+        table += [['rest', '', f'{rest:.1%}'], ['training', f'{median["training"]:,.0f}', '100%']]
+        if not result:
+            print(f'Mean inference batch: {median["rows"]:.1f} of {args.num_actors} actors')
+            result['agent_steps_per_second'] = round(median['training'])
+        headers = ['part', f'agent steps/s alone, {way}', 'share of the cores']
+        print(tabulate.tabulate(table, headers, 'github'))
+        print(f'Limit, from the parts alone: {limit:,.0f} agent steps/s')
+        suffix = '' if way == 'a thread per core' else '_with_threads_of_training'
+        result |= {f'rest_share{suffix}': round(rest, 4), f'limit{suffix}': round(limit)}
+    print(json.dumps(result))
 
 
 if __name__ == '__main__':
