@@ -7,8 +7,8 @@ int32 that its last call returned, as an actor passes its observation and its st
 each answer. The function computes next to nothing, so that batching itself is what is measured;
 once without variables, and once with as many (scalar) ones as the shallow network has.
 
-A turn of the loop makes four such calls, one after the other, and in other rows a single one. With
-one, more than half of what a call costs is TensorFlow's while loop, the same for every batcher.
+A turn of the loop makes one such call, and in other rows four, one after the other. With one, more
+than half of what a call costs is TensorFlow's while loop, the same for every batcher.
 
 TensorFlow's function runs with several settings and the fastest counts. Ratios are medians over
 rounds in which all take turns, because the speed of a shared machine drifts. `unbatched` is the
@@ -38,7 +38,7 @@ from dynamic_batching import batch_fn
 
 _CALLERS = (1, 16, 48)
 _VARIABLES = (0, 13)
-_CALLS_PER_TURN = (4, 1)
+_CALLS_PER_TURN = (1, 4)
 
 
 def main() -> None:
@@ -74,8 +74,8 @@ def main() -> None:
             )
         )
         suffix = str(callers)
-        if calls_per_turn == 1:
-            suffix += '_one_call_a_turn'
+        if calls_per_turn > 1:
+            suffix += f'_{calls_per_turn}_calls_a_turn'
         if num_variables:
             suffix += '_with_variables'
         result[f'ratio_{suffix}'] = round(ratio, 3)
