@@ -8,14 +8,16 @@ that was stopped goes on; one that is complete is only reported.
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Found whether this runs as a module or as a file.
@@ -77,15 +79,34 @@ def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: 
     here = [sys.executable, 'experiment.py', f'--logdir={logdir}']
     train = [*here, *flags, f'--seed={seed}']
     test = [*here, '--mode=test', f'--test_num_episodes={test_episodes}', '--num_actors=10']
-    trained = subprocess.run(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(trained.stdout)
-    if trained.returncode:
-        # It has said why.
-        sys.exit(trained.returncode)
-    # It ends well when it is stopped, too.
-    if 'The run is complete' not in trained.stdout:
-        sys.exit(f'{logdir} is not complete; the same command goes on with it.')
-    subprocess.run(test, cwd=ROOT, check=True)
+    with _ctrl_c_left_to_commands():
+        trained = subprocess.run(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        print(trained.stdout)
+        if trained.returncode:
+            # It has said why.
+            sys.exit(trained.returncode)
+        # It ends well when it is stopped, too.
+        if 'The run is complete' not in trained.stdout:
+            sys.exit(f'{logdir} is not complete; the same command goes on with it.')
+        tested = subprocess.run(test, cwd=ROOT)
+    if tested.returncode:
+        sys.exit(tested.returncode)
+    if not os.path.exists(os.path.join(ROOT, logdir, 'test_scores.json')):
+        sys.exit(f'{logdir} is not tested; the same command goes on with it.')
+
+
+@contextlib.contextmanager
+def _ctrl_c_left_to_commands() -> Iterator[None]:
+    """Has Ctrl-C end the commands that are run in this block, which get it too, and not this.
+
+    `subprocess.run` would leave them a quarter of a second, and then kill them: too little for
+    training to save what it has learned.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], list[dict[str, str]]]:

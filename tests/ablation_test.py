@@ -1,7 +1,11 @@
+import contextlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -60,3 +64,40 @@ def test_a_setting_that_is_refused_ends_it_with_that_sentence(tmp_path):
     result = run(path)
     assert result.returncode == 2 and 'Traceback' not in result.stderr
     assert '--sample_reuse=0' in result.stderr
+
+
+TRAIN_AND_TEST = """
+import sys
+from benchmarks import learning
+learning.train_and_test(sys.argv[1], sys.argv[2:], seed=1, test_episodes=2)
+"""
+
+
+def test_ctrl_c_leaves_training_the_time_to_save(tmp_path):
+    logdir = tmp_path / 'run'
+    flags = ['--level_name=CartPole-v1', '--num_actors=2', '--log_secs=1']
+    process = subprocess.Popen(
+        [sys.executable, '-c', TRAIN_AND_TEST, logdir, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A terminal's Ctrl-C goes to all that runs in it.
+        start_new_session=True,
+    )
+    try:
+        metrics = logdir / 'metrics.jsonl'
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or not metrics.stat().st_size:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 1 and 'Traceback' not in errors
+    last_line = errors.strip().splitlines()[-1]
+    assert last_line == f'{logdir} is not complete; the same command goes on with it.'
+    assert list((logdir / 'checkpoints').glob('ckpt-*.index'))
