@@ -340,7 +340,8 @@ def batch_fn(function: Callable[..., Any]) -> BatchedFunction:
       function: takes nests of tensors `[B, ...]` and returns a nest of tensors `[B, ...]`, row by
         row. It is traced once, on the first call, whose dtypes and shapes all others must have;
         `batch_fn_with_options` takes an input signature instead. Variables that it uses are read
-        anew for each batch.
+        anew for each batch. TensorFlow optimises it as it does a tf.function, with the options of
+        `tf.config.optimizer` that were set before TensorFlow was first used.
 
     Returns:
       A `BatchedFunction`, to be called with nests of tensors `[1, ...]`. Gradients do not flow

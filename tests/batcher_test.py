@@ -652,3 +652,36 @@ def test_variables_and_operations_on_another_device():
         [sys.executable, '-c', ANOTHER_DEVICE], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
+
+
+OPTIMISED = """
+import tensorflow as tf
+from dynamic_batching import batch_fn
+# What removes assertions is one of the optimisations of graphs.
+tf.config.optimizer.set_experimental_options({'debug_stripper': True})
+
+@batch_fn
+def optimised(x):
+    tf.debugging.assert_less(x, 0)
+    return x + 1
+
+assert optimised(tf.constant([1])).numpy() == [2]
+assert tf.function(optimised)(tf.constant([2])).numpy() == [3]
+"""
+
+
+def test_the_function_is_optimised_like_any_other():
+    # In a process of its own: the options of others must not change.
+    result = subprocess.run(
+        [sys.executable, '-c', OPTIMISED], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_function_that_calls_a_compiled_one():
+    # A compiled function stays one of its own, unlike others, which become part of their callers.
+    weight = tf.Variable(2)
+    double = tf.function(lambda x: x * weight, jit_compile=True, autograph=False)
+    outer = batch_fn(lambda x: double(x) + 1)
+    results = run_all([lambda i=i: outer(tf.constant([i])) for i in range(6)])
+    assert [int(result[0]) for result in results] == [1, 3, 5, 7, 9, 11]

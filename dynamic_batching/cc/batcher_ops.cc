@@ -1,5 +1,6 @@
 // TensorFlow ops of the in-process batcher; see batcher.h.
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -10,11 +11,13 @@
 #include "tensorflow/core/common_runtime/device_mgr.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/device.h"
+#include "tensorflow/core/framework/function.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_handle.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/grappler/optimizers/meta_optimizer.h"
 
 namespace dynamic_batching {
 namespace {
@@ -126,6 +129,16 @@ class DynamicBatcherOp : public OpKernel {
       options.input_devices.push_back(handle.device());
     }
     options.output_devices.assign(num_outputs_, host->name());
+    // As TensorFlow does for a call of a tf.function.
+    tensorflow::grappler::GrapplerItem::OptimizationOptions optimizations;
+    optimizations.allow_pruning_stateful_and_dataset_ops = true;
+    optimizations.is_eager_mode = true;
+    optimizations.optimize_function_library = false;
+    using std::placeholders::_1, std::placeholders::_2, std::placeholders::_3;
+    using std::placeholders::_4, std::placeholders::_5, std::placeholders::_6;
+    options.optimize_graph_fn =
+        std::bind(tensorflow::grappler::OptimizeGraph, _1, _2, _3, _4, _5, options.config_proto,
+                  f_.name(), optimizations, _6);
     OP_REQUIRES_OK(context, library->Instantiate(f_.name(), tensorflow::AttrSlice(&f_.attr()),
                                                  options, &function.handle));
     Tensor* handle;
