@@ -4,39 +4,42 @@
 
 The file says how many frames a run has, the levels with the return that counts as learned, and the
 settings: their flags and how many seeds, unless a level has fewer. All have their first seed before
-any has its second. A run that was stopped goes on, complete ones are only reported; `--report`
-trains nothing and reports what is complete.
+any has its second. A run that was stopped goes on. What is known of a complete run is filed at
+once, in NAME.json and in a CSV file per level under docs/results/, and it is not made again unless
+the plan has other flags for it now; `--report` trains nothing and reports what is filed.
 """
 
 import argparse
+import csv
+import dataclasses
 import datetime
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 # Found whether this runs as a module or as a file.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import matplotlib
+import numpy as np
 import tabulate
 
 from benchmarks import learning, machine
 from impala import plot
+
+RANDOM_EPISODES = 100
+_CURVE = ('agent_steps', 'minutes', 'mean_return')
+_POINTS = 200
 
 
 def folder(name: str, setting: str, level_name: str, seed: int) -> str:
     """Returns the folder of a run, from the root of the project."""
     words = [re.sub(r'[^A-Za-z0-9]+', '_', text).strip('_') for text in (setting, level_name)]
     return os.path.join('runs', name, *words, f'seed_{seed}')
-
-
-def is_complete(logdir: str) -> bool:
-    """Returns whether a run was trained and tested to its end."""
-    return os.path.exists(os.path.join(learning.ROOT, logdir, 'test_scores.json'))
 
 
 def plan_runs(plan: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
@@ -49,23 +52,131 @@ def plan_runs(plan: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
                     yield seed, level_name, setting_name
 
 
+def flags_of(plan: dict[str, Any], setting_name: str, level_name: str) -> list[str]:
+    """Returns the flags of a run but for its seed and folder."""
+    return [
+        *plan['settings'][setting_name]['flags'],
+        f'--level_name={level_name}',
+        f'--total_environment_frames={plan["frames"]}',
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class FiledRun:
+    """What is kept of a complete run.
+
+    Attributes:
+      settings: name in the plan.
+      flags: as of `flags_of`.
+      row: as of `learning.row_of`.
+      curve: f64 `[N, 3]`: agent steps, minutes, mean of the last `learning.WINDOW` returns.
+    """
+
+    settings: str
+    flags: list[str]
+    row: dict[str, Any]
+    curve: np.ndarray
+
+
+def file_of_level(name: str, level_name: str) -> str:
+    """Returns the name of a level's CSV file and pictures, without ending."""
+    return f'{name}_{re.sub(r"[^A-Za-z0-9]+", "_", level_name.removeprefix("ALE/"))}'
+
+
+@dataclasses.dataclass
+class Filed:
+    """What is filed of a plan.
+
+    Attributes:
+      runs: of those that are complete.
+      random: of each level, as of `learning.mean_and_interval`: what random actions score.
+    """
+
+    runs: list[FiledRun] = dataclasses.field(default_factory=list)
+    random: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+
+
+def read_filed(folder: str, name: str, plan: dict[str, Any]) -> Filed:
+    """Reads what is filed in a folder of the runs of a plan."""
+    path = os.path.join(folder, f'{name}.json')
+    if not os.path.exists(path):
+        return Filed()
+    with open(path, encoding='utf-8') as file:
+        content = json.load(file)
+    kept = content['runs']
+    curves: dict[tuple[str, str, int], list[tuple[float, ...]]] = {}
+    for level_name in {run['row']['level'] for run in kept}:
+        path = os.path.join(folder, f'{file_of_level(name, level_name)}.csv')
+        with open(path, encoding='utf-8', newline='') as file:
+            for point in csv.DictReader(file):
+                key = level_name, point['settings'], int(point['seed'])
+                values = tuple(float(point[column]) for column in _CURVE)
+                curves.setdefault(key, []).append(values)
+    planned = set(plan_runs(plan))
+    filed = Filed(random=content['random'])
+    for run in kept:
+        row, settings, flags = run['row'], run['settings'], run['flags']
+        level_name = row['level']
+        if (
+            (row['seed'], level_name, settings) in planned
+            and flags == flags_of(plan, settings, level_name)
+            and row['threshold'] == plan['levels'][level_name]['learned']
+        ):
+            curve = np.array(curves[level_name, settings, row['seed']])
+            filed.runs.append(FiledRun(settings, flags, row, curve))
+    return filed
+
+
+def write_filed(folder: str, name: str, filed: Filed) -> None:
+    """Writes what `read_filed` reads."""
+    runs = filed.runs
+    for level_name in {run.row['level'] for run in runs}:
+        path = os.path.join(folder, f'{file_of_level(name, level_name)}.csv')
+        with open(path, 'w', encoding='utf-8', newline='') as file:
+            writer = csv.writer(file, lineterminator='\n')
+            writer.writerow(['settings', 'seed', *_CURVE])
+            for run in runs:
+                if run.row['level'] == level_name:
+                    for steps, minutes, mean in run.curve:
+                        point = [round(steps), round(minutes, 3), round(mean, 3)]
+                        writer.writerow([run.settings, run.row['seed'], *point])
+    kept = [{'settings': run.settings, 'flags': run.flags, 'row': run.row} for run in runs]
+    with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as file:
+        json.dump({'random': filed.random, 'runs': kept}, file, indent=1)
+        file.write('\n')
+
+
+def thin_curve(episodes: Sequence[dict[str, str]]) -> np.ndarray:
+    """Returns a `FiledRun.curve` of the rows of `episodes.csv`."""
+    returns = np.array([float(episode['episode_return']) for episode in episodes])
+    columns = [
+        [float(episode['agent_steps']) for episode in episodes],
+        [float(episode['wall_seconds']) / 60 for episode in episodes],
+        plot.running_mean(returns, learning.WINDOW),
+    ]
+    kept = np.linspace(0, len(episodes) - 1, min(_POINTS, len(episodes))).astype(int)
+    return np.array(columns).T[kept]
+
+
 def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
-    """Trains and tests what is not complete."""
+    """Trains, tests and files what is not filed yet."""
     for seed, level_name, setting_name in plan_runs(plan):
+        filed = read_filed(learning.RESULTS, name, plan)
+        if (seed, level_name, setting_name) in {
+            (run.row['seed'], run.row['level'], run.settings) for run in filed.runs
+        }:
+            continue
         logdir = folder(name, setting_name, level_name, seed)
-        if not is_complete(logdir):
-            flags = [
-                *plan['settings'][setting_name]['flags'],
-                f'--level_name={level_name}',
-                f'--total_environment_frames={plan["frames"]}',
-            ]
+        flags = flags_of(plan, setting_name, level_name)
+        if not os.path.exists(os.path.join(learning.ROOT, logdir, 'test_scores.json')):
             learning.train_and_test(logdir, flags, seed, test_episodes)
+        row, episodes = learning.row_of(seed, logdir, plan['levels'][level_name]['learned'])
+        filed.runs.append(FiledRun(setting_name, flags, row, thin_curve(episodes)))
+        write_filed(learning.RESULTS, name, filed)
 
 
-def report(
-    name: str, plan: dict[str, Any], test_episodes: int, random_episodes: int, remark: str
-) -> str:
-    """Writes the CSV files and pictures; returns the page."""
+def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> str:
+    """Draws what is filed; returns the page."""
     page = [f'# {plan["title"]}', '']
     page += [f'{machine.describe()}, no GPU, {datetime.date.today()}. {remark}'.strip(), '']
     page += [
@@ -83,37 +194,44 @@ def report(
             f'--total_environment_frames={plan["frames"]} --seed=N',
             '',
         ]
+    filed = read_filed(learning.RESULTS, name, plan)
     for level_name, level in plan['levels'].items():
         lines: list[list[Any]] = []
-        runs: dict[str, list[plot.Run]] = {}
-        filed: list[dict[str, Any]] = []
+        drawn: dict[str, list[plot.Run]] = {}
         for setting_name in plan['settings']:
-            rows = []
-            for seed, *what in plan_runs(plan):
-                logdir = folder(name, setting_name, level_name, seed)
-                if what == [level_name, setting_name] and is_complete(logdir):
-                    row, episodes = learning.row_of(seed, logdir, level['learned'])
-                    rows.append(row)
-                    filed += [{'settings': setting_name, 'seed': seed} | e for e in episodes]
-                    run = plot.read_run(os.path.join(learning.ROOT, logdir))
-                    runs.setdefault(setting_name, []).append(run)
+            runs = [
+                r for r in filed.runs if (r.settings, r.row['level']) == (setting_name, level_name)
+            ]
+            runs.sort(key=lambda run: run.row['seed'])
+            rows = [run.row for run in runs]
             lines += [[setting_name, *line] for line in learning.table_lines(rows)]
-        if not filed:
+            for steps, minutes, means in (run.curve.T for run in runs):
+                points = np.stack([steps, steps, minutes / 60, means], 1)
+                drawn.setdefault(setting_name, []).append(
+                    plot.Run('', {'level_name': level_name}, {level_name: points}, [])
+                )
+        if not lines:
             continue
-        stem = f'{name}_{re.sub(r"[^A-Za-z0-9]+", "_", level_name.removeprefix("ALE/"))}'
-        learning.file_episodes(stem, filed)
+        stem = file_of_level(name, level_name)
         with matplotlib.rc_context(plot.STYLE):
             for over, suffix in (('agent_steps', ''), ('wall_time', '_time')):
-                figure = plot.learning_curves(runs, over)
+                figure = plot.learning_curves(drawn, over, window=1)
                 figure.savefig(os.path.join(learning.RESULTS, f'{stem}{suffix}.png'))
         headers = ['settings', *learning.table_headers(level['learned'])]
         page += [f'## {level_name}', '']
         page += [tabulate.tabulate(lines, headers, 'github', disable_numparse=True), '']
-        page += [learning.comparison(level_name, random_episodes), '']
+        if level_name not in filed.random:
+            returns = learning.random_returns(level_name, RANDOM_EPISODES)
+            filed.random[level_name] = learning.mean_and_interval(returns)
+            write_filed(learning.RESULTS, name, filed)
+        random = filed.random[level_name]
+        page += [learning.comparison(level_name, random, RANDOM_EPISODES), '']
         page += [f'![Learning curves, lowest to highest of the seeds]({stem}.png)', '']
         page += [f'![The same over wall time]({stem}_time.png)', '']
-    page.append(f'Written by `python -m benchmarks.ablation configs/{name}.json`; the episodes are')
-    page.append('in the CSV files beside this page.')
+    page.append(
+        f'Written by `python -m benchmarks.ablation configs/{name}.json`; the curves are in'
+    )
+    page.append('the CSV files beside this page.')
     return '\n'.join(page) + '\n'
 
 
@@ -123,7 +241,6 @@ def main() -> None:
     parser.add_argument('plan', help='JSON file in configs/')
     parser.add_argument('--report', action='store_true', help='of what is complete, train nothing')
     parser.add_argument('--test_episodes', type=int, default=50)
-    parser.add_argument('--random_episodes', type=int, default=100)
     parser.add_argument('--remark', default='', help='a sentence for the page')
     args = parser.parse_args()
     name = os.path.splitext(os.path.basename(args.plan))[0]
@@ -134,7 +251,7 @@ def main() -> None:
         parser.error(f'{args.plan} is not a plan such as configs/generality.json: {error}.')
     if not args.report:
         train(name, plan, args.test_episodes)
-    page = report(name, plan, args.test_episodes, args.random_episodes, args.remark)
+    page = report(name, plan, args.test_episodes, args.remark)
     with open(os.path.join(learning.RESULTS, f'{name}.md'), 'w', encoding='utf-8') as file:
         file.write(page)
     print(page)

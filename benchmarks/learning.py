@@ -67,11 +67,14 @@ def first_above(episodes: list[dict[str, str]], threshold: float) -> dict[str, s
     return episodes[reached[0] + WINDOW - 1] if len(reached) else None
 
 
-def mean_text(returns: list[float]) -> str:
-    """Returns the mean and its 95% bootstrap interval."""
-    interval = mean_interval(returns)
-    text = f'{np.mean(returns):.2f}'
-    return text if interval is None else f'{text} ({interval[0]:.2f} to {interval[1]:.2f})'
+def mean_and_interval(returns: list[float]) -> list[float]:
+    """Returns the mean and, if there are several, its 95% bootstrap interval."""
+    return [float(np.mean(returns)), *(mean_interval(returns) or ())]
+
+
+def mean_text(mean: float, *interval: float) -> str:
+    """Returns the text of `mean_and_interval`."""
+    return f'{mean:.2f}' + (f' ({interval[0]:.2f} to {interval[1]:.2f})' if interval else '')
 
 
 def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: int) -> None:
@@ -121,12 +124,13 @@ def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], li
     return {
         'seed': seed,
         'level': level_name,
+        'threshold': threshold,
         'solved_steps': int(solved['agent_steps']) if solved else None,
         'solved_minutes': float(solved['wall_seconds']) / 60 if solved else None,
         'steps': last['agent_steps'],
         'minutes': last['wall_seconds'] / 60,
-        'trained': [float(episode['episode_return']) for episode in episodes[-WINDOW:]],
-        'tested': level['returns'],
+        'trained': statistics.fmean(float(e['episode_return']) for e in episodes[-WINDOW:]),
+        'tested': mean_and_interval(level['returns']),
     }, episodes
 
 
@@ -152,8 +156,8 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
             f'{row["solved_minutes"]:.1f}' if row['solved_steps'] else '',
             f'{row["steps"]:,}',
             f'{row["minutes"]:.1f}',
-            f'{np.mean(row["trained"]):.2f}',
-            mean_text(row['tested']),
+            f'{row["trained"]:.2f}',
+            mean_text(*row['tested']),
         ]
         for row in rows
     ]
@@ -169,8 +173,8 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
                 f'{statistics.median_high(minutes):.1f}' if solved else '',
                 f'{statistics.median(row["steps"] for row in rows):,.0f}',
                 f'{statistics.median(row["minutes"] for row in rows):.1f}',
-                f'{statistics.median(np.mean(row["trained"]) for row in rows):.2f}',
-                f'{statistics.median(np.mean(row["tested"]) for row in rows):.2f}',
+                f'{statistics.median(row["trained"] for row in rows):.2f}',
+                f'{statistics.median(row["tested"][0] for row in rows):.2f}',
             ]
         )
     return lines
@@ -186,11 +190,10 @@ def file_episodes(name: str, episodes: Sequence[dict[str, Any]]) -> int:
     return stride
 
 
-def comparison(level_name: str, random_episodes: int) -> str:
-    """Returns what others score in the level."""
+def comparison(level_name: str, random: Sequence[float], random_episodes: int) -> str:
+    """Returns what others score in the level, and random actions, as of `mean_and_interval`."""
     known = suites.known_level(level_name)
-    lines = [[f'random actions, {random_episodes} episodes here']]
-    lines[0].append(mean_text(random_returns(level_name, random_episodes)))
+    lines = [[f'random actions, {random_episodes} episodes here', mean_text(*random)]]
     if known.human is not None:
         lines.append(['human, as published', f'{known.human:g}'])
     lines += [[f'{name}, as published', f'{value:g}'] for name, value in known.published.items()]
@@ -227,6 +230,7 @@ def main() -> None:
             figure = plot.learning_curves({label: runs}, over)
             figure.savefig(os.path.join(RESULTS, f'{name}{suffix}.png'))
     level_name = rows[0]['level']
+    random = mean_and_interval(random_returns(level_name, args.random_episodes))
     shape = ', between the lowest and the highest of the seeds' if len(rows) > 1 else ''
     table = tabulate.tabulate(
         table_lines(rows), table_headers(args.threshold), 'github', disable_numparse=True
@@ -242,7 +246,7 @@ and so on. Agent steps and minutes until the mean of the last {WINDOW} episodes 
 
 {table}
 
-{comparison(level_name, args.random_episodes)}
+{comparison(level_name, random, args.random_episodes)}
 
 ![Learning curve{shape}]({name}.png)
 

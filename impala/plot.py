@@ -129,12 +129,15 @@ def spread(
     return x, y.mean(0), y.min(0), y.max(0)
 
 
-def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') -> Any:
+def learning_curves(
+    kinds: Mapping[str, Sequence[Run]], over: str = 'frames', window: int = WINDOW
+) -> Any:
     """Returns a figure with the returns of each level, with random, human and published lines.
 
     Args:
       kinds: as of `group`.
       over: `'frames'`, `'agent_steps'` or `'wall_time'`.
+      window: how many returns to average; 1 where they are such averages already.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -157,10 +160,10 @@ def learning_curves(kinds: Mapping[str, Sequence[Run]], over: str = 'frames') ->
     known_levels = _known_levels(kinds)
     for axes, name in zip(grid, levels, strict=False):
         for color, (kind, runs) in enumerate(kinds.items()):
+            played = [run.episodes[name] for run in runs if name in run.episodes]
             curves = [
-                (scale * run.episodes[name][:, column], running_mean(run.episodes[name][:, 3]))
-                for run in runs
-                if name in run.episodes
+                (scale * episodes[:, column], running_mean(episodes[:, 3], window))
+                for episodes in played
             ]
             if not curves:
                 continue

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks import ablation
@@ -37,6 +38,67 @@ def test_plans_have_runs_in_folders_of_their_own_and_flag_files_that_exist(name)
     for setting in plan['settings'].values():
         (path,) = (flag for flag in setting['flags'] if flag.startswith('--flagfile='))
         assert (ROOT / path.partition('=')[2]).exists()
+
+
+def episode(steps, episode_return):
+    return {
+        'agent_steps': str(steps),
+        'wall_seconds': str(steps * 6),
+        'episode_return': str(episode_return),
+    }
+
+
+def test_curves_are_means_of_the_last_100_returns_at_some_of_the_steps():
+    # Returns 0, 1, 2, ...: the mean of those from n - 99 to n is n - 49.5.
+    curve = ablation.thin_curve([episode(10 * i, i) for i in range(1000)])
+    assert curve.shape == (200, 3)
+    steps, minutes, means = curve.T
+    assert steps[0] == 0 and steps[-1] == 9990 and (steps[1:] > steps[:-1]).all()
+    assert minutes == pytest.approx(steps / 10)
+    assert means[-1] == 949.5 and means[0] == 0
+    assert len(ablation.thin_curve([episode(1, 2), episode(3, 4)])) == 2
+
+
+def test_runs_are_filed_until_the_plan_has_other_flags_for_them(tmp_path):
+    plan = {
+        'frames': 100, 'levels': {'ALE/Pong-v5': {'learned': 1}, 'CartPole-v1': {'learned': 2}},
+        'settings': {'x': {'seeds': 2, 'flags': ['--a=1']}, 'y': {'seeds': 1, 'flags': []}},
+    }  # fmt: skip
+    runs = []
+    for seed, level_name, setting in ablation.plan_runs(plan):
+        row = {
+            'seed': seed,
+            'level': level_name,
+            'threshold': plan['levels'][level_name]['learned'],
+        }
+        flags = ablation.flags_of(plan, setting, level_name)
+        curve = np.array([[1, 0.5, seed], [2, 1.0, len(runs)]])
+        runs.append(ablation.FiledRun(setting, flags, row, curve))
+    random = {'ALE/Pong-v5': [-20.0, -21.0, -19.0]}
+    assert ablation.read_filed(tmp_path, 'plan', plan) == ablation.Filed()
+    ablation.write_filed(tmp_path, 'plan', ablation.Filed(runs, random))
+
+    filed = ablation.read_filed(tmp_path, 'plan', plan)
+    assert filed.random == random and len(filed.runs) == 6
+    for read, written in zip(filed.runs, runs, strict=True):
+        assert (read.settings, read.flags, read.row) == (
+            written.settings,
+            written.flags,
+            written.row,
+        )
+        np.testing.assert_array_equal(read.curve, written.curve)
+
+    def kept():
+        return [
+            (r.row['level'], r.settings) for r in ablation.read_filed(tmp_path, 'plan', plan).runs
+        ]
+
+    plan['settings']['x']['flags'] = ['--a=2']
+    assert kept() == [('ALE/Pong-v5', 'y'), ('CartPole-v1', 'y')]
+    plan['levels']['CartPole-v1']['learned'] = 3
+    assert kept() == [('ALE/Pong-v5', 'y')]
+    plan['frames'] = 200
+    assert kept() == []
 
 
 def run(*args):

@@ -13,13 +13,15 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / 'deploy'
 PORT = 8000
+REPLAY_PORT = 9000
 
 # Prints, as experiment.py understands them, the flags that are given.
 READ_FLAGS = """
 import json, sys
 import experiment
 experiment.FLAGS(sys.argv)
-names = 'job_name', 'task', 'learner_address', 'envs_per_actor', 'level_name', 'trusted_network'
+names = ('job_name', 'task', 'learner_address', 'envs_per_actor', 'level_name', 'trusted_network',
+         'replay_addresses', 'replay_fraction')
 print(json.dumps({name: experiment.FLAGS[name].value for name in names}))
 """
 
@@ -60,6 +62,72 @@ def test_compose_actors_reach_a_learner_that_nobody_else_does():
         assert 'network_mode' not in service
         (network,) = service['networks']
         assert compose['networks'][network] == {'internal': True}
+
+
+def test_compose_replay_jobs_are_those_that_the_learner_is_told_of():
+    base, replay = (each['services'] for each in load('compose.yaml', 'compose_replay.yaml'))
+    learner = replay.pop('learner')
+    of_replay = learner['command'][len(base['learner']['command']) :]
+    assert learner == {'command': base['learner']['command'] + of_replay}
+    flags = read_flags(learner['command'])
+    assert flags['replay_fraction'] == 0.5
+    addresses = flags['replay_addresses']
+    assert addresses == [f'{name}:{REPLAY_PORT}' for name in replay]
+    for task, service in enumerate(replay.values()):
+        flags = read_flags(service['command'])
+        assert (flags['job_name'], flags['task']) == ('replay', task)
+        assert flags['replay_addresses'] == addresses
+        for name in ('networks', 'security_opt', 'cap_drop', 'image'):
+            assert service[name] == base['learner'][name]
+        assert 'ports' not in service
+
+
+def test_kubernetes_replay_jobs_are_those_that_the_learner_is_told_of_and_reach_nobody():
+    yaml = pytest.importorskip('yaml')
+    (kustomization,) = load('kubernetes-replay/kustomization.yaml')
+    (base,) = load('kubernetes/kustomization.yaml')
+    assert kustomization['images'] == base['images']
+    assert kustomization['resources'][0] == '../kubernetes'
+    files = [f'kubernetes-replay/{name}' for name in kustomization['resources'][1:]]
+    found = {(each['kind'], each['metadata']['name']): each['spec'] for each in load(*files)}
+    learner, *_ = load('kubernetes/learner.yaml')[1:]
+    (patch,) = kustomization['patches']
+    assert patch['target'] == {'kind': learner['kind'], 'name': learner['metadata']['name']}
+    operations = yaml.safe_load(patch['patch'])
+    assert {(each['op'], each['path']) for each in operations} == {
+        ('add', '/spec/template/spec/containers/0/args/-')
+    }
+    pod = learner['spec']['template']
+    learner_flags = read_flags(
+        pod['spec']['containers'][0]['args'] + [each['value'] for each in operations]
+    )
+    assert learner_flags['replay_fraction'] == 0.5
+
+    jobs = found['StatefulSet', 'impala-replay']
+    labels = jobs['template']['metadata']['labels']
+    service = found['Service', jobs['serviceName']]
+    assert jobs['selector']['matchLabels'] == service['selector'] == labels
+    (container,) = jobs['template']['spec']['containers']
+    flags = read_flags([each.replace('$(TASK)', '1') for each in container['args']])
+    assert (flags['job_name'], flags['task']) == ('replay', 1)
+    # A pod of a StatefulSet is NAME-INDEX.SERVICE.
+    assert flags['replay_addresses'] == learner_flags['replay_addresses'] == [
+        f'impala-replay-{task}.{jobs["serviceName"]}:{REPLAY_PORT}'
+        for task in range(jobs['replicas'])
+    ]  # fmt: skip
+    assert container['ports'] == [{'containerPort': REPLAY_PORT}]
+
+    port = [{'protocol': 'TCP', 'port': REPLAY_PORT}]
+    of_replay, of_learner = (found['NetworkPolicy', f'impala-{name}'] for name in
+                             ('replay', 'learner-to-replay'))  # fmt: skip
+    learner_pods = {'podSelector': {'matchLabels': pod['metadata']['labels']}}
+    assert of_replay['podSelector'] == {'matchLabels': labels}
+    assert set(of_replay['policyTypes']) == {'Ingress', 'Egress'}
+    assert of_replay['ingress'] == [{'from': [learner_pods], 'ports': port}]
+    assert of_replay['egress'] == []
+    assert of_learner['podSelector'] == learner_pods['podSelector']
+    assert of_learner['policyTypes'] == ['Egress']
+    assert {'to': [{'podSelector': {'matchLabels': labels}}], 'ports': port} in of_learner['egress']
 
 
 def test_kubernetes_actors_reach_a_learner_that_nobody_else_does():
