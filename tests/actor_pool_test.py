@@ -263,8 +263,10 @@ with actor_pool_test.running(['good', 'good'], 0) as (workplace, batcher, pool, 
 
 
 def janitor(parent, folder):
-    (process,) = [child for child in parent.children() if folder in child.cmdline()]
-    return process
+    # A process that was only just started may not show its command line yet.
+    return wait_until(
+        lambda: next((child for child in parent.children() if folder in child.cmdline()), None)
+    )
 
 
 def test_the_folder_goes_when_its_janitor_was_killed():
