@@ -31,6 +31,8 @@ _JOB = 'learner'
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
 _LONGEST_SENTENCE = 300
+# For a connection to be accepted, before TensorFlow makes one.
+_KNOCK_SECONDS = 3.0
 
 AnyConnection = TypeVar('AnyConnection', bound='Connection')
 
@@ -208,21 +210,6 @@ class Connection:
             self._build()
         self._graph.finalize()
 
-    def knock(self, seconds: float) -> None:
-        """Returns if somebody listens, without TensorFlow's attempts to find somebody after all.
-
-        Args:
-          seconds: that it may take.
-
-        Raises:
-          Disconnected: nobody does.
-        """
-        try:
-            socket.create_connection(split_address(self.address), seconds).close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise Disconnected(f'{self._peer} is not there: {reason}.') from error
-
     def settings(self) -> str:
         """Returns the text that the learner has for its actors.
 
@@ -351,6 +338,16 @@ class Connection:
         with self._lock:
             if self._closed:
                 raise self._closed_error()
+            if self._session is not None:
+                return self._session
+        try:
+            _knock(self.address, min(_KNOCK_SECONDS, self._deadline_ms / 1000))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise Disconnected(f'{self._peer} is not there: {reason}.') from error
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
             if self._session is None:
                 config = tf.compat.v1.ConfigProto(operation_timeout_in_ms=self._deadline_ms)
                 # A connection of its own: one that the network has swallowed is not found dead
@@ -436,6 +433,15 @@ def _close(session: tf.compat.v1.Session) -> None:
         session.close()
 
 
+def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
+    """Returns if somebody listens there: a session tries until its deadline, also if nobody does.
+
+    Raises:
+      OSError: nobody does.
+    """
+    socket.create_connection(split_address(address), seconds).close()
+
+
 def split_address(address: str) -> tuple[str, int]:
     """Returns host and port of `host:port`.
 
@@ -472,12 +478,23 @@ def is_in_use(port: int) -> bool:
 
 
 class _Session(tf.compat.v1.Session):
-    """A session that leaves the messages of errors as they are.
+    """A session that leaves the messages of errors as they are, and ends at once if it is alone.
 
     TensorFlow looks for names of operations in them, in a time that grows with the square of their
     length, and some hold the whole request: an unroll that a broken connection has delivered twice
     is an error of a megabyte, on which a job spent hours.
     """
+
+    _closed: bool
+
+    def close(self) -> None:
+        """Ends the session, at both ends if there is still another."""
+        if not self._closed:
+            try:
+                _knock(tf.compat.as_str(self.sess_str).removeprefix('grpc://'))
+            except OSError:
+                self._closed = True
+        super().close()
 
     def _do_call(self, fn: Callable[..., Any], *args: Any) -> Any:
         return fn(*args)

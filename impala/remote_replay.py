@@ -55,7 +55,6 @@ _POLL_SECONDS = 2.0
 _FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 0.25, 5.0
 # A shard's lease is renewed so many times before it ends.
 _RENEWALS_PER_LEASE = 4
-_KNOCK_SECONDS = 3.0
 _LEAVE_SECONDS = 2.0
 _DEADLINE_SECONDS = 10.0
 
@@ -323,7 +322,6 @@ class RemoteReplay:
                 shard.address, REQUEST_COMPONENTS, (), _LEAVE_SECONDS, REQUESTS, BOARD
             ) as asking,
         ):
-            asking.knock(_LEAVE_SECONDS)
             self._send(asking, Wish.LEAVE)
 
     def _keep(self, shard: '_Shard') -> None:
@@ -464,8 +462,6 @@ class RemoteReplay:
                 BOARD,
             )
         ) as asking:
-            # A session would try for as long as it may, also where nobody listens.
-            asking.knock(_KNOCK_SECONDS)
             settings = json.loads(asking.settings())
             if settings['protocol'] != PROTOCOL:
                 raise ConfigError(
