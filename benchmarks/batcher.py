@@ -12,8 +12,8 @@ than half of what a call costs is TensorFlow's while loop, the same for every ba
 
 TensorFlow's function runs with several settings and the fastest counts. Ratios are medians over
 rounds in which all take turns, because the speed of a shared machine drifts. `unbatched` is the
-same loop calling the function itself. With few calls (`--calls`) the start of the callers, threads
-of Python, would count more than what they do.
+same loop calling the function itself. With few `--seconds` the start of the callers, threads of
+Python, would count more than what they do.
 """
 
 import argparse
@@ -44,15 +44,15 @@ _CALLS_PER_TURN = (1, 4)
 def main() -> None:
     """Prints one table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--calls', type=int, default=60000, help='per measurement')
+    parser.add_argument('--rounds', type=int, default=9)
+    parser.add_argument('--seconds', type=float, default=0.8, help='about, per measurement')
     args = parser.parse_args()
     load = os.getloadavg()[0]
     table, result = [], {}
     for calls_per_turn, num_variables, callers in itertools.product(
         _CALLS_PER_TURN, _VARIABLES, _CALLERS
     ):
-        rates = _measure(callers, num_variables, calls_per_turn, args.rounds, args.calls)
+        rates = _measure(callers, num_variables, calls_per_turn, args.rounds, args.seconds)
         theirs = max(
             (name for name in rates if name.startswith('TensorFlow')),
             key=lambda name: statistics.median(rates[name]),  # noqa: B023
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def _measure(
-    callers: int, num_variables: int, calls_per_turn: int, rounds: int, calls: int
+    callers: int, num_variables: int, calls_per_turn: int, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Returns calls/s of each round, by name of the batcher."""
     variables = [tf.Variable(0) for _ in range(num_variables)]
@@ -116,13 +116,15 @@ def _measure(
     measurements = {
         name: _measurement(function, frames, calls_per_turn) for name, function in batched.items()
     }
-    for measure in measurements.values():
+    calls = {}
+    for name, measure in measurements.items():
         measure(10 * callers)
+        calls[name] = round(seconds * measure(200 * callers))
     rates: dict[str, list[float]] = {name: [] for name in batched}
     for round_ in range(rounds):
         # Whoever comes last in a round is first in the next.
         for name in list(batched) if round_ % 2 else reversed(list(batched)):
-            rates[name].append(measurements[name](calls))
+            rates[name].append(measurements[name](calls[name]))
     return rates
 
 
@@ -152,24 +154,27 @@ def _measurement(
 
     def turn(frame, count):
         for _ in range(calls_per_turn):
-            count = tf.ensure_shape(function(frame, count), [1])
+            count = function(frame, count)
+            count.set_shape([1])  # TensorFlow's batcher does not tell.
         return (count,)
 
     @tf.function
-    def loop(frame, calls):
+    def loop(frame, turns):
+        # Counting the turns apart from the calls is the least that a loop can cost.
         return tf.while_loop(
-            lambda count: count[0] < calls,
+            lambda count: True,
             lambda count: turn(frame, count),
             (tf.constant([0]),),
+            maximum_iterations=turns,
         )[0]
 
     def measure(total_calls):
-        turns = total_calls // len(frames) // calls_per_turn
-        calls = tf.constant(turns * calls_per_turn)
+        turns = max(round(total_calls / len(frames) / calls_per_turn), 1)
+        calls = turns * calls_per_turn
         counts: list[Any] = [None] * len(frames)
 
         def run(caller):
-            counts[caller] = loop(frames[caller], calls)
+            counts[caller] = loop(frames[caller], tf.constant(turns))
 
         threads = [threading.Thread(target=run, args=(caller,)) for caller in range(len(frames))]
         start = time.perf_counter()
@@ -178,9 +183,9 @@ def _measurement(
         for thread in threads:
             thread.join()
         seconds = time.perf_counter() - start
-        if any(int(count[0]) != int(calls) for count in counts):
+        if any(int(count[0]) != calls for count in counts):
             raise RuntimeError('a caller has not got the answers that it should have')
-        return int(calls) * len(frames) / seconds
+        return calls * len(frames) / seconds
 
     loop(frames[0], tf.constant(1))  # Traced before threads race for it.
     return measure

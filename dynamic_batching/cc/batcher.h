@@ -35,6 +35,8 @@ struct BatchedFunction {
   std::string name;  // For messages, as are the names of the inputs.
   tensorflow::FunctionLibraryRuntime* library = nullptr;
   tensorflow::FunctionLibraryRuntime::Handle handle = tensorflow::kInvalidHandle;
+  // Where the function is defined, if not in `library`.
+  std::shared_ptr<const tensorflow::FunctionLibraryDefinition> definitions;
   std::vector<std::string> input_names;
   std::vector<tensorflow::DataType> input_types;
   std::vector<tensorflow::TensorShape> row_shapes;  // Of the inputs, with the leading 1.

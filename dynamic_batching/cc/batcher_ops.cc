@@ -1,5 +1,7 @@
 // TensorFlow ops of the in-process batcher; see batcher.h.
 
+#include <algorithm>
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -9,21 +11,27 @@
 #include "absl/strings/str_cat.h"
 #include "batcher.h"
 #include "tensorflow/core/common_runtime/device_mgr.h"
+#include "tensorflow/core/common_runtime/graph_constructor.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/device.h"
 #include "tensorflow/core/framework/function.h"
+#include "tensorflow/core/framework/graph.pb.h"
+#include "tensorflow/core/framework/graph_to_functiondef.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/resource_handle.h"
 #include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/graph/graph.h"
 #include "tensorflow/core/grappler/optimizers/meta_optimizer.h"
 
 namespace dynamic_batching {
 namespace {
 
 using tensorflow::AsyncOpKernel;
+using tensorflow::FunctionLibraryDefinition;
 using tensorflow::FunctionLibraryRuntime;
+using tensorflow::GraphDef;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
@@ -53,6 +61,47 @@ absl::StatusOr<Batcher*> FindBatcher(OpKernelContext* context) {
       tensorflow::HandleFromInput(context, 0).GetResource<BatcherResource>();
   if (!resource.ok()) return resource.status();
   return (*resource)->batcher();
+}
+
+// Replaces the instance of a function, made for several devices, by one without the means for
+// that, which cost a small function about as much as its computation. Leaves it as it is if it has
+// inputs that it does not use.
+//
+// `graph_def` is what the runtime has made of the function, which is optimised, as functions are
+// not that are for one device from the start. All of it is on the device of `function->library`.
+absl::Status RunOnOneDevice(const GraphDef& graph_def, int64_t num_outputs,
+                            BatchedFunction* function) {
+  tensorflow::GraphConstructorOptions options;
+  options.allow_internal_ops = true;
+  options.expect_device_spec = true;
+  auto definitions = std::make_shared<FunctionLibraryDefinition>(
+      tensorflow::OpRegistry::Global(), graph_def.library());
+  tensorflow::Graph graph(tensorflow::OpRegistry::Global());
+  TF_RETURN_IF_ERROR(ConvertGraphDefToGraph(options, graph_def, &graph));
+  // The runtime tells functions apart by their names.
+  static std::atomic<int64_t> count{0};
+  const std::string name = absl::StrCat("batched_on_one_device_", ++count);
+  tensorflow::FunctionDef definition;
+  TF_RETURN_IF_ERROR(GraphToFunctionDef(graph, name, &definition));
+  // What it does not use it no longer has.
+  const size_t num_inputs = function->input_types.size() + function->captured.size();
+  const tensorflow::OpDef& signature = definition.signature();
+  if (signature.input_arg_size() != num_inputs || signature.output_arg_size() != num_outputs) {
+    return absl::OkStatus();
+  }
+  TF_RETURN_IF_ERROR(definitions->AddFunctionDef(definition));
+  FunctionLibraryRuntime* const library = function->library;
+  FunctionLibraryRuntime::InstantiateOptions instantiation;
+  instantiation.target = library->device()->name();
+  instantiation.lib_def = definitions.get();
+  if (library->config_proto() != nullptr) instantiation.config_proto = *library->config_proto();
+  FunctionLibraryRuntime::Handle handle;
+  TF_RETURN_IF_ERROR(
+      library->Instantiate(name, tensorflow::AttrSlice(), instantiation, &handle));
+  TF_RETURN_IF_ERROR(library->ReleaseHandle(function->handle));
+  function->handle = handle;
+  function->definitions = std::move(definitions);
+  return absl::OkStatus();
 }
 
 class DynamicBatcherOp : public OpKernel {
@@ -139,8 +188,18 @@ class DynamicBatcherOp : public OpKernel {
     options.optimize_graph_fn =
         std::bind(tensorflow::grappler::OptimizeGraph, _1, _2, _3, _4, _5, options.config_proto,
                   f_.name(), optimizations, _6);
+    tensorflow::GraphCollector collector;
+    options.graph_collector = &collector;
     OP_REQUIRES_OK(context, library->Instantiate(f_.name(), tensorflow::AttrSlice(&f_.attr()),
                                                  options, &function.handle));
+    const std::string& own_device = library->device()->name();
+    tensorflow::mutex_lock lock(collector.mu);
+    const std::vector<GraphDef>& parts = collector.partitioned_graphs;
+    if (parts.size() == 1 &&
+        std::all_of(parts[0].node().begin(), parts[0].node().end(),
+                    [&](const auto& node) { return node.device() == own_device; })) {
+      OP_REQUIRES_OK(context, RunOnOneDevice(parts[0], num_outputs_, &function));
+    }
     Tensor* handle;
     OP_REQUIRES_OK(context, context->allocate_output(0, {}, &handle));
     handle->scalar<ResourceHandle>()() = ResourceHandle::MakeRefCountingHandle(
