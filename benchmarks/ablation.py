@@ -140,10 +140,21 @@ def write_filed(folder: str, name: str, filed: Filed) -> None:
                     for steps, minutes, mean in run.curve:
                         point = [round(steps), round(minutes, 3), round(mean, 3)]
                         writer.writerow([run.settings, run.row['seed'], *point])
-    kept = [{'settings': run.settings, 'flags': run.flags, 'row': run.row} for run in runs]
+    kept = [
+        {'settings': run.settings, 'flags': run.flags, 'row': _rounded(run.row)} for run in runs
+    ]
     with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as file:
         json.dump({'random': filed.random, 'runs': kept}, file, indent=1)
         file.write('\n')
+
+
+def _rounded(value: Any) -> Any:
+    """Returns what JSON can hold with three decimals at most."""
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return round(value, 3) if isinstance(value, float) else value
 
 
 def thin_curve(episodes: Sequence[dict[str, str]]) -> np.ndarray:
