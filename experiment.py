@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -539,6 +540,8 @@ def _test() -> int:
     path = FLAGS.checkpoint.removesuffix('.index')
     if path and not FLAGS['logdir'].present:
         FLAGS.logdir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
+    if FLAGS.watch:
+        _await_run()
     _restore_flags()
     returns = evaluation.evaluate(
         _config(),
@@ -658,6 +661,17 @@ def _flags_text() -> str:
         if flag.value is not None and flag.name != 'stop_at_frames'
     ]
     return ''.join(line + '\n' for line in lines)
+
+
+def _await_run() -> None:
+    """Waits until --logdir is the folder of a training run."""
+    from impala import run_files
+
+    flag_file = os.path.join(FLAGS.logdir, run_files.FLAG_FILE)
+    if not os.path.exists(flag_file):
+        print(f'Waiting for a training run in {FLAGS.logdir}', flush=True)
+        while not os.path.exists(flag_file):
+            time.sleep(1)
 
 
 def _restore_flags() -> None:

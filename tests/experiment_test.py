@@ -398,6 +398,18 @@ def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path)
     assert re.search(r'CartPole-v1 +1 +\d', run.stdout)
 
 
+def test_watching_may_begin_before_training_does(trained, tmp_path):
+    logdir, copy = tmp_path / 'run', tmp_path / 'copy'
+    shutil.copytree(trained[1], copy)
+    flags = ('--mode=test', '--watch', '--test_num_episodes=1', f'--logdir={logdir}')
+    with Run(tmp_path / 'watching', *flags) as run:
+        run.wait_until(lambda: f'Waiting for a training run in {logdir}\n' in run.stdout)
+        copy.rename(logdir)
+        assert run.wait() == 0, run.stderr
+    assert 'Training is complete.' in run.stdout
+    assert (logdir / 'test_history.csv').exists()
+
+
 def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
     logdir = tmp_path / 'run'
     shutil.copytree(trained[1], logdir)
