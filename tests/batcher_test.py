@@ -685,3 +685,17 @@ def test_a_function_that_calls_a_compiled_one():
     outer = batch_fn(lambda x: double(x) + 1)
     results = run_all([lambda i=i: outer(tf.constant([i])) for i in range(6)])
     assert [int(result[0]) for result in results] == [1, 3, 5, 7, 9, 11]
+
+
+def test_inputs_and_variables_that_the_function_does_not_use():
+    first, second = tf.Variable(2), tf.Variable(3)
+
+    def triple(unused, x):
+        first * 5  # Nobody wants to know.
+        return x * second
+
+    batched = batch_fn(triple)
+    results = run_all([lambda i=i: batched(tf.zeros([1]), tf.constant([i])) for i in range(6)])
+    assert [int(result[0]) for result in results] == [0, 3, 6, 9, 12, 15]
+    ignores_last = batch_fn(lambda x, unused: x + 1)
+    assert int(ignores_last(tf.constant([1]), tf.zeros([1]))[0]) == 2
