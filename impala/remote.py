@@ -135,9 +135,9 @@ class Weights(NamedTuple):
 class Connection:
     """A client's end of the line to a server, of which it wants what an actor wants of the learner.
 
-    It connects with the first call and, after `Disconnected`, with the next one; no call hangs. It
-    may be closed by any thread; the other methods may be called from several threads, but unrolls
-    have an order.
+    It connects with the first call and, after `Disconnected`, with the next one; no call hangs,
+    though it may take the system a while to look up a name. It may be closed by any thread; the
+    other methods may be called from several threads, but unrolls have an order.
     """
 
     _who = 'job'
@@ -343,6 +343,8 @@ class Connection:
         try:
             _knock(self.address, min(_KNOCK_SECONDS, self._deadline_ms / 1000))
         except OSError as error:
+            if self._closed:
+                raise self._closed_error() from error
             reason = error.strerror or str(error)
             raise Disconnected(f'{self._peer} is not there: {reason}.') from error
         with self._lock:
@@ -439,7 +441,11 @@ def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
     Raises:
       OSError: nobody does.
     """
-    socket.create_connection(split_address(address), seconds).close()
+    host, port = split_address(address)
+    try:
+        socket.create_connection((host.strip('[]'), port), seconds).close()
+    except UnicodeError as error:  # An empty part of the name, for one.
+        raise OSError(f"'{host}' is no name of a machine ({error})") from error
 
 
 def split_address(address: str) -> tuple[str, int]:
