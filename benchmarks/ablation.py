@@ -6,7 +6,8 @@ The file says how many frames a run has, the levels with the return that counts 
 settings: their flags and how many seeds, unless a level has fewer. All have their first seed before
 any has its second. A run that was stopped goes on. What is known of a complete run is filed at
 once, in NAME.json and in a CSV file per level under docs/results/, and it is not made again unless
-the plan has other flags for it now; `--report` trains nothing and reports what is filed.
+the plan has other flags for it or another return now; `--report` trains nothing and reports what is
+filed.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import os
 import re
 import shlex
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,10 +38,11 @@ _CURVE = ('agent_steps', 'minutes', 'mean_return')
 _POINTS = 200
 
 
-def folder(name: str, setting: str, level_name: str, seed: int) -> str:
-    """Returns the folder of a run, from the root of the project."""
+def folder(name: str, setting: str, level_name: str, seed: int, flags: Sequence[str]) -> str:
+    """Returns the folder of a run, from the root of the project; another one for other flags."""
     words = [re.sub(r'[^A-Za-z0-9]+', '_', text).strip('_') for text in (setting, level_name)]
-    return os.path.join('runs', name, *words, f'seed_{seed}')
+    flags_hash = zlib.crc32(' '.join(flags).encode())
+    return os.path.join('runs', name, *words, f'seed_{seed}_{flags_hash:08x}')
 
 
 def plan_runs(plan: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
@@ -144,7 +147,7 @@ def write_filed(folder: str, name: str, filed: Filed) -> None:
         {'settings': run.settings, 'flags': run.flags, 'row': _rounded(run.row)} for run in runs
     ]
     with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as file:
-        json.dump({'random': filed.random, 'runs': kept}, file, indent=1)
+        json.dump({'random': _rounded(filed.random), 'runs': kept}, file, indent=1)
         file.write('\n')
 
 
@@ -177,8 +180,8 @@ def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
             (run.row['seed'], run.row['level'], run.settings) for run in filed.runs
         }:
             continue
-        logdir = folder(name, setting_name, level_name, seed)
         flags = flags_of(plan, setting_name, level_name)
+        logdir = folder(name, setting_name, level_name, seed, flags)
         if not os.path.exists(os.path.join(learning.ROOT, logdir, 'test_scores.json')):
             learning.train_and_test(logdir, flags, seed, test_episodes)
         row, episodes = learning.row_of(seed, logdir, plan['levels'][level_name]['learned'])

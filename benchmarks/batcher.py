@@ -7,8 +7,8 @@ int32 that its last call returned, as an actor passes its observation and its st
 each answer. The function computes next to nothing, so that batching itself is what is measured;
 once without variables, and once with as many (scalar) ones as the shallow network has.
 
-A turn of the loop makes one such call, and in other rows four, one after the other. With one, more
-than half of what a call costs is TensorFlow's while loop, the same for every batcher.
+A turn of the loop makes one such call, and in other rows four, one after the other, so that less
+of what is measured is TensorFlow's while loop, the same for every batcher.
 
 TensorFlow's function runs with several settings and the fastest counts. Ratios are medians over
 rounds in which all take turns, because the speed of a shared machine drifts. `unbatched` is the

@@ -33,8 +33,10 @@ def test_all_have_their_first_seed_before_any_has_its_second():
 def test_plans_have_runs_in_folders_of_their_own_and_flag_files_that_exist(name):
     plan = json.loads((ROOT / 'configs' / f'{name}.json').read_text(encoding='utf-8'))
     runs = list(ablation.plan_runs(plan))
-    folders = {ablation.folder(name, setting, level, seed) for seed, level, setting in runs}
+    folders = {ablation.folder(name, setting, level, seed, []) for seed, level, setting in runs}
     assert len(folders) == len(runs) > 8
+    # What was trained with other flags is not taken for a run of the plan.
+    assert ablation.folder(name, 'a', 'b', 1, ['--c']) != ablation.folder(name, 'a', 'b', 1, [])
     for setting in plan['settings'].values():
         (path,) = (flag for flag in setting['flags'] if flag.startswith('--flagfile='))
         assert (ROOT / path.partition('=')[2]).exists()
