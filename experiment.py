@@ -540,7 +540,7 @@ def _test() -> int:
     path = FLAGS.checkpoint.removesuffix('.index')
     if path and not FLAGS['logdir'].present:
         FLAGS.logdir = os.path.dirname(os.path.dirname(os.path.abspath(path)))
-    if FLAGS.watch:
+    if FLAGS.watch and not path:
         _await_run()
     _restore_flags()
     returns = evaluation.evaluate(
