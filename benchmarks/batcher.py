@@ -152,21 +152,14 @@ def _measurement(
 ) -> Callable[[int], float]:
     """Returns a function that makes about so many calls and returns calls/s."""
 
-    def turn(frame, count):
-        for _ in range(calls_per_turn):
-            count = function(frame, count)
-            count.set_shape([1])  # TensorFlow's batcher does not tell.
-        return (count,)
-
     @tf.function
     def loop(frame, turns):
-        # Counting the turns apart from the calls is the least that a loop can cost.
-        return tf.while_loop(
-            lambda count: True,
-            lambda count: turn(frame, count),
-            (tf.constant([0]),),
-            maximum_iterations=turns,
-        )[0]
+        count = tf.constant([0])
+        for _ in tf.range(turns):
+            for _ in range(calls_per_turn):
+                count = function(frame, count)
+                count.set_shape([1])  # TensorFlow's batcher does not tell.
+        return count
 
     def measure(total_calls):
         turns = max(round(total_calls / len(frames) / calls_per_turn), 1)
