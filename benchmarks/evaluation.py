@@ -10,9 +10,9 @@ of shared machines drifts. The tiny agent acts at random, too, so that episodes 
 A speed is the agent steps of all these episodes over the time from the start of the processes to
 the end of the last episode. So it has the start of either side in it, and the time at the end in
 which only the longest episodes are played: in the comparison each process has its share of every
-game and plays one game after the other, so that all cores are busy until almost the end. Steps of
-environments that stand still behind their last episode do not count. Processor time is that of all
-processes, without the import of TensorFlow; where other work shares the cores, it alone says much.
+game and plays one game after the other, so that all cores are busy until almost the end. Processor
+time is that of all processes, without the import of TensorFlow; where other work shares the cores,
+it alone says much.
 """
 
 import argparse
@@ -30,8 +30,7 @@ import numpy as np
 import tabulate
 
 from environments import EnvironmentConfig
-from impala.episode_series import EpisodeSeries
-from impala.trajectory import EpisodeEnd
+from impala.episode_series import Episode, EpisodeQueues, EpisodeSeries, Schedule
 
 GAMES = ('Pong', 'Breakout', 'Boxing', 'Freeway', 'Qbert', 'Seaquest', 'SpaceInvaders', 'Enduro')
 LEVELS = tuple(f'ALE/{game}-v5' for game in GAMES)
@@ -43,12 +42,11 @@ def play_at_random(level_names: list[str], num_episodes: int) -> int:
     random = np.random.default_rng(1)
     steps = 0
     for name in level_names:
-        series = EpisodeSeries(name, CONFIG, range(num_episodes), range(num_episodes), 0)
+        queues = EpisodeQueues([[Episode(name, number, number) for number in range(num_episodes)]])
+        series = EpisodeSeries(name, CONFIG, queues, 0, lambda *result: None)
         series.reset()
-        ended = 0
-        while ended < num_episodes:
-            end = series.step(int(random.integers(series.spec.num_actions)))[1]
-            ended += end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED)
+        while not series.is_done:
+            series.step(int(random.integers(series.spec.num_actions)))
             steps += 1
         series.close()
     return steps
@@ -131,20 +129,21 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
     with Workplace(config.environment) as workplace:
         spec = workplace.common_spec(LEVELS, 1)
         tf.random.set_seed(1)
-        schedule = evaluation.Schedule(config, options, None)
-        actors = LocalActors(
-            config, spec, TinyAgent(spec.num_actions), workplace, print, schedule.episodes_of
-        )
-        stopwatch = Stopwatch()
         steps = 0
+
+        def ended(episode_steps: int) -> None:
+            nonlocal steps
+            steps += episode_steps
+            if schedule.is_complete:
+                actors.close()
+
+        schedule = Schedule(LEVELS, num_slots, num_episodes, config.seed, ended)
+        actors = LocalActors(config, spec, TinyAgent(spec.num_actions), workplace, print, schedule)
+        stopwatch = Stopwatch()
         with actors:
-            for rows in actors.episodes():
-                ends = rows.ends.numpy()[1:, 0]
-                is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
-                steps += int(rows.info.episode_step.numpy()[1:, 0][is_end].sum())
-                schedule.count(rows)
-                if schedule.is_complete:
-                    break
+            actors.discard_unrolls()
+        actors.check()
+        schedule.returns()  # There is one for each episode, or it raises an error.
         return stopwatch.rates(steps)
 
 

@@ -40,20 +40,6 @@ class UnrollBatch(NamedTuple):
     is_replayed: tf.Tensor
 
 
-class EpisodeRows(NamedTuple):
-    """What unrolls tell of the episodes in them.
-
-    Attributes:
-      actors: i32 `[B]`, who acted.
-      ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
-      info: of `[T+1, B]`.
-    """
-
-    actors: tf.Tensor
-    ends: tf.Tensor
-    info: StepOutputInfo
-
-
 def batch_components(batch: UnrollBatch) -> list[tf.Tensor]:
     """Returns what a batch consists of, in the order of `remote_actors.unroll_components`."""
     output = batch.actor_output
@@ -137,6 +123,7 @@ class UnrollSource:
           minimum_batch_size: rows.
           timeout_ms: milliseconds.
         """
+        self._queue_capacity = queue_capacity
         self._observation_names = list(spec.observation)
         self._state_structure = agent.state_spec
         scalar = ArraySpec((), 'float32')
@@ -204,18 +191,14 @@ class UnrollSource:
         """Yields batches, as of `assembler`, until the batcher is closed, one ahead of use."""
         return _ahead(self.assembler(batch_size, mix))
 
-    def episodes(self) -> Iterator[EpisodeRows]:
-        """Yields what single unrolls tell of episodes, as `batches` does whole ones.
-
-        Observations, which are nearly all there is of an unroll, are not touched.
-        """
-
-        def dequeue() -> EpisodeRows:
-            unrolls = self.batcher.dequeue(1, num_inputs=4)
-            _, episode_return, episode_step, end = unrolls.inputs
-            return EpisodeRows(unrolls.actors, end, StepOutputInfo(episode_return, episode_step))
-
-        return _ahead(compiled(dequeue))
+    def discard(self) -> None:
+        """Takes unrolls and throws them away, so that actors can go on, until it is closed."""
+        # Half of the queue at a time: the rest of it is room enough meanwhile.
+        batch_size = max(1, self._queue_capacity // 2)
+        # Observations, which are nearly all there is of an unroll, are not touched.
+        take = compiled(lambda: self.batcher.dequeue(batch_size, num_inputs=1).actors)
+        for _ in _ahead(take):
+            pass
 
     def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
         reward, episode_return, episode_step, end, *observation = inputs

@@ -1,10 +1,11 @@
 """The actor process: environments and their seats at the batcher, without TensorFlow.
 
-Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON in the last
-argument. Exit codes: 83 the batcher was closed or all episodes asked for are played, 82 the
-environment cannot be made or played as asked (one sentence on stderr), anything else a failure with
-its traceback on stderr, if there is one. Warnings of `environments` go to a pipe, a line each, as
-stderr is read only when the process has died.
+Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON on stdin: lists of
+episodes may be longer than an argument. Exit codes: 83 the batcher was closed or all episodes asked
+for are played, 82 the environment cannot be made or played as asked (one sentence on stderr),
+anything else a failure with its traceback on stderr, if there is one. Warnings of `environments` go
+to a pipe, a line each, as stderr is read only when the process has died, and so do results of
+episodes that were asked for.
 """
 
 import contextlib
@@ -14,10 +15,11 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
-from impala.episode_series import EpisodeSeries
+from impala.episode_series import Episode, EpisodeQueues, EpisodeSeries
 from impala.trajectory import EpisodeEnd
 
 # Codes with which no environment's own library ends the process.
@@ -49,11 +51,12 @@ def act(
         client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
     while actors:
         for environment, client in list(actors):
-            reward, end, observation = environment.step(client.wait())
-            client.send(reward, end, [observation[name] for name in names])
             if isinstance(environment, EpisodeSeries) and environment.is_done:
                 client.finish()
                 actors.remove((environment, client))
+                continue
+            reward, end, observation = environment.step(client.wait())
+            client.send(reward, end, [observation[name] for name in names])
 
 
 def _exit_with_parent(lifeline: int) -> None:
@@ -77,9 +80,8 @@ def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig
         return json.dumps({'error': str(error)})
 
 
-def main(argument: str) -> int:
+def main(settings: dict[str, Any]) -> int:
     """Runs actors, or tells the specs of levels; returns the exit code."""
-    settings = json.loads(argument)
     _exit_with_parent(settings['lifeline'])
     os.nice(NICENESS)
     config = environments.EnvironmentConfig(**settings['environment'])
@@ -95,10 +97,21 @@ def main(argument: str) -> int:
                 pipe = stack.enter_context(os.fdopen(settings['warnings'], 'w'))
                 logging.getLogger(environments.__name__).addHandler(logging.StreamHandler(pipe))
             made = []
+            if 'episodes' in settings:
+                queues = EpisodeQueues(
+                    [[Episode(*episode) for episode in each] for each in settings['episodes']]
+                )
+                results = stack.enter_context(os.fdopen(settings['results'], 'w'))
+
+                def record(*result: Any) -> None:
+                    print(json.dumps(result), file=results, flush=True)
+
             for index, level_name in enumerate(settings['level_names']):
                 environment: environments.Environment
                 if 'episodes' in settings:
-                    environment = EpisodeSeries(level_name, config, **settings['episodes'][index])
+                    environment = EpisodeSeries(
+                        level_name, config, queues, index, record, **settings['videos']
+                    )
                 else:
                     environment = environments.create_environment(
                         level_name, settings['seeds'][index], config
@@ -123,4 +136,4 @@ def main(argument: str) -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[-1]))
+    sys.exit(main(json.load(sys.stdin)))

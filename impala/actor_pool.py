@@ -18,6 +18,7 @@ from typing import IO, Any
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from environments import EnvironmentConfig, LevelError
 from impala.actor import BAD_INPUT_EXIT_CODE, CLOSED_EXIT_CODE
+from impala.episode_series import Episode, Schedule
 from impala.trajectory import EnvironmentSpec
 
 # What an actor gets to end by itself, in seconds, before it is killed.
@@ -79,24 +80,29 @@ class Workplace:
           descriptors: that it inherits, under their own numbers.
           errors: file for what it prints.
         """
-        argument = json.dumps(
-            settings | {'lifeline': self._lifeline, 'environment': dataclasses.asdict(self.config)}
-        )
+        settings = settings | {
+            'lifeline': self._lifeline,
+            'environment': dataclasses.asdict(self.config),
+        }
         # One environment per core: threads of its libraries would only take it from the others.
         threads = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
-        return subprocess.Popen(
-            [sys.executable, '-m', 'impala.actor', argument],
-            stdin=subprocess.DEVNULL,
-            stdout=errors,
-            stderr=errors,
-            pass_fds=(self._lifeline, *descriptors),
-            # What a terminal or a job scheduler sends to all processes of a run is for this one.
-            start_new_session=True,
-            # A level may be a callable of the user's own, found wherever this process finds it.
-            env=os.environ
-            | threads
-            | {'LP_NUM_THREADS': '0', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
-        )
+        with tempfile.TemporaryFile('w+') as settings_file:
+            json.dump(settings, settings_file)
+            settings_file.seek(0)
+            return subprocess.Popen(
+                [sys.executable, '-m', 'impala.actor'],
+                stdin=settings_file,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=(self._lifeline, *descriptors),
+                # What a terminal or a job scheduler sends to all processes of a run is for this
+                # one.
+                start_new_session=True,
+                # A level may be a callable of the user's own, found wherever this process finds it.
+                env=os.environ
+                | threads
+                | {'LP_NUM_THREADS': '0', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+            )
 
     def environment_spec(self, level_name: str, seed: int) -> EnvironmentSpec:
         """Returns the spec of one level; see `common_spec`."""
@@ -168,12 +174,35 @@ class Workplace:
         return dict(zip(level_names, map(json.loads, lines), strict=True))
 
 
+class _LinePipe:
+    """What actor processes write, line by line."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        self._unfinished = b''
+
+    def read_lines(self) -> list[bytes]:
+        """Returns all lines that have been written."""
+        text = self._unfinished
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.read_end, 65536):
+                text += part
+        *lines, self._unfinished = text.split(b'\n')
+        return lines
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
 @dataclasses.dataclass
 class _ActorProcess:
     actors: Sequence[int]
     process: subprocess.Popen
     errors: IO[bytes]
     descriptor: int  # Readable when the process has ended.
+    num_episodes: int  # That it was given.
     restarts_in_a_row: int = 0
 
 
@@ -189,7 +218,7 @@ class ActorPool:
         max_restarts: int,
         report: Callable[[str], None],
         envs_per_process: int = 1,
-        episodes: Callable[[int], dict[str, Any]] | None = None,
+        schedule: Schedule | None = None,
     ):
         """Prepares; processes start with the `with` block.
 
@@ -198,12 +227,13 @@ class ActorPool:
           batcher: what they connect to; closed when the pool gives up or ends.
           level_names: of each actor.
           seed: of the run; every actor and every restart has one of its own that follows from it.
-          max_restarts: of one process without a full unroll in between, before the pool gives up.
+          max_restarts: of one process without a full unroll in between, or, with a schedule, an
+            episode, before the pool gives up.
           report: told, in a few lines, of every process that died, and once of what environments
             warn of.
           envs_per_process: consecutive actors that share a process, and its fate.
-          episodes: asked, whenever an actor is started, for the arguments of its `EpisodeSeries`;
-            None for actors that play until the batcher is closed.
+          schedule: of the episodes to be played, told of their results on another thread; None for
+            actors that play until the batcher is closed.
         """
         self._workplace = workplace
         self._batcher = batcher
@@ -211,15 +241,14 @@ class ActorPool:
         self._seed = seed
         self._max_restarts = max_restarts
         self._report = report
-        self._episodes = episodes
+        self._schedule = schedule
         self._failure: Exception | None = None
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
-        self._warnings_read, self._warnings_write = os.pipe()
-        for end in (self._warnings_read, self._warnings_write):
-            # No actor waits for a pool that is not listening any more.
-            os.set_blocking(end, False)
-        self._unfinished_warning = b''
+        self._results = _LinePipe()
+        self._warnings = _LinePipe()
+        # No actor waits for a pool that is not listening any more.
+        os.set_blocking(self._warnings.write_end, False)
         self._reported_warnings: set[bytes] = set()
         actors = range(len(level_names))
         self._groups = [
@@ -232,7 +261,10 @@ class ActorPool:
 
     def __enter__(self) -> 'ActorPool':
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
-        self._selector.register(self._warnings_read, selectors.EVENT_READ, self._pass_warnings_on)
+        self._selector.register(
+            self._warnings.read_end, selectors.EVENT_READ, self._pass_warnings_on
+        )
+        self._selector.register(self._results.read_end, selectors.EVENT_READ, self._record_results)
         try:
             for index in range(len(self._groups)):
                 self._start(index, restarts_in_a_row=0)
@@ -248,13 +280,10 @@ class ActorPool:
         self._batcher.close()
         self._end_processes()
         self._selector.close()
-        for descriptor in (
-            self._wake_read,
-            self._wake_write,
-            self._warnings_read,
-            self._warnings_write,
-        ):
-            os.close(descriptor)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._warnings.close()
+        self._results.close()
 
     @property
     def process_ids(self) -> list[int]:
@@ -283,22 +312,34 @@ class ActorPool:
             'level_names': [self._level_names[actor] for actor in actors],
             'segment': self._batcher.fd,
             'actors': list(actors),
-            'warnings': self._warnings_write,
+            'warnings': self._warnings.write_end,
         }
-        if self._episodes is None:
+        descriptors = [self._batcher.fd, self._warnings.write_end]
+        episodes = self._episodes(index)
+        if self._schedule is None:
             settings['seeds'] = [(first_seed + actor) % 2**31 for actor in actors]
         else:
-            settings['episodes'] = [self._episodes(actor) for actor in actors]
-        process = self._workplace.start(
-            settings,
-            [self._batcher.fd, self._warnings_write],
-            errors,
-        )
+            settings |= {
+                'episodes': episodes,
+                'results': self._results.write_end,
+                'videos': {
+                    'video_folder': self._schedule.video_folder,
+                    'num_videos': self._schedule.num_videos,
+                },
+            }
+            descriptors.append(self._results.write_end)
+        process = self._workplace.start(settings, descriptors, errors)
         descriptor = os.pidfd_open(process.pid)
         self._processes[index] = _ActorProcess(
-            actors, process, errors, descriptor, restarts_in_a_row
+            actors, process, errors, descriptor, sum(map(len, episodes)), restarts_in_a_row
         )
         self._selector.register(descriptor, selectors.EVENT_READ, index)
+
+    def _episodes(self, index: int) -> list[list[Episode]]:
+        """Returns those without a result, of each actor of a process; none without a schedule."""
+        if self._schedule is None:
+            return []
+        return [self._schedule.episodes_of(actor) for actor in self._groups[index]]
 
     def _supervise(self) -> None:
         while True:
@@ -321,27 +362,36 @@ class ActorPool:
                     os.write(each.errors.fileno(), end + b'\n')
 
     def _pass_warnings_on(self) -> None:
-        *lines, self._unfinished_warning = (
-            self._unfinished_warning + os.read(self._warnings_read, 65536)
-        ).split(b'\n')
-        for line in lines:
+        for line in self._warnings.read_lines():
             # All actors have much the same to say.
             if line not in self._reported_warnings:
                 self._reported_warnings.add(line)
                 self._report(f'WARNING: {line.decode(errors="replace")}')
 
+    def _record_results(self) -> None:
+        for line in self._results.read_lines():
+            assert self._schedule is not None  # Or nobody would have written.
+            self._schedule.record(*json.loads(line))
+
     def _replace(self, index: int) -> None:
         ended = self._processes[index]
         code = ended.process.wait()
-        if code == CLOSED_EXIT_CODE:  # Soon this pool is, too, or the test is over for this one.
+        # What it has written before its end counts.
+        self._record_results()
+        num_episodes = sum(map(len, self._episodes(index)))
+        # Soon this pool is closed, too, or the test is over for this one.
+        if code == CLOSED_EXIT_CODE or num_episodes == 0 < ended.num_episodes:
             self._selector.unregister(ended.descriptor)
             return
         text = _tail(ended.errors)
         if code == BAD_INPUT_EXIT_CODE:
             raise LevelError(text.splitlines()[-1])
-        completed = self._batcher.statistics().completed_unrolls
-        # Fixed episodes are played again from the first: what was done before proves nothing.
-        has_worked = self._episodes is None and any(completed[actor] > 0 for actor in ended.actors)
+        if self._schedule is None:
+            completed = self._batcher.statistics().completed_unrolls
+            has_worked = any(completed[actor] > 0 for actor in ended.actors)
+        else:
+            # Full unrolls prove nothing: an episode that was begun is played again from its start.
+            has_worked = num_episodes < ended.num_episodes
         in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
         what = f'signal {-code}' if code < 0 else f'exit code {code}'
         who = ', '.join(f'{actor} ({self._level_names[actor]})' for actor in ended.actors)

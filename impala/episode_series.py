@@ -1,4 +1,4 @@
-"""Episodes that are fixed beforehand: what an actor process plays in test mode.
+"""Episodes that are fixed beforehand: what actor processes play in test mode.
 
 It knows no TensorFlow: actor processes import it.
 """
@@ -6,8 +6,9 @@ It knows no TensorFlow: actor processes import it.
 import collections
 import os
 import re
-from collections.abc import Sequence
-from typing import Any
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,54 +16,177 @@ import environments
 from impala.trajectory import EpisodeEnd
 
 _MIN_SIDE = 168
+# Part of every seed, so that a test does not repeat the episodes trained on.
+_TEST = 0x7E57
+
+
+class Episode(NamedTuple):
+    """An episode to be played.
+
+    Attributes:
+      level_name: what is played.
+      seed: as if an environment had been made with it for this episode.
+      number: within the level, from 0.
+    """
+
+    level_name: str
+    seed: int
+    number: int
+
+
+class Schedule:
+    """Which episodes are played, who has them at first, and what has come of them."""
+
+    def __init__(
+        self,
+        level_names: Sequence[str],
+        num_actors: int,
+        num_episodes: int,
+        seed: int,
+        ended: Callable[[int], None] = lambda steps: None,
+        video_folder: str | None = None,
+        num_videos: int = 0,
+    ):
+        """Decides on the episodes.
+
+        Args:
+          level_names: that actors have in turns; no two are alike.
+          num_actors: at least one for each level.
+          num_episodes: of each level.
+          seed: of the test.
+          ended: told the agent steps of each episode that has ended, once it is recorded.
+          video_folder: existing folder for videos.
+          num_videos: episodes with lower numbers than this are filmed.
+        """
+        self.video_folder = video_folder
+        self.num_videos = num_videos
+        self._ended = ended
+        self._returns: dict[str, dict[int, float]] = {name: {} for name in level_names}
+        self._num_left = num_episodes * len(level_names)
+        self._episodes = []
+        for actor in range(num_actors):
+            row, level = divmod(actor, len(level_names))
+            name = level_names[level]
+            numbers = range(row, num_episodes, -(-(num_actors - level) // len(level_names)))
+            self._episodes.append([Episode(name, episode_seed(seed, name, n), n) for n in numbers])
+
+    def episodes_of(self, actor: int) -> list[Episode]:
+        """Returns those of an actor that have no result yet."""
+        return [
+            episode
+            for episode in self._episodes[actor]
+            if episode.number not in self._returns[episode.level_name]
+        ]
+
+    def record(self, level_name: str, number: int, episode_return: float, steps: int) -> None:
+        """Takes the result of an episode."""
+        self._returns[level_name][number] = episode_return
+        self._num_left -= 1
+        self._ended(steps)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all episodes have a result."""
+        return self._num_left == 0
+
+    def returns(self) -> dict[str, list[float]]:
+        """Returns level name -> returns in the order of the episodes' numbers.
+
+        Raises:
+          RuntimeError: episodes have no result.
+        """
+        if not self.is_complete:
+            raise RuntimeError(f'{self._num_left} episodes have not been played.')
+        return {
+            name: [value for _, value in sorted(values.items())]
+            for name, values in self._returns.items()
+        }
+
+
+def episode_seed(seed: int, level_name: str, number: int) -> int:
+    """Returns the seed of a level's episode with a number, in `[0, 2**31)`."""
+    words = [seed, _TEST, zlib.crc32(level_name.encode()), number]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) & (2**31 - 1)
+
+
+class EpisodeQueues:
+    """The episodes that the environments of one process have not begun.
+
+    An environment that has no more takes over from the one that has the most, and stays with its
+    level, as another costs a new environment. Else the longest games would be played alone at the
+    end.
+    """
+
+    def __init__(self, episodes: Sequence[Sequence[Episode]]):
+        """Args: episodes: of each environment, in their order."""
+        self._queues = [collections.deque(each) for each in episodes]
+        self._sources = list(range(len(self._queues)))
+
+    def first(self, index: int) -> Episode | None:
+        """Returns what an environment would take, if that is where it took the last one from."""
+        source = self._sources[index]
+        queue = self._queues[source]
+        # Others begin at the end, so that what an environment has prepared for is taken last.
+        return queue[0 if source == index else -1] if queue else None
+
+    def take(self, index: int) -> Episode | None:
+        """Returns what an environment is to play now; None if all episodes have begun."""
+        if not self._queues[self._sources[index]]:
+            self._sources[index] = max(range(len(self._queues)), key=lambda i: len(self._queues[i]))
+        source = self._sources[index]
+        queue = self._queues[source]
+        if not queue:
+            return None
+        return queue.popleft() if source == index else queue.pop()
 
 
 class EpisodeSeries(environments.Environment):
-    """Plays episodes of given seeds one after the other, and then stands still.
+    """Plays episodes one after the other, each as in an environment of its own.
 
     Attributes:
-      is_done: whether it has stood still for as long as was asked for.
+      is_done: whether there are no more; it must not be stepped then.
     """
 
     def __init__(
         self,
         level_name: str,
         config: environments.EnvironmentConfig,
-        seeds: Sequence[int],
-        numbers: Sequence[int],
-        final_steps: int,
+        queues: EpisodeQueues,
+        index: int,
+        record: Callable[[str, int, float, int], None],
         video_folder: str | None = None,
         num_videos: int = 0,
     ):
         """Makes the environment of the first episode.
 
         Args:
-          level_name: of all episodes.
+          level_name: what to make if there is no episode.
           config: of the environments.
-          seeds: of the episodes, each as if an environment had been made for it; none are needed.
-          numbers: of the episodes within the level.
-          final_steps: steps to stand still before it is done, so that an unroll that began with
-            the last episode is full.
+          queues: where it takes its episodes from.
+          index: whose they are there in the first place.
+          record: told of each episode that has ended; see `Schedule.record`.
           video_folder: existing folder for videos.
           num_videos: episodes with lower numbers than this are filmed.
 
         Raises:
           LevelError: as `environments.create_environment`.
         """
-        self._level_name = level_name
         self._config = config
-        self._upcoming = collections.deque(zip(seeds, numbers, strict=True))
-        self._final_steps = final_steps
+        self._queues = queues
+        self._index = index
+        self._record = record
         self._video_folder = video_folder
         self._num_videos = num_videos
         self._film: _Film | None = None
-        self._is_over = not self._upcoming
-        self._seed, self._number = self._upcoming.popleft() if self._upcoming else (0, -1)
-        self._environment = environments.create_environment(level_name, self._seed, config)
+        first = queues.take(index)
+        self.is_done = first is None
+        self._episode = first or Episode(level_name, 0, -1)
+        self._environment = self._make()
         self.spec = self._environment.spec
         self._observation: environments.Observation = {}
-        self._has_next = False
-        self.is_done = False
+        self._prepared: Episode | None = None
+        self._return = 0.0
+        self._steps = 0
 
     def reset(self) -> environments.Observation:
         self._observation = self._environment.reset()
@@ -70,11 +194,9 @@ class EpisodeSeries(environments.Environment):
         return self._observation
 
     def step(self, action: int) -> tuple[float, EpisodeEnd, environments.Observation]:
-        if self._is_over:
-            self._final_steps -= 1
-            self.is_done = self._final_steps <= 0
-            return 0.0, EpisodeEnd.NOT_ENDED, self._observation
         reward, end, self._observation = self._environment.step(action)
+        self._return += float(reward)
+        self._steps += 1
         if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
             self._end()
         elif self._film is not None:
@@ -86,19 +208,24 @@ class EpisodeSeries(environments.Environment):
             self._film.close()
         self._environment.close()
 
+    def _make(self) -> environments.Environment:
+        return environments.create_environment(
+            self._episode.level_name, self._episode.seed, self._config
+        )
+
     def _begin(self) -> None:
         """After a reset: what comes next has to be known before this episode ends."""
+        upcoming = self._queues.first(self._index)
         # Behind the last one, the map that has just been played costs less than yet another.
-        next_seed = self._upcoming[0][0] if self._upcoming else self._seed
-        self._has_next = self._environment.seed_next(next_seed)
-        if self._video_folder is not None and 0 <= self._number < self._num_videos:
+        seed = (upcoming or self._episode).seed
+        self._prepared = upcoming if self._environment.seed_next(seed) else None
+        self._return, self._steps = 0.0, 0
+        if self._video_folder is not None and 0 <= self._episode.number < self._num_videos:
+            name = re.sub(r'[^A-Za-z0-9]+', '_', self._episode.level_name)
             self._film = _Film(
-                os.path.join(
-                    self._video_folder,
-                    f'{re.sub(r"[^A-Za-z0-9]+", "_", self._level_name)}_{self._number}',
-                ),
+                os.path.join(self._video_folder, f'{name}_{self._episode.number}'),
                 self.spec.num_action_repeats,
-                self.spec.suite,
+                self._environment.spec.suite,
             )
             self._film.take(self._observation, self._environment)
 
@@ -106,16 +233,19 @@ class EpisodeSeries(environments.Environment):
         if self._film is not None:
             self._film.close()
             self._film = None
-        if not self._upcoming:
-            self._is_over = True
-            self._observation = {name: array.copy() for name, array in self._observation.items()}
+        # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
+        episode_return = float(str(np.float32(self._return)))
+        self._record(self._episode.level_name, self._episode.number, episode_return, self._steps)
+        episode = self._queues.take(self._index)
+        if episode is None:
+            self.is_done = True
             return
-        self._seed, self._number = self._upcoming.popleft()
-        if not self._has_next:
-            self._environment.close()
-            self._environment = environments.create_environment(
-                self._level_name, self._seed, self._config
-            )
+        is_same_level = episode.level_name == self._episode.level_name
+        self._episode = episode
+        if episode != self._prepared:
+            if not (is_same_level and self._environment.seed_next(episode.seed)):
+                self._environment.close()
+                self._environment = self._make()
             self._observation = self._environment.reset()
         self._begin()
 

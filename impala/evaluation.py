@@ -1,8 +1,8 @@
 """Test mode: plays episodes with the weights of a checkpoint, on the machinery of training.
 
 All levels are played at once. Which episodes are played is decided beforehand: each has a seed that
-follows from the run's seed, its level and its number, whatever process plays it. Taking the first
-episodes that end would favour short ones.
+follows from the run's seed, its level and its number, whatever environment plays it. Taking the
+first episodes that end would favour short ones.
 """
 
 import collections
@@ -13,16 +13,13 @@ import glob
 import os
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 import tqdm
 
 from impala import test_report
-from impala.acting import EpisodeRows
 from impala.actor_pool import Workplace
 from impala.agent import Agent
 from impala.checkpoint import (
@@ -33,6 +30,7 @@ from impala.checkpoint import (
     report_to_stderr,
 )
 from impala.checkpoint import network_settings as settings_of_run
+from impala.episode_series import Schedule
 from impala.local_actors import LocalActors
 from impala.run_config import (
     LATER_SETTINGS,
@@ -48,18 +46,16 @@ from impala.run_files import complete_checkpoints, newest_checkpoint
 from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.test_report import CheckpointScores
-from impala.trajectory import AgentOutput, EnvironmentSpec, EpisodeEnd, StepOutput
+from impala.trajectory import AgentOutput, EnvironmentSpec, StepOutput
 
 VIDEO_FOLDER = 'videos'
 
-# Short, since an unroll has to be full before its episodes are counted, but each costs some Python.
+# Nobody looks at unrolls: longer ones would be fewer, but take more memory.
 _UNROLL_LENGTH = 100
 _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
 _WATCH_TRIES = 4
 _WRITING_SECONDS = 3.0
-# Part of every seed, so that a test does not repeat the episodes trained on.
-_TEST = 0x7E57
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,22 +291,25 @@ def _test(
     if evaluation.num_videos:
         video_folder = _make_video_folder(config.logdir, checkpoint)
     tf.random.set_seed(config.seed)
-    schedule = Schedule(config, evaluation, video_folder)
-    actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule.episodes_of)
     total = evaluation.num_episodes * len(config.level_names)
-    with (
-        tqdm.tqdm(total=total, unit='episode', disable=None) as progress,
-        players.playing(actors),
-    ):
-        for rows in actors.episodes():
-            schedule.count(rows)
-            progress.update(schedule.num_counted - progress.n)
+    with tqdm.tqdm(total=total, unit='episode', disable=None) as progress:
+
+        def ended(steps: int) -> None:
+            progress.update()
             if schedule.is_complete:
-                break
-        else:
-            if stop.received:
-                return None
-            actors.check()
+                actors.close()
+
+        schedule = Schedule(
+            config.level_names, config.num_actors, evaluation.num_episodes, config.seed, ended,
+            video_folder, evaluation.num_videos,
+        )  # fmt: skip
+        actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule)
+        with players.playing(actors):
+            actors.discard_unrolls()
+            if not schedule.is_complete:
+                if stop.received:
+                    return None
+                actors.check()
     returns = schedule.returns()
     scores = CheckpointScores(
         checkpoint=checkpoint,
@@ -348,78 +347,3 @@ def _make_video_folder(logdir: str, checkpoint: str) -> str:
     except OSError as error:
         raise LogdirError(f'Cannot make the folder {folder}: {error.strerror}.') from error
     return folder
-
-
-class Schedule:
-    """Who plays which episodes, and what has come of them."""
-
-    def __init__(
-        self, config: TrainingConfig, evaluation: EvaluationConfig, video_folder: str | None
-    ):
-        self._config = config
-        self._evaluation = evaluation
-        self._video_folder = video_folder
-        slots_per_level = config.num_actors // len(config.level_names)
-        self._numbers = [
-            range(actor // len(config.level_names), evaluation.num_episodes, slots_per_level)
-            for actor in range(config.num_actors)
-        ]
-        self._returns: list[list[float]] = [[] for _ in self._numbers]
-
-    def episodes_of(self, actor: int) -> dict[str, Any]:
-        """Returns the arguments of an actor's `EpisodeSeries`; from any thread.
-
-        One that has to be started again plays all its episodes again: how many are on their way
-        from the one that died cannot be known.
-        """
-        level = self._config.level_names[self._config.level_ids[actor]]
-        numbers = self._numbers[actor]
-        return {
-            'seeds': [episode_seed(self._config.seed, level, number) for number in numbers],
-            'numbers': list(numbers),
-            'final_steps': self._config.learner.unroll_length,
-            'video_folder': self._video_folder,
-            'num_videos': self._evaluation.num_videos,
-        }
-
-    def count(self, rows: EpisodeRows) -> None:
-        """Takes the episodes that ended in the next unroll of an actor.
-
-        Args:
-          rows: of one unroll.
-        """
-        ends = rows.ends.numpy()[:, 0]
-        counted = self._returns[int(rows.actors[0])]
-        # Only the row that an actor starts with ends an episode of no steps; it has begun anew.
-        if ends[0] and rows.info.episode_step.numpy()[0, 0] == 0:
-            counted.clear()
-        is_end = (ends[1:] == EpisodeEnd.TERMINATED) | (ends[1:] == EpisodeEnd.TRUNCATED)
-        # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
-        counted += [float(str(value)) for value in rows.info.episode_return.numpy()[1:, 0][is_end]]
-
-    @property
-    def num_counted(self) -> int:
-        """Episodes counted so far, of all actors."""
-        return sum(map(len, self._returns))
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all episodes have been counted."""
-        return all(map(lambda n, r: len(n) == len(r), self._numbers, self._returns))
-
-    def returns(self) -> dict[str, list[float]]:
-        """Returns level name -> returns in the order of the episodes' numbers."""
-        by_level: dict[str, dict[int, float]] = {name: {} for name in self._config.level_names}
-        for actor, returns in enumerate(self._returns):
-            level = self._config.level_names[self._config.level_ids[actor]]
-            by_level[level].update(zip(self._numbers[actor], returns, strict=True))
-        return {
-            name: [value for _, value in sorted(values.items())]
-            for name, values in by_level.items()
-        }
-
-
-def episode_seed(seed: int, level_name: str, number: int) -> int:
-    """Returns the seed of a level's episode with a number, in `[0, 2**31)`."""
-    words = [seed, _TEST, zlib.crc32(level_name.encode()), number]
-    return int(np.random.SeedSequence(words).generate_state(1)[0]) & (2**31 - 1)

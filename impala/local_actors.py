@@ -7,9 +7,10 @@ from typing import Any
 import tensorflow as tf
 
 from environments import level_cache_statistics
-from impala.acting import BehaviourPolicy, EpisodeRows, Mix, UnrollBatch, UnrollSource
+from impala.acting import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
 from impala.actor_pool import ActorPool, Workplace
 from impala.agent import Agent
+from impala.episode_series import Schedule
 from impala.learner_group import Log
 from impala.run_config import TrainingConfig
 from impala.trajectory import EnvironmentSpec
@@ -25,7 +26,7 @@ class LocalActors:
         agent: Agent,
         workplace: Workplace,
         report: Callable[[str], None],
-        episodes: Callable[[int], dict[str, Any]] | None = None,
+        schedule: Schedule | None = None,
     ):
         """Prepares; nothing plays yet.
 
@@ -36,7 +37,7 @@ class LocalActors:
             nobody else may use it.
           workplace: where the processes run.
           report: told, in a few lines, of every process that died.
-          episodes: see `ActorPool`.
+          schedule: see `ActorPool`.
         """
         self._source = UnrollSource(
             spec,
@@ -56,7 +57,7 @@ class LocalActors:
             config.max_actor_restarts,
             report,
             config.envs_per_process,
-            episodes,
+            schedule,
         )
         self._temp_folder = str(workplace.config.temp_folder)
         self._stack = contextlib.ExitStack()
@@ -84,9 +85,9 @@ class LocalActors:
         """Yields batches of unrolls until the actors are closed; see `UnrollSource.batches`."""
         return self._source.batches(batch_size)
 
-    def episodes(self) -> Iterator[EpisodeRows]:
-        """Yields what each unroll tells of episodes; see `UnrollSource.episodes`."""
-        return self._source.episodes()
+    def discard_unrolls(self) -> None:
+        """Has actors play on until they are closed, for nobody; see `UnrollSource.discard`."""
+        self._source.discard()
 
     def close(self) -> None:
         """Ends playing, and whoever waits for a batch. From any thread, at any time, repeatedly."""

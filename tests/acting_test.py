@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import itertools
 import threading
 import time
 
@@ -67,34 +66,6 @@ def playing(source, num_actors):
 def make_mixer(agent, batch_size, unroll_length=5):
     components = unroll_components(SPEC, agent.state_spec, unroll_length, 100)
     return ReplayMixer(Replay(components, 3, 0), 0.5, batch_size)
-
-
-def test_episodes_are_those_played():
-    unroll_length, num_unrolls = 5, 8
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), SPEC)
-    source = make_source(agent, 1, unroll_length)
-    with BehaviourPolicy(agent, source).serving(), playing(source, 1):
-        unrolls = list(itertools.islice(source.episodes(), num_unrolls))
-    # What the actor plays, from the same random numbers in the same order.
-    rng = np.random.default_rng(0)
-    total, steps = np.float32(0), 0
-    rows = [(EpisodeEnd.TERMINATED, total, steps)]
-    rng.normal(size=4)
-    for _ in range(unroll_length * num_unrolls):
-        end = rng.choice(list(EpisodeEnd), p=[0.7, 0.1, 0.1, 0.1])
-        total, steps = total + np.float32(rng.normal()), steps + 1
-        rng.normal(size=4)
-        rows.append((end, total, steps))
-        if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
-            total, steps = np.float32(0), 0
-    assert len({end for end, _, _ in rows}) == 4
-    for i, unroll in enumerate(unrolls):
-        first = i * unroll_length
-        ends, totals, lengths = zip(*rows[first : first + unroll_length + 1], strict=True)
-        np.testing.assert_array_equal(unroll.actors, [0])
-        np.testing.assert_array_equal(unroll.ends, np.transpose([ends]))
-        np.testing.assert_array_equal(unroll.info.episode_return, np.transpose([totals]))
-        np.testing.assert_array_equal(unroll.info.episode_step, np.transpose([lengths]))
 
 
 @pytest.mark.parametrize(('use_lstm', 'has_replay'), [(True, False), (False, True), (True, True)])

@@ -100,11 +100,10 @@ def test_rows_actions_and_episodes():
 
 def run(lifeline, **settings):
     read_end, write_end = lifeline
-    argument = json.dumps(
-        {'seeds': [1], 'lifeline': read_end, 'environment': {'temp_folder': None}} | settings
-    )
+    settings = {'seeds': [1], 'lifeline': read_end, 'environment': {'temp_folder': None}} | settings
     return subprocess.run(
-        [sys.executable, '-m', 'impala.actor', argument],
+        [sys.executable, '-m', 'impala.actor'],
+        input=json.dumps(settings),
         pass_fds=[read_end],
         env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
         capture_output=True,

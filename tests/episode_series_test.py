@@ -1,9 +1,14 @@
+from typing import ClassVar
+
 import cv2
 import levels
 import numpy as np
 import pytest
 
+import environments
 from impala import episode_series
+from impala.episode_series import Episode, EpisodeQueues, Schedule, episode_seed
+from impala.trajectory import EpisodeEnd
 
 
 @pytest.mark.parametrize(
@@ -33,3 +38,144 @@ def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, f
     # Encoding loses a little.
     for picture in pictures:
         np.testing.assert_allclose(picture.mean((0, 1))[::-1], filmed, atol=8)
+
+
+def test_a_schedule_gives_each_level_all_its_numbers_and_takes_results_in_any_order():
+    """Three actors for two levels: one of them has the second level alone."""
+    ended = []
+    schedule = Schedule(['a', 'b'], 3, 5, 7, ended.append)
+    numbers = [
+        [(episode.level_name, episode.number) for episode in schedule.episodes_of(actor)]
+        for actor in range(3)
+    ]
+    assert numbers == [
+        [('a', 0), ('a', 2), ('a', 4)],
+        [('b', number) for number in range(5)],
+        [('a', 1), ('a', 3)],
+    ]
+    for number in (3, 1, 4, 0, 2):
+        for name in ('b', 'a'):
+            assert not schedule.is_complete
+            with pytest.raises(RuntimeError, match='have not been played'):
+                schedule.returns()
+            schedule.record(name, number, 10.0 * number + (name == 'b'), number + 100)
+        if number == 1:
+            assert schedule.episodes_of(2) == []
+            assert [episode.number for episode in schedule.episodes_of(1)] == [0, 2, 4]
+    assert schedule.is_complete
+    assert schedule.returns() == {
+        'a': [0.0, 10.0, 20.0, 30.0, 40.0],
+        'b': [1.0, 11.0, 21.0, 31.0, 41.0],
+    }
+    assert ended == [103, 103, 101, 101, 104, 104, 100, 100, 102, 102]
+
+
+def test_seeds_differ_between_runs_levels_and_episodes():
+    seeds = {
+        episode_seed(seed, name, number)
+        for seed in range(20)
+        for name in ('ALE/Pong-v5', 'ALE/Boxing-v5')
+        for number in range(20)
+    }
+    assert len(seeds) == 800 and all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_who_has_no_more_takes_the_last_of_who_has_the_most():
+    a, b, c = (
+        [Episode(name, 0, number) for number in range(n)]
+        for name, n in zip('abc', (1, 3, 4), strict=True)
+    )
+    queues = EpisodeQueues([a, b, c])
+    assert (queues.first(0), queues.take(0), queues.first(0)) == (a[0], a[0], None)
+    # And stays there, though another has more by then.
+    assert (queues.take(0), queues.first(0), queues.take(0)) == (c[3], c[2], c[2])
+    assert queues.first(2) == queues.take(2) == c[0]
+    # Who still has some of its own keeps to them.
+    assert [queues.take(1), queues.take(1)] == [b[0], b[1]]
+    assert (queues.first(0), queues.take(2), queues.first(0)) == (c[1], c[1], None)
+    assert queues.take(0) == b[2]
+    assert [queues.take(index) for index in range(3)] == [None] * 3
+
+
+class Told(levels._Level):
+    """Shows level and seed in each frame; the seed decides on the length and on the rewards."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, level_name, seed, is_reseeded):
+        super().__init__()
+        self.level, self.seed, self.next_seed = float(level_name), seed, seed
+        self.is_reseeded = is_reseeded
+        self.is_open = True
+        self.made.append(self)
+
+    def seed_next(self, seed):
+        if self.is_reseeded:
+            self.next_seed = seed
+        return self.is_reseeded
+
+    def reset(self):
+        self.seed, self.steps, self.length = self.next_seed, 0, 2 + self.next_seed % 3
+        return {'frame': np.array([self.level, self.seed], np.float32)}
+
+    def step(self, action):
+        assert self.is_open
+        reward = 0.1 * self.seed
+        self.steps += 1
+        if self.steps == self.length:
+            return reward, EpisodeEnd.TRUNCATED, self.reset()
+        return reward, EpisodeEnd.NOT_ENDED, {'frame': np.array([self.level, self.seed], 'f')}
+
+    def close(self):
+        self.is_open = False
+
+
+@pytest.mark.parametrize('is_reseeded', [True, False])
+def test_episodes_taken_over_are_played_as_they_would_have_been(monkeypatch, is_reseeded):
+    """Two environments take turns until all is played; the first has more to play by far."""
+    monkeypatch.setattr(
+        environments,
+        'create_environment',
+        lambda name, seed, config: Told(name, seed, is_reseeded),
+    )
+    Told.made.clear()
+    queues = EpisodeQueues(
+        [[Episode('1', 30 + n, n) for n in range(9)], [Episode('2', 60 + n, n) for n in range(2)]]
+    )
+    results = []
+    both = [
+        episode_series.EpisodeSeries(
+            name, None, queues, index, lambda *result: results.append(result)
+        )
+        for index, name in enumerate('12')
+    ]
+    shown = [[tuple(series.reset()['frame'])] for series in both]
+    while not all(series.is_done for series in both):
+        for series, frames in zip(both, shown, strict=True):
+            if not series.is_done:
+                _, end, observation = series.step(0)
+                if end and not series.is_done:
+                    frames.append(tuple(observation['frame']))
+    played = {('1', n): 30 + n for n in range(9)} | {('2', n): 60 + n for n in range(2)}
+    assert sorted(results) == sorted(
+        (name, n, float(str(np.float32(0.1 * seed * (2 + seed % 3)))), 2 + seed % 3)
+        for (name, n), seed in played.items()
+    )
+    # Row 0 of each episode is its own, whoever plays it, and who comes to help plays the other's.
+    first_frames = sorted(shown[0] + shown[1])
+    assert first_frames == sorted((float(name), seed) for (name, _), seed in played.items())
+    assert {level for level, _ in shown[1]} == {1, 2} and {level for level, _ in shown[0]} == {1}
+    assert len(Told.made) == (3 if is_reseeded else 11)
+    for series in both:
+        series.close()
+    assert not any(level.is_open for level in Told.made)
+
+
+def test_an_environment_without_an_episode_is_done_at_once():
+    queues = EpisodeQueues([[Episode('levels:short', 1, 0)], []])
+    both = [
+        episode_series.EpisodeSeries('levels:short', None, queues, index, print)
+        for index in range(2)
+    ]
+    assert [series.is_done for series in both] == [False, True]
+    assert both[1].spec.num_actions == 2

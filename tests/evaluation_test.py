@@ -15,6 +15,7 @@ import environments
 from impala import checkpoint, evaluation, export, run_config, run_files, suites, training
 from impala.actor_pool import ActorError
 from impala.agent import Agent, AgentConfig
+from impala.episode_series import episode_seed
 from impala.evaluation import EvaluationConfig, evaluate
 from impala.learner import LearnerConfig
 from impala.trajectory import StepOutput, StepOutputInfo
@@ -76,9 +77,7 @@ def test_what_the_learner_keeps_beside_the_network_is_not_in_the_way(tmp_path):
 def test_seeds_do_not_depend_on_who_plays(logdir):
     """Each return of this level is a function of the environment's seed."""
     names = ('levels:seeded', 'levels:short')
-    expected = [
-        float(evaluation.episode_seed(1, 'levels:seeded', number) % 1000) for number in range(5)
-    ]
+    expected = [float(episode_seed(1, 'levels:seeded', number) % 1000) for number in range(5)]
     assert len({*expected}) == 5
     for num_actors, envs_per_process in ((1, 1), (6, 2), (20, 1)):
         run = lives_config(
@@ -89,7 +88,9 @@ def test_seeds_do_not_depend_on_who_plays(logdir):
 
 
 def test_every_level_plays_its_episodes_however_long_they_are(logdir):
-    run = lives_config(logdir, num_actors=3, level_names=('levels:short', 'levels:long'))
+    """In one process: the environment of the short ones takes over some of the others."""
+    names = ('levels:short', 'levels:long')
+    run = lives_config(logdir, num_actors=3, envs_per_process=3, level_names=names)
     levels = (
         suites.Level('levels:short', 'levels:short', 0.0, 10.0),
         suites.Level('levels:long', 'levels:long', 0.0, 10.0),
@@ -106,6 +107,13 @@ def test_every_level_plays_its_episodes_however_long_they_are(logdir):
     assert scores['suite']['mean_cap_100'] == 75
     assert scores['suite']['intervals_95']['mean_no_cap'] == [125, 125]
     assert 'mean over levels, each capped at 100' in lines[-1]
+
+
+def test_a_process_may_have_more_episodes_than_fit_into_an_argument(logdir):
+    """Which Linux has hold 128 KiB."""
+    run = lives_config(logdir, level_names=('levels:short',), num_actors=1)
+    (returns,) = evaluate(run, EvaluationConfig(5000), print).values()
+    assert returns == [5.0] * 5000
 
 
 def test_a_greedy_policy_does_what_is_most_probable(logdir):
@@ -254,7 +262,7 @@ def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpo
     games = [gymnasium.make('CartPole-v1') for _ in range(count)]
     frames = np.array(
         [
-            game.reset(seed=evaluation.episode_seed(run.seed, 'CartPole-v1', number))[0]
+            game.reset(seed=episode_seed(run.seed, 'CartPole-v1', number))[0]
             for number, game in enumerate(games)
         ],
         np.float32,
@@ -337,23 +345,33 @@ def test_a_failing_environment_raises_its_error(logdir):
         evaluate(run, EvaluationConfig(1), print)
 
 
-def test_no_episode_is_lost_or_counted_twice_when_an_actor_dies(logdir, tmp_path, monkeypatch):
+def test_no_episode_is_lost_or_played_twice_when_an_actor_dies(logdir, tmp_path, monkeypatch):
     run = lives_config(
         logdir, level_names=('levels:dies_once',), num_actors=1, max_actor_restarts=1
     )
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
-    expected = [
-        float(evaluation.episode_seed(1, 'levels:dies_once', number) % 1000) for number in range(8)
-    ]
-    assert evaluate(run, EvaluationConfig(8), print) == {'levels:dies_once': expected}
-    assert (tmp_path / 'died').exists()
+    seeds = [episode_seed(1, 'levels:dies_once', number) for number in range(8)]
+    returns = evaluate(run, EvaluationConfig(8), print)
+    assert returns == {'levels:dies_once': [float(seed % 1000) for seed in seeds]}
+    assert (tmp_path / 'died').read_text().split() == [str(seeds[4])]
+    assert (tmp_path / 'played').read_text().split() == list(map(str, seeds))
 
 
 def test_an_episode_that_cannot_be_played_ends_the_test(logdir, tmp_path, monkeypatch):
-    """Each restart comes as far as full unrolls, but to the same episode."""
     run = lives_config(
         logdir, level_names=('levels:dies_again',), num_actors=1, max_actor_restarts=2
     )
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
     with pytest.raises(ActorError, match='restarted 2 times'):
         evaluate(run, EvaluationConfig(8), print)
+    deadly = str(episode_seed(1, 'levels:dies_again', 4))
+    assert (tmp_path / 'died').read_text().split() == [deadly] * 3
+
+
+def test_restarts_with_an_episode_in_between_are_not_in_a_row(logdir, capsys):
+    """Five processes play an episode each, and the first four die in another."""
+    run = lives_config(logdir, level_names=('levels:mortal',), num_actors=1, max_actor_restarts=1)
+    seeds = [episode_seed(1, 'levels:mortal', number) for number in range(5)]
+    returns = evaluate(run, EvaluationConfig(5), print)
+    assert returns == {'levels:mortal': [float(seed % 1000) for seed in seeds]}
+    assert capsys.readouterr().err.count('ended with exit code 1 and is restarted') == 4

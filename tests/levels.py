@@ -97,15 +97,18 @@ class _Counting(_Level):
 
 
 class _Dies(_Seeded):
-    """Takes its process down at the end of its fifth episode, the first time or each time."""
+    """Takes its process down in the fifth episode of all processes, once or whenever it is played.
+
+    Tells the seeds of the episodes that ended in a file, and the deadly one's in another.
+    """
 
     def __init__(self, seed: int, once: bool) -> None:
         super().__init__(seed)
         self.length = 10
         self.once = once
         self.next_seed = seed
-        self.mark = os.path.join(os.environ['LEVELS_FOLDER'], 'died')
-        self.episodes = 0
+        folder = os.environ['LEVELS_FOLDER']
+        self.played, self.mark = os.path.join(folder, 'played'), os.path.join(folder, 'died')
 
     def seed_next(self, seed: int) -> bool:
         self.next_seed = seed
@@ -114,12 +117,40 @@ class _Dies(_Seeded):
     def step(self, action: int) -> Any:
         is_last = self.steps == self.length - 1
         if is_last:
-            self.episodes += 1
-            if self.episodes == 5 and not (self.once and os.path.exists(self.mark)):
-                with open(self.mark, 'w', encoding='utf-8'):
-                    os._exit(1)
+            self._die_or_tell()
         result = super().step(action)
         if is_last:
+            self.seed = self.next_seed
+        return result
+
+    def _die_or_tell(self) -> None:
+        with open(self.played, 'a+', encoding='utf-8') as file:
+            file.seek(0)
+            if len(file.readlines()) == 4 and not (self.once and os.path.exists(self.mark)):
+                with open(self.mark, 'a', encoding='utf-8') as mark:
+                    print(self.seed, file=mark, flush=True)
+                os._exit(1)
+            print(self.seed, file=file)
+
+
+class _Mortal(_Seeded):
+    """Takes its process down in the second episode that it plays."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.next_seed = seed
+        self.episodes = 0
+
+    def seed_next(self, seed: int) -> bool:
+        self.next_seed = seed
+        return True
+
+    def step(self, action: int) -> Any:
+        if self.episodes == 1:
+            os._exit(1)
+        result = super().step(action)
+        if result[1]:
+            self.episodes += 1
             self.seed = self.next_seed
         return result
 
@@ -260,6 +291,11 @@ def byte_vector(seed: int, config: environments.EnvironmentConfig) -> environmen
 def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Dies once; the environment variable LEVELS_FOLDER names the folder where it notes that."""
     return _Dies(seed, once=True)
+
+
+def mortal(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Takes its process down in each second episode; the return is the seed, modulo 1000."""
+    return _Mortal(seed)
 
 
 def dies_again(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
