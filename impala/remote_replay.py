@@ -334,7 +334,11 @@ class RemoteReplay:
                     shard.begins = False
                     with self._connected(shard, answer) as connection:
                         back_off = _FIRST_BACK_OFF_SECONDS
-                        self._use(shard, asking, answer, connection, held)
+                        try:
+                            self._use(shard, asking, answer, connection, held)
+                        except Exception as error:
+                            # Before it is closed, which the other thread would take for the cause.
+                            self._lose(shard, error)
             # Of any kind: without this thread the shard would be lost for ever.
             except Exception as error:
                 self._lose(shard, error)
