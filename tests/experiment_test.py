@@ -23,6 +23,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from warm_process import WarmProcess
 
 from impala import checkpoint
 
@@ -45,6 +46,8 @@ CARTPOLE = (
     '--log_secs=1',
     '--save_checkpoint_secs=2',
 )
+# For runs in which something else is waited for: it leaves the processor to that.
+PACED = '--level_name=levels:paced'
 CARTPOLE_FRAMES = 250_000
 RANDOM_CARTPOLE_RETURN = 22
 
@@ -109,13 +112,16 @@ class Run:
             'TMPDIR': str(self.temp_folder),
             'PYTHONPATH': os.pathsep.join(map(str, [*pythonpath, TESTS])),
         }
+        self.process = self._start(program, flags, environment, folder, file_bytes, prefix)
+        self.id = self.process.pid
 
+    def _start(self, program, flags, environment, folder, file_bytes, prefix):
         def prepare():
             if file_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
         with open(self.output_paths[0], 'wb') as stdout, open(self.output_paths[1], 'wb') as stderr:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [*prefix, sys.executable, str(program), *map(str, flags)],
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
@@ -125,7 +131,6 @@ class Run:
                 start_new_session=True,
                 preexec_fn=prepare,
             )
-        self.id = self.process.pid
 
     def __enter__(self):
         return self
@@ -191,6 +196,14 @@ class Run:
         assert not self.children()
         folders = [path for path in self.temp_folder.iterdir() if path.is_dir()]
         assert not folders
+
+
+class WarmRun(Run):
+    """A run that need not import TensorFlow any more, for tests of anything but how runs start."""
+
+    def _start(self, program, flags, environment, folder, file_bytes, prefix):
+        assert not prefix
+        return WarmProcess(program, flags, environment, folder, self.output_paths, file_bytes)
 
 
 def metrics(logdir):
@@ -381,8 +394,8 @@ def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path)
     flag_file = (logdir / 'flags.txt').read_text()
     flags = (*CARTPOLE, f'--logdir={logdir}')
     with (
-        Run(tmp_path / 'a', *flags, '--use_lstm=true') as lstm,
-        Run(tmp_path / 'b', *CARTPOLE, f'--logdir={other_logdir}', '--use_lstm=true') as other,
+        WarmRun(tmp_path / 'a', *flags, '--use_lstm=true') as lstm,
+        WarmRun(tmp_path / 'b', *CARTPOLE, f'--logdir={other_logdir}', '--use_lstm=true') as other,
     ):
         assert_one_sentence(lstm, 2, '--use_lstm was false and is now true')
         other.wait_until(lambda: checkpoints(other_logdir))
@@ -393,7 +406,7 @@ def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path)
 
     # Test mode knows by itself which network was trained.
     test = ('--mode=test', '--test_num_episodes=1', f'--logdir={other_logdir}')
-    with Run(tmp_path / 'c', *test) as run:
+    with WarmRun(tmp_path / 'c', *test) as run:
         assert run.wait() == 0
     assert re.search(r'CartPole-v1 +1 +\d', run.stdout)
 
@@ -402,7 +415,7 @@ def test_watching_may_begin_before_training_does(trained, tmp_path):
     logdir, copy = tmp_path / 'run', tmp_path / 'copy'
     shutil.copytree(trained[1], copy)
     flags = ('--mode=test', '--watch', '--test_num_episodes=1', f'--logdir={logdir}')
-    with Run(tmp_path / 'watching', *flags) as run:
+    with WarmRun(tmp_path / 'watching', *flags) as run:
         run.wait_until(lambda: f'Waiting for a training run in {logdir}\n' in run.stdout)
         copy.rename(logdir)
         assert run.wait() == 0, run.stderr
@@ -413,7 +426,7 @@ def test_watching_may_begin_before_training_does(trained, tmp_path):
 def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
     logdir = tmp_path / 'run'
     shutil.copytree(trained[1], logdir)
-    with Run(tmp_path, '--mode=test', '--test_num_episodes=6', f'--logdir={logdir}') as run:
+    with WarmRun(tmp_path, '--mode=test', '--test_num_episodes=6', f'--logdir={logdir}') as run:
         assert run.wait() == 0
     with open(logdir / 'test_scores.json') as file:
         scores = json.load(file)
@@ -442,8 +455,8 @@ def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
     flags = [f'--flagfile={logdir}/flags.txt', '--save_checkpoint_secs=600']
     flags.append(f'--total_environment_frames={CARTPOLE_FRAMES + 5000}')
     with (
-        Run(tmp_path / 'a', *flags, f'--logdir={logdir}', file_bytes=size // 2) as full,
-        Run(tmp_path / 'b', *flags, f'--logdir={damaged}') as refused,
+        WarmRun(tmp_path / 'a', *flags, f'--logdir={logdir}', file_bytes=size // 2) as full,
+        WarmRun(tmp_path / 'b', *flags, f'--logdir={damaged}') as refused,
     ):
         assert_one_sentence(refused, 2, 'No checkpoint in .* is intact')
         assert full.wait() != 0
@@ -546,7 +559,7 @@ def test_a_run_with_replay_on_atari(tmp_path):
     flags = ['--level_name=ALE/Pong-v5', '--num_actors=4', '--batch_size=4', '--unroll_length=20']
     flags += ['--envs_per_process=4', '--total_environment_frames=12000', '--log_secs=0']
     flags += ['--replay_fraction=0.3', '--replay_capacity=20', '--intra_op_threads=1']
-    with Run(tmp_path, *flags, f'--logdir={logdir}') as run:
+    with WarmRun(tmp_path, *flags, f'--logdir={logdir}') as run:
         assert run.wait() == 0, run.stderr
     # 20 of 170,322 bytes.
     assert 'Replay of 20 trajectories: up to 0.00 GB' in run.stderr
@@ -591,7 +604,7 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
     def check(number):
         flags, pattern = cases[number]
         folder = tmp_path / str(number)
-        with Run(folder, f'--logdir={folder}/run', *flags, pythonpath=[tmp_path]) as run:
+        with WarmRun(folder, f'--logdir={folder}/run', *flags, pythonpath=[tmp_path]) as run:
             assert_one_sentence(run, 2, pattern)
         assert not (folder / 'run' / 'flags.txt').exists()
 
@@ -633,7 +646,7 @@ def test_an_environment_that_always_fails_ends_the_run(tmp_path):
 
 def test_updates_that_are_not_finite_end_the_run(tmp_path):
     logdir = tmp_path / 'run'
-    with Run(
+    with WarmRun(
         tmp_path,
         f'--logdir={logdir}',
         '--level_name=levels:infinite',
@@ -677,7 +690,7 @@ def test_levels_of_all_kinds(tmp_path):
     def check(name):
         folder = tmp_path / name
         flags = (*common, f'--logdir={folder}/run', *cases[name])
-        with Run(folder, *flags, pythonpath=[TESTS / 'deepmind_lab_stand_in']) as run:
+        with WarmRun(folder, *flags, pythonpath=[TESTS / 'deepmind_lab_stand_in']) as run:
             assert run.wait() == 0, run.stderr
         assert 'deep network with LSTM' in run.stderr
         (line,) = metrics(folder / 'run')[-1:]
@@ -712,20 +725,22 @@ def test_an_autoencoder_of_atari(tmp_path):
         '--log_secs=0',
         f'--logdir={logdir}',
     )
-    with Run(tmp_path / 'a', *flags, '--total_environment_frames=800') as run:
+    with WarmRun(tmp_path / 'a', *flags, '--total_environment_frames=800') as run:
         assert run.wait() == 0, run.stderr
     losses = [line['loss/autoencoder'] for line in metrics(logdir)]
     assert len(losses) >= 5 and all(0 < loss < 20 for loss in losses)
     assert metrics(logdir)[-1]['updates_skipped'] == 0
     with open(logdir / 'reconstructions.png', 'rb') as file:
         assert file.read(8) == b'\x89PNG\r\n\x1a\n'
-    with Run(tmp_path / 'b', *common, '--level_name=ALE/Pong-v5', f'--logdir={logdir}') as other:
+    with WarmRun(
+        tmp_path / 'b', *common, '--level_name=ALE/Pong-v5', f'--logdir={logdir}'
+    ) as other:
         assert_one_sentence(other, 2, '--torso was "autoencoder" and is now "shallow"')
 
 
 def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
-    with Run(tmp_path, '--mode=test', '--logdir=~/run') as run:
+    with WarmRun(tmp_path, '--mode=test', '--logdir=~/run') as run:
         assert_one_sentence(run, 2, f'{tmp_path}/home/run is not the folder of a training run')
 
 
@@ -762,7 +777,7 @@ def test_many_levels_at_once(tmp_path):
     names = [f'ALE/{game}-v5' for game in games]
     logdir = tmp_path / 'atari' / 'run'
     flags = ('--batch_size=8', '--unroll_length=2', '--log_secs=0', f'--logdir={logdir}')
-    with Run(
+    with WarmRun(
         tmp_path / 'atari',
         *flags,
         f'--level_name={",".join(names)}',
@@ -778,7 +793,7 @@ def test_many_levels_at_once(tmp_path):
     assert {*frames} == {f'level_frames/{name}' for name in names}
     assert sum(frames.values()) == 640 and all(frames.values())
 
-    with Run(
+    with WarmRun(
         tmp_path / 'few', '--level_name=atari57', '--num_actors=8', f'--logdir={tmp_path}/few'
     ) as few:
         assert_one_sentence(few, 2, '--num_actors=8 would leave some of the 57 levels out')
@@ -805,7 +820,7 @@ def test_dmlab30_as_jobs(tmp_path):
         '--trusted_network',
         f'--logdir={logdir}',
     )
-    with Run(tmp_path / 'imageless', *learner, *common, pythonpath=lab) as run:
+    with WarmRun(tmp_path / 'imageless', *learner, *common, pythonpath=lab) as run:
         assert_one_sentence(
             run,
             2,
@@ -815,8 +830,8 @@ def test_dmlab30_as_jobs(tmp_path):
     (tmp_path / 'images' / 'brady_konkle_oliva2008').mkdir(parents=True)
     actor = ('--job_name=actor', '--task=2', '--envs_per_actor=10', *common)
     with (
-        Run(tmp_path / 'learner', *learner, *common, pythonpath=lab) as run,
-        Run(tmp_path / 'actor', *actor, pythonpath=lab) as job,
+        WarmRun(tmp_path / 'learner', *learner, *common, pythonpath=lab) as run,
+        WarmRun(tmp_path / 'actor', *actor, pythonpath=lab) as job,
     ):
         assert run.wait() == 0, run.stderr
         assert job.wait() == 0, job.stderr
@@ -842,11 +857,11 @@ def test_dmlab30_is_tested_at_once_with_its_hold_out_levels(tmp_path):
         '--num_action_repeats=1800',
         '--total_environment_frames=3600',
     )
-    with Run(tmp_path / 'train', *common, *train, pythonpath=lab) as run:
+    with WarmRun(tmp_path / 'train', *common, *train, pythonpath=lab) as run:
         assert run.wait() == 0, run.stderr
     test = ('--mode=test', '--level_name=dmlab30', '--test_num_episodes=1')
     images = f'--dataset_path={tmp_path}/images'
-    with Run(tmp_path / 'test', *common, *test, images, pythonpath=lab) as run:
+    with WarmRun(tmp_path / 'test', *common, *test, images, pythonpath=lab) as run:
         assert run.wait() == 0, run.stderr
     with open(PROGRAM.parent / 'impala' / 'suites' / 'dmlab30.csv', newline='') as file:
         rows = {row['test_level']: row for row in csv.DictReader(file)}

@@ -11,7 +11,7 @@ import pytest
 from experiment_test import (
     CARTPOLE,
     TESTS,
-    Run,
+    WarmRun,
     assert_one_sentence,
     checkpoints,
     episodes,
@@ -41,13 +41,13 @@ def address():
 
 
 def learner(folder, logdir, address, *flags):
-    return Run(folder, *CARTPOLE, '--task=0', f'--learner_address={address}', f'--logdir={logdir}',
-               '--trusted_network', *flags)  # fmt: skip
+    return WarmRun(folder, *CARTPOLE, '--task=0', f'--learner_address={address}',
+                   f'--logdir={logdir}', '--trusted_network', *flags)  # fmt: skip
 
 
 def actor(folder, task, address, *flags, **options):
-    return Run(folder, '--job_name=actor', f'--task={task}', f'--learner_address={address}',
-               f'--envs_per_actor={ENVIRONMENTS}', *flags, **options)  # fmt: skip
+    return WarmRun(folder, '--job_name=actor', f'--task={task}', f'--learner_address={address}',
+                   f'--envs_per_actor={ENVIRONMENTS}', *flags, **options)  # fmt: skip
 
 
 def tasks(logdir):
@@ -172,7 +172,7 @@ def test_the_level_caches_of_actor_jobs_reach_the_learner(tmp_path, address):
     flags = ('--task=0', f'--learner_address={address}', f'--logdir={logdir}', '--trusted_network',
              '--level_name=rooms_watermaze', '--batch_size=2', '--unroll_length=5',
              '--torso=shallow', '--log_secs=1')  # fmt: skip
-    with Run(tmp_path / 'learner', *flags, **lab) as first, contextlib.ExitStack() as jobs:
+    with WarmRun(tmp_path / 'learner', *flags, **lab) as first, contextlib.ExitStack() as jobs:
         for task in (0, 1):
             caches = f'--level_cache_dir={tmp_path}/maps{task}'
             command = actor(tmp_path / f'actor{task}', task, address, caches, **lab)
@@ -294,5 +294,5 @@ def test_an_actor_that_is_stopped_while_it_waits_for_its_learner(tmp_path, addre
     ],
 )
 def test_bad_flags(tmp_path, flags, sentence):
-    with Run(tmp_path, *flags) as run:
+    with WarmRun(tmp_path, *flags) as run:
         assert_one_sentence(run, 2, sentence)

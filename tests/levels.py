@@ -208,6 +208,19 @@ def never_made(seed: int, config: environments.EnvironmentConfig) -> environment
     return _Level()
 
 
+def paced(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Plays CartPole with 500 steps a second at most, for runs that others are waited for in."""
+    level = environments.create_environment('CartPole-v1', seed, config)
+    step = level.step
+
+    def step_slowly(action: int) -> Any:
+        time.sleep(0.002)
+        return step(action)
+
+    level.step = step_slowly  # type: ignore[method-assign]
+    return level
+
+
 def failing(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Raises at its first step."""
     return _Failing()

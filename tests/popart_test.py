@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_test import Run, assert_one_sentence, metrics
+from experiment_test import WarmRun, assert_one_sentence, metrics
 from learner_test import batch_of, mlp_agent
 
 import vtrace
@@ -284,14 +284,14 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     logdir = tmp_path / 'run'
     common = (*FLAGS, f'--logdir={logdir}')
     levels = f'--level_name={",".join(LEVELS)}'
-    with Run(tmp_path / 'a', *common, levels, '--total_environment_frames=400') as first:
+    with WarmRun(tmp_path / 'a', *common, levels, '--total_environment_frames=400') as first:
         assert first.wait() == 0, first.stderr
     # Each step is rewarded with 1, and values start near 0.
     mean = mean_of_checkpoint(logdir, 1)
     assert mean.shape == (2,)
     assert np.all(mean > 20 * BETA)
     more = '--total_environment_frames=800'
-    with Run(tmp_path / 'b', *common, levels, more) as second:
+    with WarmRun(tmp_path / 'b', *common, levels, more) as second:
         assert second.wait() == 0, second.stderr
     assert 'Going on from' in second.stderr
     last = metrics(logdir)[-1]
@@ -307,13 +307,13 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     for i, (flags, now) in enumerate(
         [((levels, '--nopopart'), 'not set'), ((backwards,), r'\["levels:long", "levels:short"\]')]
     ):
-        with Run(tmp_path / f'refused {i}', *common, *flags) as refused:
+        with WarmRun(tmp_path / f'refused {i}', *common, *flags) as refused:
             assert_one_sentence(
                 refused, 2, rf'{name} was \["levels:short", "levels:long"\] and is now {now}'
             )
     # The run's own flags, but on one level only, and that not its first.
     test = ('--mode=test', f'--level_name={LEVELS[1]}', '--test_num_episodes=2')
-    with Run(tmp_path / 'c', *test, f'--logdir={logdir}') as run:
+    with WarmRun(tmp_path / 'c', *test, f'--logdir={logdir}') as run:
         assert run.wait() == 0, run.stderr
     scores = json.loads((logdir / 'test_scores.json').read_text())['levels']
     assert scores.keys() == {LEVELS[1]}
@@ -335,8 +335,8 @@ def test_actor_jobs_take_it_from_the_learner(tmp_path):
     # It has the second level only.
     actor = ('--job_name=actor', '--task=0', f'--level_name={LEVELS[1]}')
     with (
-        Run(tmp_path / 'learner', *FLAGS, *learner, address) as first,
-        Run(tmp_path / 'actor', *actor, address) as job,
+        WarmRun(tmp_path / 'learner', *FLAGS, *learner, address) as first,
+        WarmRun(tmp_path / 'actor', *actor, address) as job,
     ):
         assert first.wait() == 0, first.stderr
         assert job.wait() == 0, job.stderr

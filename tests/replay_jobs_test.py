@@ -17,7 +17,16 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_test import CARTPOLE, PROGRAM, TESTS, Run, assert_one_sentence, metrics
+from experiment_test import (
+    CARTPOLE,
+    PACED,
+    PROGRAM,
+    TESTS,
+    Run,
+    WarmRun,
+    assert_one_sentence,
+    metrics,
+)
 from several_learners_test import free_ports
 
 from dynamic_batching.exchange import Component, WeightsBoard
@@ -51,8 +60,9 @@ def addresses():
 
 
 def job(folder, task, addresses, *flags, **options):
-    return Run(folder, '--job_name=replay', f'--task={task}', '--trusted_network',
-               f'--replay_addresses={",".join(addresses)}', *flags, **options)  # fmt: skip
+    kind = Run if 'prefix' in options else WarmRun
+    return kind(folder, '--job_name=replay', f'--task={task}', '--trusted_network',
+                f'--replay_addresses={",".join(addresses)}', *flags, **options)  # fmt: skip
 
 
 def changed_job(folder, task, addresses, change):
@@ -61,8 +71,8 @@ def changed_job(folder, task, addresses, change):
     program.parent.mkdir(parents=True)
     program.write_text(
         'import runpy\n'
-        'from impala.quiet_start import quiet_tensorflow, without_keras\n'
-        'with quiet_tensorflow(), without_keras():\n'
+        'from impala.quiet_start import quiet_tensorflow\n'
+        'with quiet_tensorflow():\n'
         '    import impala.replay_job\n'
         f'{change}\n'
         f'runpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
@@ -71,8 +81,8 @@ def changed_job(folder, task, addresses, change):
 
 
 def learner(folder, logdir, addresses, *flags):
-    return Run(folder, *CARTPOLE, f'--logdir={logdir}', f'--replay_fraction={FRACTION}',
-               f'--replay_addresses={",".join(addresses)}', *flags)  # fmt: skip
+    return WarmRun(folder, *CARTPOLE, f'--logdir={logdir}', f'--replay_fraction={FRACTION}',
+                   f'--replay_addresses={",".join(addresses)}', *flags)  # fmt: skip
 
 
 def kill(run):
@@ -380,7 +390,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
 
     with (
         job(tmp_path / 'job0', 0, addresses, capacity) as first,
-        learner(tmp_path / 'learner', logdir, addresses, ENDLESS) as run,
+        learner(tmp_path / 'learner', logdir, addresses, ENDLESS, PACED) as run,
     ):
         # One that comes late.
         first.wait_until(lambda: latest('replay_unrolls') == 200)
@@ -600,8 +610,8 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
             for task in range(2)
         ] + [
             stack.enter_context(
-                Run(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
-                    '--envs_per_actor=4')
+                WarmRun(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
+                        '--envs_per_actor=4')
             )
             for task in range(2)
         ]  # fmt: skip
@@ -698,7 +708,7 @@ def test_a_port_that_is_in_use(tmp_path, addresses):
     ],
 )
 def test_bad_flags(tmp_path, flags, sentence):
-    with Run(tmp_path, f'--logdir={tmp_path}/run', *flags) as run:
+    with WarmRun(tmp_path, f'--logdir={tmp_path}/run', *flags) as run:
         assert_one_sentence(run, 2, sentence)
 
 

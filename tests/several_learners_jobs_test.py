@@ -8,7 +8,15 @@ import signal
 import time
 
 import pytest
-from experiment_test import CARTPOLE, Run, assert_one_sentence, checkpoints, frames, metrics
+from experiment_test import (
+    CARTPOLE,
+    PACED,
+    WarmRun,
+    assert_one_sentence,
+    checkpoints,
+    frames,
+    metrics,
+)
 from several_learners_test import free_ports
 
 ENDLESS = '--total_environment_frames=1000000000'
@@ -24,12 +32,12 @@ def addresses():
 
 def learner(folder, logdir, task, addresses, *flags):
     # What is found out for `auto` must not start TensorFlow before the learners' strategy is made.
-    return Run(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
-               '--trusted_network', '--compute_dtype=auto', *flags)  # fmt: skip
+    return WarmRun(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
+                   '--trusted_network', '--compute_dtype=auto', *flags)  # fmt: skip
 
 
 def actor(folder, task, addresses):
-    return Run(folder, '--job_name=actor', f'--task={task}', addresses, '--envs_per_actor=4')
+    return WarmRun(folder, '--job_name=actor', f'--task={task}', addresses, '--envs_per_actor=4')
 
 
 def tasks(logdir):
@@ -40,16 +48,17 @@ def tasks(logdir):
 
 def test_learners_train_one_model(tmp_path, addresses):
     logdir, nowhere = tmp_path / 'run', tmp_path / 'nowhere'
+    endless = PACED, ENDLESS
     with (
-        learner(tmp_path / 'first', logdir, 0, addresses, ENDLESS) as first,
-        learner(tmp_path / 'odd', nowhere, 1, addresses, ENDLESS, '--entropy_cost=0.5') as odd,
+        learner(tmp_path / 'first', logdir, 0, addresses, *endless) as first,
+        learner(tmp_path / 'odd', nowhere, 1, addresses, *endless, '--entropy_cost=0.5') as odd,
         actor(tmp_path / 'a', 0, addresses) as a,
         actor(tmp_path / 'b', 1, addresses) as b,
     ):
         assert odd.wait() == 2
         assert re.search('--entropy_cost is 0.5 here and 0.01 at the first learner', odd.stderr)
         assert 'Waiting for the learners --task=1' in first.stderr
-        with learner(tmp_path / 'second', nowhere, 1, addresses, ENDLESS) as second:
+        with learner(tmp_path / 'second', nowhere, 1, addresses, *endless) as second:
             # The log has the actors of both.
             first.wait_until(lambda: tasks(logdir) == {0, 1})
             assert 'Actor 0 ' in first.stderr
@@ -57,8 +66,8 @@ def test_learners_train_one_model(tmp_path, addresses):
             assert 'Actor 1 ' in second.stderr
             first.wait_until(lambda: checkpoints(logdir))
             with (
-                learner(tmp_path / 'third', tmp_path / 'other', 0, addresses) as third,
-                learner(tmp_path / 'fourth', nowhere, 1, addresses, ENDLESS) as fourth,
+                learner(tmp_path / 'third', tmp_path / 'other', 0, addresses, PACED) as third,
+                learner(tmp_path / 'fourth', nowhere, 1, addresses, *endless) as fourth,
             ):
                 for run, task in ((third, 0), (fourth, 1)):
                     assert run.wait() == 2
@@ -77,10 +86,10 @@ def test_learners_train_one_model(tmp_path, addresses):
         assert not nowhere.exists()
 
         reached = frames(logdir)
-        enough = f'--total_environment_frames={reached + 40_000}'
+        enough = f'--total_environment_frames={reached + 70_000}'
         with (
-            learner(tmp_path / 'fifth', logdir, 0, addresses, enough) as first,
-            learner(tmp_path / 'sixth', nowhere, 1, addresses, enough) as second,
+            learner(tmp_path / 'fifth', logdir, 0, addresses, PACED, enough) as first,
+            learner(tmp_path / 'sixth', nowhere, 1, addresses, PACED, enough) as second,
         ):
             for each in (first, second, a, b):
                 assert each.wait() == 0, each.stderr
@@ -89,7 +98,7 @@ def test_learners_train_one_model(tmp_path, addresses):
         for each in (a, b):
             assert 'Training is complete.' in each.stdout
     lines = metrics(logdir)
-    assert lines[-1]['frames'] >= reached + 40_000
+    assert lines[-1]['frames'] >= reached + 70_000
     assert all(line['frames'] == STEPS_PER_UPDATE * line['updates'] for line in lines)
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
     with open(logdir / 'episodes.csv', newline='') as file:
@@ -97,9 +106,9 @@ def test_learners_train_one_model(tmp_path, addresses):
     # A frame is rewarded with 1, so hardly any is missing: the episodes of both learners are there.
     assert 0.8 * lines[-1]['frames'] < sum(returns) <= lines[-1]['frames']
 
-    with Run(tmp_path / 'reader', '--mode=test', f'--logdir={logdir}') as reader:
+    with WarmRun(tmp_path / 'reader', '--mode=test', f'--logdir={logdir}') as reader:
         assert reader.wait() == 0, reader.stderr
-    scores = json.loads((logdir / 'test_scores.json').read_text())['levels']['CartPole-v1']
+    scores = json.loads((logdir / 'test_scores.json').read_text())['levels']['levels:paced']
     assert len(scores['returns']) == 10
     # A random policy's is 22.
     assert scores['mean'] > 44
@@ -173,7 +182,7 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
 def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch, fresh):
     logdir = tmp_path / 'run'
     flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000', *flags]
-    with Run(tmp_path / 'run of two', *CARTPOLE, f'--logdir={logdir}', *flags) as run:
+    with WarmRun(tmp_path / 'run of two', *CARTPOLE, f'--logdir={logdir}', *flags) as run:
         assert run.wait() == 0, run.stderr
     assert 'learner on /cpu:0 and /cpu:1' in run.stderr
     last = metrics(logdir)[-1]
@@ -200,5 +209,5 @@ def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch, fresh):
 )
 def test_bad_flags(tmp_path, flags, sentence):
     flags = [f'--logdir={tmp_path / "run"}', '--trusted_network', *flags]
-    with Run(tmp_path / 'bad', *flags) as run:
+    with WarmRun(tmp_path / 'bad', *flags) as run:
         assert_one_sentence(run, 2, sentence)

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from experiment_test import PATIENCE_SECONDS, TESTS
 from replica import BATCH_SIZE, PIPELINED, POISONED, UPDATES, agents, create_learner, train
+from warm_process import WarmProcess
 
 
 def free_ports(number):
@@ -48,22 +47,15 @@ def alone():
 
 def run_replicas(folder, *commands):
     """Runs one process per command; returns what each wrote."""
+    environment = os.environ | {'PYTHONPATH': f'{TESTS.parent}{os.pathsep}{TESTS}'}
     processes = []
     try:
         for i, (kind, *rest) in enumerate(commands):
-            output = folder / f'{i}.npz'
-            command = [sys.executable, str(TESTS / 'replica.py'), kind, str(output), *rest]
-            processes.append(
-                subprocess.Popen(
-                    command,
-                    env=os.environ | {'PYTHONPATH': f'{TESTS.parent}{os.pathsep}{TESTS}'},
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        for process in processes:
-            _, stderr = process.communicate(timeout=PATIENCE_SECONDS)
-            assert process.returncode == 0, stderr
+            flags = [kind, folder / f'{i}.npz', *rest]
+            outputs = [folder / f'{i}.{name}' for name in ('stdout', 'stderr')]
+            processes.append(WarmProcess(TESTS / 'replica.py', flags, environment, folder, outputs))
+        for i, process in enumerate(processes):
+            assert process.wait(PATIENCE_SECONDS) == 0, (folder / f'{i}.stderr').read_text()
     finally:
         for process in processes:
             process.kill()

@@ -3,20 +3,18 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_test import PATIENCE_SECONDS, TESTS, Run
+from experiment_test import PATIENCE_SECONDS, WarmRun
 from run_config_test import config
 from several_learners_test import free_ports
+from warm_process import context
 
 import environments
 from impala import checkpoint, learner_devices, remote_replay, run_config, training
@@ -296,7 +294,7 @@ def shard(tmp_path_factory):
     """The address of a replay job."""
     address = f'localhost:{free_ports(1)[0]}'
     flags = ('--job_name=replay', '--task=0', f'--replay_addresses={address}', '--trusted_network')
-    with Run(tmp_path_factory.mktemp('shard'), *flags) as run:
+    with WarmRun(tmp_path_factory.mktemp('shard'), *flags) as run:
         run.wait_until(lambda: 'waiting for it on port' in run.stderr)
         yield address
         run.send(signal.SIGTERM)
@@ -322,16 +320,14 @@ def train_on_devices(folder, number, shard):
 def folder_of_devices(tmp_path_factory, shard):
     """Holds the runs on several devices, by number."""
     folder = tmp_path_factory.mktemp('devices')
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
     def train(number):
-        call = f'train_on_devices({str(folder)!r}, {number}, {shard!r})'
-        subprocess.run(
-            [sys.executable, '-c', f'import training_test; training_test.{call}'],
-            env=os.environ | {'PYTHONPATH': path},
-            check=True,
-            timeout=PATIENCE_SECONDS,
-        )
+        process = context().Process(target=train_on_devices, args=(str(folder), number, shard))
+        process.start()
+        process.join(PATIENCE_SECONDS)
+        process.kill()
+        process.join()
+        assert process.exitcode == 0
 
     on_devices = [i for i, choice in enumerate(_pairwise()) if choice['learner_devices']]
     # Those with the replay job, which is one run's at a time, in turns.
