@@ -16,6 +16,6 @@ RUN pip install --no-cache-dir 'setuptools>=70' wheel 'tensorflow[and-cuda]==2.2
     && pip install --no-cache-dir --no-build-isolation -e '.[gpu,vizdoom,minigrid,dev]' \
     && if ls wheels/*.whl >/dev/null 2>&1; then pip install --no-cache-dir wheels/*.whl; fi
 
-RUN python -m pytest -n 2 --dist loadfile
+RUN python -m pytest -n 3 --dist loadfile
 
 ENTRYPOINT ["python", "experiment.py"]

@@ -16,8 +16,8 @@ test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-# A file at a time on each of two processes: many tests wait for others to start or to end.
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+# A file at a time on each of three processes: many tests wait for others to start or to end.
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile
 
 install: $(INSTALLED)
 
