@@ -23,7 +23,7 @@ TESTS = pathlib.Path(__file__).resolve().parent
 class WarmProcess:
     """A program, as far as tests need `subprocess.Popen` for it; in a session of its own.
 
-    It ends with this process, at the latest.
+    When this process exits it is ended, if it has not been.
 
     Attributes:
       pid: the process's number.
