@@ -23,5 +23,5 @@ def temporary_folder(tmp_path_factory):
     else:
         os.environ['TMPDIR'] = before
     # What multiprocessing has there goes with this process.
-    folders = {path.name for path in folder.iterdir() if path.is_dir()}
-    assert not [name for name in folders if not name.startswith('pymp-')]
+    left = [path.name for path in folder.iterdir() if path.is_dir()]
+    assert not [name for name in left if not name.startswith('pymp-')]

@@ -86,6 +86,8 @@ def context():
 
 
 def _run(program, flags, environment, folder, outputs, file_bytes):
+    # A server that could not import it would say nothing, and tests would take minutes longer.
+    assert 'tensorflow' in sys.modules
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
