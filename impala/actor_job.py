@@ -24,6 +24,7 @@ from impala.run_config import (
     popart_levels,
     with_common_actions,
 )
+from impala.seeds import derived_seed
 from impala.stop_signal import StopSignal
 
 _MAX_BACK_OFF_SECONDS = 5.0
@@ -87,7 +88,12 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         patience = _Patience(job, report, stop)
         with _before_play(), LearnerConnection(job.learner_address) as asking:
             settings = json.loads(patience.call(asking.settings))
+            version = patience.call(asking.status).version
         config = _agreed(config, job, settings)
+        # One that is started again does not play its episodes once more.
+        config = dataclasses.replace(
+            config, seed=derived_seed(config.seed, job.task, max(version, 0))
+        )
         workplace = stack.enter_context(Workplace(config.environment))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = settings['network']
@@ -368,7 +374,6 @@ def _agreed(
         config,
         level_names=tuple(levels),
         environment=with_common_actions(config.environment, known),
-        seed=(config.seed + first) % 2**29,
         learner=dataclasses.replace(config.learner, unroll_length=settings['unroll_length']),
     )
 

@@ -19,6 +19,7 @@ from dynamic_batching.unroll_batcher import UnrollBatcher
 from environments import EnvironmentConfig, LevelError
 from impala.actor import BAD_INPUT_EXIT_CODE, CLOSED_EXIT_CODE
 from impala.episode_series import Episode, Schedule
+from impala.seeds import derived_seed
 from impala.trajectory import EnvironmentSpec
 
 # What an actor gets to end by itself, in seconds, before it is killed.
@@ -306,8 +307,6 @@ class ActorPool:
         # What is printed after a cut goes to the new end.
         fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
         actors = self._groups[index]
-        # The same episodes again might well end in the same crash.
-        first_seed = self._seed + len(self._level_names) * self.restarts
         settings: dict[str, Any] = {
             'level_names': [self._level_names[actor] for actor in actors],
             'segment': self._batcher.fd,
@@ -317,7 +316,8 @@ class ActorPool:
         descriptors = [self._batcher.fd, self._warnings.write_end]
         episodes = self._episodes(index)
         if self._schedule is None:
-            settings['seeds'] = [(first_seed + actor) % 2**31 for actor in actors]
+            # The same episodes again might well end in the same crash.
+            settings['seeds'] = [derived_seed(self._seed, self.restarts, actor) for actor in actors]
         else:
             settings |= {
                 'episodes': episodes,

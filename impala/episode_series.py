@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import environments
+from impala.seeds import derived_seed
 from impala.trajectory import EpisodeEnd
 
 _MIN_SIDE = 168
@@ -105,8 +106,7 @@ class Schedule:
 
 def episode_seed(seed: int, level_name: str, number: int) -> int:
     """Returns the seed of a level's episode with a number, in `[0, 2**31)`."""
-    words = [seed, _TEST, zlib.crc32(level_name.encode()), number]
-    return int(np.random.SeedSequence(words).generate_state(1)[0]) & (2**31 - 1)
+    return derived_seed(seed, _TEST, zlib.crc32(level_name.encode()), number)
 
 
 class EpisodeQueues:

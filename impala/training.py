@@ -45,6 +45,7 @@ from impala.run_config import (
 )
 from impala.run_log import WAIT_STAGE, RunLog
 from impala.sample_reuse import reused
+from impala.seeds import derived_seed
 from impala.stop_signal import StopSignal
 from impala.trajectory import EnvironmentSpec
 
@@ -160,7 +161,9 @@ def train(
         if learner_address is None:
             # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing.
             acting_agent = Agent(dataclasses.replace(network, compute_dtype='float32'), spec)
-            actors = LocalActors(config, spec, acting_agent, workplace, log.message)
+            # A run that goes on does not play its episodes once more.
+            playing = dataclasses.replace(config, seed=derived_seed(config.seed, restored_updates))
+            actors = LocalActors(playing, spec, acting_agent, workplace, log.message)
         else:
             settings = run_settings(config, network_settings(network, spec))
             actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)

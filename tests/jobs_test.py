@@ -46,8 +46,10 @@ def learner(folder, logdir, address, *flags):
 
 
 def actor(folder, task, address, *flags, **options):
+    # Empty, as in the flags.txt of a run, it says nothing.
     return WarmRun(folder, '--job_name=actor', f'--task={task}', f'--learner_address={address}',
-                   f'--envs_per_actor={ENVIRONMENTS}', *flags, **options)  # fmt: skip
+                   f'--envs_per_actor={ENVIRONMENTS}', '--replay_addresses=', *flags,
+                   **options)  # fmt: skip
 
 
 def tasks(logdir):
@@ -124,6 +126,21 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
     assert result.duplicates == 0
     assert 0 < len(result.gaps) <= 12 + ENVIRONMENTS
     assert max(result.gaps.values()) <= 2
+
+
+def test_no_environment_of_one_job_is_that_of_another_or_of_its_last_start(tmp_path, address):
+    """Each return of this level is a function of the environment's seed."""
+    logdir = tmp_path / 'run'
+    flags = ['--level_name=levels:seeded', '--total_environment_frames=1000000000']
+
+    def seeds():
+        return {row['episode_return'] for row in episodes(logdir)}
+
+    with learner(tmp_path / 'learner', logdir, address, *flags) as run:
+        for number, task in enumerate((0, 1, 0)):
+            with actor(tmp_path / str(number), task, address):
+                run.wait_until(lambda number=number: len(seeds()) >= (number + 1) * ENVIRONMENTS)
+        assert len(seeds()) == 3 * ENVIRONMENTS
 
 
 def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):

@@ -77,7 +77,7 @@ class _Lives(_Level):
 
 
 class _Seeded(_Level):
-    """The return is the seed, modulo 1000."""
+    """The return is the seed, modulo a million."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(5)
@@ -85,7 +85,7 @@ class _Seeded(_Level):
 
     def step(self, action: int) -> Any:
         _, end, observation = super().step(action)
-        return self.seed % 1000 if end else 0.0, end, observation
+        return self.seed % 1_000_000 if end else 0.0, end, observation
 
 
 class _Counting(_Level):
@@ -307,7 +307,7 @@ def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments
 
 
 def mortal(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Takes its process down in each second episode; the return is the seed, modulo 1000."""
+    """Takes its process down in each second episode; the return is the seed, modulo a million."""
     return _Mortal(seed)
 
 
