@@ -138,6 +138,9 @@ flags.DEFINE_float('kl_cost', 0.0, 'appo: weight of a divergence penalty.', lowe
 flags.DEFINE_boolean(
     'normalize_advantages', False, 'appo: to mean 0 and standard deviation 1 in every batch.'
 )
+flags.DEFINE_boolean(
+    'gae_advantages', False, 'appo: advantages of GAE, with --vtrace_lambda, not those of V-trace.'
+)
 flags.DEFINE_integer('sample_reuse', 1, 'Updates made of each batch.', lower_bound=1)
 flags.DEFINE_integer(
     'reuse_buffer', 1, 'Batches held for that: the last so many; 1: in a row.', lower_bound=1
@@ -246,10 +249,11 @@ flags.DEFINE_float('learning_rate', 0.00048, 'At the start; falls linearly to 0.
 flags.DEFINE_enum('optimizer', 'rmsprop', ['rmsprop', 'adam'], 'What applies the gradients.')
 flags.DEFINE_float('decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0, upper_bound=1)
-flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon, inside the root.", lower_bound=0)
+# A weight that has had no gradient as yet is divided by the root of no more than these.
+flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon, inside the root.", lower_bound=1e-15)
 flags.DEFINE_float('adam_beta1', 0.9, 'Of the mean.', lower_bound=0, upper_bound=0.999999)
 flags.DEFINE_float('adam_beta2', 0.999, 'Of the mean square.', lower_bound=0, upper_bound=0.999999)
-flags.DEFINE_float('adam_epsilon', 1e-8, "Adam's epsilon, beside the root.", lower_bound=0)
+flags.DEFINE_float('adam_epsilon', 1e-8, "Adam's epsilon, beside the root.", lower_bound=1e-15)
 flags.DEFINE_float(
     'gradient_clip_norm', 0.0, 'Global norm to clip gradients to; 0 for none.', lower_bound=0
 )
@@ -303,7 +307,7 @@ def main(unused_argv: list[str]) -> int:
             '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.',
             BAD_INPUT_EXIT_CODE,
         )
-    if is_actor and FLAGS['replay_addresses'].present:
+    if is_actor and FLAGS.replay_addresses:
         return _fail(
             '--replay_addresses is for the learner and for replay jobs: leave it out of an actor '
             'job, which has nothing to do with them.',
@@ -612,6 +616,7 @@ def _config() -> Any:
             target_update_steps=FLAGS.target_update_steps,
             kl_cost=FLAGS.kl_cost,
             normalize_advantages=FLAGS.normalize_advantages,
+            gae_advantages=FLAGS.gae_advantages,
             autoencoder_cost=FLAGS.autoencoder_cost,
             learning_rate=FLAGS.learning_rate,
             optimizer=FLAGS.optimizer,

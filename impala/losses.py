@@ -44,6 +44,7 @@ class LossConfig:
       kl_cost: weight of the divergence from the policy that the ratio is taken against.
       normalize_advantages: whether the surrogate's advantages are brought to mean 0 and standard
         deviation 1 over the batch.
+      gae_advantages: whether the surrogate's advantages are those of GAE, lambda being `lambda_`.
       autoencoder_cost: weight of `autoencoder_loss`, where there is a decoder.
     """
 
@@ -60,6 +61,7 @@ class LossConfig:
     clip_target_rho_threshold: float = 2.0
     kl_cost: float = 0.0
     normalize_advantages: bool = False
+    gae_advantages: bool = False
     autoencoder_cost: float = 1.0
 
 
@@ -279,7 +281,10 @@ def appo_loss(
     The surrogate's advantage is that of V-trace, `r_s + gamma_s v_{s+1} - V(x_s)`, without the
     weight rho_s, since the ratio stands in its place. Without a target network the ratio is pi/mu,
     mu the behaviour policy, and V-trace's rho is the same. Where nothing is clipped, the gradient
-    is therefore that of `vtrace_loss` with the same rho.
+    is therefore that of `vtrace_loss` with the same rho. With `gae_advantages` it is
+    `r_s + gamma_s ((1 - lambda) V(x_{s+1}) + lambda v_{s+1}) - V(x_s)`: on-policy, generalized
+    advantage estimation (Schulman et al. 2016, equation (16)), which V-trace's advantage is for
+    lambda = 1 only, as it weights the first step's successor fully.
 
     With one, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the ratio is
     `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace's advantages and
@@ -325,8 +330,11 @@ def appo_loss(
         clip_c_threshold=config.clip_c_threshold,
         lambda_=config.lambda_,
     )
-    next_vs = tf.concat([targets.vs[1:], bootstrap_value[tf.newaxis]], axis=0)
-    advantages = rewards + discounts * next_vs - values
+    later = tf.concat([targets.vs[1:], bootstrap_value[tf.newaxis]], axis=0)
+    if config.gae_advantages:
+        next_values = tf.concat([values[1:], bootstrap_value[tf.newaxis]], axis=0)
+        later = next_values + config.lambda_ * (later - next_values)
+    advantages = rewards + discounts * later - values
     errors = targets.vs - learner_outputs.baseline[:-1]
     if value_stddev is not None:
         errors, advantages = errors / value_stddev, advantages / value_stddev

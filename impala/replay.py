@@ -201,7 +201,8 @@ class Replay:
     def description(self) -> str:
         """What this is, in a sentence for the user."""
         return (
-            f'Replay of {self.capacity:,} trajectories: up to {self.nbytes / 1e9:.2f} GB of memory'
+            f'Replay of {self.capacity:,} trajectories of {self._packing.nbytes:,} bytes: '
+            f'up to {self.nbytes / 1e9:.2f} GB of memory'
         )
 
     def add(self, unrolls: Sequence[np.ndarray]) -> None:

@@ -189,11 +189,12 @@ def check_learner(config: LearnerConfig, popart: bool = False) -> None:
             'clip_target_rho_threshold',
             'kl_cost',
             'normalize_advantages',
+            'gae_advantages',
             'target_update_steps',
         ),
         '--loss=vtrace': ('clip_pg_rho_threshold',),
         '--optimizer=adam': ('adam_beta1', 'adam_beta2', 'adam_epsilon'),
-        '--optimizer=rmsprop': ('momentum',),
+        '--optimizer=rmsprop': ('momentum', 'decay', 'epsilon'),
     }
     chosen = (f'--loss={config.loss}', f'--optimizer={config.optimizer}')
     for setting, names in belongs_to.items():
@@ -202,7 +203,8 @@ def check_learner(config: LearnerConfig, popart: bool = False) -> None:
             if setting not in chosen and value != defaults[name]:
                 flag = f'--{name}' if value is True else f'--{name}={value}'
                 raise ConfigError(
-                    f'{flag} belongs to {setting}; this run has {" and ".join(chosen)}.'
+                    f'{flag} belongs to {setting}; this run has {" and ".join(chosen)}: leave it '
+                    f'out, or give its default, {defaults[name]}.'
                 )
     if popart and config.target_update_steps:
         raise ConfigError(

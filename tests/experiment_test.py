@@ -562,7 +562,7 @@ def test_a_run_with_replay_on_atari(tmp_path):
     with WarmRun(tmp_path, *flags, f'--logdir={logdir}') as run:
         assert run.wait() == 0, run.stderr
     # 20 of 170,322 bytes.
-    assert 'Replay of 20 trajectories: up to 0.00 GB' in run.stderr
+    assert re.search(r'Replay of 20 trajectories of [\d,]+ bytes: up to 0.00 GB', run.stderr)
     lines = metrics(logdir)
     # Three batches of ten have two replayed unrolls, the others one; the first has none.
     fresh = [80, *[60 if k % 5 else 40 for k in range(1, 60)]]

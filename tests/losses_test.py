@@ -259,7 +259,9 @@ def _slow_appo(agent_outputs, learner_outputs, env_outputs, target_outputs, conf
             rho = min(1.0, old_pi[t, b, action] / m)
             delta = rho * (reward + gamma * value[t + 1, b] - value[t, b])
             v = value[t, b] + delta + gamma * config.lambda_ * rho * (later_v - value[t + 1, b])
-            advantages[t, b] = reward + gamma * later_v - value[t, b]
+            weight = config.lambda_ if config.gae_advantages else 1.0
+            later = (1 - weight) * value[t + 1, b] + weight * later_v
+            advantages[t, b] = reward + gamma * later - value[t, b]
             if target_outputs is None:
                 ratios[t, b] = pi[t, b, action] / m
                 reference = mu[t + 1, b]
@@ -278,9 +280,9 @@ def _slow_appo(agent_outputs, learner_outputs, env_outputs, target_outputs, conf
     return parts | {'policy_gradient': -objective.sum()}, ratios
 
 
-@pytest.mark.parametrize('normalize', [False, True])
+@pytest.mark.parametrize('normalize, gae', [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize('has_target', [False, True])
-def test_appo_loss_equals_the_slow_one(has_target, normalize):
+def test_appo_loss_equals_the_slow_one(has_target, normalize, gae):
     config = losses.LossConfig(
         loss='appo',
         discounting=0.9,
@@ -291,6 +293,7 @@ def test_appo_loss_equals_the_slow_one(has_target, normalize):
         clip_target_rho_threshold=1.5,
         kl_cost=0.2,
         normalize_advantages=normalize,
+        gae_advantages=gae,
     )
     unrolls = _unrolls(length=5, batch=6)
     target = _unrolls(length=5, batch=6, seed=1)[1] if has_target else None
@@ -309,6 +312,37 @@ def test_appo_loss_equals_the_slow_one(has_target, normalize):
         + 0.2 * expected['kl'],
         rtol=1e-4,
     )
+
+
+@pytest.mark.parametrize('lambda_', [0.0, 0.5, 0.95, 1.0])
+def test_on_policy_advantages_of_gae(lambda_):
+    """Against the sum of equation (16) of Schulman et al. 2016; the ratios are 1."""
+    agent_outputs, learner_outputs, env_outputs = _unrolls(length=6, batch=4)
+    behaviour = np.concatenate(
+        [agent_outputs.policy_logits[:1], learner_outputs.policy_logits[:-1]]
+    )
+    agent_outputs = agent_outputs._replace(policy_logits=behaviour)
+    config = losses.LossConfig(
+        loss='appo', discounting=0.9, lambda_=lambda_, gae_advantages=True, entropy_cost=0.0,
+        baseline_cost=0.0,
+    )  # fmt: skip
+    _, parts, (by_logits, _) = _appo_gradient(config, agent_outputs, learner_outputs, env_outputs)
+    value = np.float64(learner_outputs.baseline)
+    rewards = np.clip(np.float64(env_outputs.reward[1:]), -1.0, 1.0)
+    gammas = 0.9 * ~env_outputs.done[1:]
+    deltas = rewards + gammas * value[1:] - value[:-1]
+    advantages = np.zeros_like(deltas)
+    for start in range(6):
+        weight = np.ones(4)
+        for step in range(start, 6):
+            advantages[start] += weight * deltas[step]
+            weight = weight * gammas[step] * lambda_
+    assert env_outputs.done[1:].any() and not env_outputs.done[1:].all()
+    np.testing.assert_allclose(parts['policy_gradient'], -advantages.sum(), rtol=1e-4)
+    one_hot = np.eye(5)[agent_outputs.action[1:]]
+    pi = _softmax(np.float64(learner_outputs.policy_logits[:-1]))
+    expected = advantages[..., None] * (pi - one_hot)
+    np.testing.assert_allclose(by_logits[:-1], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_a_target_network_that_is_the_learner_gives_the_ratio_its_slope_only():

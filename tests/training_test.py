@@ -17,7 +17,7 @@ from several_learners_test import free_ports
 from warm_process import context
 
 import environments
-from impala import checkpoint, learner_devices, remote_replay, run_config, training
+from impala import checkpoint, learner_devices, remote_replay, run_config, run_files, training
 from impala.actor_pool import ActorError
 from impala.learner import LearnerConfig
 
@@ -33,6 +33,25 @@ def test_stage_timer_adds_up_also_when_a_stage_fails():
     assert timer.seconds.keys() == {'a', 'b'}
     assert timer.seconds['a'] >= 0.04
     assert timer.seconds['b'] < timer.seconds['a']
+
+
+def test_neither_another_seed_nor_a_run_that_goes_on_plays_the_same_episodes(tmp_path):
+    """Each return of this level is a function of the environment's seed."""
+
+    def play(folder, seed, frames):
+        run = config(
+            tmp_path / folder, level_names=('levels:seeded',), seed=seed, num_actors=4,
+            total_environment_frames=frames,
+        )  # fmt: skip
+        training.train(run)
+        return [row['return'] for row in run_files.read_episodes(run.logdir)]
+
+    first = play('a', 1, 200)
+    later = play('a', 1, 400)[len(first) :]
+    other_seed = play('b', 2, 200)
+    assert len({*first, *later, *other_seed}) == len({*first}) + len({*later}) + len({*other_seed})
+    # Another run of the same seed plays the same; not all actors need have been in its batches.
+    assert {*first} & {*play('c', 1, 200)}
 
 
 def test_trains_on_several_levels_and_goes_on(tmp_path):
@@ -176,6 +195,7 @@ CHOICES = {
     'optimizer': ('rmsprop', 'adam'),
     'target_update_steps': (0, 2),
     'normalize_advantages': (False, True),
+    'gae_advantages': (False, True),
     'kl_cost': (0.0, 0.1),
     'final_entropy_cost': (None, 0.0),
     'loaders': (1, 2),
@@ -271,6 +291,7 @@ def test_pairs_that_never_train_are_those_refused_by_name():
         (('loss', 'vtrace'), ('clip_epsilon', 0.1)),
         (('loss', 'vtrace'), ('target_update_steps', 2)),
         (('loss', 'vtrace'), ('normalize_advantages', True)),
+        (('loss', 'vtrace'), ('gae_advantages', True)),
         (('loss', 'vtrace'), ('kl_cost', 0.1)),
         (('sample_reuse', 1), ('reuse_buffer', 3)),
         (('replay_fraction', 0.0), ('replay_capacity', 9)),
@@ -399,6 +420,7 @@ def _uses(batches, times, buffer_size):
         ({'clip_target_rho_threshold': 3.0}, '--clip_target_rho_threshold=3.0 belongs to --loss=a'),
         ({'kl_cost': 0.5}, '--kl_cost=0.5 belongs to --loss=appo'),
         ({'normalize_advantages': True}, '--normalize_advantages belongs to --loss=appo'),
+        ({'gae_advantages': True}, '--gae_advantages belongs to --loss=appo'),
         ({'target_update_steps': 9}, '--target_update_steps=9 belongs to --loss=appo; .*vtrace'),
         (
             {'loss': 'appo', 'clip_pg_rho_threshold': 2.0},
@@ -421,6 +443,8 @@ def _uses(batches, times, buffer_size):
         ({'adam_beta1': 0.5}, '--adam_beta1=0.5 belongs to --optimizer=adam'),
         ({'adam_beta2': 0.5}, '--adam_beta2=0.5 belongs to --optimizer=adam'),
         ({'optimizer': 'adam', 'momentum': 0.5}, '--momentum=0.5 belongs to --optimizer=rmsprop'),
+        ({'optimizer': 'adam', 'decay': 0.5}, '--decay=0.5 belongs .* its default, 0.99'),
+        ({'optimizer': 'adam', 'epsilon': 1e-5}, '--epsilon=1e-05 belongs to .* its default, 0.1'),
     ],
 )
 def test_settings_without_effect_are_refused_by_name(tmp_path, changes, sentence):
