@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import glob
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -185,6 +186,7 @@ def evaluate(
                     'run.'
                 )
             report(f'Waiting for the first checkpoint in {config.logdir}')
+        _check_writable(config.logdir)
         stop.then(players.close)
         returns = None
         while True:
@@ -229,6 +231,19 @@ def settings_of_test(config: TrainingConfig, evaluation: EvaluationConfig) -> Tr
             render=evaluation.num_videos > 0,
         ),
     )
+
+
+def _check_writable(logdir: str) -> None:
+    """Raises, before anything is played, if there is no writing in a folder."""
+    try:
+        # A run that is yet to begin makes its folder.
+        if os.path.isdir(logdir):
+            tempfile.TemporaryFile(dir=logdir).close()
+    except OSError as error:
+        raise LogdirError(
+            f'Cannot write the scores in {logdir}: {error.strerror}. Give a --logdir of your own '
+            'with a copy of the run.'
+        ) from error
 
 
 def _restore(checkpointer: Checkpointer, evaluation: EvaluationConfig) -> bool:
@@ -320,13 +335,15 @@ def _test(
         suite=suite,
         returns=returns,
     )
+    # What has been played is shown, whatever becomes of the files.
+    report(test_report.table(scores))
     try:
         test_report.write(config.logdir, scores, add_to_history=evaluation.watch)
     except OSError as error:
-        raise LogdirError(
-            f'Cannot write the scores in {config.logdir}: {error.strerror}.'
-        ) from error
-    report(test_report.table(scores))
+        sentence = f'Cannot write the scores in {config.logdir}: {error.strerror}.'
+        if not evaluation.watch:
+            raise LogdirError(sentence) from error
+        report_to_stderr(f'WARNING: {sentence}')
     if video_folder is not None:
         num_videos = len(os.listdir(video_folder))
         report(

@@ -28,7 +28,11 @@ _HISTORY_HEADER = (
     'mean',
     'low',
     'high',
+    'policy',
+    'seed',
 )
+# What makes two tests the same one.
+_HISTORY_KEY = ('checkpoint', 'agent_steps', 'level', 'episodes', 'policy', 'seed')
 _SUITE_ROWS = {
     'mean_no_cap': 'mean over levels',
     'mean_cap_100': 'mean over levels, each capped at 100',
@@ -130,18 +134,23 @@ def write(logdir: str, result: CheckpointScores, add_to_history: bool = False) -
     for file in CHART_FILES:
         _replace(logdir, file, _chart(content, os.path.splitext(file)[1][1:]))
     if add_to_history:
+        history = []
         path = os.path.join(logdir, HISTORY_FILE)
-        is_new = not os.path.exists(path)
-        # A test that was stopped begins with the checkpoint that it ended with.
-        if not is_new:
+        if os.path.exists(path):
             with open(path, encoding='utf-8', newline='') as old_file:
-                if [result.checkpoint, str(result.agent_steps)] in (
-                    row[:2] for row in csv.reader(old_file)
-                ):
-                    return
-        history = [(result.checkpoint, result.agent_steps, result.frames, *row[:5]) for row in rows]
-        with open(path, 'ab') as history_file:
-            history_file.write(_csv_text([*([_HISTORY_HEADER] if is_new else []), *history]))
+                history = list(csv.DictReader(old_file))
+        # A test that was stopped begins with the checkpoint that it ended with.
+        known = {tuple(row.get(name) for name in _HISTORY_KEY) for row in history}
+        for row in rows:
+            values = (
+                result.checkpoint, result.agent_steps, result.frames, *row[:5],
+                result.policy, result.seed,
+            )  # fmt: skip
+            texts = dict(zip(_HISTORY_HEADER, map(str, values), strict=True))
+            if tuple(texts[name] for name in _HISTORY_KEY) not in known:
+                history.append(texts)
+        lines = [[row.get(name) or '' for name in _HISTORY_HEADER] for row in history]
+        _replace(logdir, HISTORY_FILE, _csv_text([_HISTORY_HEADER, *lines]))
 
 
 def table(result: CheckpointScores) -> str:

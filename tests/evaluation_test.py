@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import threading
 
@@ -12,7 +13,16 @@ import tensorflow as tf
 from run_config_test import VECTOR, config
 
 import environments
-from impala import checkpoint, evaluation, export, run_config, run_files, suites, training
+from impala import (
+    checkpoint,
+    evaluation,
+    export,
+    run_config,
+    run_files,
+    suites,
+    test_report,
+    training,
+)
 from impala.actor_pool import ActorError
 from impala.agent import Agent, AgentConfig
 from impala.episode_series import episode_seed
@@ -77,7 +87,7 @@ def test_what_the_learner_keeps_beside_the_network_is_not_in_the_way(tmp_path):
 def test_seeds_do_not_depend_on_who_plays(logdir):
     """Each return of this level is a function of the environment's seed."""
     names = ('levels:seeded', 'levels:short')
-    expected = [float(episode_seed(1, 'levels:seeded', number) % 1000) for number in range(5)]
+    expected = [float(episode_seed(1, 'levels:seeded', number) % 1_000_000) for number in range(5)]
     assert len({*expected}) == 5
     for num_actors, envs_per_process in ((1, 1), (6, 2), (20, 1)):
         run = lives_config(
@@ -166,9 +176,48 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
     evaluate(run, EvaluationConfig(2, watch=True), lines.append)
     rows = (tmp_path / 'test_history.csv').read_text().splitlines()
     assert rows == [
-        'checkpoint,agent_steps,frames,level,episodes,mean,low,high',
-        f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0',
+        'checkpoint,agent_steps,frames,level,episodes,mean,low,high,policy,seed',
+        f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0,sample,1',
     ]
+    # What differs in anything is another test.
+    for asked in (EvaluationConfig(2, 'greedy', watch=True), EvaluationConfig(1, watch=True)):
+        evaluate(run, asked, lines.append)
+    assert (tmp_path / 'test_history.csv').read_text().splitlines() == [
+        *rows,
+        f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0,greedy,1',
+        f'{folder}/ckpt-1,100,100,levels:lives,1,12.0,,,sample,1',
+    ]
+
+
+def test_rows_of_an_older_history_stay(tmp_path):
+    level = suites.known_level('CartPole-v1')
+    old = 'checkpoint,agent_steps,frames,level,episodes,mean,low,high'
+    row = 'ckpt-1,10,10,CartPole-v1,2,9.5,9.0,10.0'
+    (tmp_path / 'test_history.csv').write_text(f'{old}\n{row}\n')
+    scores = test_report.CheckpointScores(
+        'ckpt-1', 10, 10, 'sample', 1, suites.Suite('', (level,)), {'CartPole-v1': [8.0]}
+    )
+    test_report.write(str(tmp_path), scores, add_to_history=True)
+    assert (tmp_path / 'test_history.csv').read_text().splitlines() == [
+        f'{old},policy,seed',
+        f'{row},,',
+        'ckpt-1,10,10,CartPole-v1,1,8.0,,,sample,1',
+    ]
+
+
+def test_scores_that_cannot_be_written_are_shown(logdir, tmp_path, capsys):
+    run = lives_config(tmp_path, total_environment_frames=100)
+    shutil.copytree(logdir / 'checkpoints', tmp_path / 'checkpoints')
+    (tmp_path / 'test_scores.csv').mkdir()
+    sentence = f'Cannot write the scores in {tmp_path}: Is a directory.'
+    lines = []
+    with pytest.raises(checkpoint.LogdirError, match=re.escape(sentence)):
+        evaluate(run, EvaluationConfig(2), lines.append)
+    assert re.search(r'levels:lives +2 +12\.00', lines[-1])
+    # Who watches goes on.
+    evaluate(run, EvaluationConfig(2, watch=True), lines.append)
+    assert lines[-1] == 'Training is complete.'
+    assert f'WARNING: {sentence}' in capsys.readouterr().err
 
 
 def test_watching_leaves_out_none_of_the_checkpoints_that_appear_during_a_test(
@@ -352,7 +401,7 @@ def test_no_episode_is_lost_or_played_twice_when_an_actor_dies(logdir, tmp_path,
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
     seeds = [episode_seed(1, 'levels:dies_once', number) for number in range(8)]
     returns = evaluate(run, EvaluationConfig(8), print)
-    assert returns == {'levels:dies_once': [float(seed % 1000) for seed in seeds]}
+    assert returns == {'levels:dies_once': [float(seed % 1_000_000) for seed in seeds]}
     assert (tmp_path / 'died').read_text().split() == [str(seeds[4])]
     assert (tmp_path / 'played').read_text().split() == list(map(str, seeds))
 
@@ -373,5 +422,5 @@ def test_restarts_with_an_episode_in_between_are_not_in_a_row(logdir, capsys):
     run = lives_config(logdir, level_names=('levels:mortal',), num_actors=1, max_actor_restarts=1)
     seeds = [episode_seed(1, 'levels:mortal', number) for number in range(5)]
     returns = evaluate(run, EvaluationConfig(5), print)
-    assert returns == {'levels:mortal': [float(seed % 1000) for seed in seeds]}
+    assert returns == {'levels:mortal': [float(seed % 1_000_000) for seed in seeds]}
     assert capsys.readouterr().err.count('ended with exit code 1 and is restarted') == 4
