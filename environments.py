@@ -33,6 +33,7 @@ import logging
 import math
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
@@ -51,6 +52,7 @@ from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, E
 INSTRUCTION_LENGTH = 32
 
 ATARI_FRAME_SIZE = 84
+_DEFAULT_SIZE = (96, 72)
 ATARI_MAX_EPISODE_FRAMES = 108_000
 ATARI_NUM_ACTIONS = 18
 # The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
@@ -134,8 +136,8 @@ class EnvironmentConfig:
     """What shapes an environment besides its level and seed; `dataclasses.asdict` is its JSON form.
 
     Attributes:
-      width: of the frames of DeepMind Lab and of resized images, pixels. Atari is 84x84 and
-        MiniGrid 56x56 whatever it says.
+      width: of the frames of DeepMind Lab and of resized images, pixels. Atari is 84x84,
+        and refuses anything but that and the default; MiniGrid is 56x56 whatever it says.
       height: see `width`.
       num_action_repeats: frames per agent step; None is 4 for Atari, DeepMind Lab and VizDoom and 1
         for everything else.
@@ -158,8 +160,8 @@ class EnvironmentConfig:
       render: `Environment.render` will be called.
     """
 
-    width: int = 96
-    height: int = 72
+    width: int = _DEFAULT_SIZE[0]
+    height: int = _DEFAULT_SIZE[1]
     num_action_repeats: int | None = None
     full_action_set: bool = False
     sticky_actions: float = 0.0
@@ -305,9 +307,17 @@ class AtariEnvironment(Environment):
           game: file name of the ROM without its ending, for instance `space_invaders`.
           seed: see `create_environment`.
           config: see `EnvironmentConfig`.
+
+        Raises:
+          LevelError: another size of frames is asked for.
         """
         import cv2
 
+        if (config.width, config.height) not in (_DEFAULT_SIZE, (ATARI_FRAME_SIZE,) * 2):
+            raise LevelError(
+                f'Frames of Atari are {ATARI_FRAME_SIZE}x{ATARI_FRAME_SIZE}: leave '
+                f'--width={config.width} and --height={config.height} out.'
+            )
         # With one environment a process there are more processes than cores already.
         cv2.setNumThreads(1)
         self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
@@ -993,8 +1003,8 @@ class LevelCache:
         Args:
           folder: of the maps; what else lies in it stays.
           limit_bytes: that all maps together may have. When they have more, those that have not
-            been used for longest go; with several processes the limit may be exceeded by a little
-            for a while.
+            been used for longest go. They are exceeded by a hundredth for a while, on average,
+            however many caches write to the folder.
           statistics_folder: existing folder for a file that says how the cache does, for
             `level_cache_statistics`.
         """
@@ -1003,8 +1013,7 @@ class LevelCache:
         self._statistics_folder = statistics_folder
         self._warned = False
         self._asked_at: dict[str, float] = {}
-        # The first write looks how large the folder is.
-        self._unseen_bytes = math.inf
+        self._has_written = False
         self.hits = self.misses = 0
         self.seconds_saved = 0.0
 
@@ -1034,11 +1043,11 @@ class LevelCache:
             with _replacing(cached + _SECONDS) as file:
                 pathlib.Path(file).write_text(f'{seconds:.3f}', encoding='utf-8')
                 self._share(file)
-            self._unseen_bytes += size
-            # A folder of a hundred thousand maps is not looked through for each of them.
-            if self._unseen_bytes > self._limit_bytes / 100:
+            # A folder of a hundred thousand maps is not looked through for each of them. Nobody
+            # counts what others write: by chance, all together look once in a hundredth of it.
+            if not self._has_written or random.random() * self._limit_bytes < 100 * size:
                 self._prune()
-                self._unseen_bytes = 0.0
+            self._has_written = True
         except Exception as error:  # noqa: BLE001
             self._warn(error)
 

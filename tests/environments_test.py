@@ -1037,6 +1037,22 @@ def test_processes_share_a_level_cache_that_is_too_small(tmp_path):
     assert not [name for name in os.listdir(folder) if name.endswith('.tmp')]
 
 
+@pytest.mark.parametrize('num_caches', [1, 200])
+def test_a_level_cache_is_bounded_however_many_write(tmp_path, num_caches):
+    path, folder = tmp_path / 'map.pk3', tmp_path / 'cache'
+    write_map(path, 'one')
+    # 300 maps fit.
+    limit = 300 * path.stat().st_size
+    caches = [LevelCache(str(folder), limit) for _ in range(num_caches)]
+    largest = 0
+    for number in range(900):
+        caches[number % num_caches].write(f'key {number}', str(path))
+        if number % 20 == 0:
+            largest = max(largest, len(maps_in(folder)))
+    # Looked at once in three maps, on the average.
+    assert 270 <= largest <= 400
+
+
 def test_level_cache_never_raises(tmp_path, caplog):
     path = tmp_path / 'map.pk3'
     write_map(path, 'one')
@@ -1087,3 +1103,9 @@ def test_the_stand_in_is_as_strict_as_the_real_module(code, exit_code, message):
     )
     assert result.returncode == exit_code, result.stderr
     assert message in result.stdout + result.stderr
+
+
+def test_another_size_of_atari_frames_is_refused(make):
+    assert make('ALE/Pong-v5', width=84, height=84).spec.observation['frame'].shape == (84, 84, 4)
+    with pytest.raises(LevelError, match=r'84x84: leave --width=64 and --height=72 out'):
+        make('ALE/Pong-v5', width=64)
