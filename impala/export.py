@@ -151,8 +151,10 @@ def main(argv: list[str]) -> int:
         prog='python -m impala.export', description='Writes a trained agent as a SavedModel.'
     )
     parser.add_argument('logdir', help='folder of a training run')
-    parser.add_argument('--output', help=f'folder to write; LOGDIR/{FOLDER} by default')
-    parser.add_argument('--checkpoint', help='another than the newest one')
+    # In `--output=~/folder` a shell leaves the ~ to us.
+    path = os.path.expanduser
+    parser.add_argument('--output', type=path, help=f'folder to write; LOGDIR/{FOLDER} by default')
+    parser.add_argument('--checkpoint', type=path, help='another than the newest one')
     arguments = parser.parse_args(argv)
     output = arguments.output or os.path.join(arguments.logdir, FOLDER)
     checkpoint = arguments.checkpoint and arguments.checkpoint.removesuffix('.index')

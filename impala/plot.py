@@ -382,7 +382,13 @@ def main(argv: list[str]) -> int:
         prog='python -m impala.plot', description='Draws training runs as PNG and SVG.'
     )
     parser.add_argument('logdirs', nargs='+', metavar='LOGDIR', help='folder of a training run')
-    parser.add_argument('--output', default='.', help='folder of the pictures; . by default')
+    # In `--output=~/folder` a shell leaves the ~ to us.
+    parser.add_argument(
+        '--output',
+        type=os.path.expanduser,
+        default='.',
+        help='folder of the pictures; . by default',
+    )
     parser.add_argument('--over', choices=list(_OVER), default='frames', help='horizontal axis')
     arguments = parser.parse_args(argv)
 

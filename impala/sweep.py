@@ -43,6 +43,8 @@ OUTPUT_FILE = 'output.txt'
 
 _POLL_SECONDS = 0.1
 _PREDECESSOR_SECONDS = 60.0
+# So many, and nothing trained, are no chance: what they have in common is wrong.
+_MAX_REFUSED = 10
 _PR_SET_PDEATHSIG = 1
 
 
@@ -177,6 +179,7 @@ class Sweep:
         self._logdir = os.path.abspath(logdir)
         self._report = report
         self._stop_requests = stop_requests
+        self._refused = 0  # Members whose flags do not go together.
         self.state = sweep_state.load(self._logdir, config)
 
     def run(self) -> bool:
@@ -255,11 +258,11 @@ class Sweep:
         """Notes what has become of a member whose process has ended."""
         member = process.member
         end = self._config.round_end(self.state.round)
-        if process.exit_code == experiment.BAD_INPUT_EXIT_CODE:
-            # The next one would say the same.
-            raise SweepError(f'{member.name}: {process.said()}', experiment.BAD_INPUT_EXIT_CODE)
         run = self._note_frames(member)
-        if run is None or process.exit_code != 0:
+        if process.exit_code == experiment.BAD_INPUT_EXIT_CODE:
+            member.error = f'was refused: {(process.said().splitlines() or [""])[-1]}'
+            self._refused += 1
+        elif run is None or process.exit_code != 0:
             said = process.said().splitlines()
             reason = f': {said[-1]}' if said else ''
             member.error = f'ended with exit code {process.exit_code}{reason}'
@@ -279,6 +282,10 @@ class Sweep:
             fitness = 'no episode' if member.fitness is None else f'{member.fitness:.4g}'
             self._report(f'{member.name}: {member.frames:,} frames, fitness {fitness}')
         self._save()
+        if self._refused == min(_MAX_REFUSED, len(self.state.members)) and not any(
+            each.frames for each in self.state.members
+        ):
+            raise SweepError(f'{member.name} {member.error}', experiment.BAD_INPUT_EXIT_CODE)
         if self._config.pbt is None:
             self._draw()
 

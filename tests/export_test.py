@@ -84,11 +84,13 @@ def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
         assert set(row['action']) <= {0, 1}
 
 
-def test_an_autoencoder_is_exported_without_its_decoder(tmp_path):
+def test_an_autoencoder_is_exported_without_its_decoder(tmp_path, monkeypatch):
     logdir = tmp_path / 'run'
     run = config(logdir, level_names=('levels:picture',), torso='autoencoder', latent_size=5)
     training.train(run)
-    assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
+    monkeypatch.setenv('HOME', str(tmp_path))
+    options = ['--output=~/model', '--checkpoint=~/run/checkpoints/ckpt-1']
+    assert export.main([str(logdir), *options]) == 0
     saved = tf.train.load_checkpoint(str(tmp_path / 'model' / 'variables' / 'variables'))
     weights = {k: v for k, v in saved.get_variable_to_shape_map().items() if 'VARIABLE_VALUE' in k}
     network, spec = export.spec_of_run(str(logdir))

@@ -188,6 +188,12 @@ def test_pictures_from_the_command_line(tmp_path, capsys, over):
     assert capsys.readouterr().out.count(str(output)) == 6
 
 
+def test_the_home_folder_has_its_short_name(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert plot.main([write_run(tmp_path / 'a', 1, [1.0]), '--output=~/pictures']) == 0
+    assert (tmp_path / 'pictures' / 'learning_curves.png').exists()
+
+
 def test_drawing_takes_no_tensorflow(tmp_path):
     logdir = write_run(tmp_path / 'run', 1, range(5))
     code = (

@@ -60,7 +60,8 @@ def test_a_file_of_ones_own(tmp_path):
         suites.Level('c:new', 'c:new'),
     )
     assert suite.for_testing().level_names == ('a:test', 'b:both', 'c:new')
-    path.write_text('level,random,human\na:train,1,2\n')
+    # As spreadsheets write it, with a byte-order mark.
+    path.write_text('level,random,human\na:train,1,2\n', encoding='utf-8-sig')
     assert suites.load(str(path)).levels == (suites.Level('a:train', 'a:train', 1, 2),)
 
 

@@ -396,3 +396,26 @@ def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
         flags = (folder / name / 'flags.txt').read_text()
         assert f'--learning_rate={row["learning_rate"]}\n' in flags and 'stop_at' not in flags
     assert np.ptp(cv2.imread(str(tmp_path / 'sweep' / 'sweep.png'))) > 200
+
+
+def test_values_that_do_not_go_together_cost_one_member_only(tmp_path):
+    space = {'batch_size': {'choice': [2, 8]}}
+    flags = {k: v for k, v in FLAGS.items() if k != 'batch_size'} | {'replay_fraction': 0.6}
+    content = RANDOM | {'space': space, 'seed': 3, 'flags': flags | {'replay_capacity': 50}}
+    config = sweep_config.read(write(tmp_path, content))
+    assert [config.sample(index)['batch_size'] for index in range(2)] == [2, 8]
+    with Sweep(tmp_path, write(tmp_path, content)) as run:
+        assert run.process.wait(PATIENCE_SECONDS) == 0, (tmp_path / 'output.txt').read_text()
+    with open(tmp_path / 'sweep' / 'results.csv', newline='') as file:
+        rows = {row['member']: row for row in csv.DictReader(file)}
+    assert 'was refused: --replay_fraction=0.6' in rows['00']['outcome']
+    assert rows['01']['outcome'] == 'done' and int(rows['01']['frames']) >= 12000
+
+
+def test_what_no_member_can_do_ends_a_sweep(tmp_path):
+    content = RANDOM | {'flags': FLAGS | {'level_name': 'CartPol-v1'}}
+    with Sweep(tmp_path, write(tmp_path, content)) as run:
+        assert run.process.wait(PATIENCE_SECONDS) == 2
+    said = (tmp_path / 'output.txt').read_text()
+    assert 'was refused: ' in said.splitlines()[-1] and 'CartPol-v1' in said
+    assert 'Traceback' not in said

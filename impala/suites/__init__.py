@@ -137,7 +137,8 @@ def read(path: str) -> Suite:
     """
     levels = []
     try:
-        with open(path, encoding='utf-8', newline='') as file:
+        # Spreadsheets begin a file with a byte-order mark.
+        with open(path, encoding='utf-8-sig', newline='') as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or ()
             for column in ('level', 'random', 'human'):
