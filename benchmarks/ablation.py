@@ -3,11 +3,11 @@
     python -m benchmarks.ablation configs/generality.json
 
 The file says how many frames a run has, the levels with the return that counts as learned, and the
-settings: their flags and how many seeds, unless a level has fewer. All have their first seed before
-any has its second. A run that was stopped goes on. What is known of a complete run is filed at
-once, in NAME.json and in a CSV file per level under docs/results/, and it is not made again unless
-the plan has other flags for it or another return now; `--report` trains nothing and reports what is
-filed.
+settings: their flags, how many seeds, unless a level has fewer, and their levels, if not all. All
+have their first seed before any has its second. A run that was stopped goes on. What is known of a
+complete run is filed at once, in NAME.json and in a CSV file per level under docs/results/, and it
+is not made again unless the plan has other flags for it or another return now; `--report` trains
+nothing and reports what is filed.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def plan_runs(plan: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
     for seed in range(1, most + 1):
         for level_name, level in plan['levels'].items():
             for setting_name, setting in plan['settings'].items():
-                if seed <= min(setting['seeds'], level.get('seeds', most)):
+                if level_name in setting.get('levels', plan['levels']) and seed <= min(
+                    setting['seeds'], level.get('seeds', most)
+                ):
                     yield seed, level_name, setting_name
 
 

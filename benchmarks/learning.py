@@ -148,7 +148,7 @@ def table_headers(threshold: float) -> list[str]:
 
 
 def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-    """Returns a line for each run of `row_of`, and one of medians if there are several."""
+    """Returns a line for each run of `row_of`, and one of medians if their number has a middle."""
     lines = [
         [
             row['seed'],
@@ -161,16 +161,16 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         ]
         for row in rows
     ]
-    if len(rows) > 1:
+    if len(rows) > 1 and len(rows) % 2:
         # Runs that have not got there would have taken longer than all that have.
-        reached = [row['solved_steps'] or float('inf') for row in rows]
-        minutes = [row['solved_minutes'] or float('inf') for row in rows]
-        solved = statistics.median_high(reached) < float('inf')
+        reached = statistics.median(row['solved_steps'] or float('inf') for row in rows)
+        minutes = statistics.median(row['solved_minutes'] or float('inf') for row in rows)
+        solved = reached < float('inf')
         lines.append(
             [
                 'median',
-                f'{statistics.median_high(reached):,.0f}' if solved else 'not reached',
-                f'{statistics.median_high(minutes):.1f}' if solved else '',
+                f'{reached:,.0f}' if solved else 'not reached',
+                f'{minutes:.1f}' if solved else '',
                 f'{statistics.median(row["steps"] for row in rows):,.0f}',
                 f'{statistics.median(row["minutes"] for row in rows):.1f}',
                 f'{statistics.median(row["trained"] for row in rows):.2f}',

@@ -18,13 +18,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def test_all_have_their_first_seed_before_any_has_its_second():
     plan = {
         'levels': {'a': {'learned': 1}, 'b': {'learned': 2, 'seeds': 1}},
-        'settings': {'x': {'seeds': 2, 'flags': []}, 'y': {'seeds': 1, 'flags': []}},
+        'settings': {
+            'x': {'seeds': 2, 'flags': []},
+            'y': {'seeds': 1, 'flags': []},
+            'z': {'seeds': 2, 'flags': [], 'levels': ['b']},
+        },
     }
     assert list(ablation.plan_runs(plan)) == [
         (1, 'a', 'x'),
         (1, 'a', 'y'),
         (1, 'b', 'x'),
         (1, 'b', 'y'),
+        (1, 'b', 'z'),
         (2, 'a', 'x'),
     ]
 
