@@ -474,6 +474,26 @@ OWN_DISK = [
 ]
 
 
+# Has what follows it see a folder as one that cannot be written.
+READ_ONLY = [
+    *('unshare', '--user', '--map-root-user', '--mount', 'sh', '-ec'),
+    'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"',
+]
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_a_test_begins(trained, tmp_path):
+    logdir = tmp_path / 'run'
+    shutil.copytree(trained[1], logdir)
+    try:
+        subprocess.run([*READ_ONLY, logdir, 'true'], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f'a mount of its own is not permitted: {getattr(error, "stderr", "") or error}')
+    flags = ('--mode=test', '--test_num_episodes=1', f'--logdir={logdir}')
+    with Run(tmp_path / 'a', *flags, prefix=(*READ_ONLY, logdir)) as run:
+        assert_one_sentence(run, 2, f'Cannot write the scores in {logdir}: Read-only file system')
+    assert 'Testing' not in run.stdout
+
+
 def fill(path):
     """Writes to a file until the disk is full."""
     with open(path, 'ab', buffering=0) as file:
@@ -539,6 +559,9 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
     ('flag', 'pattern'),
     [
         ('--no_such_flag=3', "Unknown command line flag 'no_such_flag'"),
+        # With which weights without a gradient would be divided by 0.
+        ('--adam_epsilon=0', '--adam_epsilon=0: 0.0 is not number >= 1e-15'),
+        ('--epsilon=0', '--epsilon=0: 0.0 is not number >= 1e-15'),
         ('--num_actor=3', 'Did you mean: num_actors'),
         ('--batch_size=many', '--batch_size=many'),
         ('--learning_rate=nan', '--learning_rate=nan'),
