@@ -281,12 +281,12 @@ def appo_loss(
     The surrogate's advantage is that of V-trace, `r_s + gamma_s v_{s+1} - V(x_s)`, without the
     weight rho_s, since the ratio stands in its place. Without a target network the ratio is pi/mu,
     mu the behaviour policy, and V-trace's rho is the same. Where nothing is clipped, the gradient
-    is therefore that of `vtrace_loss` with the same rho. With `gae_advantages` it is
+    is therefore that of `vtrace_loss` with the same rho. With `gae_advantages` the advantage is
     `r_s + gamma_s ((1 - lambda) V(x_{s+1}) + lambda v_{s+1}) - V(x_s)`: on-policy, generalized
     advantage estimation (Schulman et al. 2016, equation (16)), which V-trace's advantage is for
     lambda = 1 only, as it weights the first step's successor fully.
 
-    With one, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the ratio is
+    With a target network, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the ratio is
     `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace's advantages and
     targets are those of pi_target and its baseline.
 
