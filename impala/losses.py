@@ -286,9 +286,9 @@ def appo_loss(
     advantage estimation (Schulman et al. 2016, equation (16)), which V-trace's advantage is for
     lambda = 1 only, as it weights the first step's successor fully.
 
-    With a target network, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the ratio is
-    `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace's advantages and
-    targets are those of pi_target and its baseline.
+    With a target network, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the
+    ratio is `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace's
+    advantages and targets are those of pi_target and its baseline.
 
     Args:
       agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
