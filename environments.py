@@ -51,8 +51,9 @@ from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, E
 
 INSTRUCTION_LENGTH = 32
 
-ATARI_FRAME_SIZE = 84
+# Width and height. Atari's is that of the paper's Table G.1.
 _DEFAULT_SIZE = (96, 72)
+_DEFAULT_ATARI_SIZE = (84, 84)
 ATARI_MAX_EPISODE_FRAMES = 108_000
 ATARI_NUM_ACTIONS = 18
 # The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
@@ -136,8 +137,8 @@ class EnvironmentConfig:
     """What shapes an environment besides its level and seed; `dataclasses.asdict` is its JSON form.
 
     Attributes:
-      width: of the frames of DeepMind Lab and of resized images, pixels. Atari is 84x84,
-        and refuses anything but that and the default; MiniGrid is 56x56 whatever it says.
+      width: of the frames of DeepMind Lab, of Atari and of resized images, pixels. The default of
+        both is 84x84 for Atari; MiniGrid is 56x56 whatever it says.
       height: see `width`.
       num_action_repeats: frames per agent step; None is 4 for Atari, DeepMind Lab and VizDoom and 1
         for everything else.
@@ -307,17 +308,9 @@ class AtariEnvironment(Environment):
           game: file name of the ROM without its ending, for instance `space_invaders`.
           seed: see `create_environment`.
           config: see `EnvironmentConfig`.
-
-        Raises:
-          LevelError: another size of frames is asked for.
         """
         import cv2
 
-        if (config.width, config.height) not in (_DEFAULT_SIZE, (ATARI_FRAME_SIZE,) * 2):
-            raise LevelError(
-                f'Frames of Atari are {ATARI_FRAME_SIZE}x{ATARI_FRAME_SIZE}: leave '
-                f'--width={config.width} and --height={config.height} out.'
-            )
         # With one environment a process there are more processes than cores already.
         cv2.setNumThreads(1)
         self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
@@ -344,9 +337,12 @@ class AtariEnvironment(Environment):
         screen_shape = ale.getScreenDims()
         self._screen = np.zeros(screen_shape, np.uint8)
         self._previous_screen = np.zeros(screen_shape, np.uint8)
-        size = ATARI_FRAME_SIZE
-        self._small = np.zeros((size, size), np.uint8)
-        self._stack = np.zeros((size, size, config.frame_stack), np.uint8)
+        self._size = (config.width, config.height)
+        if self._size == _DEFAULT_SIZE:
+            self._size = _DEFAULT_ATARI_SIZE
+        width, height = self._size
+        self._small = np.zeros((height, width), np.uint8)
+        self._stack = np.zeros((height, width, config.frame_stack), np.uint8)
         self._newest = self._stack[..., -1]
         # Moving the whole stack one byte forward moves each channel of each pixel to the channel
         # before. Only the newest channel is wrong then, and that is the one to be written.
@@ -358,7 +354,7 @@ class AtariEnvironment(Environment):
         self._unseen_frames = range(max(repeats - 2, 0))
         self._pool_two_frames = repeats > 1
         self.spec = EnvironmentSpec(
-            {'frame': ArraySpec((size, size, config.frame_stack), 'uint8')},
+            {'frame': ArraySpec((height, width, config.frame_stack), 'uint8')},
             len(self._actions),
             repeats,
             'atari',
@@ -429,7 +425,7 @@ class AtariEnvironment(Environment):
         return float(reward), end, self._observation
 
     def _shrink_screen(self) -> None:
-        self._resize(self._screen, (ATARI_FRAME_SIZE, ATARI_FRAME_SIZE), self._small)
+        self._resize(self._screen, self._size, self._small)
 
 
 def _load_ale() -> tuple[Any, str]:

@@ -184,8 +184,10 @@ flags.DEFINE_string(
     'Level: a Gymnasium id (ALE/Pong-v5), a DeepMind Lab level, or module:callable; several with '
     'commas between; or a suite: dmlab30, atari57, or the path of a CSV file.',
 )
-flags.DEFINE_integer('width', 96, 'Of the frames, pixels (Atari: always 84).', lower_bound=1)
-flags.DEFINE_integer('height', 72, 'Of the frames, pixels (Atari: always 84).', lower_bound=1)
+flags.DEFINE_integer(
+    'width', 96, 'Of the frames, pixels. Atari: 84 by 84, if neither is given.', lower_bound=1
+)
+flags.DEFINE_integer('height', 72, 'Of the frames, pixels. Atari: see --width.', lower_bound=1)
 flags.DEFINE_string('dataset_path', '', "DeepMind Lab: the psychlab levels' images.")
 flags.DEFINE_string(
     'level_cache_dir',
@@ -245,7 +247,13 @@ flags.DEFINE_enum(
     "What the learner's torso computes in; auto: bfloat16 on CPUs that have instructions for it.",
 )
 
-flags.DEFINE_float('learning_rate', 0.00048, 'At the start; falls linearly to 0.', lower_bound=0)
+flags.DEFINE_float('learning_rate', 0.00048, 'At the start of the run.', lower_bound=0)
+flags.DEFINE_float(
+    'final_learning_rate',
+    0.0,
+    'What --learning_rate turns into, linearly over the run; the same value keeps it constant.',
+    lower_bound=0,
+)
 flags.DEFINE_enum('optimizer', 'rmsprop', ['rmsprop', 'adam'], 'What applies the gradients.')
 flags.DEFINE_float('decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0, upper_bound=1)
@@ -619,6 +627,7 @@ def _config() -> Any:
             gae_advantages=FLAGS.gae_advantages,
             autoencoder_cost=FLAGS.autoencoder_cost,
             learning_rate=FLAGS.learning_rate,
+            final_learning_rate=FLAGS.final_learning_rate,
             optimizer=FLAGS.optimizer,
             decay=FLAGS.decay,
             momentum=FLAGS.momentum,

@@ -36,8 +36,9 @@ class LearnerConfig(losses.LossConfig):
       replay_capacity: unrolls that the replay holds.
       target_update_steps: updates between those of the target network of `losses.appo_loss`; 0 for
         none.
-      total_agent_steps: agent steps over which the learning rate falls linearly to 0.
+      total_agent_steps: agent steps over which the learning rate and the entropy cost change.
       learning_rate: at the start.
+      final_learning_rate: what `learning_rate` turns into, linearly over `total_agent_steps`.
       final_entropy_cost: what `entropy_cost` turns into, linearly over `total_agent_steps`; None
         leaves it.
       optimizer: `'rmsprop'` or `'adam'`.
@@ -59,6 +60,7 @@ class LearnerConfig(losses.LossConfig):
     target_update_steps: int = 0
     total_agent_steps: int = 250_000_000
     learning_rate: float = 0.00048
+    final_learning_rate: float = 0.0
     final_entropy_cost: float | None = None
     optimizer: Optimizer = 'rmsprop'
     decay: float = 0.99
@@ -452,10 +454,14 @@ class Learner(tf.Module):
         # In float64, as float32 cannot tell the later agent steps of a long run apart.
         done = tf.cast(self.agent_steps, tf.float64) / self.config.total_agent_steps
         left = tf.maximum(1.0 - done, 0.0)
-        schedules = {'learning_rate': self.config.learning_rate * left}
-        final = self.config.final_entropy_cost
-        if final is not None:
-            schedules['entropy_cost'] = final + (self.config.entropy_cost - final) * left
+
+        def linear(start: float, end: float) -> tf.Tensor:
+            return end + (start - end) * left
+
+        config = self.config
+        schedules = {'learning_rate': linear(config.learning_rate, config.final_learning_rate)}
+        if config.final_entropy_cost is not None:
+            schedules['entropy_cost'] = linear(config.entropy_cost, config.final_entropy_cost)
         return {name: tf.cast(value, tf.float32) for name, value in schedules.items()}
 
     def _sum_over_replicas(self, value: tf.Tensor) -> tf.Tensor:

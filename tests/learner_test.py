@@ -453,6 +453,13 @@ def test_entropy_cost_of_the_end_is_reached():
     assert [float(learner.step(batch)['entropy_cost']) for _ in range(3)] == [0.5, 0.0, 0.0]
 
 
+def test_learning_rate_of_the_end_is_kept():
+    learner = appo_learner(total_agent_steps=30, final_learning_rate=0.004)
+    batch = batch_of(learner.config, learner.agent.initial_state(3))
+    rates = [learner.step(batch)['learning_rate'] for _ in range(4)]
+    np.testing.assert_allclose(rates, [0.01, 0.007, 0.004, 0.004], rtol=1e-6)
+
+
 def test_appo_that_is_not_finite_changes_nothing():
     learner = appo_learner(reward_clipping='none')
     good = batch_of(learner.config, learner.agent.initial_state(3))

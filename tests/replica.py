@@ -42,6 +42,7 @@ APPO = {
     # Steps of Adam do not shrink with the gradient, so they would show how that was rounded.
     'adam_epsilon': 0.01,
     'final_entropy_cost': 0.1,
+    'final_learning_rate': 0.03,
 }
 
 

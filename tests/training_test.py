@@ -198,6 +198,7 @@ CHOICES = {
     'gae_advantages': (False, True),
     'kl_cost': (0.0, 0.1),
     'final_entropy_cost': (None, 0.0),
+    'final_learning_rate': (0.0, 0.001),
     'loaders': (1, 2),
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
 }
