@@ -14,7 +14,7 @@ class FixedFrame(Environment):
     spec = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4)
 
     def __init__(self, seed: int):
-        frame = np.random.RandomState(seed).randint(0, 256, (72, 96, 3), np.uint8)
+        frame = np.random.default_rng(seed).integers(0, 256, (72, 96, 3), np.uint8)
         self._observation = {'frame': frame}
         self._steps = 0
 
