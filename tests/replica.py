@@ -42,7 +42,6 @@ APPO = {
     # Steps of Adam do not shrink with the gradient, so they would show how that was rounded.
     'adam_epsilon': 0.01,
     'final_entropy_cost': 0.1,
-    'final_learning_rate': 0.03,
 }
 
 
@@ -55,6 +54,7 @@ def config(batch_size, **changes):
             'reward_clipping': 'none',
             'total_agent_steps': UPDATES * BATCH_SIZE * 5,
             'learning_rate': 0.05,
+            'final_learning_rate': 0.03,
             'epsilon': 0.01,
             'gradient_clip_norm': 0.5,
             **changes,

@@ -84,7 +84,7 @@ def test_the_joined_batches_put_everything_to_use(alone):
         assert alone[f'{name}/0/gradient_norm'] > 1
         assert alone[f'{name}/1/policy_lag_max'] == 2
         rates = [alone[f'{name}/{update}/learning_rate'] for update in range(UPDATES)]
-        np.testing.assert_allclose(rates, [0.05, 0.0375, 0.025, 0.0125], rtol=1e-6)
+        np.testing.assert_allclose(rates, [0.05, 0.045, 0.04, 0.035], rtol=1e-6)
 
 
 def test_devices_do_what_one_does_with_the_joined_batch(tmp_path, alone):
