@@ -7,6 +7,7 @@ are busy with something else; what is asserted are outcomes.
 import concurrent.futures
 import contextlib
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -23,8 +24,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl.testing import flagsaver
 from warm_process import WarmProcess
 
+import experiment
 from impala import checkpoint
 
 TESTS = pathlib.Path(__file__).resolve().parent
@@ -974,3 +977,35 @@ def test_flag_files(name, paper):
     ).stdout
     values = json.loads(output)
     assert {name: values[name] for name in paper} == paper
+
+
+def test_every_flag_reaches_the_setting_of_its_name():
+    """One at a time is not at its default; nothing else changes."""
+    flags = experiment.FLAGS
+    if not flags.is_parsed():
+        flags([str(PROGRAM)])
+    with flagsaver.flagsaver(level_name='CartPole-v1'):
+        by_default = experiment._config()
+        for part in ('learner', 'environment'):
+            for field in dataclasses.fields(getattr(by_default, part)):
+                name = {'lambda_': 'vtrace_lambda'}.get(field.name, field.name)
+                if name not in flags:
+                    continue
+                flag = flags[name]
+                kind = flag.flag_type()
+                if kind == 'bool':
+                    values = [not flag.value]
+                elif kind == 'string enum':
+                    values = [choice for choice in flag.parser.enum_values if choice != flag.value]
+                elif kind == 'float':
+                    values = [
+                        each for each in (0.123, 1.5) if not flag.parser.is_outside_bounds(each)
+                    ]
+                else:
+                    values = [{'int': 7, 'string': 'given'}[kind]]
+                assert values, name
+                for value in values:
+                    with flagsaver.flagsaver(**{name: value}):
+                        config = getattr(experiment._config(), part)
+                    expected = dataclasses.replace(getattr(by_default, part), **{field.name: value})
+                    assert config == expected, name
