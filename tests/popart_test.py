@@ -286,21 +286,27 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     levels = f'--level_name={",".join(LEVELS)}'
     with WarmRun(tmp_path / 'a', *common, levels, '--total_environment_frames=400') as first:
         assert first.wait() == 0, first.stderr
-    # Each step is rewarded with 1, and values start near 0.
-    mean = mean_of_checkpoint(logdir, 1)
-    assert mean.shape == (2,)
-    assert np.all(mean > 20 * BETA)
     more = '--total_environment_frames=800'
     with WarmRun(tmp_path / 'b', *common, levels, more) as second:
         assert second.wait() == 0, second.stderr
     assert 'Going on from' in second.stderr
-    last = metrics(logdir)[-1]
-    assert last['updates'] == 40
+    rows = metrics(logdir)
+    assert [row['updates'] for row in rows] == list(range(1, 41))
+    last = rows[-1]
+    for number, row in ((1, rows[19]), (2, last)):
+        mean = [row[f'popart/mean/{level}'] for level in LEVELS]
+        np.testing.assert_allclose(mean_of_checkpoint(logdir, number), mean, rtol=1e-5)
+    # Each of the ten steps of an unroll is rewarded with 1, and values start near 0. Which levels a
+    # batch has is up to the speed of their actors. The 21st update goes on where the 20th ended.
+    for level in LEVELS:
+        steps = np.diff([row[f'popart/mean/{level}'] for row in rows]) / BETA
+        learned = np.diff([row[f'level_frames/{level}'] for row in rows]) > 0
+        assert np.all(steps[~learned] == 0)
+        assert np.all((steps[learned] > 0.5) & (steps[learned] < 20))
     moments = [mean_of_checkpoint(logdir, 2, name) for name in ('mean', 'second_moment')]
     for level, mu, nu in zip(LEVELS, *moments, strict=True):
         assert last[f'popart/mean/{level}'] == pytest.approx(mu, rel=1e-5)
         assert last[f'popart/stddev/{level}'] == pytest.approx(np.sqrt(nu - mu**2), rel=1e-5)
-    assert np.all(mean_of_checkpoint(logdir, 2) > mean + 20 * BETA)
 
     backwards = f'--level_name={",".join(reversed(LEVELS))}'
     name = r'--popart or --level_name \(levels whose values are normalised\)'
