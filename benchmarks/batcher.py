@@ -30,15 +30,12 @@ from typing import Any
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import tabulate
 import tensorflow as tf
 
 from benchmarks import machine
 from dynamic_batching import batch_fn
-
-_CALLERS = (1, 16, 48)
-_VARIABLES = (0, 13)
-_CALLS_PER_TURN = (1, 4)
 
 
 def main() -> None:
@@ -46,20 +43,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--rounds', type=int, default=9)
     parser.add_argument('--seconds', type=float, default=0.8, help='about, per measurement')
+    parser.add_argument('--callers', type=numbers, default='1,16,48')
+    parser.add_argument('--variables', type=numbers, default='0,13')
+    parser.add_argument('--calls_a_turn', type=numbers, default='1,4')
     args = parser.parse_args()
     load = os.getloadavg()[0]
     table, result = [], {}
     for calls_per_turn, num_variables, callers in itertools.product(
-        _CALLS_PER_TURN, _VARIABLES, _CALLERS
+        args.calls_a_turn, args.variables, args.callers
     ):
         rates = _measure(callers, num_variables, calls_per_turn, args.rounds, args.seconds)
         theirs = max(
             (name for name in rates if name.startswith('TensorFlow')),
             key=lambda name: statistics.median(rates[name]),  # noqa: B023
         )
-        ratio = statistics.median(
+        ratios = [
             ours / other for ours, other in zip(rates['batch_fn'], rates[theirs], strict=True)
-        )
+        ]
+        lower, ratio, upper = np.percentile(ratios, [25, 50, 75])
         medians = {name: round(statistics.median(values)) for name, values in rates.items()}
         table.append(
             (
@@ -71,6 +72,7 @@ def main() -> None:
                 theirs.partition(' ')[2],
                 medians['batch_fn'],
                 f'{ratio:.2f}',
+                f'{lower:.2f}, {upper:.2f}',
             )
         )
         suffix = str(callers)
@@ -78,16 +80,20 @@ def main() -> None:
             suffix += f'_{calls_per_turn}_calls_a_turn'
         if num_variables:
             suffix += '_with_variables'
-        result[f'ratio_{suffix}'] = round(ratio, 3)
+        result[f'ratio_{suffix}'] = round(float(ratio), 3)
         result[f'calls_per_second_{suffix}'] = medians['batch_fn']
     print(
         f'{machine.describe()}, TensorFlow {tf.__version__}, load average at start {load:.1f}; '
         f'calls/s, medians of {args.rounds} rounds'
     )
     headers = ['calls a turn', 'variables', 'callers', 'unbatched']
-    headers += ['TensorFlow', 'settings', 'batch_fn', 'ratio']
+    headers += ['TensorFlow', 'settings', 'batch_fn', 'ratio', 'quartiles']
     print(tabulate.tabulate(table, headers=headers, tablefmt='github'))
     print(json.dumps(result))
+
+
+def numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(',')]
 
 
 def _measure(
