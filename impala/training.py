@@ -233,6 +233,9 @@ def train(
                     group.check()
                     group.finish()
                     group.collect(log)
+            elif group is not None:
+                # The signal's thread may be behind, and nobody is told when all is closed.
+                group.stop()
         except BaseException:
             # Whatever went wrong, the weights are good: updates that were not finite are skipped.
             try:

@@ -11,6 +11,7 @@ import pytest
 from experiment_test import (
     CARTPOLE,
     PACED,
+    PROGRAM,
     WarmRun,
     assert_one_sentence,
     checkpoints,
@@ -30,10 +31,10 @@ def addresses():
     return '--learner_addresses=' + ','.join(f'localhost:{port}' for port in free_ports(2))
 
 
-def learner(folder, logdir, task, addresses, *flags):
+def learner(folder, logdir, task, addresses, *flags, **settings):
     # What is found out for `auto` must not start TensorFlow before the learners' strategy is made.
     return WarmRun(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
-                   '--trusted_network', '--compute_dtype=auto', *flags)  # fmt: skip
+                   '--trusted_network', '--compute_dtype=auto', *flags, **settings)  # fmt: skip
 
 
 def actor(folder, task, addresses):
@@ -164,6 +165,39 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
         only.send(signal.SIGTERM)
         assert only.wait() == 0
     assert not checkpoints(logdir)
+
+
+def test_one_that_is_stopped_says_so_however_late_its_signal_thread_is(tmp_path, addresses):
+    program = tmp_path / 'late.py'
+    program.write_text(
+        f"""
+import runpy, threading, time
+from impala.learner_group import LearnerGroup
+
+stop = LearnerGroup.stop
+
+def stop_late(group):
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(3)
+    stop(group)
+
+LearnerGroup.stop = stop_late
+runpy.run_path({str(PROGRAM)!r}, run_name='__main__')
+"""
+    )
+    logdir = tmp_path / 'run'
+    with (
+        learner(tmp_path / 'a', logdir, 0, addresses) as first,
+        learner(
+            tmp_path / 'b', logdir, 1, addresses, program=program, pythonpath=[PROGRAM.parent]
+        ) as second,
+    ):
+        first.wait_until(lambda: 'one of 2 learners' in first.stderr)
+        second.wait_until(lambda: 'one of 2 learners' in second.stderr)
+        os.kill(second.id, signal.SIGTERM)
+        assert second.wait() == 0
+        assert first.wait() == 1
+        assert re.search('^Learner 1 was stopped. Start all', first.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
