@@ -11,13 +11,12 @@ Each caller passes one row and gets its own row back. How long callers wait for 
 says what rows are like.
 """
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import auto_control_deps_utils
+from tensorflow.python.framework import auto_control_deps, auto_control_deps_utils
 from tensorflow.python.util import nest
 
 from dynamic_batching.op_library import ops
@@ -25,6 +24,10 @@ from dynamic_batching.op_library import ops
 # Else tf.function would run its calls of one batcher one after the other, because they share a
 # resource, and they would never meet in a batch.
 auto_control_deps_utils.register_read_only_resource_op('DynamicBatch')
+# Nor is a call what the rest of a function or of a loop's turn waits for: only who uses its results
+# does. Each answer to a call in a loop would otherwise start a task for every variable of the loop,
+# which made 48 callers a quarter slower.
+auto_control_deps.ASYNC_STATEFUL_OPS |= {'DynamicBatch'}
 tf.no_gradient('DynamicBatch')
 
 
@@ -58,7 +61,6 @@ class BatchedFunction:
         self._lock = threading.Lock()
         self._closed = False
         self._traced: _Traced | None = None
-        self._calls = itertools.count(1)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Computes one row.
@@ -82,7 +84,6 @@ class BatchedFunction:
         if traced is None:
             traced = self._trace(args, kwargs)
         rows = traced.check(self.__name__, args, kwargs)
-        in_graph = not tf.executing_eagerly()
         # The host is where rows are gathered, whatever device the caller is on.
         with tf.device('CPU:0'):
             results = ops.dynamic_batch(
@@ -90,7 +91,6 @@ class BatchedFunction:
                 rows=rows,
                 Tout=traced.output_types,
                 output_shapes=traced.output_shapes,
-                call=next(self._calls) if in_graph else 0,
             )
         return traced.restore(results)
 
@@ -345,6 +345,9 @@ def batch_fn(function: Callable[..., Any]) -> BatchedFunction:
 
     Returns:
       A `BatchedFunction`, to be called with nests of tensors `[1, ...]`. Gradients do not flow
-      through it, and its side effects are not ordered with those of a tf.function that calls it.
+      through it. In a tf.function only what uses a call's results waits for it: the call may
+      be computed at the same time as calls of later turns of a `tf.while_loop`
+      (`parallel_iterations`), and is not made if its results are not used. Its side effects are not
+      ordered with those of the tf.function.
     """
     return batch_fn_with_options()(function)

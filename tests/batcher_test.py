@@ -174,6 +174,24 @@ def test_loops_of_one_function_meet_in_batches():
         assert sizes.numpy() == [4 * 50]
 
 
+def test_turns_of_a_loop_that_do_not_need_each_other_meet_in_a_batch():
+    @batch_fn_with_options(minimum_batch_size=3, maximum_batch_size=3, timeout_ms=None)
+    def size(x):
+        return batch_size_of(x)
+
+    @tf.function
+    def loop(x):
+        sizes = tf.zeros([1], tf.int32)
+        for _ in tf.range(3):
+            sizes += size(x)
+        return sizes
+
+    # If the next turn waited for this one's call, which has no other use than its result, this
+    # would not end.
+    (sizes,) = run_all([lambda: loop(tf.zeros([1]))])
+    assert sizes.numpy() == [3 * 3]
+
+
 def test_equal_calls_in_one_function_are_not_merged():
     @batch_fn_with_options(minimum_batch_size=3, maximum_batch_size=3, timeout_ms=None)
     def size(x):

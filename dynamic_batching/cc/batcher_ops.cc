@@ -273,8 +273,8 @@ Makes a batcher for `f`, whose inputs are batches of `row_shapes` followed by `c
 It is closed when the last copy of `handle` goes away. A negative `timeout_ms` stands for none.
 )doc");
 
-// Not stateful and told apart by `call`: a stateful op would make tf.function run the calls in it
-// one after the other, so that they never met in a batch.
+// Stateful, lest two calls with the same rows be merged into one. What else tf.function makes of
+// that is undone in batcher.py.
 REGISTER_OP("DynamicBatch")
     .Input("handle: resource")
     .Input("rows: Tin")
@@ -282,13 +282,9 @@ REGISTER_OP("DynamicBatch")
     .Attr("Tin: list(type) >= 1")
     .Attr("Tout: list(type) >= 0")
     .Attr("output_shapes: list(shape) >= 0")
-    .Attr("call: int = 0")
+    .SetIsStateful()
     .SetShapeFn(OutputShapes)
-    .Doc(R"doc(
-Computes `rows`, one row each, together with those of concurrent calls.
-
-`call` differs between the calls in a graph, lest two with the same rows be merged into one.
-)doc");
+    .Doc("Computes `rows`, one row each, together with those of concurrent calls.");
 
 REGISTER_OP("DynamicBatcherClose")
     .Input("handle: resource")
