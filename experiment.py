@@ -185,7 +185,7 @@ flags.DEFINE_string(
     'commas between; or a suite: dmlab30, atari57, or the path of a CSV file.',
 )
 flags.DEFINE_integer(
-    'width', 96, 'Of the frames, pixels. Atari: 84 by 84, if neither is given.', lower_bound=1
+    'width', 96, 'Of the frames, pixels. Atari: 84 by 84 instead of 96 by 72.', lower_bound=1
 )
 flags.DEFINE_integer('height', 72, 'Of the frames, pixels. Atari: see --width.', lower_bound=1)
 flags.DEFINE_string('dataset_path', '', "DeepMind Lab: the psychlab levels' images.")

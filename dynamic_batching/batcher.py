@@ -25,8 +25,7 @@ from dynamic_batching.op_library import ops
 # resource, and they would never meet in a batch.
 auto_control_deps_utils.register_read_only_resource_op('DynamicBatch')
 # Nor is a call what the rest of a function or of a loop's turn waits for: only who uses its results
-# does. Each answer to a call in a loop would otherwise start a task for every variable of the loop,
-# which made 48 callers a quarter slower.
+# does. Each answer to a call in a loop would otherwise start a task for every variable of the loop.
 auto_control_deps.ASYNC_STATEFUL_OPS |= {'DynamicBatch'}
 tf.no_gradient('DynamicBatch')
 

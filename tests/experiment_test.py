@@ -630,7 +630,9 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
     def check(number):
         flags, pattern = cases[number]
         folder = tmp_path / str(number)
-        with WarmRun(folder, f'--logdir={folder}/run', *flags, pythonpath=[tmp_path]) as run:
+        # What is most often met is tried with the command as it is, TensorFlow's start included.
+        kind = Run if number < 2 else WarmRun
+        with kind(folder, f'--logdir={folder}/run', *flags, pythonpath=[tmp_path]) as run:
             assert_one_sentence(run, 2, pattern)
         assert not (folder / 'run' / 'flags.txt').exists()
 
