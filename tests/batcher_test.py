@@ -192,6 +192,20 @@ def test_turns_of_a_loop_that_do_not_need_each_other_meet_in_a_batch():
     assert sizes.numpy() == [3 * 3]
 
 
+def test_a_call_whose_results_are_not_used_is_not_made_in_a_function():
+    calls = []
+    record = batch_fn(lambda x: tf.py_function(lambda y: (calls.append(1), y)[1], [x], x.dtype))
+    record(tf.zeros([1]))
+
+    @tf.function
+    def call(x):
+        _ = record(x) + 1
+        return x
+
+    call(tf.zeros([1]))
+    assert calls == [1]
+
+
 def test_equal_calls_in_one_function_are_not_merged():
     @batch_fn_with_options(minimum_batch_size=3, maximum_batch_size=3, timeout_ms=None)
     def size(x):
