@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from impala.quiet_start import quiet_tensorflow
+from impala.tensorflow_start import starting_tensorflow
 
 FLAGS = flags.FLAGS
 
@@ -342,7 +342,7 @@ def main(unused_argv: list[str]) -> int:
         # A shell expands ~ only at the start of a word.
         FLAGS[name].value = os.path.expanduser(str(FLAGS[name].value))
     logging.set_verbosity(logging.ERROR)
-    with quiet_tensorflow():
+    with starting_tensorflow():
         import tensorflow as tf
 
         if FLAGS.intra_op_threads:
@@ -371,7 +371,7 @@ def main(unused_argv: list[str]) -> int:
         if FLAGS.mode == 'test':
             return _test()
         if FLAGS.learner_devices or is_one_of_several:
-            with quiet_tensorflow():
+            with starting_tensorflow():
                 learner_devices.prepare(FLAGS.learner_devices, is_one_of_several)
         if is_one_of_several and FLAGS.task > 0:
             return _train_with_first()
@@ -411,7 +411,7 @@ def _serve_replay() -> int:
             BAD_INPUT_EXIT_CODE,
         )
     logging.set_verbosity(logging.ERROR)
-    with quiet_tensorflow():
+    with starting_tensorflow():
         import tensorflow as tf
 
         tf.config.set_visible_devices([], 'GPU')

@@ -29,15 +29,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Found whether this runs as a module or as a file.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import tabulate
-import tensorflow as tf
 
 from benchmarks import machine
+from impala.tensorflow_start import starting_tensorflow
+
+with starting_tensorflow():
+    import tensorflow as tf
+
 from environments import EnvironmentConfig, create_environment
 from impala.agent import Agent, AgentConfig
 from impala.learner import Learner, LearnerConfig

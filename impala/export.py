@@ -19,9 +19,9 @@ import sys
 from typing import Any
 
 from environments import INSTRUCTION_LENGTH
-from impala.quiet_start import quiet_tensorflow
+from impala.tensorflow_start import starting_tensorflow
 
-with quiet_tensorflow():
+with starting_tensorflow():
     import tensorflow as tf
 
 from impala.agent import Agent, AgentConfig

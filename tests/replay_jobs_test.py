@@ -71,8 +71,8 @@ def changed_job(folder, task, addresses, change):
     program.parent.mkdir(parents=True)
     program.write_text(
         'import runpy\n'
-        'from impala.quiet_start import quiet_tensorflow\n'
-        'with quiet_tensorflow():\n'
+        'from impala.tensorflow_start import starting_tensorflow\n'
+        'with starting_tensorflow():\n'
         '    import impala.replay_job\n'
         f'{change}\n'
         f'runpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'

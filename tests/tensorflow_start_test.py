@@ -1,0 +1,45 @@
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from impala.tensorflow_start import starting_tensorflow
+
+ASK = """
+from impala.tensorflow_start import starting_tensorflow
+with starting_tensorflow():
+    import tensorflow
+from tensorflow.python.util import _pywrap_util_port
+print(_pywrap_util_port.IsMklEnabled())
+"""
+
+
+def test_what_was_said_is_shown_if_the_start_fails(monkeypatch, capfd):
+    # Set first, so that they are as they were behind the test.
+    for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS'):
+        monkeypatch.setenv(name, '0')
+    monkeypatch.delenv('TF_CPP_MIN_LOG_LEVEL')
+    with pytest.raises(ImportError), starting_tensorflow():
+        os.write(2, b'a library is missing\n')
+        raise ImportError
+    assert capfd.readouterr().err == 'a library is missing\n'
+    monkeypatch.delenv('TF_CPP_MIN_LOG_LEVEL')
+    with starting_tensorflow():
+        os.write(2, b'all is well\n')
+    assert capfd.readouterr().err == ''
+
+
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='left to TensorFlow')
+@pytest.mark.parametrize(('value', 'is_used'), [(None, True), ('0', False)])
+def test_onednn_is_used_on_every_x86_processor_unless_asked_otherwise(value, is_used):
+    environment = {key: text for key, text in os.environ.items() if not key.startswith('TF_')}
+    if value is not None:
+        environment['TF_ENABLE_ONEDNN_OPTS'] = value
+    # TensorFlow's own answer.
+    said = subprocess.run(
+        [sys.executable, '-c', ASK], env=environment, check=True, capture_output=True, text=True
+    )
+    assert said.stdout == f'{is_used}\n'
+    assert said.stderr == ''
