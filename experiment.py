@@ -371,8 +371,7 @@ def main(unused_argv: list[str]) -> int:
         if FLAGS.mode == 'test':
             return _test()
         if FLAGS.learner_devices or is_one_of_several:
-            with starting_tensorflow():
-                learner_devices.prepare(FLAGS.learner_devices, is_one_of_several)
+            learner_devices.prepare(FLAGS.learner_devices, is_one_of_several)
         if is_one_of_several and FLAGS.task > 0:
             return _train_with_first()
         lock = run_files.lock_logdir(FLAGS.logdir)
