@@ -132,6 +132,14 @@ class LevelError(Exception):
     """A level that cannot be played; its text is one sentence for the user."""
 
 
+class DeclarationError(LevelError):
+    """What an environment returned is not what it declared; the text says both in one sentence.
+
+    At the first reset the level cannot be played. Later it is a failure of that one environment,
+    since thousands of steps were as declared.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class EnvironmentConfig:
     """What shapes an environment besides its level and seed; `dataclasses.asdict` is its JSON form.
