@@ -6,6 +6,7 @@ hands over full unrolls, first in, first out. `dynamic_batching/cc/shared_segmen
 what; the actors' end is `dynamic_batching.actor_client.ActorClient`.
 """
 
+import enum
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -68,11 +69,35 @@ class Statistics(NamedTuple):
     rows: int
 
 
+class ActorState(enum.IntEnum):
+    """What an actor is doing: `RequestState` of `dynamic_batching/cc/shared_segment.h`."""
+
+    IDLE = 0  # Nobody has sent a row since the batcher was made or the actor was reset.
+    REQUESTED = 1  # A row waits for its action.
+    SLEEPING = 2  # The same, and the process does nothing else.
+    ANSWERED = 3  # The action is there, and was not taken yet.
+    ACTING = 4  # The environment has the turn.
+
+
+class Activity(NamedTuple):
+    """What actors are doing.
+
+    Attributes:
+      states: of each actor.
+      progress: of each actor, a number that changes with each row sent and each action taken.
+      closed: whether the batcher is.
+    """
+
+    states: list[ActorState]
+    progress: list[int]
+    closed: bool
+
+
 class UnrollBatcher:
     """Batches the requests of actor processes and records their unrolls.
 
-    All methods may be called from any thread, and all but `reset_actor`, `statistics` and `close`
-    inside a `tf.function`, too.
+    All methods may be called from any thread, and all but `reset_actor`, `statistics`, `activity`
+    and `close` inside a `tf.function`, too.
     """
 
     def __init__(
@@ -202,6 +227,15 @@ class UnrollBatcher:
             completed_unrolls=completed.numpy().tolist(),
             batches=int(batches),
             rows=int(rows),
+        )
+
+    def activity(self) -> Activity:
+        """Returns what the actors are doing now."""
+        states, progress, closed = ops.unroll_batcher_activity(self._handle)
+        return Activity(
+            states=[ActorState(state) for state in states.numpy().tolist()],
+            progress=progress.numpy().tolist(),
+            closed=bool(closed),
         )
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ import tensorflow as tf
 from tensorflow.python.eager import cancellation
 
 from dynamic_batching.actor_client import ClosedError
-from dynamic_batching.unroll_batcher import UnrollBatcher
+from dynamic_batching.unroll_batcher import ActorState, UnrollBatcher
 from impala.trajectory import ArraySpec, EpisodeEnd
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.
@@ -988,6 +988,43 @@ def test_stages_are_timed():
     assert 0.1 <= seconds['batcher/wait'] < 0.1 + PROMPTLY
     assert seconds['batcher/gather'] < PROMPTLY and seconds['batcher/scatter'] < PROMPTLY
     assert seconds['queue/wait'] == 0 and seconds['queue/copy'] == 0
+
+
+def test_who_has_the_turn_is_known():
+    """Of two actors, one of which plays three rows; what it does changes its progress only."""
+
+    def states_when(expected):
+        deadline = time.monotonic() + TIMEOUT
+        while (activity := batcher.activity()).states != expected:
+            assert time.monotonic() < deadline, activity
+            time.sleep(0.001)
+        return activity
+
+    with closing(make_batcher(2, minimum_batch_size=1)) as batcher:
+        assert batcher.activity() == ([ActorState.IDLE] * 2, [0, 0], False)
+        client = connect(batcher, 1)
+        progress = [0]
+        for row in range(3):
+            action = send(client, row, is_first=row == 0)
+            requests = get(batcher)
+            activity = states_when([ActorState.IDLE, ActorState.SLEEPING])
+            # Before the first row there is nothing to be timed.
+            assert row == 0 or activity.progress[1] > progress[-1]
+            progress.append(activity.progress[1])
+            echo(batcher, requests)
+            assert action.result(TIMEOUT) == row
+            activity = batcher.activity()
+            assert activity.states == [ActorState.IDLE, ActorState.ACTING]
+            assert activity.progress[0] == 0 and activity.progress[1] > progress[-1]
+            progress.append(activity.progress[1])
+        client = connect(batcher, 0)
+        client._send(0.0, EpisodeEnd.TERMINATED, (np.zeros(1, np.uint8),), True)
+        assert batcher.activity().states == [ActorState.REQUESTED, ActorState.ACTING]
+        echo(batcher, get(batcher))
+        assert batcher.activity().states == [ActorState.ANSWERED, ActorState.ACTING]
+        batcher.reset_actor(1)
+        assert batcher.activity().states == [ActorState.ANSWERED, ActorState.IDLE]
+    assert batcher.activity().closed
 
 
 @pytest.mark.parametrize('minimum, maximum, capacity', [(8, 16, 3), (3, 3, 1)])

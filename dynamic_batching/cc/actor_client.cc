@@ -171,5 +171,7 @@ EXPORT int32_t actor_client_wait(void* handle) {
   client->is_waiting = false;
   client->returned_at = NowNanoseconds();
   AddNanoseconds(&block->waiting_nanoseconds, client->returned_at - client->requested_at);
+  // Until it asks again the block is the actor's.
+  block->state.store(kActing, std::memory_order_relaxed);
   return block->action;
 }

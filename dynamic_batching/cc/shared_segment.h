@@ -8,7 +8,7 @@
 //
 // Who writes what. The batcher owns every decision: which unroll and row an actor writes to stands
 // in its block together with the action. The actor only writes that row and then moves `state` from
-// kAnswered to kRequested. An actor that is killed, at any instruction, therefore leaves behind
+// kAnswered, via kActing, to kRequested. An actor that is killed, at any instruction, therefore leaves behind
 // nothing but a half-written row that was never requested.
 
 #ifndef DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
@@ -42,6 +42,7 @@ enum RequestState : uint32_t {
   kRequested,  // A row is written, its action is not there yet.
   kSleeping,   // As kRequested, and the actor sleeps on `state`.
   kAnswered,   // `action`, `unroll` and `row` are valid.
+  kActing,     // As kAnswered, and the actor has taken the action: its environment has the turn.
 };
 
 struct FieldLayout {

@@ -574,6 +574,18 @@ std::vector<int64_t> UnrollBatcher::CompletedUnrolls() {
   return completed;
 }
 
+std::vector<UnrollBatcher::Activity> UnrollBatcher::Activities() const {
+  std::vector<Activity> activities;
+  for (int i = 0; i < actors_.size(); ++i) {
+    const ActorBlock* block = GetActorBlock(segment_, i);
+    const uint64_t nanoseconds = block->environment_nanoseconds.load(std::memory_order_relaxed) +
+                                 block->waiting_nanoseconds.load(std::memory_order_relaxed);
+    activities.push_back({static_cast<RequestState>(block->state.load()),
+                          static_cast<int64_t>(nanoseconds)});
+  }
+  return activities;
+}
+
 std::vector<double> UnrollBatcher::StageSeconds() const {
   uint64_t environment = 0, wait = 0;
   for (int i = 0; i < actors_.size(); ++i) {

@@ -72,6 +72,14 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   // Per actor: unrolls that it has completed since its last reset.
   std::vector<int64_t> CompletedUnrolls();
 
+  // What an actor is doing. `progress` changes with each row sent and each action taken.
+  struct Activity {
+    RequestState state;
+    int64_t progress;
+  };
+  std::vector<Activity> Activities() const;
+  bool IsClosed() const { return header_->closed.load() != 0; }
+
   // Batches handed out so far, and the rows in them.
   int64_t NumBatches() const { return batches_; }
   int64_t NumRows() const { return rows_; }
@@ -136,7 +144,6 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   absl::Status AllocateBatch(const Waiter& waiter, std::vector<tensorflow::Tensor>* batch) const;
   void CopyUnroll(int unroll, int column, const Waiter& waiter,
                   std::vector<tensorflow::Tensor>* batch);
-  bool IsClosed() const { return header_->closed.load() != 0; }
 
   void* const segment_;
   SegmentHeader* const header_;

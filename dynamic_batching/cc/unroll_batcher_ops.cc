@@ -186,6 +186,26 @@ class UnrollBatcherStatisticsOp : public OpKernel {
   }
 };
 
+class UnrollBatcherActivityOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    std::shared_ptr<UnrollBatcher> batcher;
+    OP_REQUIRES_OK(context, LookupBatcher(context, &batcher));
+    const auto activities = batcher->Activities();
+    const int64_t num_actors = activities.size();
+    Tensor *states, *progress, *closed;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {num_actors}, &states));
+    OP_REQUIRES_OK(context, context->allocate_output(1, {num_actors}, &progress));
+    OP_REQUIRES_OK(context, context->allocate_output(2, {}, &closed));
+    for (int64_t i = 0; i < num_actors; ++i) {
+      states->flat<int32_t>()(i) = activities[i].state;
+      progress->flat<int64_t>()(i) = activities[i].progress;
+    }
+    closed->scalar<bool>()() = batcher->IsClosed();
+  }
+};
+
 absl::Status SetShapes(InferenceContext* c, const char* attribute,
                        const std::vector<tensorflow::shape_inference::DimensionHandle>& leading,
                        int* output) {
@@ -306,6 +326,19 @@ REGISTER_OP("UnrollBatcherStatistics")
       return absl::OkStatus();
     });
 
+REGISTER_OP("UnrollBatcherActivity")
+    .Input("handle: resource")
+    .Output("states: int32")
+    .Output("progress: int64")
+    .Output("closed: bool")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(0, c->UnknownShapeOfRank(1));
+      c->set_output(1, c->UnknownShapeOfRank(1));
+      c->set_output(2, c->Scalar());
+      return absl::OkStatus();
+    });
+
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcher").Device(tensorflow::DEVICE_CPU), UnrollBatcherOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcherGet").Device(tensorflow::DEVICE_CPU),
                         UnrollBatcherGetOp);
@@ -319,6 +352,8 @@ REGISTER_KERNEL_BUILDER(Name("UnrollBatcherClose").Device(tensorflow::DEVICE_CPU
                         UnrollBatcherCloseOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcherStatistics").Device(tensorflow::DEVICE_CPU),
                         UnrollBatcherStatisticsOp);
+REGISTER_KERNEL_BUILDER(Name("UnrollBatcherActivity").Device(tensorflow::DEVICE_CPU),
+                        UnrollBatcherActivityOp);
 
 }  // namespace
 }  // namespace dynamic_batching
