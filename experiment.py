@@ -461,13 +461,8 @@ def _train() -> int:
         print('Stopped before the first update: there is no checkpoint yet.')
         return 0
     summary = run_log.read_summary(FLAGS.logdir)
-    mean_return = summary['mean_return_last_100']
-    print(
-        f'{summary["agent_steps"]:,} agent steps ({summary["frames"]:,} frames) in '
-        f'{summary["wall_seconds"]:.0f} s; mean return of the last 100 episodes: '
-        + ('none has ended yet' if mean_return is None else f'{mean_return:.2f}')
-        + f'.\nCheckpoint: {path}'
-    )
+    print(run_log.describe_summary(summary))
+    print(f'Checkpoint: {path}')
     if 0 < FLAGS.stop_at_frames <= summary['frames'] < FLAGS.total_environment_frames:
         print(f'Stopped at --stop_at_frames={FLAGS.stop_at_frames}; without it the run goes on.')
     elif summary['frames'] < FLAGS.total_environment_frames:

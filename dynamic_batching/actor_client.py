@@ -47,7 +47,9 @@ def _load_library() -> ctypes.CDLL:
         ('observation', handle, (handle, u32)),
         ('is_idle', ctypes.c_int, (handle,)),
         ('position', ctypes.POINTER(u32), (handle,)),
-        ('send', ctypes.c_int32, (handle, ctypes.c_float, ctypes.c_int, ctypes.c_int)),
+        ('check_observation', None, (handle, u32)),
+        ('non_finite_value', ctypes.c_float, (handle, u32)),
+        ('send', ctypes.c_int32, (handle, ctypes.c_double, ctypes.c_int, ctypes.c_int)),
         ('finish', None, (handle,)),
         ('wait', ctypes.c_int32, (handle,)),
     ):
@@ -61,6 +63,9 @@ class ActorClient:
 
     Observations are copied straight into the unroll that the learner will get. Waiting for an
     action costs nothing: the process sleeps in the kernel, and other Python threads may run.
+
+    A reward and float32 observations are looked at: what is not finite is replaced by 0, and the
+    batcher discards the unroll instead of queuing it.
     """
 
     def __init__(self, fd: int, actor: int, observation: Sequence[ArraySpec]):
@@ -81,6 +86,7 @@ class ActorClient:
         self._wait = library.actor_client_wait
         self._finish = library.actor_client_finish
         self._is_idle = library.actor_client_is_idle
+        self._non_finite_value = library.actor_client_non_finite_value
         self._handle = library.actor_client_connect(fd, actor)
         if not self._handle:
             raise ValueError(
@@ -103,6 +109,8 @@ class ActorClient:
             )
         self._arrays = []
         for i, (shape, dtype) in enumerate(self._specs):
+            if dtype == np.float32:
+                library.actor_client_check_observation(handle, i)
             memory = (ctypes.c_uint8 * (unroll_bytes * num_unrolls)).from_address(
                 library.actor_client_observation(handle, i)
             )
@@ -117,12 +125,15 @@ class ActorClient:
             )
         self._position = library.actor_client_position(handle)
 
-    def start(self, end: int, observation: Sequence[np.ndarray]) -> None:
+    def start(self, end: int, observation: Sequence[np.ndarray]) -> dict[int, float]:
         """Sends the first row of the first episode, with reward 0.
 
         Args:
           end: `EpisodeEnd` of the row.
           observation: arrays of the specs' shapes and dtypes.
+
+        Returns:
+          As `send`.
 
         Raises:
           ClosedError: the batcher is closed.
@@ -132,25 +143,30 @@ class ActorClient:
         # Whoever is there already may be in the middle of an unroll.
         if not self._is_idle(self._handle):
             raise RuntimeError('the actor has started before and was not reset since')
-        self._send(0.0, end, observation, True)
+        return self._send(0.0, end, observation, True)
 
-    def send(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> None:
+    def send(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> dict[int, float]:
         """Sends the row that the last action led to.
 
         Return and length of the episode are counted here, and start again after an `end` that is
-        TERMINATED or TRUNCATED.
+        TERMINATED or TRUNCATED. The return is the sum of the rewards as they are given, finite or
+        not, in double precision.
 
         Args:
           reward: of the last action.
           end: `EpisodeEnd` of the row.
           observation: as for `start`.
 
+        Returns:
+          What was not finite as float32 -> its value, or the first of its values: the reward has
+          the key 0, observation i the key i + 1. Empty as a rule.
+
         Raises:
           ClosedError: the batcher is closed.
           RuntimeError: there was no start, or the action before was not waited for.
           ValueError: an array does not fit its spec.
         """
-        self._send(float(reward), end, observation, False)
+        return self._send(float(reward), end, observation, False)
 
     def finish(self) -> None:
         """Says that this actor plays no more: batches need fewer rows, in proportion."""
@@ -170,7 +186,7 @@ class ActorClient:
 
     def _send(
         self, reward: float, end: int, observation: Sequence[np.ndarray], is_first: bool
-    ) -> None:
+    ) -> dict[int, float]:
         unroll, row = self._position[0], self._position[1]
         for target, array, spec in zip(self._arrays, observation, self._specs, strict=True):
             if (array.shape, array.dtype) != spec:
@@ -179,9 +195,16 @@ class ActorClient:
                     f'{spec[1]} {list(spec[0])}'
                 )
             target[unroll, row] = array
-        failure = self._send_row(self._handle, reward, end, is_first)
-        if failure:
-            _raise(failure, 'start comes before the first row, and wait between two of them')
+        result = self._send_row(self._handle, reward, end, is_first)
+        if not result:
+            return {}
+        if result < 0:
+            _raise(result, 'start comes before the first row, and wait between two of them')
+        return {
+            i: self._non_finite_value(self._handle, i)
+            for i in range(len(self._specs) + 1)
+            if result >> i & 1
+        }
 
     def __del__(self) -> None:
         handle: Any = getattr(self, '_handle', None)

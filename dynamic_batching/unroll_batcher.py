@@ -61,12 +61,21 @@ class Statistics(NamedTuple):
       completed_unrolls: of each actor, since its last reset.
       batches: handed out.
       rows: in those batches.
+      queued_unrolls: full unrolls that were queued for the learner.
+      discarded_unrolls: full unrolls that were not, for a row with values that are not finite.
+      discarded_in_a_row: of these, those since the last one that was queued.
+      non_finite: of the last row with such values, the actor, what it was (0 the reward, i + 1
+        observation i) and the value; None if there was no such row.
     """
 
     stage_seconds: dict[str, float]
     completed_unrolls: list[int]
     batches: int
     rows: int
+    queued_unrolls: int
+    discarded_unrolls: int
+    discarded_in_a_row: int
+    non_finite: tuple[int, int, float] | None
 
 
 class ActorState(enum.IntEnum):
@@ -111,6 +120,7 @@ class UnrollBatcher:
         minimum_batch_size: int = 1,
         maximum_batch_size: int = 1024,
         timeout_ms: float = 100,
+        max_discarded_in_a_row: int = 0,
     ):
         """Makes the shared memory and starts the batcher's two threads.
 
@@ -126,6 +136,8 @@ class UnrollBatcher:
             while some actors wait for the learner or have finished),
           maximum_batch_size: and holds at most so many;
           timeout_ms: or when at least one waits and so many milliseconds are over.
+          max_discarded_in_a_row: when that many unrolls were discarded since one was queued, the
+            batcher closes itself: nobody may be waiting in vain for the next. 0 for no limit.
 
         Raises:
           tf.errors.OpError: for sizes that make no sense or memory that is not to be had.
@@ -147,6 +159,7 @@ class UnrollBatcher:
                     minimum_batch_size=minimum_batch_size,
                     maximum_batch_size=maximum_batch_size,
                     timeout_ms=timeout_ms,
+                    max_discarded_in_a_row=max_discarded_in_a_row,
                     **self._inputs,
                     **self._outputs,
                     **self._states,
@@ -219,7 +232,11 @@ class UnrollBatcher:
 
     def statistics(self) -> Statistics:
         """Returns counts and times so far."""
-        names, seconds, completed, batches, rows = ops.unroll_batcher_statistics(self._handle)
+        names, seconds, completed, batches, rows, unrolls, non_finite, value = (
+            ops.unroll_batcher_statistics(self._handle)
+        )
+        queued, discarded, discarded_in_a_row = unrolls.numpy().tolist()
+        actor, what = non_finite.numpy().tolist()
         return Statistics(
             stage_seconds=dict(
                 zip(names.numpy().astype(str), seconds.numpy().tolist(), strict=True)
@@ -227,6 +244,12 @@ class UnrollBatcher:
             completed_unrolls=completed.numpy().tolist(),
             batches=int(batches),
             rows=int(rows),
+            queued_unrolls=queued,
+            discarded_unrolls=discarded,
+            discarded_in_a_row=discarded_in_a_row,
+            non_finite=(
+                (actor, (what & -what).bit_length() - 1, float(value)) if actor >= 0 else None
+            ),
         )
 
     def activity(self) -> Activity:

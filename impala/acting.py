@@ -111,6 +111,7 @@ class UnrollSource:
         queue_capacity: int,
         minimum_batch_size: int,
         timeout_ms: float,
+        max_discarded_in_a_row: int = 0,
     ):
         """Makes the batcher; see `UnrollBatcher` for the arguments that are not specs.
 
@@ -122,6 +123,7 @@ class UnrollSource:
           queue_capacity: unrolls.
           minimum_batch_size: rows.
           timeout_ms: milliseconds.
+          max_discarded_in_a_row: unrolls; 0 for no limit.
         """
         self._queue_capacity = queue_capacity
         self._observation_names = list(spec.observation)
@@ -143,6 +145,7 @@ class UnrollSource:
             minimum_batch_size=minimum_batch_size,
             maximum_batch_size=len(level_ids),
             timeout_ms=timeout_ms,
+            max_discarded_in_a_row=max_discarded_in_a_row,
         )
 
     def answer(self, agent: Agent, policy_version: tf.Tensor) -> None:

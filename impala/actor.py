@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import environments
@@ -30,8 +30,44 @@ CLOSED_EXIT_CODE = 83
 NICENESS = 5
 
 
+def describe_non_finite(
+    level_name: str, observation_names: Sequence[str], index: int, value: float
+) -> str:
+    """Says what of an environment is not finite.
+
+    Args:
+      level_name: of the environment.
+      observation_names: in the order of its spec.
+      index: what it is, as `ActorClient.send` returns it.
+      value: NaN or infinity.
+    """
+    what = 'reward' if index == 0 else f'observation {observation_names[index - 1]!r}'
+    return f'the {what} of {level_name} is {value} as float32'
+
+
+class _NonFiniteWarnings:
+    """Warns, once for each level and what it is of it, of values that are not finite."""
+
+    def __init__(self, observation_names: Sequence[str]):
+        self._observation_names = observation_names
+        self._known: set[tuple[str, int]] = set()
+
+    def warn(self, level_name: str, values: Mapping[int, float]) -> None:
+        """Takes what `ActorClient.send` returned of a level."""
+        for index, value in values.items():
+            if (level_name, index) not in self._known:
+                self._known.add((level_name, index))
+                logging.getLogger(environments.__name__).warning(
+                    '%s: the agent sees 0 in its place, and does not learn from unrolls with such '
+                    'values',
+                    describe_non_finite(level_name, self._observation_names, index, value),
+                )
+
+
 def act(
-    environment_list: Sequence[environments.Environment], clients: Sequence[ActorClient]
+    environment_list: Sequence[environments.Environment],
+    clients: Sequence[ActorClient],
+    level_names: Sequence[str],
 ) -> None:
     """Plays until the batcher is closed: Figure 1's actors, with the policy at the batcher's end.
 
@@ -40,23 +76,34 @@ def act(
     Several environments take turns in one process: fewer switches between processes, between which
     the processor's caches would have to take in interpreter and game engine anew.
 
+    Args:
+      environment_list: at least one.
+      clients: of each environment.
+      level_names: of each environment, for warnings.
+
     Raises:
       ClosedError: the batcher was closed.
     """
-    actors = list(zip(environment_list, clients, strict=True))
+    actors = list(zip(environment_list, clients, level_names, strict=True))
     names = tuple(environment_list[0].spec.observation)
-    for environment, client in actors:
+    warnings = _NonFiniteWarnings(names)
+    for environment, client, level_name in actors:
         observation = environment.reset()
         # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
-        client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
+        non_finite = client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
+        if non_finite:
+            warnings.warn(level_name, non_finite)
     while actors:
-        for environment, client in list(actors):
+        for actor in list(actors):
+            environment, client, level_name = actor
             if isinstance(environment, EpisodeSeries) and environment.is_done:
                 client.finish()
-                actors.remove((environment, client))
+                actors.remove(actor)
                 continue
             reward, end, observation = environment.step(client.wait())
-            client.send(reward, end, [observation[name] for name in names])
+            non_finite = client.send(reward, end, [observation[name] for name in names])
+            if non_finite:
+                warnings.warn(level_name, non_finite)
 
 
 def _exit_with_parent(lifeline: int) -> None:
@@ -126,6 +173,7 @@ def main(settings: dict[str, Any]) -> int:
                         ActorClient(settings['segment'], actor, observation)
                         for actor in settings['actors']
                     ],
+                    settings['level_names'],
                 )
             except ClosedError:
                 return CLOSED_EXIT_CODE

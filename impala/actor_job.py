@@ -81,7 +81,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
       ConfigError, LevelError, ServerError: one sentence for the user.
       LearnerLost: the learner was not there for `reconnect_timeout`.
       ActorJobError: the learner refuses what this job sends.
-      ActorError: an environment died too often.
+      ActorError: an environment died too often, or sends nothing that can be learned from.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -139,7 +139,12 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             _play(config, job, settings['level_names'], actors, learner)
         if not stop.received and not learner.finished:
             actors.check()
-    return 'Training is complete.' if learner.finished else 'Stopped.'
+    sentence = 'Training is complete.' if learner.finished else 'Stopped.'
+    if discarded := actors.discarded_unrolls():
+        sentence += (
+            f' Not sent: {discarded:,} unrolls with values of the environment that are not finite.'
+        )
+    return sentence
 
 
 @contextlib.contextmanager

@@ -477,6 +477,9 @@ class FollowerLog:
     def record_actor_restart(self, count: int = 1) -> None:
         """Does nothing: actor jobs count their own."""
 
+    def record_discarded_unrolls(self, count: int) -> None:
+        """Does nothing: actor jobs count their own."""
+
     def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
         """Does nothing: the first learner's are in the log."""
 

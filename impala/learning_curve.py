@@ -33,18 +33,24 @@ class LearningCurve:
 
     Memory does not grow with the run: when `MAX_POINTS` episodes are held, every other one is
     thrown away, and from then on every other one is taken. The mean is over all episodes.
+
+    Attributes:
+      num_episodes: with finite returns.
+      num_not_finite: others, which are counted and nothing else.
     """
 
     def __init__(self) -> None:
         self.num_episodes = 0
+        self.num_not_finite = 0
         self._window: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self._points = np.empty([MAX_POINTS, 4])
         self._num_points = 0
         self._stride = 1
 
     def add(self, agent_steps: int, wall_seconds: float, episode_return: float) -> None:
-        """Adds the episode that came next; one whose return is not finite does not count."""
+        """Adds the episode that came next."""
         if not math.isfinite(episode_return):
+            self.num_not_finite += 1
             return
         self._window.append(episode_return)
         if self.num_episodes % self._stride == 0:
@@ -130,9 +136,11 @@ def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> Non
                 fontsize=8,
             )
         else:
+            any_ended = any(curve.num_not_finite for curve in curves.values())
+            text = 'no return is finite' if any_ended else 'no episode has ended'
             for axes in (by_steps, by_time):
                 axes.set(xticks=[], yticks=[])
-                axes.text(0.5, 0.5, 'no episode has ended', ha='center')
+                axes.text(0.5, 0.5, text, ha='center')
         if title:
             figure.suptitle(title, fontsize=10)
         temporary = f'{path}.{os.getpid()}.tmp'

@@ -8,12 +8,18 @@ import tensorflow as tf
 
 from environments import level_cache_statistics
 from impala.acting import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
-from impala.actor_pool import ActorPool, Workplace
+from impala.actor import describe_non_finite
+from impala.actor_pool import ActorError, ActorPool, Workplace
 from impala.agent import Agent
 from impala.episode_series import Schedule
 from impala.learner_group import Log
 from impala.run_config import TrainingConfig
 from impala.trajectory import EnvironmentSpec
+
+# Unrolls in a row, of all actors, that are discarded for values that are not finite until the run
+# ends: so many for each actor, and so many at least.
+_DISCARDED_PER_ACTOR = 10
+_MIN_DISCARDED = 100
 
 
 class LocalActors:
@@ -39,6 +45,10 @@ class LocalActors:
           report: told, in a few lines, of every process that died.
           schedule: see `ActorPool`.
         """
+        # Nobody learns from what a test plays.
+        self._max_discarded = 0
+        if schedule is None:
+            self._max_discarded = max(_MIN_DISCARDED, _DISCARDED_PER_ACTOR * config.num_actors)
         self._source = UnrollSource(
             spec,
             agent,
@@ -47,12 +57,15 @@ class LocalActors:
             config.queue_capacity,
             config.inference_batch_size or max(1, config.num_actors // 2),
             config.inference_timeout_ms,
+            self._max_discarded,
         )
+        self._level_names = [config.level_names[level] for level in config.level_ids]
+        self._observation_names = list(spec.observation)
         self._behaviour = BehaviourPolicy(agent, self._source)
         self._pool = ActorPool(
             workplace,
             self._source.batcher,
-            [config.level_names[level] for level in config.level_ids],
+            self._level_names,
             config.seed,
             config.max_actor_restarts,
             report,
@@ -62,6 +75,7 @@ class LocalActors:
         self._temp_folder = str(workplace.config.temp_folder)
         self._stack = contextlib.ExitStack()
         self._reported_restarts = 0
+        self._reported_discarded = 0
 
     def __enter__(self) -> 'LocalActors':
         with self._stack as stack:
@@ -98,10 +112,21 @@ class LocalActors:
 
         Raises:
           LevelError: an environment cannot be played as asked.
-          ActorError: an actor died too often.
+          ActorError: an actor died too often, or nothing came any more that can be learned from.
         """
         self._behaviour.check()
         self._pool.check()
+        statistics = self._source.batcher.statistics()
+        if 0 < self._max_discarded <= statistics.discarded_in_a_row:
+            assert statistics.non_finite is not None
+            actor, index, value = statistics.non_finite
+            what = describe_non_finite(
+                self._level_names[actor], self._observation_names, index, value
+            )
+            raise ActorError(
+                f'Nothing comes that can be learned from: {what}, and each of the last '
+                f'{statistics.discarded_in_a_row} unrolls held such a value.'
+            )
 
     def finish(self) -> None:
         """Ends playing when training is complete."""
@@ -110,6 +135,10 @@ class LocalActors:
     def level_cache(self) -> dict[str, float]:
         """Returns what the level cache did so far; see `environments.level_cache_statistics`."""
         return level_cache_statistics(self._temp_folder)
+
+    def discarded_unrolls(self) -> int:
+        """Returns how many unrolls were not learned from, for values that are not finite."""
+        return self._source.batcher.statistics().discarded_unrolls
 
     def record(self, log: Log) -> dict[str, float]:
         """Hands what there is to know of the actors to the log.
@@ -124,6 +153,8 @@ class LocalActors:
         restarts = self._pool.restarts
         log.record_actor_restart(restarts - self._reported_restarts)
         self._reported_restarts = restarts
+        log.record_discarded_unrolls(statistics.discarded_unrolls - self._reported_discarded)
+        self._reported_discarded = statistics.discarded_unrolls
         cache = self.level_cache()
         log.record_update({f'level_cache/{name}': value for name, value in cache.items()})
         return statistics.stage_seconds

@@ -239,6 +239,10 @@ class RunLog:
         """Counts actors that died and were started again."""
         self._actor_restarts += count
 
+    def record_discarded_unrolls(self, count: int) -> None:
+        """Counts unrolls that are not learned from, for values that are not finite."""
+        self._unrolls_discarded += count
+
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
         """Takes the state of actor jobs, which lines have as `actors` until there is another.
 
@@ -294,7 +298,7 @@ class RunLog:
         self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
         wall_seconds = self.wall_seconds
         self._write_episodes(wall_seconds)
-        self._terminal.advance(frames, self.mean_return)
+        self._terminal.advance(frames, self._all_levels)
         if not self.line_is_due:
             return False
         self._write_line(wall_seconds)
@@ -313,7 +317,7 @@ class RunLog:
         self._closed = True
         wall_seconds = self.wall_seconds
         self._write_episodes(wall_seconds)
-        if self._agent_steps > self._line_agent_steps:
+        if self._agent_steps > self._line_agent_steps or self._unrolls_discarded:
             self._write_line(wall_seconds)
         self._draw_curve()
         self._terminal.close()
@@ -335,6 +339,7 @@ class RunLog:
         self._num_non_finite = 0
         self._updates_skipped = 0
         self._actor_restarts = 0
+        self._unrolls_discarded = 0
         self._pictures: dict[str, tuple[int, int, bytes]] = {}
 
     def _read_back(self, agent_steps: int) -> float:
@@ -419,6 +424,7 @@ class RunLog:
             'agent_steps': self._agent_steps,
             'updates': self._updates,
             'updates_skipped': self._updates_skipped,
+            'unrolls_discarded': self._unrolls_discarded,
             'actor_restarts': self._actor_restarts,
         }
         for level, total in self._total_level_frames.items():
@@ -438,7 +444,7 @@ class RunLog:
             row['actors'] = sorted(actors, key=operator.itemgetter('task'))
         self._append(self._metrics_file, json.dumps(row, allow_nan=False) + '\n')
         self._write_summaries(line)
-        self._terminal.line(line, self.mean_return)
+        self._terminal.line(line, self._all_levels)
         self._line_wall_seconds = wall_seconds
         self._line_frames, self._line_agent_steps = self._frames, self._agent_steps
         self._line_level_frames = dict(self._total_level_frames)
@@ -514,7 +520,9 @@ def read_summary(logdir: str) -> dict[str, Any]:
     Returns:
       JSON-serialisable: `wall_seconds`, `frames`, `agent_steps`, `updates` and
       `agent_steps_per_second` over the whole run; `episodes`; `mean_return_last_100` over episodes
-      of any level, None without any; `levels`: name -> its `episodes` and `mean_return_last_100`.
+      of any level, None without any; `episodes_not_finite`: further episodes, whose returns are not
+      finite; `updates_skipped` and `unrolls_discarded` of the whole run; `levels`: name -> its
+      `episodes` and `mean_return_last_100`.
 
     Raises:
       LogdirError: if there is no run there.
@@ -522,6 +530,7 @@ def read_summary(logdir: str) -> dict[str, Any]:
     curves: dict[str, learning_curve.LearningCurve] = {}
     together = learning_curve.LearningCurve()
     line: dict[str, Any] = {}
+    skipped = discarded = 0
     try:
         for row in read_episodes(logdir):
             curve = curves.setdefault(row['level'], learning_curve.LearningCurve())
@@ -529,6 +538,8 @@ def read_summary(logdir: str) -> dict[str, Any]:
                 each.add(row['agent_steps'], row['wall_seconds'], row['return'])
         for row in read_rows(os.path.join(logdir, METRICS_FILE), parse_metrics):
             line = row
+            skipped += row.get('updates_skipped', 0)
+            discarded += row.get('unrolls_discarded', 0)
     except OSError as error:
         raise LogdirError(
             f'Cannot read the logs of a run in {logdir}: {error.strerror}.'
@@ -542,11 +553,45 @@ def read_summary(logdir: str) -> dict[str, Any]:
         'agent_steps_per_second': line['agent_steps'] / wall_seconds if wall_seconds else 0.0,
         'episodes': together.num_episodes,
         'mean_return_last_100': together.mean if together.num_episodes else None,
+        'episodes_not_finite': together.num_not_finite,
+        'updates_skipped': skipped,
+        'unrolls_discarded': discarded,
         'levels': {
             level: {'episodes': curve.num_episodes, 'mean_return_last_100': curve.mean}
             for level, curve in curves.items()
         },
     }
+
+
+def describe_summary(summary: Mapping[str, Any]) -> str:
+    """Returns what `read_summary` found out, in sentences; lines but for the last one's end."""
+    mean_return, not_finite = summary['mean_return_last_100'], summary['episodes_not_finite']
+    discarded, skipped = summary['unrolls_discarded'], summary['updates_skipped']
+    if mean_return is not None:
+        returns = f'{mean_return:.2f}'
+        if not_finite:
+            returns += f' ({not_finite:,} with returns that are not finite left out)'
+    elif not_finite:
+        returns = f'none is finite, of {not_finite:,}'
+    elif discarded:
+        returns = 'none has ended in an unroll that was learned from'
+    else:
+        returns = 'none has ended yet'
+    lines = [
+        f'{summary["agent_steps"]:,} agent steps ({summary["frames"]:,} frames) in '
+        f'{summary["wall_seconds"]:.0f} s; mean return of the last 100 episodes: {returns}.'
+    ]
+    if discarded:
+        lines.append(
+            f'Not learned from: {discarded:,} unrolls with values of the environment that are not '
+            'finite.'
+        )
+    if skipped:
+        lines.append(
+            f'Skipped: {skipped:,} of {summary["updates"]:,} updates, whose loss or gradient was '
+            'not finite.'
+        )
+    return '\n'.join(lines)
 
 
 class _Terminal:
@@ -582,7 +627,7 @@ class _Terminal:
             else:
                 print(text, file=self._stream, flush=True)
 
-    def advance(self, frames: int, mean_return: float) -> None:
+    def advance(self, frames: int, curve: learning_curve.LearningCurve) -> None:
         """Moves the bar; it redraws itself twice a second at most."""
         if self._bar is None:
             return
@@ -590,12 +635,11 @@ class _Terminal:
         rate = self._bar.format_dict['rate']
         if rate and self._num_action_repeats > 1:
             parts.append(f'{rate / self._num_action_repeats:,.0f} steps/s')
-        if math.isfinite(mean_return):
-            parts.append(f'return {mean_return:.4g}')
+        parts += _shown_return(curve)
         self._bar.set_postfix_str(', '.join(parts), refresh=False)
         self._bar.update(min(frames, self._total_frames) - self._bar.n)
 
-    def line(self, line: Mapping[str, float], mean_return: float) -> None:
+    def line(self, line: Mapping[str, float], curve: learning_curve.LearningCurve) -> None:
         """Prints the plain line that belongs to a line of metrics, unless there is a bar."""
         if self._bar is not None:
             return
@@ -606,8 +650,7 @@ class _Terminal:
             f'{speed:,.0f} frames/s',
             f'{line["agent_steps_per_second"]:,.0f} steps/s',
         ]
-        if math.isfinite(mean_return):
-            parts.append(f'return {mean_return:.4g}')
+        parts += _shown_return(curve)
         if 'loss/total' in line:
             parts.append(f'loss {line["loss/total"]:.4g}')
         if speed > 0:
@@ -619,6 +662,13 @@ class _Terminal:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def _shown_return(curve: learning_curve.LearningCurve) -> list[str]:
+    """Returns what a line says of the mean return; nothing before an episode has ended."""
+    if curve.num_episodes:
+        return [f'return {curve.mean:.4g}']
+    return ['no return is finite'] if curve.num_not_finite else []
 
 
 def _has_width(stream: TextIO) -> bool:

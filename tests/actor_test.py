@@ -67,7 +67,7 @@ def test_rows_actions_and_episodes():
     )
     clients = [ActorClient(batcher.fd, index, observation) for index in range(2)]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        playing = executor.submit(actor.act, both, clients)
+        playing = executor.submit(actor.act, both, clients, ['one', 'two'])
         try:
             answered = np.zeros(2, np.int32)
             while min(answered) < 9:
@@ -124,6 +124,19 @@ def test_a_level_that_cannot_be_played_is_one_sentence(lifeline):
     result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], segment=lifeline[0], actors=[0])
     assert result.returncode == actor.BAD_INPUT_EXIT_CODE
     assert 'NoSuchGame' in result.stderr and 'Traceback' not in result.stderr
+
+
+def test_values_that_are_not_finite_are_warned_of_once(caplog):
+    values = actor._NonFiniteWarnings(['frame', 'speed'])
+    for _ in range(2):
+        values.warn('mine:first', {0: -np.inf, 2: np.nan})
+        values.warn('mine:other', {1: np.inf})
+        values.warn('mine:first', {2: np.inf})
+    assert [record.message.split(': ')[0] for record in caplog.records] == [
+        'the reward of mine:first is -inf as float32',
+        "the observation 'speed' of mine:first is nan as float32",
+        "the observation 'frame' of mine:other is inf as float32",
+    ]
 
 
 def test_a_segment_that_is_none_is_a_failure_with_a_traceback(lifeline):

@@ -677,7 +677,7 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
     with WarmRun(
         tmp_path,
         f'--logdir={logdir}',
-        '--level_name=levels:infinite',
+        '--level_name=levels:huge',
         '--reward_clipping=none',
         '--num_actors=2',
         '--unroll_length=10',

@@ -49,8 +49,8 @@ class _NotANumber(_Level):
         return reward, end, {'frame': observation['frame'] * np.float32(np.nan)}
 
 
-class _Infinite(_Level):
-    """Rewards become infinite after a while; the episodes go on."""
+class _Huge(_Level):
+    """Rewards become so large after a while that no loss is finite; the episodes go on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,20 @@ class _Infinite(_Level):
     def step(self, action: int) -> Any:
         reward, end, observation = super().step(action)
         self.total_steps += 1
-        return math.inf if self.total_steps > 200 else reward, end, observation
+        return 3e38 if self.total_steps > 200 else reward, end, observation
+
+
+class _SometimesInfinite(_Level):
+    """The reward of every 37th step is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total_steps = 0
+
+    def step(self, action: int) -> Any:
+        reward, end, observation = super().step(action)
+        self.total_steps += 1
+        return math.inf if self.total_steps % 37 == 0 else reward, end, observation
 
 
 class _Lives(_Level):
@@ -226,9 +239,16 @@ def failing(seed: int, config: environments.EnvironmentConfig) -> environments.E
     return _Failing()
 
 
-def infinite(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Has infinite rewards from its 201st step on."""
-    return _Infinite()
+def huge(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has rewards of 3e38 from its 201st step on."""
+    return _Huge()
+
+
+def sometimes_infinite(
+    seed: int, config: environments.EnvironmentConfig
+) -> environments.Environment:
+    """Has one infinite reward in 37 steps."""
+    return _SometimesInfinite()
 
 
 def not_a_number(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

@@ -146,6 +146,7 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         assert not write(log, 60, 3)
         clock.now += 0.01
         log.record_actor_restart()
+        log.record_discarded_unrolls(3)
         assert write(log, 80, 4)
 
         log.record_update({'loss/total': 7.0, 'policy_lag_max': 2.0, 'skipped': True})
@@ -173,6 +174,7 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'stage_seconds/learner/wait': 0.5,
         'learner_idle_share': 0.05,
         'updates_skipped': 0,
+        'unrolls_discarded': 3,
         'actor_restarts': 1,
         'non_finite_values': 0,
         **{f'level_frames/{name}': 0 for name in LEVELS},
@@ -193,6 +195,7 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'stage_seconds/learner/wait': 15.0,
         'learner_idle_share': 0.75,
         'updates_skipped': 1,
+        'unrolls_discarded': 0,
         'actor_restarts': 0,
         'non_finite_values': 0,
         **{f'level_frames/{name}': 0 for name in LEVELS},
@@ -599,9 +602,13 @@ def test_summary(logdir, clock):
         clock.now += 5
         record(log, [0.0] * 50 + [1.0] * 100)
         write(log, 500, 5)
-        record(log, [5.0], level_id=1)
+        record(log, [5.0, math.inf, math.nan], level_id=1)
+        log.record_update({'skipped': True})
+        log.record_discarded_unrolls(1200)
         clock.now += 5
         write(log, 1000, 10)
+        # Of the last moments, in which nothing was learned.
+        log.record_discarded_unrolls(7)
     summary = run_log.read_summary(logdir)
     json.dumps(summary, allow_nan=False)
     assert summary == {
@@ -612,15 +619,49 @@ def test_summary(logdir, clock):
         'agent_steps_per_second': 100.0,
         'episodes': 151,
         'mean_return_last_100': (99 * 1 + 5) / 100,
+        'episodes_not_finite': 2,
+        'updates_skipped': 1,
+        'unrolls_discarded': 1207,
         'levels': {
             LEVELS[0]: {'episodes': 150, 'mean_return_last_100': 1.0},
             LEVELS[1]: {'episodes': 1, 'mean_return_last_100': 5.0},
         },
     }
 
+    assert run_log.describe_summary(summary) == (
+        '1,000 agent steps (4,000 frames) in 10 s; mean return of the last 100 episodes: 1.04 '
+        '(2 with returns that are not finite left out).\n'
+        'Not learned from: 1,207 unrolls with values of the environment that are not finite.\n'
+        'Skipped: 1 of 10 updates, whose loss or gradient was not finite.'
+    )
+
 
 def test_summary_of_a_run_without_episodes(logdir, clock):
     create(logdir, clock).close()
     summary = run_log.read_summary(logdir)
+    assert run_log.describe_summary(summary) == (
+        '0 agent steps (0 frames) in 0 s; mean return of the last 100 episodes: none has ended yet.'
+    )
     assert summary['episodes'] == 0 and summary['mean_return_last_100'] is None
     assert summary['agent_steps_per_second'] == 0.0
+
+
+@pytest.mark.parametrize(
+    ('returns', 'discarded', 'text'),
+    [
+        ([math.inf, math.nan], 0, 'none is finite, of 2.'),
+        ([], 3, 'none has ended in an unroll that was learned from.'),
+    ],
+)
+def test_no_run_says_that_no_episode_has_ended_when_one_has(
+    logdir, clock, returns, discarded, text
+):
+    stream = io.StringIO()
+    with create(logdir, clock, stream) as log:
+        record(log, returns)
+        log.record_discarded_unrolls(discarded)
+        clock.now += 10
+        write(log, 10, 1)
+    assert ('no return is finite' in stream.getvalue()) == bool(returns)
+    sentence = run_log.describe_summary(run_log.read_summary(logdir)).splitlines()[0]
+    assert sentence.endswith(f'mean return of the last 100 episodes: {text}')

@@ -17,7 +17,15 @@ from several_learners_test import free_ports
 from warm_process import context
 
 import environments
-from impala import checkpoint, learner_devices, remote_replay, run_config, run_files, training
+from impala import (
+    checkpoint,
+    learner_devices,
+    remote_replay,
+    run_config,
+    run_files,
+    run_log,
+    training,
+)
 from impala.actor_pool import ActorError
 from impala.learner import LearnerConfig
 
@@ -114,11 +122,35 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
     checkpoints = tmp_path / 'checkpoints'
     training.train(config(tmp_path))
     before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
-    for level in ('levels:failing', 'levels:not_a_number'):
+    for level, sentence in (
+        ('levels:failing', 'the joystick is broken'),
+        ('levels:not_a_number', "the observation 'frame' of levels:not_a_number is nan"),
+    ):
         failing = config(tmp_path, level_names=(level,), total_environment_frames=1000)
-        with pytest.raises((ActorError, training.TrainingError)):
+        with pytest.raises(ActorError, match=sentence):
             training.train(failing)
         assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
+
+
+def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
+    """The reward is infinite in every 37th step, and an episode has ten."""
+    run = config(tmp_path, level_names=('levels:sometimes_infinite',), total_environment_frames=400)
+    run = dataclasses.replace(run, learner=dataclasses.replace(run.learner, unroll_length=2))
+    training.train(run)
+    text = capfd.readouterr().err
+    assert text.count('WARNING') == 1
+    assert 'the reward of levels:sometimes_infinite is inf' in text
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert lines[-1]['frames'] == 400
+    assert sum(line['updates_skipped'] for line in lines) == 0
+    assert all('loss/total' in line for line in lines)
+    # Row 37 is within an unroll, row 74 ends one and starts the next.
+    assert sum(line['unrolls_discarded'] for line in lines) >= 3
+    returns = [row['return'] for row in run_files.read_episodes(run.logdir)]
+    assert {10.0, float('inf')} == {*returns}
+    summary = run_log.read_summary(run.logdir)
+    assert summary['mean_return_last_100'] == 10
+    assert summary['episodes_not_finite'] == returns.count(float('inf'))
 
 
 @pytest.mark.parametrize(

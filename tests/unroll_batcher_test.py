@@ -27,7 +27,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.eager import cancellation
 
-from dynamic_batching.actor_client import ClosedError
+from dynamic_batching.actor_client import ActorClient, ClosedError
 from dynamic_batching.unroll_batcher import ActorState, UnrollBatcher
 from impala.trajectory import ArraySpec, EpisodeEnd
 
@@ -43,6 +43,7 @@ FIXED_INPUTS = [
 SCALAR = ArraySpec((), 'float32')
 ACTION = ArraySpec((), 'int32')
 BYTE = ArraySpec((1,), 'uint8')
+NUMBERS = ArraySpec((2,), 'float32')
 
 
 def start(function, *args):
@@ -339,7 +340,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
         for actor in range(num_actors)
     ]
     histories = [[] for _ in range(num_actors)]  # Since each actor's last reset.
-    totals = [(np.float32(0), 0)] * num_actors
+    totals = [(0.0, 0)] * num_actors
     futures = {}
     expected = collections.deque()
     was_replaced = False
@@ -350,7 +351,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                 was_replaced = True
                 batcher.reset_actor(1)
                 clients[1] = actor_nursery.WaitingClient(batcher.fd, 1, observation_specs)
-                histories[1], totals[1] = [], (np.float32(0), 0)
+                histories[1], totals[1] = [], (0.0, 0)
             for actor in range(num_actors):
                 if actor in futures or rng.random() < 0.4:
                     continue
@@ -359,7 +360,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                 reward = 0.0 if is_first else float(np.float32(rng.normal() * 10))
                 end = 1 if is_first else int(rng.choice(4, p=[0.6, 0.1, 0.1, 0.2]))
                 if not is_first:
-                    total, steps = np.float32(total + np.float32(reward)), steps + 1
+                    total, steps = total + reward, steps + 1
                 row = Row(
                     reward,
                     total,
@@ -369,7 +370,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                     random_array(rng, words_spec),
                 )
                 ends_game = end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED)
-                totals[actor] = (np.float32(0), 0) if ends_game else (total, steps)
+                totals[actor] = (0.0, 0) if ends_game else (total, steps)
                 histories[actor].append(row)
                 futures[actor] = start(play, clients[actor], row, is_first)
             if not futures:
@@ -728,6 +729,143 @@ def test_answers_of_tickets_that_are_used_up_are_ignored():
         echo(batcher, requests)
         with pytest.raises(concurrent.futures.TimeoutError):
             answer.result(0.1)
+
+
+def make_number_batcher(**options):
+    """A batcher of one actor, whose observation is two numbers."""
+    return make_batcher(1, inputs=[*FIXED_INPUTS, NUMBERS], **options)
+
+
+def play_row(batcher, client, numbers, reward=1.0, is_first=False):
+    """Sends a row and serves it; returns what was not finite of it, and what the policy saw."""
+    observation = [np.array(numbers, np.float32)]
+    if is_first:
+        non_finite = client.start(EpisodeEnd.TERMINATED, observation)
+    else:
+        non_finite = client.send(reward, EpisodeEnd.NOT_ENDED, observation)
+    requests = get(batcher)
+    batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [tf.constant([0])], [])
+    client.wait()
+    return non_finite, requests.inputs[0].numpy()[0], requests.inputs[-1].numpy()[0].tolist()
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_unrolls_with_values_that_are_not_finite_are_discarded(value):
+    batcher = make_number_batcher()
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        assert batcher.statistics().non_finite is None
+        # Unrolls of rows 0-2, 2-4, ... Row 1 spoils the first, row 6 the third and the fourth.
+        for row in range(11):
+            numbers = [row, value if row == 1 else 0]
+            reward = value if row == 6 else 1
+            seen = play_row(batcher, client, numbers, reward, is_first=row == 0)
+            if row == 1:
+                np.testing.assert_equal(seen, ({1: value}, 1, [1, 0]))
+            elif row == 6:
+                np.testing.assert_equal(seen, ({0: value}, 0, [6, 0]))
+            else:
+                assert seen == ({}, row > 0, [row, 0])
+        unrolls = batcher.dequeue(2)
+        assert unrolls.inputs[-1].numpy()[:, :, 0].T.tolist() == [[2, 3, 4], [8, 9, 10]]
+        statistics = batcher.statistics()
+        assert statistics.queued_unrolls == 2
+        assert statistics.discarded_unrolls == 3
+        assert statistics.discarded_in_a_row == 0
+        # They prove that the actor works, all the same.
+        assert statistics.completed_unrolls == [5]
+        np.testing.assert_equal(statistics.non_finite, (0, 0, value))
+        # The return says that it is none; the episode goes on with finite rewards.
+        returns = unrolls.inputs[1].numpy().T
+        assert returns[0].tolist() == [2, 3, 4]
+        assert not np.isfinite(returns[1]).any()
+
+
+def test_a_reward_beyond_float32_is_not_finite():
+    batcher = make_number_batcher()
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        play_row(batcher, client, [0, 0], is_first=True)
+        assert play_row(batcher, client, [0, 0], reward=-1e39)[0] == {0: -np.inf}
+
+
+def test_first_observations_are_looked_at():
+    batcher = make_number_batcher()
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        seen = play_row(batcher, client, [np.nan, 3], is_first=True)
+        np.testing.assert_equal(seen, ({1: np.nan}, 0, [0, 3]))
+        for row in range(1, 5):
+            play_row(batcher, client, [row, 0])
+        assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [2, 3, 4]
+
+
+def test_unrolls_that_are_discarded_need_no_room():
+    batcher = make_number_batcher(queue_capacity=1)
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        play_row(batcher, client, [0, 0], is_first=True)
+        # The first unroll fills the queue; those after it are spoiled, up to row 20.
+        for row in range(1, 23):
+            play_row(batcher, client, [row, np.inf if 3 <= row <= 20 else 0])
+        assert batcher.statistics().discarded_unrolls == 10
+        for row in (23, 24):
+            requests = start(batcher.get_inputs)
+            client.send(1.0, EpisodeEnd.NOT_ENDED, [np.array([row, 0], np.float32)])
+            if row == 24:
+                # The present unroll is worth learning from, and there is no room for another.
+                with pytest.raises(concurrent.futures.TimeoutError):
+                    requests.result(0.3)
+                assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [0, 1, 2]
+            tickets = requests.result(TIMEOUT).tickets
+            batcher.set_outputs(tickets, tf.constant(0, tf.int64), [tf.constant([0])], [])
+            client.wait()
+        assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [22, 23, 24]
+
+
+def test_what_an_actor_spoiled_does_not_outlive_it():
+    batcher = make_number_batcher()
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        play_row(batcher, client, [np.nan, 0], is_first=True)
+        client.send(np.nan, EpisodeEnd.NOT_ENDED, [np.zeros(2, np.float32)])
+        batcher.reset_actor(0)
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        for row in range(3):
+            play_row(batcher, client, [row, 0], is_first=row == 0)
+        assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [0, 1, 2]
+        assert batcher.statistics().discarded_unrolls == 0
+
+
+def test_a_batcher_with_nothing_to_learn_from_closes():
+    batcher = make_number_batcher(max_discarded_in_a_row=2)
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        play_row(batcher, client, [0, 0], is_first=True)
+        # The first and the third unroll are spoiled, which are not two in a row.
+        for row in range(1, 7):
+            play_row(batcher, client, [row, 0], np.nan if row in (1, 5) else 1)
+        play_row(batcher, client, [np.nan, 0])
+        requests, unrolls = start(batcher.get_inputs), start(batcher.dequeue, 2)
+        client.send(1.0, EpisodeEnd.NOT_ENDED, [np.zeros(2, np.float32)])
+        for waiting in (requests, unrolls):
+            with pytest.raises(tf.errors.CancelledError):
+                waiting.result(PROMPTLY)
+        with pytest.raises(ClosedError):
+            client.wait()
+        assert batcher.statistics().discarded_in_a_row == 2
+
+
+def test_returns_are_summed_in_double_precision():
+    batcher = make_number_batcher()
+    with closing(batcher):
+        client = ActorClient(batcher.fd, 0, [NUMBERS])
+        play_row(batcher, client, [0, 0], is_first=True)
+        # float32 has no number between the first and the last of these returns.
+        for reward in (2**24, 1, 1, 0):
+            play_row(batcher, client, [0, 0], reward)
+        returns = batcher.dequeue(2).inputs[1].numpy().T
+        assert returns.tolist() == [[0, 2**24, 2**24], [2**24, 2**24 + 2, 2**24 + 2]]
 
 
 def test_closing_fails_whoever_waits_and_whoever_comes():

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "shared_segment.h"
@@ -24,7 +25,9 @@ struct Client {
   void* segment;
   SegmentHeader* header;
   ActorBlock* block;
-  float episode_return;
+  uint32_t float_observations;          // Bit i: observation i consists of float32.
+  float non_finite_values[kMaxFields];  // Of the row sent last, by the bits of `non_finite`.
+  double episode_return;
   int32_t episode_step;
   bool is_waiting;        // A row was sent whose action was not waited for yet.
   uint64_t requested_at;  // When that row was sent.
@@ -34,6 +37,27 @@ struct Client {
 // Only the actor writes its timers.
 void AddNanoseconds(std::atomic<uint64_t>* timer, uint64_t nanoseconds) {
   timer->store(timer->load(std::memory_order_relaxed) + nanoseconds, std::memory_order_relaxed);
+}
+
+// Replaces what is not finite by 0. Returns whether there was any; then `value` is the first.
+bool ReplaceNonFinite(float* values, size_t size, float* value) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t any = 0;
+  // On the bits and without a branch, which compilers make vector instructions of.
+  for (size_t i = 0; i < size; ++i) {
+    uint32_t bits;
+    memcpy(&bits, &values[i], sizeof(bits));
+    any |= (bits & kExponent) == kExponent;
+  }
+  if (!any) return false;
+  bool is_first = true;
+  for (size_t i = 0; i < size; ++i) {
+    if (std::isfinite(values[i])) continue;
+    if (is_first) *value = values[i];
+    is_first = false;
+    values[i] = 0;
+  }
+  return true;
 }
 
 void WaitForAnswer(Client* client) {
@@ -67,7 +91,7 @@ EXPORT void* actor_client_connect(int fd, uint32_t actor) {
     munmap(segment, status.st_size);
     return nullptr;
   }
-  return new Client{segment, header, GetActorBlock(segment, actor), 0, 0, false, 0, 0};
+  return new Client{segment, header, GetActorBlock(segment, actor)};
 }
 
 EXPORT void actor_client_disconnect(void* handle) {
@@ -101,6 +125,17 @@ EXPORT void* actor_client_observation(void* handle, uint32_t index) {
   return GetRow(static_cast<Client*>(handle)->segment, 0, kFirstObservation + index, 0);
 }
 
+// Says that an observation consists of float32, so that its values are looked at.
+EXPORT void actor_client_check_observation(void* handle, uint32_t index) {
+  static_cast<Client*>(handle)->float_observations |= 1u << index;
+}
+
+// Returns a value of the row sent last that was not finite: the reward's for 0, that of observation
+// i for i + 1.
+EXPORT float actor_client_non_finite_value(void* handle, uint32_t index) {
+  return static_cast<Client*>(handle)->non_finite_values[index];
+}
+
 // Returns the address of two numbers, unroll and row, where the next observation goes.
 EXPORT const uint32_t* actor_client_position(void* handle) {
   static_assert(offsetof(ActorBlock, row) == offsetof(ActorBlock, unroll) + sizeof(uint32_t), "");
@@ -112,10 +147,10 @@ EXPORT int actor_client_is_idle(void* handle) {
   return static_cast<Client*>(handle)->block->state.load() == kIdle;
 }
 
-// Sends the row whose observation stands in its place. Returns 0, kClosed if the batcher is closed, or
-// kOutOfOrder if an action is still to be waited for, or no first row was sent before another.
-// `is_first`: the row is the first of the first episode.
-EXPORT int32_t actor_client_send(void* handle, float reward, int end, int is_first) {
+// Sends the row whose observation stands in its place. Returns kClosed if the batcher is closed,
+// kOutOfOrder if an action is still to be waited for, or no first row was sent before another, and
+// else ActorBlock::non_finite of the row. `is_first`: the row is the first of the first episode.
+EXPORT int32_t actor_client_send(void* handle, double reward, int end, int is_first) {
   auto* client = static_cast<Client*>(handle);
   SegmentHeader* header = client->header;
   ActorBlock* block = client->block;
@@ -128,9 +163,27 @@ EXPORT int32_t actor_client_send(void* handle, float reward, int end, int is_fir
   const uint32_t unroll = block->unroll;
   const uint32_t row = block->row;
   const uint8_t end_byte = end;
-  memcpy(GetRow(client->segment, unroll, kReward, row), &reward, sizeof(reward));
-  memcpy(GetRow(client->segment, unroll, kEpisodeReturn, row), &client->episode_return,
-         sizeof(client->episode_return));
+  uint32_t non_finite = 0;
+  float stored_reward = static_cast<float>(reward);
+  if (ReplaceNonFinite(&stored_reward, 1, &client->non_finite_values[0])) non_finite = 1;
+  for (uint32_t i = 0; client->float_observations >> i != 0; ++i) {
+    if ((client->float_observations >> i & 1) == 0) continue;
+    const int field = kFirstObservation + i;
+    if (ReplaceNonFinite(reinterpret_cast<float*>(GetRow(client->segment, unroll, field, row)),
+                         header->fields[field].row_bytes / sizeof(float),
+                         &client->non_finite_values[i + 1])) {
+      non_finite |= 2u << i;
+    }
+  }
+  block->non_finite = non_finite;
+  if (non_finite != 0) {
+    block->non_finite_value = client->non_finite_values[__builtin_ctz(non_finite)];
+  }
+  // Summed in double precision: in an episode of a million small rewards float loses most of them.
+  const float episode_return = static_cast<float>(client->episode_return);
+  memcpy(GetRow(client->segment, unroll, kReward, row), &stored_reward, sizeof(stored_reward));
+  memcpy(GetRow(client->segment, unroll, kEpisodeReturn, row), &episode_return,
+         sizeof(episode_return));
   memcpy(GetRow(client->segment, unroll, kEpisodeStep, row), &client->episode_step,
          sizeof(client->episode_step));
   memcpy(GetRow(client->segment, unroll, kEnd, row), &end_byte, sizeof(end_byte));
@@ -149,7 +202,7 @@ EXPORT int32_t actor_client_send(void* handle, float reward, int end, int is_fir
   // The batcher wants to hear of this request and of those after it, once each at most: it moves
   // `wake_at` away as soon as it is awake.
   if (static_cast<int32_t>(request - header->wake_at.load()) >= 0) FutexWake(&header->doorbell);
-  return 0;
+  return non_finite;
 }
 
 // Says that no more rows will come, so that no batch waits for this actor.

@@ -10,6 +10,10 @@
 // in its block together with the action. The actor only writes that row and then moves `state` from
 // kAnswered, via kActing, to kRequested. An actor that is killed, at any instruction, therefore leaves behind
 // nothing but a half-written row that was never requested.
+//
+// A row that had values that are not finite has zeros in their place, so that they reach neither
+// inference nor the recurrent state; the actor says so with the request, and the batcher keeps the
+// unrolls with such rows from the learner.
 
 #ifndef DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
 #define DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
@@ -27,7 +31,7 @@
 namespace dynamic_batching {
 
 // Changes whenever the layout does: an actor process of another build must refuse the segment.
-constexpr uint64_t kSegmentMagic = 0x494d50414c410004;
+constexpr uint64_t kSegmentMagic = 0x494d50414c410005;
 constexpr int kMaxFields = 16;
 
 // The fields that every row starts with; those of the observation follow.
@@ -75,6 +79,10 @@ struct alignas(128) ActorBlock {
   std::atomic<uint64_t> environment_nanoseconds;
   std::atomic<uint64_t> waiting_nanoseconds;
   std::atomic<uint32_t> finished;  // The actor will not ask for another action.
+  // Of the row that is requested, written by the actor before `state`: what was not finite (bit 0 the
+  // reward, bit i + 1 observation i), and the value of the first of them.
+  uint32_t non_finite;
+  float non_finite_value;
 };
 
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "futex words must be plain memory");

@@ -213,9 +213,11 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
     num_silent += GetActorBlock(segment_, actor)->finished.load();
   }
   for (int actor : ready) {
+    LookForNonFinite(actor);
     if (actors_[actor].row == options_.rows - 1) {
-      // Its unroll is full: it waits until the learner has made room for another.
-      if (free_unrolls_.empty()) {
+      // Its unroll is full: it waits until the learner has made room for another, unless it goes on
+      // in this one, which is discarded.
+      if (free_unrolls_.empty() && !unrolls_[actors_[actor].unroll].is_spoiled) {
         if (!GetActorBlock(segment_, actor)->finished.load()) ++num_silent;
         continue;
       }
@@ -242,11 +244,32 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
   return selected;
 }
 
+// Of the row that an actor has requested. Looked at again while it waits for a batch, which changes
+// nothing.
+void UnrollBatcher::LookForNonFinite(int actor) {
+  const ActorBlock* block = GetActorBlock(segment_, actor);
+  if (block->non_finite == 0) return;
+  unrolls_[actors_[actor].unroll].is_spoiled = true;
+  counts_.non_finite_actor = actor;
+  counts_.non_finite = block->non_finite;
+  counts_.non_finite_value = block->non_finite_value;
+}
+
+bool UnrollBatcher::IsHopeless() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return options_.max_discarded_in_a_row > 0 &&
+         counts_.discarded_in_a_row >= options_.max_discarded_in_a_row;
+}
+
 void UnrollBatcher::StartNextUnroll(int actor_id) {
   Actor& actor = actors_[actor_id];
   const int full = actor.unroll;
-  const int next = free_unrolls_.back();
-  free_unrolls_.pop_back();
+  const bool is_discarded = unrolls_[full].is_spoiled;
+  int next = full;
+  if (!is_discarded) {
+    next = free_unrolls_.back();
+    free_unrolls_.pop_back();
+  }
   const int last_row = options_.rows - 1;
   for (int field = 0; field < header_->num_fields; ++field) {
     memcpy(GetRow(segment_, next, field, 0), GetRow(segment_, full, field, last_row),
@@ -257,9 +280,18 @@ void UnrollBatcher::StartNextUnroll(int actor_id) {
            output_bytes_[i]);
   }
   unrolls_[next].actor = actor_id;
+  // Its row 0 is the last row of the full one.
+  unrolls_[next].is_spoiled = GetActorBlock(segment_, actor_id)->non_finite != 0;
   actor.unroll = next;
   actor.row = 0;
   ++actor.completed_unrolls;
+  if (is_discarded) {
+    ++counts_.discarded;
+    ++counts_.discarded_in_a_row;
+    return;
+  }
+  ++counts_.queued;
+  counts_.discarded_in_a_row = 0;
   full_unrolls_.push_back(full);
   unrolls_changed_.notify_one();
 }
@@ -288,6 +320,11 @@ void UnrollBatcher::GatherLoop() {
       const bool timed_out = waited >= options_.timeout_nanoseconds;
       int num_missing;
       tickets = SelectActors(timed_out, &num_missing);
+      if (IsHopeless()) {
+        Close();
+        tickets.clear();
+        break;
+      }
       if (!tickets.empty()) break;
       // Requests that come later than that see `wake_at`.
       header_->wake_at.store(requests + num_missing);
@@ -544,6 +581,7 @@ absl::Status UnrollBatcher::ResetActor(int id) {
   actor.in_batch = false;
   actor.arrival = 0;
   actor.completed_unrolls = 0;
+  unrolls_[actor.unroll].is_spoiled = false;
   for (std::string& state : actor.states) std::fill(state.begin(), state.end(), '\0');
   for (size_t i = 0; i < output_bytes_.size(); ++i) {
     std::fill_n(unrolls_[actor.unroll].outputs[i].begin(), output_bytes_[i], '\0');
@@ -552,6 +590,7 @@ absl::Status UnrollBatcher::ResetActor(int id) {
   block->unroll = actor.unroll;
   block->row = 0;
   block->finished.store(0);
+  block->non_finite = 0;
   block->state.store(kIdle);
   return absl::OkStatus();
 }
@@ -584,6 +623,11 @@ std::vector<UnrollBatcher::Activity> UnrollBatcher::Activities() const {
                           static_cast<int64_t>(nanoseconds)});
   }
   return activities;
+}
+
+UnrollCounts UnrollBatcher::Counts() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return counts_;
 }
 
 std::vector<double> UnrollBatcher::StageSeconds() const {

@@ -29,6 +29,18 @@ struct UnrollBatcherOptions {
   int minimum_batch_size;
   int maximum_batch_size;
   uint64_t timeout_nanoseconds;
+  int64_t max_discarded_in_a_row;  // After which the batcher closes itself; 0: never.
+};
+
+// Of the unrolls that are full. One with a row that was not finite is discarded instead of queued.
+struct UnrollCounts {
+  int64_t queued = 0;
+  int64_t discarded = 0;
+  int64_t discarded_in_a_row = 0;  // Since one was queued.
+  // The last row that was not finite: whose it was, and what; see ActorBlock.
+  int32_t non_finite_actor = -1;
+  uint32_t non_finite = 0;
+  float non_finite_value = 0;
 };
 
 // Stages that StageSeconds() times, in its order.
@@ -69,7 +81,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   // Fails whoever waits, here and in the actor processes. Safe to call at any time, repeatedly.
   void Close();
 
-  // Per actor: unrolls that it has completed since its last reset.
+  // Per actor: unrolls that it has completed since its last reset, learned from or not.
   std::vector<int64_t> CompletedUnrolls();
 
   // What an actor is doing. `progress` changes with each row sent and each action taken.
@@ -79,6 +91,8 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   };
   std::vector<Activity> Activities() const;
   bool IsClosed() const { return header_->closed.load() != 0; }
+
+  UnrollCounts Counts();
 
   // Batches handed out so far, and the rows in them.
   int64_t NumBatches() const { return batches_; }
@@ -101,6 +115,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   // The part of an unroll that actor processes never see.
   struct Unroll {
     int actor = 0;
+    bool is_spoiled = false;  // A row of it was not finite.
     int64_t policy_version = 0;
     std::vector<std::string> outputs;  // Per output: the bytes of all rows.
     std::vector<std::string> states;   // Per state: the bytes before row 0.
@@ -139,6 +154,9 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   // the number of further requests to wait for.
   std::vector<Ticket> SelectActors(bool timed_out, int* num_missing);
   bool IsReady(int actor) const;
+  void LookForNonFinite(int actor);
+  // Whether nothing but unrolls to be discarded has come for too long.
+  bool IsHopeless();
   void StartNextUnroll(int actor);
   absl::Status FillBatch(tensorflow::OpKernelContext* context, const std::vector<Ticket>& tickets);
   absl::Status AllocateBatch(const Waiter& waiter, std::vector<tensorflow::Tensor>* batch) const;
@@ -162,6 +180,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   std::deque<Waiter> input_waiters_;
   std::deque<Waiter> dequeue_waiters_;
   uint64_t arrivals_ = 0;
+  UnrollCounts counts_;
   std::condition_variable inputs_wanted_;
   std::condition_variable unrolls_changed_;
 

@@ -62,6 +62,8 @@ class UnrollBatcherOp : public OpKernel {
     OP_REQUIRES_OK(context, context->GetAttr("rows", &options_.rows));
     OP_REQUIRES_OK(context, context->GetAttr("minimum_batch_size", &options_.minimum_batch_size));
     OP_REQUIRES_OK(context, context->GetAttr("maximum_batch_size", &options_.maximum_batch_size));
+    OP_REQUIRES_OK(context, context->GetAttr("max_discarded_in_a_row",
+                                             &options_.max_discarded_in_a_row));
     float timeout_ms;
     OP_REQUIRES_OK(context, context->GetAttr("timeout_ms", &timeout_ms));
     OP_REQUIRES(context, timeout_ms >= 0 && timeout_ms <= kLongestTimeoutMs,
@@ -183,6 +185,17 @@ class UnrollBatcherStatisticsOp : public OpKernel {
     OP_REQUIRES_OK(context, context->allocate_output(4, {}, &rows));
     batches->scalar<int64_t>()() = batcher->NumBatches();
     rows->scalar<int64_t>()() = batcher->NumRows();
+    const UnrollCounts counts = batcher->Counts();
+    Tensor *unrolls, *non_finite, *value;
+    OP_REQUIRES_OK(context, context->allocate_output(5, {3}, &unrolls));
+    OP_REQUIRES_OK(context, context->allocate_output(6, {2}, &non_finite));
+    OP_REQUIRES_OK(context, context->allocate_output(7, {}, &value));
+    unrolls->flat<int64_t>()(0) = counts.queued;
+    unrolls->flat<int64_t>()(1) = counts.discarded;
+    unrolls->flat<int64_t>()(2) = counts.discarded_in_a_row;
+    non_finite->flat<int32_t>()(0) = counts.non_finite_actor;
+    non_finite->flat<int32_t>()(1) = counts.non_finite;
+    value->scalar<float>()() = counts.non_finite_value;
   }
 };
 
@@ -235,6 +248,7 @@ REGISTER_OP("UnrollBatcher")
     .Attr("minimum_batch_size: int")
     .Attr("maximum_batch_size: int")
     .Attr("timeout_ms: float")
+    .Attr("max_discarded_in_a_row: int")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::ScalarShape);
 
@@ -319,10 +333,15 @@ REGISTER_OP("UnrollBatcherStatistics")
     .Output("completed_unrolls: int64")
     .Output("batches: int64")
     .Output("rows: int64")
+    .Output("unrolls: int64")
+    .Output("non_finite: int32")
+    .Output("non_finite_value: float32")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* c) {
       for (int i = 0; i < 3; ++i) c->set_output(i, c->UnknownShapeOfRank(1));
-      for (int i = 3; i < 5; ++i) c->set_output(i, c->Scalar());
+      for (int i : {3, 4, 7}) c->set_output(i, c->Scalar());
+      c->set_output(5, c->Vector(3));
+      c->set_output(6, c->Vector(2));
       return absl::OkStatus();
     });
 
