@@ -75,15 +75,25 @@ class RMSProp(Optimizer):
         Raises:
           ValueError: the sequences differ in length, or a parameter was not given at construction.
         """
-        slots = self._slots(updates, parameters)
-        for update, parameter, index in zip(updates, parameters, slots, strict=True):
+        indices = self._slots(updates, parameters)
+        for update, parameter, index in zip(updates, parameters, indices, strict=True):
             if update is None:
                 continue
-            if (
-                not self._momentum
-                and not isinstance(update, tf.IndexedSlices)
-                and _on_cpu(parameter)
-            ):
+            slots = {'var': parameter, 'ms': self.mean_squares[index], 'mom': self.steps[index]}
+            arguments = {name: variable.handle for name, variable in slots.items()} | {
+                'lr': learning_rate,
+                'rho': self._decay,
+                'momentum': self._momentum,
+                'epsilon': self._epsilon,
+            }
+            if isinstance(update, tf.IndexedSlices):
+                if _on_cpu(parameter):
+                    tf.raw_ops.ResourceSparseApplyRMSProp(
+                        grad=update.values, indices=update.indices, **arguments
+                    )
+                else:
+                    self._apply_rows(update, learning_rate, **slots)
+            elif not self._momentum and _on_cpu(parameter):
                 ops.apply_rms_prop(
                     parameter.handle,
                     self.mean_squares[index].handle,
@@ -92,22 +102,34 @@ class RMSProp(Optimizer):
                     decay=self._decay,
                     epsilon=self._epsilon,
                 )
-                continue
-            arguments = {
-                'var': parameter.handle,
-                'ms': self.mean_squares[index].handle,
-                'mom': self.steps[index].handle,
-                'lr': learning_rate,
-                'rho': self._decay,
-                'momentum': self._momentum,
-                'epsilon': self._epsilon,
-            }
-            if isinstance(update, tf.IndexedSlices):
-                tf.raw_ops.ResourceSparseApplyRMSProp(
-                    grad=update.values, indices=update.indices, **arguments
-                )
             else:
                 tf.raw_ops.ResourceApplyRMSProp(grad=update, **arguments)
+
+    def _apply_rows(
+        self,
+        update: tf.IndexedSlices,
+        learning_rate: tf.Tensor | float,
+        var: tf.Variable,
+        ms: tf.Variable,
+        mom: tf.Variable,
+    ) -> None:
+        """Does what ResourceSparseApplyRMSProp does, which TensorFlow has for CPUs only."""
+        rows, gradient = update.indices, update.values
+
+        def gather(variable: tf.Variable) -> tf.Tensor:
+            return tf.raw_ops.ResourceGather(
+                resource=variable.handle, indices=rows, dtype=variable.dtype
+            )
+
+        squares = self._decay * gather(ms) + (1 - self._decay) * tf.square(gradient)
+        scale = learning_rate * tf.math.rsqrt(squares + self._epsilon)
+        steps = self._momentum * gather(mom) + scale * gradient
+        for scatter, variable, values in (
+            (tf.raw_ops.ResourceScatterUpdate, ms, squares),
+            (tf.raw_ops.ResourceScatterUpdate, mom, steps),
+            (tf.raw_ops.ResourceScatterSub, var, steps),
+        ):
+            scatter(resource=variable.handle, indices=rows, updates=values)
 
 
 def _on_cpu(parameter: tf.Variable) -> bool:

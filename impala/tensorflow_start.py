@@ -1,4 +1,4 @@
-"""How TensorFlow is started: quietly, and with oneDNN's convolutions."""
+"""How TensorFlow is started: quietly, with oneDNN's convolutions, and sharing GPUs."""
 
 import contextlib
 import os
@@ -10,11 +10,15 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def starting_tensorflow() -> Iterator[None]:
-    """Surrounds the first import of TensorFlow, which reads two environment variables then.
+    """Surrounds the first import of TensorFlow, which reads environment variables then or later.
 
     TF_ENABLE_ONEDNN_OPTS: on x86 processors TensorFlow uses oneDNN unasked only with instructions
     made for neural networks. Without them, too, oneDNN takes half the time or less for a train
     step. Whoever sets the variable decides.
+
+    TF_FORCE_GPU_ALLOW_GROWTH: the first process that uses a GPU takes all of its memory otherwise,
+    and a test, a sweep's other runs or an actor job beside it would get none. Whoever sets the
+    variable decides.
 
     TF_CPP_MIN_LOG_LEVEL: what TensorFlow's C++ code says before it looks at that is kept off the
     terminal, too. Who sets that variable gets to see it all, and so does everybody if loading
@@ -22,6 +26,7 @@ def starting_tensorflow() -> Iterator[None]:
     """
     if platform.machine() == 'x86_64':
         os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+    os.environ.setdefault('TF_FORCE_GPU_ALLOW_GROWTH', 'true')
     if 'TF_CPP_MIN_LOG_LEVEL' in os.environ:
         yield
         return

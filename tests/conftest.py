@@ -1,9 +1,13 @@
-"""What all tests share: a folder for temporary files, in which none may leave anything."""
+"""What all tests share: no GPU, and a folder for temporary files in which none leaves anything."""
 
 import os
 import tempfile
 
 import pytest
+
+# Before TensorFlow is imported here or in a process of a test. What tests compare is computed on
+# the CPU, and each of many processes would want a GPU's memory.
+os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -18,7 +18,7 @@ print(_pywrap_util_port.IsMklEnabled())
 
 def test_what_was_said_is_shown_if_the_start_fails(monkeypatch, capfd):
     # Set first, so that they are as they were behind the test.
-    for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS'):
+    for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS', 'TF_FORCE_GPU_ALLOW_GROWTH'):
         monkeypatch.setenv(name, '0')
     monkeypatch.delenv('TF_CPP_MIN_LOG_LEVEL')
     with pytest.raises(ImportError), starting_tensorflow():
@@ -29,6 +29,21 @@ def test_what_was_said_is_shown_if_the_start_fails(monkeypatch, capfd):
     with starting_tensorflow():
         os.write(2, b'all is well\n')
     assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize(('value', 'expected'), [(None, 'true'), ('false', 'false')])
+def test_memory_of_gpus_is_taken_as_it_is_needed_unless_asked_otherwise(
+    monkeypatch, value, expected
+):
+    for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS', 'TF_FORCE_GPU_ALLOW_GROWTH'):
+        monkeypatch.setenv(name, '0')
+    if value is None:
+        monkeypatch.delenv('TF_FORCE_GPU_ALLOW_GROWTH')
+    else:
+        monkeypatch.setenv('TF_FORCE_GPU_ALLOW_GROWTH', value)
+    with starting_tensorflow():
+        # The name that TensorFlow's allocator asks for.
+        assert os.environ['TF_FORCE_GPU_ALLOW_GROWTH'] == expected
 
 
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='left to TensorFlow')

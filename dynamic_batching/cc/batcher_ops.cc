@@ -12,6 +12,7 @@
 #include "batcher.h"
 #include "tensorflow/core/common_runtime/device_mgr.h"
 #include "tensorflow/core/common_runtime/graph_constructor.h"
+#include "tensorflow/core/common_runtime/input_colocation_exemption_registry.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/device.h"
 #include "tensorflow/core/framework/function.h"
@@ -272,6 +273,12 @@ Makes a batcher for `f`, whose inputs are batches of `row_shapes` followed by `c
 
 It is closed when the last copy of `handle` goes away. A negative `timeout_ms` stands for none.
 )doc");
+
+// The op only passes captured variables on to a function for several devices. TensorFlow would
+// otherwise place the op with them, also on a device for which there is no kernel.
+namespace input_colocation_exemption_registration =  // Which the macro leaves unqualified.
+    tensorflow::input_colocation_exemption_registration;
+REGISTER_INPUT_COLOCATION_EXEMPTION("DynamicBatcher");
 
 // Stateful, lest two calls with the same rows be merged into one. What else tf.function makes of
 // that is undone in batcher.py.

@@ -1,0 +1,259 @@
+"""Runs what may use a GPU on another device than the CPU; a script for `second_device_test`.
+
+    TF_XLA_FLAGS=--tf_xla_enable_xla_devices python second_device.py OUTPUT FOLDER
+
+TensorFlow's XLA_CPU:0 stands in for a GPU: tensors are moved between it and the CPU, operations on
+its variables have to run on it, and it has no kernels of ours. Operations that touch no variable
+stay on the CPU, where a GPU would have them; so the wheel's list of kernels is asked about those.
+
+The output is one JSON object: name of a check -> what it found.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+import re
+import sys
+import traceback
+
+import numpy as np
+import tensorflow as tf
+from replica import agents, create_learner, train
+from run_config_test import config
+from tensorflow.python.framework import kernels
+
+from dynamic_batching import batch_fn
+from impala import evaluation, training
+from impala.acting import BehaviourPolicy, UnrollSource
+from impala.agent import Agent, AgentConfig
+from impala.decoder import Decoder
+from impala.learner import Learner, LearnerConfig
+from impala.trajectory import (
+    ActorOutput,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+    StepOutputInfo,
+)
+
+DEVICE = '/device:XLA_CPU:0'
+SPEC = EnvironmentSpec(
+    {'frame': ArraySpec((16, 16, 3), 'uint8'), 'instruction': ArraySpec((4,), 'int32')}, 5, 4
+)
+# Network and learner. Together they hold both losses, both optimizers, and all that is optional.
+LEARNERS = {
+    'vtrace': (
+        {'torso': 'deep', 'compute_dtype': 'bfloat16', 'popart_levels': ('a', 'b')},
+        {'momentum': 0.5, 'gradient_clip_norm': 40.0, 'replay_fraction': 0.5,
+         'final_entropy_cost': 0.1},
+    ),
+    'appo': (
+        {'torso': 'autoencoder', 'use_lstm': False},
+        {'loss': 'appo', 'optimizer': 'adam', 'target_update_steps': 2, 'kl_cost': 0.1,
+         'normalize_advantages': True, 'gae_advantages': True},
+    ),
+}  # fmt: skip
+
+
+def on_the_device(next_creator, **kwargs):
+    """Makes a variable where it would be if the device were a GPU."""
+    with tf.device(DEVICE):
+        return next_creator(**kwargs)
+
+
+def batched_function():
+    """Values of a batched function with a variable, called in three ways, with two values of it."""
+    weight = tf.Variable([[2.0]])
+    assert DEVICE in weight.device
+
+    @batch_fn
+    def multiply(x):
+        return x @ weight
+
+    @batch_fn
+    def multiply_in_a_graph(x):
+        return x @ weight
+
+    @tf.function
+    def graph(x):
+        return multiply_in_a_graph(x) + weight
+
+    found = []
+    for value in (2.0, 5.0):
+        weight.assign([[value]])
+        x = tf.constant([[3.0]])
+        results = [multiply(x), graph(x)]
+        with tf.device(DEVICE):
+            results.append(multiply(x))
+        found.append([result.numpy().item() for result in results])
+    return found
+
+
+def sparse_gradients():
+    """Largest difference to a learner on the CPU, of an agent that looks rows up in a table."""
+    agent, changes = agents()['embedding']
+    learners = [create_learner(agent, changes, 4)]
+    assert all(DEVICE in variable.device for variable in learners[0].variables)
+    with tf.variable_creator_scope(on_the_cpu):
+        learners.append(create_learner(agent, changes, 4))
+    return max(
+        float(np.max(np.abs(there.numpy() - here.numpy())))
+        for (_, variables), (_, others) in zip(*map(train, learners), strict=True)
+        for there, here in zip(variables, others, strict=True)
+    )
+
+
+def on_the_cpu(next_creator, **kwargs):
+    """Makes a variable on the CPU, whatever `on_the_device` says."""
+    kwargs.pop('device', None)
+    with tf.device('/cpu:0'):
+        return next_creator(**kwargs)
+
+
+def whole_run(folder):
+    """A run with actors of its own, which goes on, and its test."""
+    run = config(
+        folder, level_names=('levels:short', 'levels:long'), use_lstm=True, popart=True,
+        total_environment_frames=60,
+    )  # fmt: skip
+    batches, learners = set(), []
+    step_in_parts = Learner.step_in_parts
+
+    def noting_devices(learner, parts, *args, **kwargs):
+        learners.append(learner)
+        batches.update(tensor.device for tensor in tf.nest.flatten(parts))
+        return step_in_parts(learner, parts, *args, **kwargs)
+
+    Learner.devices = property(lambda learner: [DEVICE])
+    Learner.step_in_parts = noting_devices
+    training.train(run)
+    training.train(dataclasses.replace(run, total_environment_frames=100))
+    returns = evaluation.evaluate(run, evaluation.EvaluationConfig(num_episodes=2), print)
+    return {
+        'batches': sorted(batches),
+        'variables': sorted({v.device for learner in learners for v in learner.variables}),
+        'updates': int(learners[-1].updates),
+        'returns': returns,
+    }
+
+
+def learner(name):
+    """Metrics of two updates, and what kernels for GPUs there are for learning and acting."""
+    network, changes = LEARNERS[name]
+
+    def create_agent(**dtype):
+        return Agent(AgentConfig(core_size=8, latent_size=6, **{**network, **dtype}), SPEC)
+
+    settings = LearnerConfig(batch_size=2, unroll_length=5, **changes)
+    agent = create_agent()
+    target = create_agent() if settings.target_update_steps else None
+    decoder = None
+    if network['torso'] == 'autoencoder':
+        decoder = Decoder(6, SPEC.observation['frame'], tf.float32)
+    learner = Learner(agent, settings, None, target, decoder)
+    is_replayed = tf.constant([False, bool(settings.replay_fraction)])
+    batch = batch_of(agent, settings)
+    updates = [learner.step(batch, is_replayed=is_replayed) for _ in range(2)]
+
+    acting_agent = create_agent(compute_dtype='float32')
+    source = UnrollSource(SPEC, acting_agent, [0, 1], 5, 1, 1, 5)
+    behaviour = BehaviourPolicy(acting_agent, source)
+    functions = [
+        learner._step.get_concrete_function((batch, is_replayed), tf.constant(10, tf.int64)),
+        behaviour._serve.get_concrete_function(),
+        behaviour.publish.get_concrete_function(learner.weights, learner.version),
+    ]
+    if decoder is not None:
+        frames = batch.env_outputs.observation['frame'][0]
+        assert learner.reconstruct(frames).shape == frames.shape
+        functions.append(learner.reconstruct.get_concrete_function(frames))
+    source.batcher.close()
+    missing, pinned = collections.Counter(), collections.Counter()
+    for function in functions:
+        for node in nodes(function.graph.as_graph_def()):
+            if not has_gpu_kernel(node):
+                on_purpose = re.search(r'device:CPU:', node.device, re.IGNORECASE)
+                (pinned if on_purpose else missing)[node.op] += 1
+    return {
+        'updates': [{key: float(value) for key, value in update.items()} for update in updates],
+        'missing': missing,
+        'pinned': pinned,
+    }
+
+
+def batch_of(agent, settings):
+    """A batch of random data."""
+    rng = np.random.default_rng(0)
+    size, rows = settings.batch_size, [settings.unroll_length + 1, settings.batch_size]
+
+    def integers(high, dtype, *shape):
+        return tf.constant(rng.integers(high, size=[*rows, *shape], dtype=dtype))
+
+    def normal(*shape):
+        return tf.constant(rng.normal(size=[*rows, *shape]).astype(np.float32))
+
+    return ActorOutput(
+        level_id=tf.constant([0, 1]),
+        policy_version=tf.zeros([size], tf.int64),
+        agent_state=agent.initial_state(size),
+        env_outputs=StepOutput(
+            normal(),
+            StepOutputInfo(normal(), integers(9, np.int32)),
+            tf.constant(rng.random(rows) < 0.2),
+            {
+                'frame': integers(256, np.uint8, *SPEC.observation['frame'].shape),
+                'instruction': integers(1000, np.int32, *SPEC.observation['instruction'].shape),
+            },
+        ),
+        agent_outputs=AgentOutput(
+            integers(SPEC.num_actions, np.int32), normal(SPEC.num_actions), normal()
+        ),
+    )
+
+
+def nodes(graph_def):
+    """All operations of a graph and of the functions, branches and loops in it."""
+    yield from graph_def.node
+    for function in graph_def.library.function:
+        yield from function.node_def
+
+
+def has_gpu_kernel(node):
+    """Whether the wheel, which is built for GPUs, has a kernel for the operation's types."""
+
+    def serves(kernel):
+        for constraint in kernel.constraint:
+            value, allowed = node.attr[constraint.name], constraint.allowed_values.list
+            # Of another kind, it is a setting that GPUs have no choice of.
+            types = [value.type] if value.WhichOneof('value') == 'type' else value.list.type
+            if not set(types) <= set(allowed.type) or value.s not in (b'', *allowed.s):
+                return False
+        return kernel.device_type in ('GPU', 'DEFAULT')
+
+    return any(map(serves, kernels.get_registered_kernels_for_op(node.op).kernel))
+
+
+def main(output, folder):
+    """Makes all checks, of which each may fail on its own."""
+    checks = {
+        'batched function': batched_function,
+        'sparse gradients': sparse_gradients,
+        **{name: functools.partial(learner, name) for name in LEARNERS},
+        # The last one, as it says where batches are trained on from then on.
+        'whole run': functools.partial(whole_run, folder),
+    }
+    found = {}
+    with tf.variable_creator_scope(on_the_device):
+        for name, check in checks.items():
+            try:
+                found[name] = {'result': check()}
+            except Exception:
+                found[name] = {'error': traceback.format_exc()}
+    with open(output, 'w', encoding='utf-8') as file:
+        json.dump(found, file)
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])
