@@ -146,7 +146,7 @@ class EnvironmentConfig:
 
     Attributes:
       width: of the frames of DeepMind Lab, of Atari and of resized images, pixels. The default of
-        both is 84x84 for Atari; MiniGrid is 56x56 whatever it says.
+        both is 84x84 for Atari; pictures of MiniGrid have their own size whatever it says.
       height: see `width`.
       num_action_repeats: frames per agent step; None is 4 for Atari, DeepMind Lab and VizDoom and 1
         for everything else.
@@ -309,7 +309,15 @@ class AtariEnvironment(Environment):
     paper does not do it.
     """
 
-    def __init__(self, game: str, seed: int, config: EnvironmentConfig) -> None:
+    def __init__(
+        self,
+        game: str,
+        seed: int,
+        config: EnvironmentConfig,
+        mode: int | None = None,
+        difficulty: int | None = None,
+        max_episode_frames: int | None = None,
+    ) -> None:
         """Loads a game.
 
         Args:
@@ -317,6 +325,13 @@ class AtariEnvironment(Environment):
           seed: see `create_environment`.
           config: see `EnvironmentConfig`.
         """
+          mode: of the game, see Machado et al. (2018); None for its default.
+          difficulty: see `mode`.
+          max_episode_frames: an episode is truncated there; 0 for no limit, None for
+            `ATARI_MAX_EPISODE_FRAMES`.
+
+        Raises:
+          LevelError: the game has no such mode or difficulty.
         import cv2
 
         # With one environment a process there are more processes than cores already.
@@ -326,11 +341,14 @@ class AtariEnvironment(Environment):
         library, rom_folder = _load_ale()
         library.ALEInterface.setLoggerMode(library.LoggerMode.Error)
         ale = library.ALEInterface()
-        ale.setInt('max_num_frames_per_episode', ATARI_MAX_EPISODE_FRAMES)
+        if max_episode_frames is None:
+            max_episode_frames = ATARI_MAX_EPISODE_FRAMES
+        ale.setInt('max_num_frames_per_episode', max_episode_frames)
         ale.setFloat('repeat_action_probability', config.sticky_actions)
         self._ale = ale
         self._rom = os.path.join(rom_folder, game + '.bin')
         self._load(seed)
+        self._mode, self._difficulty = mode, difficulty
         self._next_seed: int | None = None
 
         # All 18 also where a game (Skiing) has no use for some: it takes those for no-ops.
@@ -375,6 +393,18 @@ class AtariEnvironment(Environment):
         self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
         self._ale.loadROM(self._rom)
 
+        ale = self._ale
+        for name, value, set_value, available in (
+            ('mode', self._mode, ale.setMode, ale.getAvailableModes),
+            ('difficulty', self._difficulty, ale.setDifficulty, ale.getAvailableDifficulties),
+        ):
+            if value is not None:
+                if value not in available():
+                    raise LevelError(
+                        f'{os.path.basename(self._rom)[:-4]!r} has no {name} {value!r}, but '
+                        f'{", ".join(map(str, available()))}.'
+                    )
+                set_value(value)
     def seed_next(self, seed: int) -> bool:
         self._next_seed = seed
         return True
@@ -481,6 +511,126 @@ def _atari_game(level_name: str) -> str:
 
 
 def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
+def _is_atari(entry_point: Any) -> bool:
+    """Returns whether Gymnasium's entry point, a class or its name, is that of ale_py's games."""
+    if not isinstance(entry_point, str):
+        module, name = (getattr(entry_point, each, '') for each in ('__module__', '__qualname__'))
+        entry_point = f'{module}:{name}'
+    return re.fullmatch(r'ale_py(\.[\w.]+)?:AtariEnv', entry_point) is not None
+
+
+def _is_registered_by_ale_py(registered: Any) -> bool:
+    """Returns whether a registration is the package's own, of which only the game counts."""
+    settings = dict(registered.kwargs)
+    name = settings.pop('game', '').title().replace('_', '')
+    return (
+        registered.max_episode_steps is None
+        and not registered.additional_wrappers
+        and (registered.id, settings)
+        in [
+            (
+                identifier,
+                {
+                    'repeat_action_probability': sticky,
+                    'full_action_space': False,
+                    'frameskip': frameskip,
+                    'max_num_frames_per_episode': ATARI_MAX_EPISODE_FRAMES,
+                },
+            )
+            for identifier, sticky, frameskip in (
+                (f'ALE/{name}-v5', 0.25, 4),
+                (f'{name}-v0', 0.25, (2, 5)),
+                (f'{name}-v4', 0.0, (2, 5)),
+                (f'{name}NoFrameskip-v0', 0.25, 1),
+                (f'{name}NoFrameskip-v4', 0.0, 1),
+            )
+        ]
+    )
+
+
+def _create_own_atari_environment(
+    level_name: str, registered: Any, seed: int, config: EnvironmentConfig
+) -> AtariEnvironment:
+    """Makes the game of an id that somebody registered for `ale_py.AtariEnv`, as the id says.
+
+    What flags say comes first. A `frameskip` of 1 leaves it to the preprocessing to repeat actions,
+    as for Gymnasium's `AtariPreprocessing`, which takes no other. Of the limits on an episode, one
+    in steps of the id and one in frames, the shorter one counts.
+    """
+    settings = dict(registered.kwargs)
+
+    def refuse(name: str, value: Any, why: str) -> LevelError:
+        return LevelError(f'{level_name!r} is registered with {name}={value!r}, {why}.')
+
+    def is_whole(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if registered.additional_wrappers:
+        raise LevelError(
+            f'{level_name!r} is registered with the wrapper '
+            f'{registered.additional_wrappers[0].name}, and the preprocessing of Atari games is '
+            'fixed: to have another, register a function that makes and wraps the environment.'
+        )
+    if 'game' not in settings:
+        raise LevelError(
+            f"{level_name!r} names no game: register it with, for instance, kwargs={{'game': "
+            "'pong'}."
+        )
+    game = settings.pop('game')
+    _, rom_folder = _load_ale()
+    roms = sorted(file[:-4] for file in os.listdir(rom_folder) if file.endswith('.bin'))
+    if game not in roms:
+        close = difflib.get_close_matches(str(game), roms, n=3, cutoff=0.6)
+        known = ', '.join(map(repr, close or ('pong', 'breakout', 'space_invaders')))
+        raise refuse('game', game, f'which is none of the {len(roms)} games, such as {known}')
+
+    frameskip = settings.pop('frameskip', 4)
+    if not is_whole(frameskip, 1):
+        raise refuse('frameskip', frameskip, 'and an action lasts a fixed number of frames here')
+    max_frames = settings.pop('max_num_frames_per_episode', ATARI_MAX_EPISODE_FRAMES)
+    if max_frames is not None and not is_whole(max_frames, 0):
+        raise refuse('max_num_frames_per_episode', max_frames, 'which is no number of frames')
+    repeats = frameskip if frameskip > 1 else None
+    limits = [max_frames, (registered.max_episode_steps or 0) * frameskip]
+    sticky = settings.pop('repeat_action_probability', 0.0)
+    if not (isinstance(sticky, int | float) and 0 <= sticky < 1):
+        raise refuse('repeat_action_probability', sticky, 'which is not in [0, 1)')
+    full_action_set = settings.pop('full_action_space', False)
+    levels = {name: settings.pop(name, None) for name in ('mode', 'difficulty')}
+
+    played = {
+        'obs_type': ('grayscale',),
+        'continuous': (False,),
+        'continuous_action_threshold': (settings.get('continuous_action_threshold'),),
+        'sound_obs': (False,),
+        'render_mode': (None, 'rgb_array'),
+    }
+    for name, value in settings.items():
+        if value not in played.get(name, ()):
+            raise refuse(
+                name,
+                value,
+                'and Atari games are played in grey pictures, with discrete actions and without '
+                'sound or other settings',
+            )
+    try:
+        return AtariEnvironment(
+            game,
+            seed,
+            dataclasses.replace(
+                config,
+                num_action_repeats=config.num_action_repeats or repeats,
+                sticky_actions=config.sticky_actions or sticky,
+                full_action_set=config.full_action_set or bool(full_action_set),
+            ),
+            levels['mode'],
+            levels['difficulty'],
+            min(filter(None, limits), default=0),
+        )
+    except LevelError as error:
+        raise LevelError(f'{level_name!r} cannot be played: {error}') from error
+
+
     module_name, _, attribute = level_name.partition(':')
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
@@ -566,8 +716,10 @@ def _create_gymnasium_environment(
 
     registered = gymnasium.registry[plain_id]
     entry_point = str(registered.entry_point)
-    if entry_point.startswith('ale_py.'):
-        return AtariEnvironment(registered.kwargs['game'], seed, config)
+    if _is_atari(registered.entry_point):
+        if _is_registered_by_ale_py(registered):
+            return AtariEnvironment(registered.kwargs['game'], seed, config)
+        return _create_own_atari_environment(level_name, registered, seed, config)
 
     is_vizdoom = entry_point.startswith('vizdoom.')
     repeats = config.num_action_repeats or (4 if is_vizdoom else 1)
