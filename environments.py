@@ -5,7 +5,8 @@
 * `ALE/Pong-v5` (and the older Gymnasium ids of Atari games, `PongNoFrameskip-v4`): an Atari game
   with the preprocessing of the paper (Table G.1): 84x84 grey, every action repeated 4 times, the
   maximum of the last two frames, a stack of 4, up to 30 no-ops, a limit of 108,000 frames. The
-  id selects the game only; everything else comes from `EnvironmentConfig`.
+  id selects the game only; everything else comes from `EnvironmentConfig`. An id of one's own for
+  such a game also has what else it was registered with.
 * any other Gymnasium id (`CartPole-v1`, `VizdoomBasic-v1`, `BabyAI-GoToRedBall-v0`); an id that is
   registered by a module of one's own is written as for Gymnasium, `my_package:MyGame-v0`.
 * `my_package.my_module:make`: a callable of one's own, called with `(seed, config)`, that returns
@@ -42,7 +43,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,6 @@ ATARI_MAX_EPISODE_FRAMES = 108_000
 ATARI_NUM_ACTIONS = 18
 # The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
 ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
-
-# Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
-MIN_IMAGE_SIDE = 32
 
 DMLAB30_LEVELS = frozenset(
     {
@@ -129,7 +127,10 @@ Observation = dict[str, np.ndarray]
 
 
 class LevelError(Exception):
-    """A level that cannot be played; its text is one sentence for the user."""
+    """A level that cannot be played; its text is one sentence for the user, and one line."""
+
+    def __str__(self) -> str:
+        return ' '.join(super().__str__().split())
 
 
 class DeclarationError(LevelError):
@@ -324,7 +325,6 @@ class AtariEnvironment(Environment):
           game: file name of the ROM without its ending, for instance `space_invaders`.
           seed: see `create_environment`.
           config: see `EnvironmentConfig`.
-        """
           mode: of the game, see Machado et al. (2018); None for its default.
           difficulty: see `mode`.
           max_episode_frames: an episode is truncated there; 0 for no limit, None for
@@ -332,6 +332,7 @@ class AtariEnvironment(Environment):
 
         Raises:
           LevelError: the game has no such mode or difficulty.
+        """
         import cv2
 
         # With one environment a process there are more processes than cores already.
@@ -347,8 +348,8 @@ class AtariEnvironment(Environment):
         ale.setFloat('repeat_action_probability', config.sticky_actions)
         self._ale = ale
         self._rom = os.path.join(rom_folder, game + '.bin')
-        self._load(seed)
         self._mode, self._difficulty = mode, difficulty
+        self._load(seed)
         self._next_seed: int | None = None
 
         # All 18 also where a game (Skiing) has no use for some: it takes those for no-ops.
@@ -392,7 +393,6 @@ class AtariEnvironment(Environment):
         self._noop_random = np.random.default_rng(int(noop_seed))
         self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
         self._ale.loadROM(self._rom)
-
         ale = self._ale
         for name, value, set_value, available in (
             ('mode', self._mode, ale.setMode, ale.getAvailableModes),
@@ -405,6 +405,7 @@ class AtariEnvironment(Environment):
                         f'{", ".join(map(str, available()))}.'
                     )
                 set_value(value)
+
     def seed_next(self, seed: int) -> bool:
         self._next_seed = seed
         return True
@@ -510,7 +511,6 @@ def _atari_game(level_name: str) -> str:
     )
 
 
-def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
 def _is_atari(entry_point: Any) -> bool:
     """Returns whether Gymnasium's entry point, a class or its name, is that of ale_py's games."""
     if not isinstance(entry_point, str):
@@ -522,7 +522,7 @@ def _is_atari(entry_point: Any) -> bool:
 def _is_registered_by_ale_py(registered: Any) -> bool:
     """Returns whether a registration is the package's own, of which only the game counts."""
     settings = dict(registered.kwargs)
-    name = settings.pop('game', '').title().replace('_', '')
+    name = str(settings.pop('game', '')).title().replace('_', '')
     return (
         registered.max_episode_steps is None
         and not registered.additional_wrappers
@@ -631,6 +631,7 @@ def _create_own_atari_environment(
         raise LevelError(f'{level_name!r} cannot be played: {error}') from error
 
 
+def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
     module_name, _, attribute = level_name.partition(':')
     try:
         make: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
@@ -722,7 +723,8 @@ def _create_gymnasium_environment(
         return _create_own_atari_environment(level_name, registered, seed, config)
 
     is_vizdoom = entry_point.startswith('vizdoom.')
-    repeats = config.num_action_repeats or (4 if is_vizdoom else 1)
+    default_repeats = registered.kwargs.get('frame_skip', 4) if is_vizdoom else 1
+    repeats = config.num_action_repeats or default_repeats
     # VizDoom repeats by itself and renders the last frame only.
     options: dict[str, Any] = {'frame_skip': repeats} if is_vizdoom else {}
     if config.render:
@@ -757,8 +759,12 @@ class GymnasiumEnvironment(Environment):
       become a one-hot float32 vector;
     * of a Dict, `screen` (VizDoom) or `image` is the frame and `mission` is the instruction;
     * MiniGrid's and BabyAI's 7x7x3 symbols, which are no picture, are replaced by the picture
-      of the same 7x7 cells that the agent sees, 56x56 pixels (8 a cell), not resized. What the
-      direction says the picture shows too: it is turned the agent's way.
+      of the same 7x7 cells that the agent sees, 56x56 pixels (8 a cell). What the direction says
+      the picture shows too: it is turned the agent's way. Where a wrapper or a subclass makes an
+      observation of its own, that is taken as it is, and pictures are not resized.
+
+    Observations are compared with their space (see `impala.observation_spaces`); rewards must be
+    numbers, and ends of episodes True or False.
     """
 
     def __init__(
@@ -780,32 +786,35 @@ class GymnasiumEnvironment(Environment):
         self._env = env
         self._repeats = repeats
         self._seed: int | None = seed
-        self._keep_size = False
-        if 'minigrid' in sys.modules:
-            from minigrid.minigrid_env import MiniGridEnv
-            from minigrid.wrappers import RGBImgPartialObsWrapper
-
-            if isinstance(env.unwrapped, MiniGridEnv):
-                self._env = RGBImgPartialObsWrapper(env)
-                self._keep_size = True
+        self._picture: _MiniGridPicture | None = None
+        size: tuple[int, int] | None = (config.width, config.height)
         try:
-            self._spec_of_spaces(repeats, config)
-        except LevelError:
+            if _is_minigrid(env):
+                size = None
+                if _observation_maker(env) is None:
+                    self._picture = _MiniGridPicture(level_name, env)
+            self._spec_of_spaces(repeats, size)
+        except BaseException:
             env.close()
             raise
 
-    def _spec_of_spaces(self, repeats: int, config: EnvironmentConfig) -> None:
+    def _spec_of_spaces(self, repeats: int, size: tuple[int, int] | None) -> None:
         from gymnasium import spaces
+
+        from impala import observation_spaces
 
         action_space = self._env.action_space
         if not isinstance(action_space, spaces.Discrete):
             raise LevelError(
-                f'{self._level_name!r} has the action space {action_space}, and only Discrete ones '
-                'can be played.'
+                f'{self._level_name!r} has the action space '
+                f'{observation_spaces.space_text(action_space)}, and only Discrete ones can be '
+                'played.'
             )
+        if action_space.n < 1:
+            raise LevelError(f'{self._level_name!r} has no actions: its space is {action_space}.')
         self._first_action = int(action_space.start)
 
-        space = self._env.observation_space
+        space = self._env.observation_space if self._picture is None else self._picture.space
         self._frame_key: str | None = None
         self._speaks = False
         self._instruction = ''
@@ -816,64 +825,66 @@ class GymnasiumEnvironment(Environment):
             self._speaks = 'mission' in space.spaces
             if self._frame_key is None:
                 raise self._unsupported_observation()
+            if self._speaks and not observation_spaces.is_text(space['mission']):
+                mission = observation_spaces.space_text(space['mission'])
+                raise LevelError(
+                    f"{self._level_name!r} has the space {mission} as 'mission'"
+                    f'{_made_by(self._env)}, and only texts can be instructions.'
+                )
             space = space[self._frame_key]
-
-        self._one_hot = isinstance(space, spaces.Discrete)
-        self._resize_to: tuple[int, int] | None = None
-        if isinstance(space, spaces.Discrete):
-            self._first_observation = int(space.start)
-            frame = ArraySpec((int(space.n),), 'float32')
-        elif not isinstance(space, spaces.Box):
-            raise self._unsupported_observation()
-        elif _is_image(space.shape, space.dtype):
-            height, width = space.shape[:2]
-            channels = space.shape[2] if len(space.shape) == 3 else 1
-            if not self._keep_size and (height, width) != (config.height, config.width):
-                height, width = config.height, config.width
-                self._resize_to = (width, height)
-            frame = ArraySpec((height, width, channels), 'uint8')
-        elif len(space.shape) <= 2 and np.dtype(space.dtype).kind in 'biuf':
-            frame = ArraySpec((int(np.prod(space.shape)),), 'float32')
-        else:
+        frame = observation_spaces.make_frame(space, size, self._level_name, self._frame_key)
+        if frame is None:
             raise self._unsupported_observation()
 
-        self._frame = np.zeros(frame.shape, frame.dtype)
-        self._observation = {'frame': self._frame}
-        observation = {'frame': frame}
+        self._frame = frame
+        self._observation = {'frame': frame.array}
+        observation = {'frame': frame.spec}
         if self._speaks:
             observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
             self._observation['instruction'] = hash_instruction('')
         self.spec = EnvironmentSpec(observation, int(action_space.n), repeats)
 
-        if self._resize_to is not None:
-            import cv2
-
-            cv2.setNumThreads(1)
-            self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
-
     def _unsupported_observation(self) -> LevelError:
+        from impala import observation_spaces
+
+        hint = ''
+        if _is_minigrid(self._env):
+            hint = ': minigrid.wrappers.RGBImgObsWrapper makes a picture'
         return LevelError(
-            f'{self._level_name!r} has the observation space {self._env.observation_space}, which '
-            'is neither an image, nor numbers of at most two dimensions, nor Discrete, nor a Dict '
-            "with one of them as 'screen' or 'image'."
+            f'{self._level_name!r} has the observation space '
+            f'{observation_spaces.space_text(self._env.observation_space)}{_made_by(self._env)}, '
+            f"which is {observation_spaces.FRAME_RULE}, nor a Dict with one of them as 'screen' or "
+            f"'image'{hint}."
         )
 
     def reset(self) -> Observation:
         # MiniGrid prints to stdout when it has to draw a level anew.
         with contextlib.redirect_stdout(io.StringIO()):
-            observation, _ = self._env.reset(seed=self._seed)
+            result = self._env.reset(seed=self._seed)
         self._seed = None
-        return self._convert(observation)
+        try:
+            observation, _ = result
+        except (TypeError, ValueError) as error:
+            raise self._wrong_result('reset', '(observation, info)', result) from error
+        return self._convert(observation, is_first=True)
 
     def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
         action = int(action) + self._first_action
         total_reward = 0.0
         for _ in range(self._repeats):
-            observation, reward, terminated, truncated, _ = self._env.step(action)
-            total_reward += float(reward)
-            if terminated or truncated:
-                return total_reward, self._end(terminated, truncated), self.reset()
-        return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation)
+            result = self._env.step(action)
+            try:
+                observation, reward, terminated, truncated, _ = result
+            except (TypeError, ValueError) as error:
+                values = '(observation, reward, terminated, truncated, info)'
+                raise self._wrong_result('step', values, result) from error
+            total_reward += reward if isinstance(reward, float) else self._number(reward)
+            if terminated is not False or truncated is not False:
+                terminated = self._truth('terminated', terminated)
+                truncated = self._truth('truncated', truncated)
+                if terminated or truncated:
+                    return total_reward, self._end(terminated, truncated), self.reset()
+        return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation, is_first=False)
 
     def seed_next(self, seed: int) -> bool:
         self._seed = seed
@@ -898,26 +909,166 @@ class GymnasiumEnvironment(Environment):
         # An episode that reaches its goal with the last step of its time has reached it.
         return EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
 
-    def _convert(self, observation: Any) -> Observation:
-        if self._speaks and observation['mission'] != self._instruction:
-            self._instruction = observation['mission']
-            self._observation['instruction'] = hash_instruction(self._instruction)
-        frame = observation if self._frame_key is None else observation[self._frame_key]
-        if self._resize_to is not None:
-            resized = self._resize(frame, self._resize_to)
-            self._frame[...] = resized.reshape(self._frame.shape)
-        elif self._one_hot:
-            self._frame[...] = 0
-            self._frame[int(frame) - self._first_observation] = 1
-        else:
-            self._frame[...] = np.reshape(frame, self._frame.shape)
+    def _convert(self, observation: Any, is_first: bool) -> Observation:
+        frame = observation
+        if self._frame_key is not None:
+            keys = (self._frame_key, 'mission')[: 1 + self._speaks]
+            if not isinstance(observation, Mapping) or not all(key in observation for key in keys):
+                raise self._wrong_dict(keys, observation)
+            if self._speaks and observation['mission'] is not self._instruction:
+                self._hear(observation['mission'])
+            if self._picture is not None:
+                frame = self._picture.of(observation)
+            else:
+                frame = observation[self._frame_key]
+        self._frame.take(frame, is_first)
         return self._observation
 
+    def _hear(self, mission: Any) -> None:
+        # Letters and length are not compared with what a Text space allows: by default it has no
+        # room for a space, and all that becomes of a text is the hash of its words.
+        if not isinstance(mission, str):
+            raise DeclarationError(
+                f"{self._level_name!r} declares a text as 'mission' of its observation, but "
+                f'returned {_short(mission)}.'
+            )
+        if mission != self._instruction:
+            self._observation['instruction'] = hash_instruction(mission)
+        self._instruction = mission
 
-def _is_image(shape: tuple[int, ...], dtype: Any) -> bool:
-    if np.dtype(dtype) != np.uint8 or min(shape[:2], default=0) < MIN_IMAGE_SIDE:
+    def _number(self, reward: Any) -> float:
+        array = np.asarray(reward)
+        if array.shape or array.dtype.kind not in 'biuf':
+            raise DeclarationError(
+                f'{self._level_name!r} returned {_short(reward)} as a reward, which is not a '
+                'number.'
+            )
+        return float(array)
+
+    def _truth(self, name: str, value: Any) -> bool:
+        if isinstance(value, bool | np.bool_):
+            return bool(value)
+        array = np.asarray(value)
+        # 0-dimensional arrays are truth values, too, and many environments have 0 and 1.
+        if array.shape or not (array.dtype.kind == 'b' or value in (0, 1)):
+            raise DeclarationError(
+                f'{self._level_name!r} returned {_short(value)} as {name!r}, which is neither True '
+                'nor False.'
+            )
+        return bool(value)
+
+    def _wrong_result(self, method: str, values: str, result: Any) -> DeclarationError:
+        came = f'{len(result)} values' if isinstance(result, tuple) else _short(result)
+        return DeclarationError(
+            f"{self._level_name!r} returned {came} from {method}(), where Gymnasium's interface "
+            f'has {values}.'
+        )
+
+    def _wrong_dict(self, keys: tuple[str, ...], observation: Any) -> DeclarationError:
+        came = _short(observation)
+        if isinstance(observation, Mapping):
+            missing = next(key for key in keys if key not in observation)
+            came = f'one without {missing!r}'
+        return DeclarationError(
+            f'{self._level_name!r} declares a Dict with {" and ".join(map(repr, keys))} as its '
+            f'observation, but returned {came}.'
+        )
+
+
+def _short(value: Any) -> str:
+    """Returns a value in a few words."""
+    if isinstance(value, np.ndarray):
+        return f'{value.dtype} {list(value.shape)}'
+    if isinstance(value, bool | int | float | complex | str | np.generic) or value is None:
+        text = repr(value)
+        return text if len(text) <= 50 else f'{text[:50]}...'
+    return f'a {type(value).__name__}'
+
+
+def _is_minigrid(env: Any) -> bool:
+    if 'minigrid' not in sys.modules:
         return False
-    return len(shape) == 2 or (len(shape) == 3 and shape[2] <= 4)
+    from minigrid.minigrid_env import MiniGridEnv
+
+    return isinstance(env.unwrapped, MiniGridEnv)
+
+
+def _observation_maker(env: Any) -> str | None:
+    """Returns the name of a wrapper, or of a class of MiniGrid, with an observation of its own."""
+    import gymnasium
+
+    while isinstance(env, gymnasium.Wrapper):
+        if (
+            isinstance(env, gymnasium.ObservationWrapper)
+            or env.observation_space is not env.env.observation_space
+        ):
+            return f'wrapper {type(env).__name__}'
+        env = env.env
+    if _is_minigrid(env):
+        from gymnasium import spaces
+        from minigrid.minigrid_env import MiniGridEnv
+
+        side = env.agent_view_size
+        symbols = spaces.Dict(image=spaces.Box(0, 255, (side, side, 3), np.uint8))['image']
+        space = env.observation_space
+        is_own = not isinstance(space, spaces.Dict) or space.spaces.get('image') != symbols
+        if is_own or type(env).gen_obs is not MiniGridEnv.gen_obs:
+            return f'class {type(env).__name__}'
+    return None
+
+
+def _made_by(env: Any) -> str:
+    maker = _observation_maker(env)
+    return f' of its {maker}' if maker else ''
+
+
+class _MiniGridPicture:
+    """The picture of the cells that the agent sees, in place of MiniGrid's own symbols.
+
+    It does not show what somebody else makes of the symbols. Wrappers that do so say it by their
+    kind or their space, as a rule; whether there is one that does not is seen from what comes.
+    """
+
+    def __init__(self, level_name: str, env: Any) -> None:
+        from minigrid.wrappers import RGBImgPartialObsWrapper
+
+        self._level_name = level_name
+        self._env = env
+        self._wrapper = RGBImgPartialObsWrapper(env)
+        self.space = self._wrapper.observation_space
+        self._symbols: list[np.ndarray] = []
+        generate = env.unwrapped.gen_obs
+
+        def generate_and_note() -> Any:
+            observation = generate()
+            self._symbols.append(observation['image'])
+            return observation
+
+        env.unwrapped.gen_obs = generate_and_note
+
+    def of(self, observation: Any) -> np.ndarray:
+        """Returns uint8 `[H, W, 3]` in place of an observation that the environment returned.
+
+        Raises:
+          LevelError: the observation is not MiniGrid's own.
+        """
+        image = observation['image']
+        if not any(image is symbols or np.array_equal(image, symbols) for symbols in self._symbols):
+            import gymnasium
+
+            names = []
+            env = self._env
+            while isinstance(env, gymnasium.Wrapper):
+                if not type(env).__module__.startswith('gymnasium.'):
+                    names.append(type(env).__name__)
+                env = env.env
+            raise LevelError(
+                f"{self._level_name!r} changes MiniGrid's observation in "
+                f'{" or ".join(names or [type(env).__name__])}, which has no observation space of '
+                'its own: make that a gymnasium.ObservationWrapper, and have it return a picture.'
+            )
+        self._symbols.clear()
+        return self._wrapper.observation(observation)['image']
 
 
 class VizdoomEnvironment(GymnasiumEnvironment):

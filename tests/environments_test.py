@@ -23,7 +23,13 @@ import numpy as np
 import pytest
 
 import environments
-from environments import EnvironmentConfig, LevelCache, LevelError, create_environment
+from environments import (
+    DeclarationError,
+    EnvironmentConfig,
+    LevelCache,
+    LevelError,
+    create_environment,
+)
 from impala import suites
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
@@ -364,12 +370,6 @@ def test_every_atari_id_of_gymnasium_is_known(make):
     assert make('SpaceInvaders-v0').spec.num_action_repeats == 4
 
 
-@pytest.mark.parametrize('game', ATARI_57[::4])
-def test_atari_games_start(game, make):
-    environment = make(f'ALE/{game}-v5')
-    frames = [row[2]['frame'] for row in play(environment, random_actions(environment, 150))]
-    assert any((frame != frames[0]).any() for frame in frames)
-
 @pytest.fixture
 def register_atari():
     registered = []
@@ -490,6 +490,12 @@ def test_wrappers_of_atari_ids_of_ones_own_are_refused(register_atari):
     with pytest.raises(LevelError, match=f'{name}.*the wrapper TimeAwareObservation'):
         create_environment(name, 1)
 
+
+@pytest.mark.parametrize('game', ATARI_57[::4])
+def test_atari_games_start(game, make):
+    environment = make(f'ALE/{game}-v5')
+    frames = [row[2]['frame'] for row in play(environment, random_actions(environment, 150))]
+    assert any((frame != frames[0]).any() for frame in frames)
 
 
 # Gymnasium.
@@ -622,6 +628,278 @@ def test_gymnasium_spaces_that_cannot_be_served_are_named(spaces, register_toy):
         create_environment(level_name, 1)
     assert level_name in str(error.value)
     assert str(list(spaces.values())[-1]) in str(error.value)
+
+
+class Scripted(gymnasium.Env):
+    """Returns what it is told to, whatever its spaces say."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, observation_space, observations, **changes):
+        self.observation_space = observation_space
+        self.observations = observations
+        self.changes = changes
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.changes.get('reset', (self.observations[0], {}))
+
+    def step(self, action):
+        self.steps += 1
+        values = {'reward': 1.0, 'terminated': False, 'truncated': False, 'info': {}}
+        observation = self.observations[min(self.steps, len(self.observations) - 1)]
+        return self.changes.get('step', (observation, *(values | self.changes).values()))
+
+
+@pytest.fixture
+def scripted():
+    def make(*arguments, **changes):
+        env = Scripted(*arguments, **changes)
+        return environments.GymnasiumEnvironment('Scripted-v0', env, 1, 1, EnvironmentConfig())
+
+    return make
+
+
+VECTOR = gymnasium.spaces.Box(-1, 1, (2,))
+FINE = np.zeros(2, np.float32)
+SPOKEN = gymnasium.spaces.Dict(image=image_space(40, 40, 3), mission=gymnasium.spaces.Text(30))
+IMAGE = np.zeros((40, 40, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    'space, good, bad, parts',
+    [
+        (VECTOR, FINE, np.zeros(3, np.float32), ['float32 [2]', 'float32 [3]']),
+        (gymnasium.spaces.Discrete(5), 4, 5, ['Discrete(5)', 'returned 5']),
+        (image_space(40, 40, 3), IMAGE, IMAGE / 255, ['uint8 [40, 40, 3]', 'float64 [40, 40, 3]']),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': 'go to the door'},
+            {'image': IMAGE, 'mission': 3},
+            ["a text as 'mission'", 'returned 3'],
+        ),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': ''},
+            {'image': IMAGE},
+            ["'image' and 'mission'", "without 'mission'"],
+        ),
+        (SPOKEN, {'image': IMAGE, 'mission': ''}, IMAGE, ['Dict', 'uint8 [40, 40, 3]']),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': ''},
+            {'image': IMAGE[:3], 'mission': ''},
+            ["'image' of its observation", 'uint8 [3, 40, 3]'],
+        ),
+    ],
+)
+def test_gymnasium_observations_are_what_their_space_declares(space, good, bad, parts, scripted):
+    """Whether it is the first one, that of a later reset, or one in mid-episode."""
+    environment = scripted(space, [good, good, bad])
+    environment.reset()
+    environment.step(0)
+    errors = [pytest.raises(DeclarationError) for _ in range(3)]
+    with errors[0] as in_mid_episode:
+        environment.step(0)
+    with errors[1] as at_first:
+        scripted(space, [bad]).reset()
+    environment = scripted(space, [good, good, good], terminated=True)
+    environment.reset()
+    environment.step(0)
+    toy_of(environment).observations = [bad]
+    with errors[2] as at_reset:
+        environment.step(0)
+    assert str(in_mid_episode.value) == str(at_first.value) == str(at_reset.value)
+    for part in ['Scripted-v0', *parts]:
+        assert part in str(at_first.value)
+
+
+@pytest.mark.parametrize(
+    'changes, parts',
+    [
+        ({'reward': None}, ['None as a reward']),
+        ({'reward': '1.0'}, ["'1.0' as a reward"]),
+        ({'reward': np.array([1.0])}, ['float64 [1] as a reward']),
+        ({'reward': 1j}, ['1j as a reward']),
+        ({'terminated': None}, ["None as 'terminated'"]),
+        ({'terminated': np.array([False, True])}, ["bool [2] as 'terminated'"]),
+        ({'truncated': 0.5}, ["0.5 as 'truncated'"]),
+        ({'truncated': {}}, ["a dict as 'truncated'"]),
+        ({'step': (FINE, 1.0, False, {})}, ['4 values from step()', 'truncated']),
+        ({'step': None}, ['None from step()']),
+        ({'reset': FINE[:1]}, ['float32 [1] from reset()', '(observation, info)']),
+        ({'reset': (FINE, 1, 2)}, ['3 values from reset()']),
+    ],
+)
+def test_gymnasium_rewards_and_ends_are_what_its_interface_says(changes, parts, scripted):
+    with pytest.raises(DeclarationError) as error:
+        environment = scripted(VECTOR, [FINE], **changes)
+        environment.reset()
+        environment.step(0)
+    for part in ['Scripted-v0', *parts]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize('reward', [1, True, np.float32(1), np.int64(1), np.array(1.0)])
+def test_gymnasium_rewards_are_numbers_of_any_kind(reward, scripted):
+    environment = scripted(VECTOR, [FINE], reward=reward)
+    environment.reset()
+    got, end, _ = environment.step(0)
+    assert type(got) is float and got == 1 and end == EpisodeEnd.NOT_ENDED
+
+
+@pytest.mark.parametrize('truth', [True, 1, np.bool_(True), np.array(True)])
+def test_gymnasium_ends_are_truths_of_any_kind(truth, scripted):
+    untrue = truth != truth
+    for changes, end in (
+        ({'terminated': truth, 'truncated': untrue}, EpisodeEnd.TERMINATED),
+        ({'terminated': untrue, 'truncated': truth}, EpisodeEnd.TRUNCATED),
+        ({'terminated': untrue, 'truncated': untrue}, EpisodeEnd.NOT_ENDED),
+    ):
+        environment = scripted(VECTOR, [FINE], **changes)
+        environment.reset()
+        assert environment.step(0)[1] == end
+
+
+def test_gymnasium_needs_actions(scripted):
+    space = gymnasium.spaces.Discrete(1)
+    space.n = 0
+    env = Scripted(VECTOR, [FINE])
+    env.action_space = space
+    with pytest.raises(LevelError, match=r"'Empty-v0' has no actions.*Discrete\(0\)"):
+        environments.GymnasiumEnvironment('Empty-v0', env, 1, 1, EnvironmentConfig())
+
+
+@pytest.mark.parametrize('space', [image_space(64, 64, 5), image_space(3, 64, 64)], ids=str)
+def test_what_an_image_is_stands_in_the_refusal(space, scripted):
+    with pytest.raises(LevelError, match=r'sides of at least 32 pixels and 1 to 4 channels'):
+        scripted(space, [])
+
+
+@pytest.mark.parametrize(
+    'space', [gymnasium.spaces.Discrete(5), image_space(3), gymnasium.spaces.Tuple([VECTOR])]
+)
+def test_missions_are_texts(space, scripted):
+    spoken = gymnasium.spaces.Dict(image=image_space(40, 40, 3), mission=space)
+    with pytest.raises(LevelError) as error:
+        scripted(spoken, [])
+    assert f"{space} as 'mission'" in str(error.value) and 'texts' in str(error.value)
+
+
+def minigrid_env(size=8, **options):
+    from minigrid.envs import EmptyEnv
+
+    return EmptyEnv(size=size, **options)
+
+
+def minigrid_environment(env):
+    return environments.GymnasiumEnvironment('Grid-v0', env, 1, 1, EnvironmentConfig())
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda w, env: w.RGBImgObsWrapper(env),
+        lambda w, env: w.RGBImgPartialObsWrapper(env, 12),
+        lambda w, env: w.ImgObsWrapper(w.RGBImgObsWrapper(env)),
+        lambda w, env: w.NoDeath(w.RGBImgObsWrapper(env, 7), ('lava',)),
+        lambda w, env: w.FlatObsWrapper(env),
+        lambda w, env: gymnasium.wrappers.FlattenObservation(w.ImgObsWrapper(env)),
+    ],
+)
+def test_observation_wrappers_of_minigrid_stay_in_force(wrap):
+    from minigrid import wrappers
+
+    environment = minigrid_environment(wrap(wrappers, minigrid_env()))
+    truth = wrap(wrappers, minigrid_env())
+    expected, _ = truth.reset(seed=1)
+    observation = environment.reset()
+    for action in [*random_actions(environment, 30), None]:
+        frame = expected['image'] if isinstance(expected, dict) else expected
+        np.testing.assert_array_equal(observation['frame'], frame)
+        assert observation['frame'].dtype == (np.uint8 if frame.ndim == 3 else np.float32)
+        assert ('instruction' in observation) == isinstance(expected, dict)
+        if action is not None:
+            observation = environment.step(action)[2]
+            expected = truth.step(action)[0]
+
+
+def test_what_minigrid_itself_declares_wrongly_is_refused():
+    """Its wrapper takes the size from the space and the picture from the environment below."""
+    from minigrid.wrappers import RGBImgPartialObsWrapper, ViewSizeWrapper
+
+    environment = minigrid_environment(RGBImgPartialObsWrapper(ViewSizeWrapper(minigrid_env(), 5)))
+    with pytest.raises(DeclarationError, match=r'uint8 \[40, 40, 3\].*uint8 \[56, 56, 3\]'):
+        environment.reset()
+
+
+class OtherSymbols(gymnasium.ObservationWrapper):
+    def observation(self, observation):
+        return observation | {'image': observation['image'] + 1}
+
+
+@pytest.mark.parametrize(
+    'name, wrap',
+    [
+        ('FullyObsWrapper', lambda w, env: w.FullyObsWrapper(env)),
+        ('OneHotPartialObsWrapper', lambda w, env: w.OneHotPartialObsWrapper(env)),
+        ('SymbolicObsWrapper', lambda w, env: w.SymbolicObsWrapper(env)),
+        ('ViewSizeWrapper', lambda w, env: w.ViewSizeWrapper(env, 5)),
+        ('ImgObsWrapper', lambda w, env: w.ImgObsWrapper(env)),
+        ('DictObservationSpaceWrapper', lambda w, env: w.DictObservationSpaceWrapper(env)),
+        ('OtherSymbols', lambda w, env: OtherSymbols(env)),
+        ('OtherSymbols', lambda w, env: gymnasium.wrappers.TimeLimit(OtherSymbols(env), 9)),
+    ],
+)
+def test_observation_wrappers_of_minigrid_that_make_no_picture_are_refused(name, wrap):
+    from minigrid import wrappers
+
+    # 7x7 cells, so that the whole grid has the shape of what the agent sees of it.
+    with pytest.raises(LevelError, match=f"'Grid-v0' has .* of its wrapper {name}|{name},"):
+        minigrid_environment(wrap(wrappers, minigrid_env(size=7)))
+
+
+def test_minigrid_with_a_class_of_ones_own_that_sees_otherwise():
+    from minigrid.envs import EmptyEnv
+
+    class Blind(EmptyEnv):
+        def gen_obs(self):
+            observation = super().gen_obs()
+            return observation | {'image': observation['image'] * 0}
+
+    with pytest.raises(LevelError, match='of its class Blind'):
+        minigrid_environment(Blind(size=7))
+
+
+class Secret(gymnasium.Wrapper):
+    """Changes observations where no one can see it beforehand."""
+
+    def step(self, action):
+        observation, *others = self.env.step(action)
+        return observation | {'image': observation['image'] + 1}, *others
+
+
+class Copies(gymnasium.Wrapper):
+    def step(self, action):
+        observation, reward, *others = self.env.step(action)
+        return observation | {'image': observation['image'].copy()}, reward - 1, *others
+
+
+def test_minigrid_shows_its_picture_where_a_wrapper_leaves_observations_alone():
+    from minigrid.wrappers import PositionBonus, ReseedWrapper, RGBImgPartialObsWrapper
+
+    truth = RGBImgPartialObsWrapper(minigrid_env(agent_view_size=5))
+    expected, _ = truth.reset()
+    for wrap in (PositionBonus, ReseedWrapper, Copies):
+        environment = minigrid_environment(wrap(minigrid_env(agent_view_size=5)))
+        np.testing.assert_array_equal(environment.reset()['frame'], expected['image'])
+        assert environment.step(2)[1] == EpisodeEnd.NOT_ENDED
+
+    environment = minigrid_environment(Copies(Secret(minigrid_env())))
+    environment.reset()
+    with pytest.raises(LevelError, match="'Grid-v0' changes .* in Copies or Secret"):
+        environment.step(2)
 
 
 def test_vizdoom_plays_as_gymnasium_does(make, tmp_path, monkeypatch):

@@ -1,0 +1,341 @@
+"""What a Gymnasium environment declares to return, and whether it returns that.
+
+A space is a promise, and Gymnasium does not enforce it: float pixels in a uint8 space would turn
+black, 300 would become 44, and `[C, H, W]` would be reshaped into `[H, W, C]`. Here every
+observation is compared with its space before it is converted to what the agent is given:
+
+* Images must have exactly the declared shape, dtype and range.
+* Numbers must have the declared shape and range, and their kind: whole numbers where these are
+  declared, whole or not where floats are. Their width does not matter, because the agent is given
+  float32 in any case, and many environments return float64.
+* Floats may leave their range by `FLOAT_TOLERANCE`. At a reset they may not by more. At other steps
+  a warning is all that follows, once: common environments (LunarLander-v3 in one episode of seven)
+  leave the range that they declare, and the agent is given the value itself, not a part of it.
+* NaN and infinity are in every range. What becomes of them is for the actor to say.
+
+Lists and scalars of Python have no dtype: whole numbers in a list are taken for any dtype that they
+fit.
+"""
+
+import abc
+import contextlib
+import functools
+import logging
+import operator
+from typing import Any
+
+import numpy as np
+
+import environments
+from impala.trajectory import ArraySpec
+
+# Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
+MIN_IMAGE_SIDE = 32
+MAX_IMAGE_CHANNELS = 4
+FRAME_RULE = (
+    f'neither an image (uint8 [H, W] or [H, W, C] with sides of at least {MIN_IMAGE_SIDE} pixels '
+    f'and 1 to {MAX_IMAGE_CHANNELS} channels, which come last), nor numbers of at most two '
+    'dimensions, nor Discrete'
+)
+# Relative to the larger bound. A thousandth is more than rounding makes of float16 (5e-4), and less
+# than any mistake of scale or sign.
+FLOAT_TOLERANCE = 1e-3
+
+_KINDS = {'b': 'biu', 'i': 'biu', 'u': 'biu', 'f': 'biuf'}
+
+
+class Frame(abc.ABC):
+    """What the agent is given as its frame, made of one space's values.
+
+    Attributes:
+      spec: of `array`.
+      array: the agent's; each `take` overwrites it.
+    """
+
+    def __init__(self, spec: ArraySpec, declared: str, level_name: str, subject: str) -> None:
+        """Prepares the array.
+
+        Args:
+          spec: of the array.
+          declared: the space in words.
+          level_name: for messages.
+          subject: what the space is of, in words.
+        """
+        self.spec = spec
+        self.array = np.zeros(spec.shape, spec.dtype)
+        self._declared = declared
+        self._level_name = level_name
+        self._subject = subject
+
+    @abc.abstractmethod
+    def take(self, value: Any, is_first: bool) -> None:
+        """Checks a value and converts it to `array`.
+
+        Args:
+          value: what the environment returned.
+          is_first: whether it starts an episode.
+
+        Raises:
+          DeclarationError: the value is not in the space.
+        """
+
+    def _error(self, came: str) -> environments.DeclarationError:
+        return environments.DeclarationError(
+            f'{self._level_name!r} declares {self._declared} as {self._subject}, but returned '
+            f'{came}.'
+        )
+
+
+class _BoxFrame(Frame):
+    """What images and numbers have in common."""
+
+    def __init__(self, space: Any, spec: ArraySpec, level_name: str, subject: str) -> None:
+        super().__init__(spec, _array_text(space), level_name, subject)
+        self._space = space
+        self._shape = space.shape
+        self._dtype = np.dtype(space.dtype)
+
+    def _is_as_declared(self, value: Any) -> bool:
+        return (
+            isinstance(value, np.ndarray)
+            and value.dtype == self._dtype
+            and value.shape == self._shape
+        )
+
+    def _to_array(self, value: Any) -> np.ndarray:
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise self._error(f'a {type(value).__name__} that is no array') from error
+        if array.shape != self._shape:
+            raise self._error(_value_text(value))
+        return array
+
+    def _first_outside(self, value: np.ndarray, tolerance: float) -> tuple[int, ...] | None:
+        """Returns the position of a finite number that is out of range, if there is one."""
+        low, high = _bounds(self._space, tolerance)
+        # Neither comparison holds for NaN.
+        outside = ((value < low) | (value > high)) & np.isfinite(value)
+        positions = np.argwhere(outside)
+        return tuple(map(int, positions[0])) if len(positions) else None
+
+    def _range_text(self, position: tuple[int, ...]) -> str:
+        where = f'at {list(position)} of {self._subject}' if position else f'as {self._subject}'
+        low, high = self._space.low[position], self._space.high[position]
+        return (
+            f'{self._level_name!r} declares {self._dtype} values from {low} to {high} {where}, but '
+            'returned'
+        )
+
+    def _refuse_outside(self, value: np.ndarray, tolerance: float) -> None:
+        position = self._first_outside(value, tolerance)
+        if position is not None:
+            raise environments.DeclarationError(f'{self._range_text(position)} {value[position]}.')
+
+
+class _Image(_BoxFrame):
+    """uint8 `[H, W]` or `[H, W, C]`, resized where a size is given."""
+
+    def __init__(
+        self, space: Any, size: tuple[int, int] | None, level_name: str, subject: str
+    ) -> None:
+        height, width = space.shape[:2]
+        self._resize = None
+        if size is not None and size != (width, height):
+            import cv2
+
+            # With one environment a process there are more processes than cores already.
+            cv2.setNumThreads(1)
+            self._resize = functools.partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
+            width, height = size
+        channels = space.shape[2] if len(space.shape) == 3 else 1
+        spec = ArraySpec((height, width, channels), 'uint8')
+        super().__init__(space, spec, level_name, subject)
+        self._is_bounded = _is_bounded(space)
+
+    def take(self, value: Any, is_first: bool) -> None:
+        if not self._is_as_declared(value):
+            value = self._as_declared(value)
+        if self._is_bounded:
+            self._refuse_outside(value, 0.0)
+        if self._resize is not None:
+            value = self._resize(value)
+        self.array[...] = value.reshape(self.array.shape)
+
+    def _as_declared(self, value: Any) -> np.ndarray:
+        array = self._to_array(value)
+        if isinstance(value, list | tuple) and array.dtype.kind in 'iu':
+            self._refuse_outside(array, 0.0)
+            array = array.astype(np.uint8)
+        if array.dtype != np.uint8:
+            raise self._error(_value_text(value))
+        return array
+
+
+class _Numbers(_BoxFrame):
+    """A Box of up to two dimensions, flattened to float32."""
+
+    def __init__(self, space: Any, level_name: str, subject: str) -> None:
+        spec = ArraySpec((int(np.prod(space.shape)),), 'float32')
+        super().__init__(space, spec, level_name, subject)
+        self._tolerance = FLOAT_TOLERANCE if self._dtype.kind == 'f' else 0.0
+        self._is_checked = self._is_bounded = _is_bounded(space)
+        low, high = _bounds(space, self._tolerance)
+        with np.errstate(over='ignore'):
+            self._low = low.reshape(-1).astype(np.float32)
+            self._high = high.reshape(-1).astype(np.float32)
+        self._is_within = np.ones((2, *spec.shape), bool)
+        self._is_above, self._is_below = self._is_within
+
+    def take(self, value: Any, is_first: bool) -> None:
+        if not self._is_as_declared(value):
+            value = self._as_declared(value)
+        self.array[...] = value.reshape(-1)
+        if self._is_checked or (is_first and self._is_bounded):
+            # Half the price of `np.any`, which counts where there are four numbers.
+            np.greater_equal(self.array, self._low, self._is_above)
+            np.less_equal(self.array, self._high, self._is_below)
+            if b'\0' in self._is_within.tobytes():
+                self._out_of_range(value, is_first)
+
+    def _as_declared(self, value: Any) -> np.ndarray:
+        array = self._to_array(value)
+        if array.dtype.kind not in _KINDS[self._dtype.kind]:
+            raise self._error(_value_text(value))
+        if self._dtype.kind != 'f':
+            # Of another dtype, so that it may even leave a range that is all of the declared one's.
+            self._refuse_outside(array, 0.0)
+        return array
+
+    def _out_of_range(self, value: np.ndarray, is_first: bool) -> None:
+        if is_first or self._dtype.kind != 'f':
+            self._refuse_outside(value, self._tolerance)
+            return
+        position = self._first_outside(value, self._tolerance)
+        if position is None:
+            return
+        self._is_checked = False
+        size = 'smaller' if value[position] < self._space.low[position] else 'larger'
+        # Without the number, so that all actors say the same and one of them is heard.
+        logging.getLogger(environments.__name__).warning(
+            '%s a %s one in mid-episode: the agent is given it as it is.',
+            self._range_text(position),
+            size,
+        )
+
+
+class _OneHot(Frame):
+    """A Discrete space, as a one-hot float32 vector."""
+
+    def __init__(self, space: Any, level_name: str, subject: str) -> None:
+        super().__init__(ArraySpec((int(space.n),), 'float32'), str(space), level_name, subject)
+        self._start = int(space.start)
+        self._size = int(space.n)
+        self._hot = 0
+
+    def take(self, value: Any, is_first: bool) -> None:
+        try:
+            index = operator.index(value) - self._start
+        except TypeError as error:
+            raise self._error(_value_text(value)) from error
+        if not 0 <= index < self._size:
+            raise self._error(str(value))
+        self.array[self._hot] = 0
+        self.array[index] = 1
+        self._hot = index
+
+
+def make_frame(
+    space: Any, size: tuple[int, int] | None, level_name: str, key: str | None = None
+) -> Frame | None:
+    """Returns the frame for a Gymnasium space, or None if there is none: see `FRAME_RULE`.
+
+    Args:
+      space: a `gymnasium.Space`.
+      size: width and height that images are given, pixels; None to leave them as they are.
+      level_name: for messages.
+      key: of the Dict that the space is in, if it is.
+    """
+    from gymnasium import spaces
+
+    subject = 'its observation' if key is None else f'{key!r} of its observation'
+    if isinstance(space, spaces.Discrete):
+        return _OneHot(space, level_name, subject) if space.n > 0 else None
+    if not isinstance(space, spaces.Box) or 0 in space.shape:
+        return None
+    if _is_image(space.shape, space.dtype):
+        return _Image(space, size, level_name, subject)
+    if len(space.shape) <= 2 and np.dtype(space.dtype).kind in _KINDS:
+        return _Numbers(space, level_name, subject)
+    return None
+
+
+def is_text(space: Any) -> bool:
+    """Returns whether a space's values are strings, like those of Text and MiniGrid's missions."""
+    return space.dtype is not None and np.dtype(space.dtype).kind == 'U'
+
+
+def space_text(space: Any) -> str:
+    """Returns a space in one line, without its bounds where these are many numbers."""
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Dict):
+        return f'Dict({", ".join(f"{key!r}: {space_text(each)}" for key, each in space.items())})'
+    if isinstance(space, spaces.Tuple):
+        return f'Tuple({", ".join(map(space_text, space))})'
+    text = str(space)
+    if isinstance(space, spaces.Box) and ('\n' in text or len(text) > 100):
+        return f'Box({_array_text(space)})'
+    # Its text has an address in memory, which differs from process to process.
+    return type(space).__name__ if ' at 0x' in text else ' '.join(text.split())
+
+
+def _is_image(shape: tuple[int, ...], dtype: Any) -> bool:
+    if np.dtype(dtype) != np.uint8 or min(shape[:2], default=0) < MIN_IMAGE_SIDE:
+        return False
+    return len(shape) == 2 or (len(shape) == 3 and shape[2] <= MAX_IMAGE_CHANNELS)
+
+
+def _is_bounded(space: Any) -> bool:
+    """Returns whether a Box has less than all values of its dtype."""
+    dtype = np.dtype(space.dtype)
+    if dtype.kind == 'f':
+        floats = np.finfo(dtype)
+        return bool((space.low > floats.min).any() or (space.high < floats.max).any())
+    if dtype.kind == 'b':
+        return not ((space.low == 0) & (space.high == 1)).all()
+    limits = np.iinfo(dtype)
+    return not ((space.low == limits.min) & (space.high == limits.max)).all()
+
+
+def _bounds(space: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bounds of a Box, widened by a part of the larger one."""
+    low, high = space.low, space.high
+    if not tolerance:
+        return low, high
+    low, high = low.astype(np.float64), high.astype(np.float64)
+    scale = np.maximum(
+        np.abs(np.where(np.isfinite(low), low, 0)), np.abs(np.where(np.isfinite(high), high, 0))
+    )
+    # Of a bound at 0 with no other nothing is known.
+    scale = np.where(scale == 0, 1, scale)
+    return low - tolerance * scale, high + tolerance * scale
+
+
+def _array_text(array: Any) -> str:
+    return f'{np.dtype(array.dtype)} {list(array.shape)}'
+
+
+def _value_text(value: Any) -> str:
+    """Returns what came instead of what was declared, in a few words."""
+    if isinstance(value, np.ndarray):
+        return _array_text(value)
+    if isinstance(value, np.generic):
+        return f'{value.dtype} {value}'
+    if isinstance(value, list | tuple):
+        with contextlib.suppress(ValueError):  # Rows that differ in length are no array.
+            return f'a {type(value).__name__} of {_array_text(np.asarray(value))}'
+    if value is None or isinstance(value, bool | int | float | str):
+        text = repr(value)
+        return text if len(text) <= 50 else f'{text[:50]}...'
+    return f'a {type(value).__name__}'
