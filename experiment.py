@@ -12,21 +12,25 @@ import dataclasses
 import gc
 import math
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
+from impala import flag_file
 from impala.tensorflow_start import starting_tensorflow
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string('logdir', '/tmp/agent', 'Folder of the run: checkpoints, metrics, curve.')
 flags.DEFINE_enum('mode', 'train', ['train', 'test'], 'Train, or test the newest checkpoint.')
-flags.DEFINE_integer('test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1)
+flags.DEFINE_integer(
+    'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1, upper_bound=100_000
+)
 flags.DEFINE_enum(
     'test_policy',
     'sample',
@@ -36,9 +40,17 @@ flags.DEFINE_enum(
 flags.DEFINE_string('checkpoint', '', 'Test: a checkpoint other than the newest, for instance '
                     'RUN/checkpoints/ckpt-3.')  # fmt: skip
 flags.DEFINE_boolean('watch', False, 'Test the newest checkpoint and each one that follows.')
-flags.DEFINE_integer('save_video', 0, 'Test: episodes per level to write as videos.', lower_bound=0)
+flags.DEFINE_integer(
+    'save_video', 0, 'Test: episodes per level to write as videos.', lower_bound=0, upper_bound=1000
+)
 
-flags.DEFINE_integer('task', -1, 'Number of a distributed job, from 0; -1 on a single machine.')
+flags.DEFINE_integer(
+    'task',
+    -1,
+    'Number of a distributed job, from 0; -1 on a single machine.',
+    lower_bound=-1,
+    upper_bound=100_000,
+)
 flags.DEFINE_enum(
     'job_name', 'learner', ['learner', 'actor', 'replay'], 'Kind of a distributed job.'
 )
@@ -62,12 +74,15 @@ flags.DEFINE_list(
     'host:port of each replay job, by --task, for them and for the learner; empty: the learner '
     'holds the replay in its own memory.',
 )
-flags.DEFINE_integer('envs_per_actor', 1, 'Environments of an actor job.', lower_bound=1)
+flags.DEFINE_integer(
+    'envs_per_actor', 1, 'Environments of an actor job.', lower_bound=1, upper_bound=10_000
+)
 flags.DEFINE_float(
     'reconnect_timeout',
     600.0,
     'Seconds that an actor job waits for a learner that is not there.',
     lower_bound=0,
+    upper_bound=1e8,
 )
 flags.DEFINE_enum(
     'actor_device', 'cpu', ['cpu', 'gpu'], 'What the agent of an actor job computes on.'
@@ -79,7 +94,11 @@ flags.DEFINE_boolean(
 )
 
 flags.DEFINE_integer(
-    'total_environment_frames', 1_000_000_000, 'Frames to train for.', lower_bound=1
+    'total_environment_frames',
+    1_000_000_000,
+    'Frames to train for.',
+    lower_bound=1,
+    upper_bound=10**15,
 )
 flags.DEFINE_integer(
     'stop_at_frames',
@@ -87,18 +106,26 @@ flags.DEFINE_integer(
     'Frames of the whole run at which it is saved and ends for now, though the learning rate falls '
     'over all of --total_environment_frames; 0: only then.',
     lower_bound=0,
+    upper_bound=10**15,
 )
-flags.DEFINE_integer('num_actors', 4, 'Environments.', lower_bound=1)
+flags.DEFINE_integer('num_actors', 4, 'Environments.', lower_bound=1, upper_bound=10_000)
 flags.DEFINE_integer(
     'envs_per_process',
     1,
     'Environments that take turns in one process; with few cores, several are faster.',
     lower_bound=1,
+    upper_bound=10_000,
 )
 flags.DEFINE_integer(
-    'batch_size', 2, 'Unrolls per update of the learner; of several, of each.', lower_bound=1
+    'batch_size',
+    2,
+    'Unrolls per update of the learner; of several, of each.',
+    lower_bound=1,
+    upper_bound=100_000,
 )
-flags.DEFINE_integer('unroll_length', 100, 'Agent steps per unroll.', lower_bound=1)
+flags.DEFINE_integer(
+    'unroll_length', 100, 'Agent steps per unroll.', lower_bound=1, upper_bound=100_000
+)
 flags.DEFINE_integer(
     'loaders',
     1,
@@ -112,6 +139,7 @@ flags.DEFINE_integer(
     None,
     'Frames per agent step. Default: 4 for Atari, DeepMind Lab and VizDoom, 1 for others.',
     lower_bound=1,
+    upper_bound=10_000,
 )
 flags.DEFINE_integer('seed', 1, 'Seed of everything random.', lower_bound=0, upper_bound=2**29)
 
@@ -121,29 +149,41 @@ flags.DEFINE_enum(
     ['vtrace', 'appo'],
     "The paper's V-trace policy gradient, or the clipped surrogate of asynchronous PPO.",
 )
-flags.DEFINE_float('clip_epsilon', 0.2, 'appo: bounds the ratio of policies.', lower_bound=1e-6)
+flags.DEFINE_float(
+    'clip_epsilon', 0.2, 'appo: bounds the ratio of policies.', lower_bound=1e-6, upper_bound=1e6
+)
 flags.DEFINE_integer(
     'target_update_steps',
     0,
     'appo: updates between those of the target network of IMPACT; 0 for none.',
     lower_bound=0,
+    upper_bound=10**9,
 )
 flags.DEFINE_float(
     'clip_target_rho_threshold',
     2.0,
     "appo: IMPACT's rho, which bounds mu / pi_target.",
     lower_bound=1,
+    upper_bound=1e9,
 )
-flags.DEFINE_float('kl_cost', 0.0, 'appo: weight of a divergence penalty.', lower_bound=0)
+flags.DEFINE_float(
+    'kl_cost', 0.0, 'appo: weight of a divergence penalty.', lower_bound=0, upper_bound=1e6
+)
 flags.DEFINE_boolean(
     'normalize_advantages', False, 'appo: to mean 0 and standard deviation 1 in every batch.'
 )
 flags.DEFINE_boolean(
     'gae_advantages', False, 'appo: advantages of GAE, with --vtrace_lambda, not those of V-trace.'
 )
-flags.DEFINE_integer('sample_reuse', 1, 'Updates made of each batch.', lower_bound=1)
 flags.DEFINE_integer(
-    'reuse_buffer', 1, 'Batches held for that: the last so many; 1: in a row.', lower_bound=1
+    'sample_reuse', 1, 'Updates made of each batch.', lower_bound=1, upper_bound=10_000
+)
+flags.DEFINE_integer(
+    'reuse_buffer',
+    1,
+    'Batches held for that: the last so many; 1: in a row.',
+    lower_bound=1,
+    upper_bound=10_000,
 )
 flags.DEFINE_float(
     'replay_fraction',
@@ -157,15 +197,21 @@ flags.DEFINE_integer(
     10_000,
     'Unrolls held for that, by all replay jobs together if there are any; the oldest go.',
     lower_bound=1,
+    upper_bound=10**9,
 )
-flags.DEFINE_float('entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0)
+flags.DEFINE_float(
+    'entropy_cost', 0.00025, 'Weight of the entropy bonus.', lower_bound=0, upper_bound=1e6
+)
 flags.DEFINE_float(
     'final_entropy_cost',
     None,
     'What that weight turns into, linearly over the run; default: it stays.',
     lower_bound=0,
+    upper_bound=1e6,
 )
-flags.DEFINE_float('baseline_cost', 0.5, 'Weight of the baseline loss.', lower_bound=0)
+flags.DEFINE_float(
+    'baseline_cost', 0.5, 'Weight of the baseline loss.', lower_bound=0, upper_bound=1e6
+)
 flags.DEFINE_float('discounting', 0.99, 'Discount per agent step.', lower_bound=0, upper_bound=1)
 flags.DEFINE_enum(
     'reward_clipping',
@@ -173,9 +219,11 @@ flags.DEFINE_enum(
     ['abs_one', 'soft_asymmetric', 'none'],
     'How rewards are clipped for learning.',
 )
-flags.DEFINE_float('clip_rho_threshold', 1.0, "V-trace's rho-bar.", lower_bound=0)
-flags.DEFINE_float('clip_c_threshold', 1.0, "V-trace's c-bar.", lower_bound=0)
-flags.DEFINE_float('clip_pg_rho_threshold', 1.0, 'rho-bar of the policy gradient.', lower_bound=0)
+flags.DEFINE_float('clip_rho_threshold', 1.0, "V-trace's rho-bar.", lower_bound=0, upper_bound=1e9)
+flags.DEFINE_float('clip_c_threshold', 1.0, "V-trace's c-bar.", lower_bound=0, upper_bound=1e9)
+flags.DEFINE_float(
+    'clip_pg_rho_threshold', 1.0, 'rho-bar of the policy gradient.', lower_bound=0, upper_bound=1e9
+)
 flags.DEFINE_float('vtrace_lambda', 1.0, "V-trace's lambda.", lower_bound=0, upper_bound=1)
 
 flags.DEFINE_string(
@@ -184,10 +232,21 @@ flags.DEFINE_string(
     'Level: a Gymnasium id (ALE/Pong-v5), a DeepMind Lab level, or module:callable; several with '
     'commas between; or a suite: dmlab30, atari57, or the path of a CSV file.',
 )
-flags.DEFINE_integer(
-    'width', 96, 'Of the frames, pixels. Atari: 84 by 84 instead of 96 by 72.', lower_bound=1
+flags.DEFINE_boolean(
+    'allow_level_change',
+    False,
+    'Go on with a run on other levels than before; its logs are then of both.',
 )
-flags.DEFINE_integer('height', 72, 'Of the frames, pixels. Atari: see --width.', lower_bound=1)
+flags.DEFINE_integer(
+    'width',
+    96,
+    'Of the frames, pixels. Atari: 84 by 84 instead of 96 by 72.',
+    lower_bound=1,
+    upper_bound=4096,
+)
+flags.DEFINE_integer(
+    'height', 72, 'Of the frames, pixels. Atari: see --width.', lower_bound=1, upper_bound=4096
+)
 flags.DEFINE_string('dataset_path', '', "DeepMind Lab: the psychlab levels' images.")
 flags.DEFINE_string(
     'level_cache_dir',
@@ -199,6 +258,7 @@ flags.DEFINE_float(
     10.0,
     'DeepMind Lab: gigabytes of that folder, the least recently used maps go.',
     lower_bound=0,
+    upper_bound=1e6,
 )
 flags.DEFINE_boolean('full_action_set', False, "Atari: all 18 actions, not the game's own.")
 flags.DEFINE_float(
@@ -206,9 +266,19 @@ flags.DEFINE_float(
     lower_bound=0, upper_bound=0.999,
 )  # fmt: skip
 flags.DEFINE_boolean('end_episode_on_life_loss', False, 'Atari: a lost life ends the episode.')
-flags.DEFINE_integer('max_noops', 30, 'Atari: up to so many no-ops at the start.', lower_bound=0)
-flags.DEFINE_integer('frames_per_noop', 1, 'Atari: frames that each of them lasts.', lower_bound=1)
-flags.DEFINE_integer('frame_stack', 4, 'Atari: frames in an observation.', lower_bound=1)
+flags.DEFINE_integer(
+    'max_noops', 30, 'Atari: up to so many no-ops at the start.', lower_bound=0, upper_bound=10_000
+)
+flags.DEFINE_integer(
+    'frames_per_noop',
+    1,
+    'Atari: frames that each of them lasts.',
+    lower_bound=1,
+    upper_bound=10_000,
+)
+flags.DEFINE_integer(
+    'frame_stack', 4, 'Atari: frames in an observation.', lower_bound=1, upper_bound=256
+)
 
 flags.DEFINE_enum(
     'torso',
@@ -217,10 +287,18 @@ flags.DEFINE_enum(
     'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise.',
 )
 flags.DEFINE_integer(
-    'latent_size', 64, 'autoencoder: numbers that it makes of a frame.', lower_bound=1
+    'latent_size',
+    64,
+    'autoencoder: numbers that it makes of a frame.',
+    lower_bound=1,
+    upper_bound=65_536,
 )
 flags.DEFINE_float(
-    'autoencoder_cost', 1.0, 'autoencoder: weight of the squared error of pixels.', lower_bound=0
+    'autoencoder_cost',
+    1.0,
+    'autoencoder: weight of the squared error of pixels.',
+    lower_bound=0,
+    upper_bound=1e6,
 )
 flags.DEFINE_enum(
     'initializer',
@@ -247,23 +325,34 @@ flags.DEFINE_enum(
     "What the learner's torso computes in; auto: bfloat16 on CPUs that have instructions for it.",
 )
 
-flags.DEFINE_float('learning_rate', 0.00048, 'At the start of the run.', lower_bound=0)
+flags.DEFINE_float(
+    'learning_rate', 0.00048, 'At the start of the run.', lower_bound=0, upper_bound=1e6
+)
 flags.DEFINE_float(
     'final_learning_rate',
     0.0,
     'What --learning_rate turns into, linearly over the run; the same value keeps it constant.',
     lower_bound=0,
+    upper_bound=1e6,
 )
 flags.DEFINE_enum('optimizer', 'rmsprop', ['rmsprop', 'adam'], 'What applies the gradients.')
 flags.DEFINE_float('decay', 0.99, "RMSProp's decay.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float('momentum', 0.0, "RMSProp's momentum.", lower_bound=0, upper_bound=1)
 # A weight that has had no gradient as yet is divided by the root of no more than these.
-flags.DEFINE_float('epsilon', 0.1, "RMSProp's epsilon, inside the root.", lower_bound=1e-15)
+flags.DEFINE_float(
+    'epsilon', 0.1, "RMSProp's epsilon, inside the root.", lower_bound=1e-15, upper_bound=1e6
+)
 flags.DEFINE_float('adam_beta1', 0.9, 'Of the mean.', lower_bound=0, upper_bound=0.999999)
 flags.DEFINE_float('adam_beta2', 0.999, 'Of the mean square.', lower_bound=0, upper_bound=0.999999)
-flags.DEFINE_float('adam_epsilon', 1e-8, "Adam's epsilon, beside the root.", lower_bound=1e-15)
 flags.DEFINE_float(
-    'gradient_clip_norm', 0.0, 'Global norm to clip gradients to; 0 for none.', lower_bound=0
+    'adam_epsilon', 1e-8, "Adam's epsilon, beside the root.", lower_bound=1e-15, upper_bound=1e6
+)
+flags.DEFINE_float(
+    'gradient_clip_norm',
+    0.0,
+    'Global norm to clip gradients to; 0 for none.',
+    lower_bound=0,
+    upper_bound=1e9,
 )
 
 flags.DEFINE_integer(
@@ -271,76 +360,90 @@ flags.DEFINE_integer(
     0,
     'Threads that share an operation on the CPU; 0: one per core.',
     lower_bound=0,
+    upper_bound=1024,
 )
 flags.DEFINE_integer(
-    'inference_batch_size', 0, 'Requests that make a batch; 0: half the actors.', lower_bound=0
+    'inference_batch_size',
+    0,
+    'Requests that make a batch; 0: half the actors.',
+    lower_bound=0,
+    upper_bound=10_000,
 )
 flags.DEFINE_float(
-    'inference_timeout_ms', 20.0, 'Milliseconds after which fewer make a batch.', lower_bound=0
+    'inference_timeout_ms',
+    20.0,
+    'Milliseconds after which fewer make a batch.',
+    lower_bound=0,
+    upper_bound=600_000,
 )
 flags.DEFINE_integer(
-    'queue_capacity', 1, 'Full unrolls that may wait for the learner.', lower_bound=1
+    'queue_capacity',
+    1,
+    'Full unrolls that may wait for the learner.',
+    lower_bound=1,
+    upper_bound=1_000_000,
 )
 flags.DEFINE_integer(
-    'max_actor_restarts', 3, 'Restarts in a row of one actor before the run stops.', lower_bound=0
+    'max_actor_restarts',
+    3,
+    'Restarts in a row of one actor before the run stops.',
+    lower_bound=0,
+    upper_bound=10**6,
 )
 flags.DEFINE_float(
-    'save_checkpoint_secs', 600.0, 'Seconds of training between checkpoints.', lower_bound=0
+    'save_checkpoint_secs',
+    600.0,
+    'Seconds of training between checkpoints.',
+    lower_bound=0,
+    upper_bound=1e9,
 )
-flags.DEFINE_float('log_secs', 10.0, 'Seconds between lines of metrics.jsonl.', lower_bound=0)
+flags.DEFINE_float(
+    'log_secs', 10.0, 'Seconds between lines of metrics.jsonl.', lower_bound=0, upper_bound=1e9
+)
 
 BAD_INPUT_EXIT_CODE = 2
 LEARNER_LOST_EXIT_CODE = 3
 INTERRUPTED = 'Interrupted before anything was done.'
 
-# Flags that say what to do, not what the run is.
-_NOT_OF_THE_RUN = (
-    'mode',
-    'logdir',
-    'test_num_episodes',
-    'test_policy',
-    'checkpoint',
-    'watch',
-    'save_video',
-    'stop_at_frames',
+# What a job of another kind would leave out of account without a word.
+_FLAGS_OF_ACTOR_JOBS = ('envs_per_actor', 'reconnect_timeout', 'actor_device')
+# Of these a run that goes on may be given others, and nothing it says means anything else then.
+_FREE_FLAGS = (
+    *flag_file.NOT_OF_THE_RUN,
+    *_FLAGS_OF_ACTOR_JOBS,
+    'task',
+    'job_name',
+    'learner_address',
+    'trusted_network',
+    'dataset_path',
+    'level_cache_dir',
+    'level_cache_gb',
+    'save_checkpoint_secs',
+    'log_secs',
 )
+_SCHEDULE_FLAGS = (
+    'total_environment_frames',
+    'learning_rate',
+    'final_learning_rate',
+    'entropy_cost',
+    'final_entropy_cost',
+)
+_LONGEST_REASON = 400
 
 
 def main(unused_argv: list[str]) -> int:
     """Does what the flags say; returns the exit code."""
     # TensorFlow takes seconds to load: what can be answered without it is answered before.
-    is_actor = FLAGS.job_name == 'actor'
-    if is_actor and (FLAGS.task < 0 or FLAGS.mode == 'test'):
-        return _fail(
-            '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.',
-            BAD_INPUT_EXIT_CODE,
-        )
-    if is_actor and FLAGS.replay_addresses:
-        return _fail(
-            '--replay_addresses is for the learner and for replay jobs: leave it out of an actor '
-            'job, which has nothing to do with them.',
-            BAD_INPUT_EXIT_CODE,
-        )
-    if FLAGS.job_name == 'replay':
-        return _serve_replay()
-    is_one_of_several = not is_actor and FLAGS.mode == 'train' and len(FLAGS.learner_addresses) > 1
-    if not is_actor and FLAGS.task > 0 and not is_one_of_several:
-        return _fail(
-            f'--task={FLAGS.task}: there can be one learner only, --task=0, unless '
-            '--learner_addresses has several.',
-            BAD_INPUT_EXIT_CODE,
-        )
-    if is_one_of_several and FLAGS.task < 0:
-        return _fail(
-            '--learner_addresses needs the number of this learner, --task=0 or more.',
-            BAD_INPUT_EXIT_CODE,
-        )
-    for flag in _own_flags():
-        if isinstance(flag.value, float) and math.isnan(flag.value):
-            return _fail(f'--{flag.name}=nan is not a number.', BAD_INPUT_EXIT_CODE)
     for name in ('logdir', 'level_cache_dir', 'dataset_path', 'checkpoint'):
         # A shell expands ~ only at the start of a word.
         FLAGS[name].value = os.path.expanduser(str(FLAGS[name].value))
+    refusal = _refusal_of_values() or _refusal_of_jobs() or _refusal_of_unused()
+    if refusal:
+        return _fail(refusal, BAD_INPUT_EXIT_CODE)
+    if FLAGS.job_name == 'replay':
+        return _serve_replay()
+    is_actor = FLAGS.job_name == 'actor'
+    is_one_of_several = _is_one_of_several_learners()
     logging.set_verbosity(logging.ERROR)
     with starting_tensorflow():
         import tensorflow as tf
@@ -389,26 +492,109 @@ def main(unused_argv: list[str]) -> int:
         return _fail(INTERRUPTED, 130)
 
 
+def _refusal_of_values() -> str | None:
+    """Returns what is wrong with the value of a flag; absl has looked at types and bounds."""
+    for flag in _own_flags():
+        texts = flag.value if isinstance(flag.value, list) else [flag.value]
+        for text in texts:
+            if isinstance(text, float) and not math.isfinite(text):
+                return f'--{flag.name}={text} is not a finite number.'
+            if isinstance(text, str) and not text.isprintable():
+                return f'--{flag.name}={text!r} has characters that cannot be printed in it.'
+    for name in ('logdir', 'level_cache_dir', 'dataset_path', 'checkpoint'):
+        if re.match(r'[a-z][a-z0-9+.-]*://', str(FLAGS[name].value), re.IGNORECASE):
+            return (
+                f'--{name}={FLAGS[name].value} is not a path of this machine: give one, for '
+                'instance of a folder where that storage is mounted.'
+            )
+    if not FLAGS.logdir:
+        return '--logdir is empty: give the folder of the run.'
+    return None
+
+
+def _refusal_of_jobs() -> str | None:
+    """Returns what is wrong with the kind and the number of a distributed job."""
+    if FLAGS.job_name == 'replay':
+        return _refusal_of_replay_job()
+    is_actor = FLAGS.job_name == 'actor'
+    if is_actor and (FLAGS.task < 0 or FLAGS.mode == 'test'):
+        return '--job_name=actor needs a number of its own, --task=0 or more, and --mode=train.'
+    if is_actor and FLAGS.replay_addresses:
+        return (
+            '--replay_addresses is for the learner and for replay jobs: leave it out of an actor '
+            'job, which has nothing to do with them.'
+        )
+    if not is_actor and FLAGS.task > 0 and not _is_one_of_several_learners():
+        return (
+            f'--task={FLAGS.task}: there can be one learner only, --task=0, unless '
+            '--learner_addresses has several.'
+        )
+    if _is_one_of_several_learners() and FLAGS.task < 0:
+        return '--learner_addresses needs the number of this learner, --task=0 or more.'
+    return None
+
+
+def _refusal_of_replay_job() -> str | None:
+    addresses = FLAGS.replay_addresses
+    if not addresses:
+        return '--job_name=replay needs --replay_addresses=host:port,... of all replay jobs.'
+    if not 0 <= FLAGS.task < len(addresses) or FLAGS.mode == 'test':
+        return (
+            f'--job_name=replay needs a number of its own, --task=0 to {len(addresses) - 1}, the '
+            'place of its address in --replay_addresses, and --mode=train.'
+        )
+    if FLAGS.replay_capacity < len(addresses):
+        return (
+            f'--replay_capacity={FLAGS.replay_capacity} leaves nothing for some of '
+            f'{len(addresses)} replay jobs: give --replay_capacity={len(addresses)} or more.'
+        )
+    return None
+
+
+def _refusal_of_unused() -> str | None:
+    """Returns which flag would have no effect in this mode or kind of job.
+
+    A flag file may be shared by jobs of all kinds; on the command line of the wrong one a flag is
+    a mistake.
+    """
+    if FLAGS.mode == 'train':
+        for name in flag_file.TEST_FLAGS:
+            if FLAGS[name].value != FLAGS[name].default:
+                return f'{_shown(name)} is for tests: give --mode=test, too, or leave it out.'
+    given = {flag_file.Argument(text).name for text in sys.argv[1:]}
+    changed = [name for name in given & {*FLAGS} if FLAGS[name].value != FLAGS[name].default]
+    for name in _FLAGS_OF_ACTOR_JOBS:
+        if name in changed and FLAGS.job_name != 'actor':
+            return f'{_shown(name)} is for actor jobs (--job_name=actor): leave it out here.'
+    if FLAGS.mode == 'train' and FLAGS.task < 0:
+        for name in ('learner_address', 'learner_addresses'):
+            if name in changed:
+                return (
+                    f'{_shown(name)} is for distributed jobs, which have a number: give '
+                    '--task=0, for instance, too, or leave it out to train on this machine alone.'
+                )
+        if 'job_name' in given and not FLAGS['task'].present:
+            return (
+                '--job_name=learner needs --task=0 for actor jobs to find it: give that, too, or '
+                'leave it out to train on this machine alone.'
+            )
+    return None
+
+
+def _shown(name: str) -> str:
+    """Returns a flag as it is given on a command line."""
+    return FLAGS[name].serialize()
+
+
+def _is_one_of_several_learners() -> bool:
+    return (
+        FLAGS.job_name == 'learner' and FLAGS.mode == 'train' and len(FLAGS.learner_addresses) > 1
+    )
+
+
 def _serve_replay() -> int:
     """Holds a part of the experience replay: neither environments nor a network are needed."""
     addresses = FLAGS.replay_addresses
-    if not addresses:
-        return _fail(
-            '--job_name=replay needs --replay_addresses=host:port,... of all replay jobs.',
-            BAD_INPUT_EXIT_CODE,
-        )
-    if not 0 <= FLAGS.task < len(addresses) or FLAGS.mode == 'test':
-        return _fail(
-            f'--job_name=replay needs a number of its own, --task=0 to {len(addresses) - 1}, the '
-            'place of its address in --replay_addresses, and --mode=train.',
-            BAD_INPUT_EXIT_CODE,
-        )
-    if FLAGS.replay_capacity < len(addresses):
-        return _fail(
-            f'--replay_capacity={FLAGS.replay_capacity} leaves nothing for some of '
-            f'{len(addresses)} replay jobs: give --replay_capacity={len(addresses)} or more.',
-            BAD_INPUT_EXIT_CODE,
-        )
     logging.set_verbosity(logging.ERROR)
     with starting_tensorflow():
         import tensorflow as tf
@@ -424,7 +610,8 @@ def _serve_replay() -> int:
         seed=FLAGS.seed,
     )
     try:
-        remote.split_address(addresses[FLAGS.task])
+        for address in addresses:
+            remote.split_address(address)
         _warn_of_network(addresses[FLAGS.task])
         print(replay_job.run(config, lambda text: print(text, file=sys.stderr)))
         return 0
@@ -456,7 +643,12 @@ def _interruptible_start() -> None:
 def _train() -> int:
     from impala import checkpoint, run_log
 
-    path = _learn(lambda: checkpoint.write_flags(FLAGS.logdir, _flags_text()))
+    def accept() -> None:
+        if checkpoint.checkpoint_paths(FLAGS.logdir):
+            _report_changes()
+        checkpoint.write_flags(FLAGS.logdir, _flags_text())
+
+    path = _learn(accept)
     if path is None:
         print('Stopped before the first update: there is no checkpoint yet.')
         return 0
@@ -474,26 +666,83 @@ def _train() -> int:
 
 def _train_with_first() -> int:
     """Trains with others as a learner that is not the first, which leaves no files."""
-    _learn()
+    _learn(lambda: None)
     print('The first learner has the checkpoint.')
     return 0
 
 
-def _learn(on_accepted: Callable[[], Any] | None = None) -> str | None:
+def _learn(on_accepted: Callable[[], None]) -> str | None:
     """Trains; see `training.train`."""
-    from impala import training
+    from impala import remote, training
     from impala.learner_group import Member
 
     member, address = None, None
     if FLAGS.task >= 0:
         address = _own_address()
+        remote.split_address(address)
         if len(FLAGS.learner_addresses) > 1:
             member = Member(tuple(FLAGS.learner_addresses), FLAGS.task)
-        _warn_of_network(address)
     config = _config()
     # So that a test of one of many games knows of it.
     FLAGS.full_action_set = config.environment.full_action_set
-    return training.train(config, on_accepted, address, member, FLAGS.learner_devices)
+
+    def accept() -> None:
+        on_accepted()
+        if address is not None:
+            _warn_of_network(address)
+
+    return training.train(config, accept, address, member, FLAGS.learner_devices)
+
+
+def _report_changes() -> None:
+    """Says which flags the run in --logdir has had other values of."""
+    path = os.path.join(FLAGS.logdir, flag_file.FLAG_FILE)
+    try:
+        stored = _stored_values(path)
+    except flag_file.FlagFileError as error:
+        print(
+            f'WARNING: {error} So it cannot be said which flags are other than before.',
+            file=sys.stderr,
+        )
+        return
+    own = {flag.name: flag for flag in _own_flags() if flag.name not in _FREE_FLAGS}
+    changes = flag_file.changes(
+        stored,
+        {name: flag.value for name, flag in own.items()},
+        {name: flag.default for name, flag in own.items()},
+    )
+    if changes:
+        print(f'Other flags than before: {", ".join(changes.values())}.', file=sys.stderr)
+    if not changes.keys().isdisjoint(_SCHEDULE_FLAGS):
+        print(
+            'Learning rate and entropy cost are from now on what they would be at this frame if '
+            'the run had begun with the new flags.',
+            file=sys.stderr,
+        )
+
+
+def _stored_values(path: str) -> dict[str, Any]:
+    """Returns the values in the flag file of a run, by name.
+
+    Raises:
+      FlagFileError: it cannot be read, or a value makes no sense.
+    """
+    values: dict[str, Any] = {}
+    own = {flag.name: flag for flag in _own_flags()}
+    for argument in flag_file.read(path):
+        name, has_value, text = argument.text.lstrip('-').partition('=')
+        negated = name.removeprefix('no')
+        if not has_value and name not in own and negated in own and own[negated].boolean:
+            name, text = negated, 'false'
+        elif not has_value:
+            text = 'true'
+        # A flag that there is no more has no effect.
+        if name in own:
+            try:
+                values[name] = own[name].parser.parse(text)
+            except (ValueError, TypeError) as error:
+                raise flag_file.FlagFileError(f'{argument.origin}: {error}.') from error
+    return values
 
 
 def _warn_of_network(address: str) -> None:
@@ -588,6 +837,7 @@ def _config() -> Any:
         envs_per_process=FLAGS.envs_per_process,
         total_environment_frames=FLAGS.total_environment_frames,
         stop_at_frames=FLAGS.stop_at_frames,
+        allow_level_change=FLAGS.allow_level_change,
         loaders=FLAGS.loaders,
         torso=FLAGS.torso,
         use_lstm={'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
@@ -662,11 +912,11 @@ def _own_flags() -> list[flags.Flag]:
 
 
 def _flags_text() -> str:
-    # Whoever goes on with the run from its flag file means to go on.
+    # Whoever goes on with the run from its flag file means to go on, wherever the file is then.
     lines = [
         flag.serialize()
         for flag in _own_flags()
-        if flag.value is not None and flag.name != 'stop_at_frames'
+        if flag.value is not None and flag.name not in flag_file.NOT_OF_THE_RUN
     ]
     return ''.join(line + '\n' for line in lines)
 
@@ -692,21 +942,12 @@ def _restore_flags() -> None:
             f'{FLAGS.logdir} is not the folder of a training run ({path} is missing): '
             'give its --logdir.'
         )
-    given = {flag.name for flag in _own_flags() if flag.present} | set(_NOT_OF_THE_RUN)
+    given = {flag.name for flag in _own_flags() if flag.present} | {*flag_file.NOT_OF_THE_RUN}
     try:
-        with open(path, encoding='utf-8') as file:
-            stored = [line.strip() for line in file if line.strip()]
-        names = [line.removeprefix('--').partition('=')[0] for line in stored]
-        FLAGS(
-            [sys.argv[0]]
-            + [
-                line
-                for line, name in zip(stored, names, strict=True)
-                if not given & {name, name.removeprefix('no')}
-            ]
-        )
-    except (OSError, UnicodeError, flags.Error) as error:
-        raise checkpoint.LogdirError(f'Cannot restore the flags in {path}: {error}.') from error
+        stored = flag_file.read(path)
+        _parse([line for line in stored if not given & {line.name, line.name.removeprefix('no')}])
+    except flag_file.FlagFileError as error:
+        raise checkpoint.LogdirError(f'Cannot restore the flags of the run: {error}') from error
 
 
 def _fail(message: str, code: int) -> int:
@@ -714,12 +955,32 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+def _parse(arguments: Sequence[flag_file.Argument]) -> list[str]:
+    """Sets the flags; returns the arguments that are none, behind the program.
+
+    Raises:
+      FlagFileError: one sentence about what makes no sense, and where it stands if in a file.
+    """
+    try:
+        return FLAGS([sys.argv[0], *(argument.text for argument in arguments)])
+    except (flags.Error, ValueError) as error:
+        # The latter for --nopopart=1. What the user has given is repeated, whatever it is.
+        reason = ' '.join(str(error).removeprefix('ERROR:: ').split())
+        if len(reason) > _LONGEST_REASON:
+            reason = f'{reason[:_LONGEST_REASON]}...'
+        for argument in arguments:
+            name = re.escape(argument.name)
+            if argument.origin and name and re.search(rf"--{name}\b|'{name}'", reason):
+                reason = f'{argument.origin}: {reason}'
+                break
+        raise flag_file.FlagFileError(reason) from error
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        rest = FLAGS(argv)
-    except flags.Error as error:
-        reason = str(error).removeprefix('ERROR:: ')
-        sys.exit(_fail(f'{reason}\n`{argv[0]} --helpshort` lists the flags.', BAD_INPUT_EXIT_CODE))
+        rest = _parse(flag_file.expand(argv[1:]))
+    except flag_file.FlagFileError as error:
+        sys.exit(_fail(f'{error}\n`{argv[0]} --helpshort` lists the flags.', BAD_INPUT_EXIT_CODE))
     if len(rest) > 1:
         sys.exit(_fail(f'{rest[1]!r} is not a flag: flags start with --.', BAD_INPUT_EXIT_CODE))
     return rest

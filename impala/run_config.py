@@ -49,6 +49,7 @@ class TrainingConfig:
       popart: whether values are normalised per level.
       stop_at_frames: frames at which the run ends for now, though the learning rate falls over
         `total_environment_frames`; 0 for none.
+      allow_level_change: whether a run may go on with other levels than it has been trained on.
       loaders: threads that assemble batches and move them to a device of the learner, and as many
         batches that are made ahead.
       latent_size: as `AgentConfig.latent_size`.
@@ -78,6 +79,7 @@ class TrainingConfig:
     suite: Suite | None = None
     popart: bool = False
     stop_at_frames: int = 0
+    allow_level_change: bool = False
     loaders: int = 1
     latent_size: int = LATENT_SIZE
     initializer: str = 'truncated_normal'
@@ -287,6 +289,14 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
     if network.torso == 'autoencoder':
         settings['latent_size'] = network.latent_size
     return settings
+
+
+def counted_by(config: TrainingConfig, spec: EnvironmentSpec) -> dict[str, Any]:
+    """Returns what gives a run's counters and logs their meaning, for `checkpoint.check_same_run`.
+
+    Agent steps are counted, and frames, with all schedules, are agent steps times the repeats.
+    """
+    return {'num_action_repeats': spec.num_action_repeats, 'levels': list(config.level_names)}
 
 
 def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:

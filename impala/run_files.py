@@ -13,6 +13,7 @@ from typing import Any
 CHECKPOINT_FOLDER = 'checkpoints'
 CHECKPOINT_PREFIX = 'ckpt'
 FLAG_FILE = 'flags.txt'
+NETWORK_FILE = 'network.json'
 METRICS_FILE = 'metrics.jsonl'
 EPISODES_FILE = 'episodes.csv'
 RUN_ID_FILE = 'run_id.txt'

@@ -14,7 +14,14 @@ from impala import decoder, run_files
 from impala.acting import UnrollBatch
 from impala.actor_pool import Workplace
 from impala.agent import Agent, AgentConfig
-from impala.checkpoint import Checkpointer, LogdirError, check_same_network, report_to_stderr
+from impala.checkpoint import (
+    Checkpointer,
+    LogdirError,
+    check_same_network,
+    check_same_run,
+    report_to_stderr,
+    store_settings,
+)
 from impala.learner import Learner
 from impala.learner_group import (
     FollowerLog,
@@ -38,6 +45,7 @@ from impala.run_config import (
     check_learner,
     check_torso,
     choose_network,
+    counted_by,
     create_agent,
     create_decoder,
     learner_settings,
@@ -111,11 +119,9 @@ def train(
         spec = workplace.common_spec(config.level_names, config.seed)
         network = choose_network(config, spec)
         if is_first:
-            check_same_network(
-                config.logdir,
-                network_settings(network, spec) | learner_settings(config.learner),
-                LATER_SETTINGS,
-            )
+            settings_of_run = network_settings(network, spec) | learner_settings(config.learner)
+            check_same_network(config.logdir, settings_of_run, LATER_SETTINGS)
+            check_same_run(config.logdir, counted_by(config, spec), config.allow_level_change)
         run_id = run_files.run_id(config.logdir) if is_first and config.replay_addresses else ''
         group = None
         if member is not None:
@@ -130,8 +136,9 @@ def train(
         if is_first:
             checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
             checkpointer.restore()
-            if on_accepted is not None:
-                on_accepted()
+            store_settings(config.logdir, settings_of_run, counted_by(config, spec))
+        if on_accepted is not None:
+            on_accepted()
         learner.synchronize()
         restored_updates, agent_steps = learner.counts()
         if agent_steps * frames_per_step >= config.last_frames:

@@ -371,9 +371,10 @@ def test_flags_are_replaced_as_a_whole(logdir):
 def test_network_settings(logdir):
     settings = {'torso': 'deep', 'use_lstm': True, 'frame_shape': (72, 96, 3)}
     assert checkpoint.network_settings(logdir) is None
-    checkpoint.check_same_network(logdir, {'torso': 'shallow'})
+    checkpoint.store_settings(logdir, {'torso': 'shallow'}, {})
     # Nothing was trained with the first ones.
     checkpoint.check_same_network(logdir, settings)
+    checkpoint.store_settings(logdir, settings, {})
     checkpoint.Checkpointer(logdir, trained(1)).save(0.0)
     checkpoint.check_same_network(logdir, settings)
     stored = {'torso': 'deep', 'use_lstm': True, 'frame_shape': [72, 96, 3]}
@@ -389,10 +390,17 @@ def test_network_settings(logdir):
     assert 'use_lstm' not in text and '\n' not in text
     assert checkpoint.network_settings(logdir) == stored
 
-    with open(os.path.join(logdir, 'network.json'), 'w') as file:
-        file.write('{"torso": ')
-    with pytest.raises(checkpoint.LogdirError, match='network.json is damaged'):
-        checkpoint.check_same_network(logdir, settings)
+    for damage, what in (
+        (b'{"torso": ', 'line 1 column 11'),
+        (b'\xff', "can't decode byte 0xff"),
+        (b'[1]', 'it has no settings'),
+        (b'[' * 100_000, 'recursion'),
+        (b'{"torso": ' + b'9' * 5000 + b'}', 'Exceeds the limit'),
+    ):
+        with open(os.path.join(logdir, 'network.json'), 'wb') as file:
+            file.write(damage)
+        with pytest.raises(checkpoint.LogdirError, match=f'network.json is damaged .*{what}'):
+            checkpoint.check_same_network(logdir, settings)
 
 
 def test_one_run_per_logdir_also_after_a_kill(logdir):

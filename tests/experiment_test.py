@@ -349,18 +349,21 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
     shutil.copytree(trained[1], logdir)
     before = frames(logdir)
     last_checkpoint = checkpoints(logdir)[-1]
-    # Of the run's own flag file; what is given behind it counts.
-    flags = (
-        f'--flagfile={trained[1]}/flags.txt',
-        f'--logdir={logdir}',
-        '--total_environment_frames=1000000000',
-    )
+    # The flag file of a copy stands for the copy; what is given behind it counts.
+    assert 'logdir' not in (logdir / 'flags.txt').read_text()
+    flags = (f'--flagfile={logdir}/flags.txt', '--total_environment_frames=1000000000')
     with Run(tmp_path / 'killed', *flags) as run:
         run.wait_until(lambda: checkpoints(logdir)[-1] > last_checkpoint + 1)
         run.wait_until(lambda: frames(logdir) > before)
         os.kill(run.id, signal.SIGKILL)
         run.process.wait()
         run.assert_nothing_left()
+    assert re.search(
+        f'^Other flags than before: --total_environment_frames was {CARTPOLE_FRAMES} and is now '
+        r'1000000000\.\nLearning rate and entropy cost are from now on what they would be',
+        run.stderr,
+        re.MULTILINE,
+    )
     last_checkpoint = checkpoints(logdir)[-1]
     newest = logdir / 'checkpoints' / f'ckpt-{last_checkpoint}.data-00000-of-00001'
     os.truncate(newest, newest.stat().st_size // 2)
@@ -380,6 +383,8 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
         # that want them need 4.
         assert seconds < 8
     assert re.search(rf'damaged checkpoint .*ckpt-{last_checkpoint} ', run.stderr)
+    # The killed run went on with other flags, this one with those.
+    assert 'Other flags than before' not in run.stderr
     assert 'restarted' not in run.stderr
     assert 'Traceback' not in run.stderr
     assert checkpoints(logdir)[-1] > last_checkpoint
@@ -563,15 +568,29 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
     [
         ('--no_such_flag=3', "Unknown command line flag 'no_such_flag'"),
         # With which weights without a gradient would be divided by 0.
-        ('--adam_epsilon=0', '--adam_epsilon=0: 0.0 is not number >= 1e-15'),
-        ('--epsilon=0', '--epsilon=0: 0.0 is not number >= 1e-15'),
+        ('--adam_epsilon=0', r'--adam_epsilon=0: 0.0 is not a number in the range \[1e-15, '),
+        ('--epsilon=0', r'--epsilon=0: 0.0 is not a number in the range \[1e-15, '),
         ('--num_actor=3', 'Did you mean: num_actors'),
         ('--batch_size=many', '--batch_size=many'),
-        ('--learning_rate=nan', '--learning_rate=nan'),
+        ('--learning_rate=nan', '--learning_rate=nan is not a finite number'),
+        ('--learning_rate=inf', '--learning_rate=inf: inf is not a number in the range'),
+        ('--inference_timeout_ms=1e30', '--inference_timeout_ms=1e30: 1e\\+30 is not'),
         ('--num_actors=0', '--num_actors=0'),
+        ('--num_actors=100000', r'--num_actors=100000: 100000 is not .* \[1, 10000\]'),
+        ('--seed=' + 1000 * '9', '--seed=999.*'),
+        ('--nopopart=1', '--nopopart=1 does not take an argument'),
+        ('--batch_size=', '--batch_size='),
+        ('--logdir=', '--logdir is empty'),
+        ('--logdir=gs://bucket/run', '--logdir=gs://bucket/run is not a path of this machine'),
+        ('--level_name=a\nb', r"--level_name='a\\nb' has characters that cannot be printed"),
+        ('--watch', '--watch is for tests: give --mode=test, too'),
+        ('--envs_per_actor=4', r'--envs_per_actor=4 is for actor jobs \(--job_name=actor\)'),
+        ('--learner_address=host:1', '--learner_address=host:1 is for distributed jobs'),
+        ('--job_name=learner', '--job_name=learner needs --task=0'),
         ('--mode=play', r'--mode=play.*<train\|test>'),
         ('Pong', "'Pong' is not a flag"),
-        ('--flagfile=/nowhere/pong.flags', '^Unable to open flagfile.*/nowhere/pong.flags'),
+        ('--flagfile=/nowhere/pong.flags', '^Cannot read the flag file /nowhere/pong.flags: No '),
+        (f'--flagfile={TESTS}/bad.flags', 'bad.flags, line 3: flag --batch_size=many: '),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):

@@ -94,7 +94,7 @@ def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
     logdir = str(tmp_path)
     network = run_config.choose_network(config(logdir), VECTOR)
     (tmp_path / 'checkpoints').mkdir()
-    checkpoint.check_same_network(logdir, run_config.network_settings(network, VECTOR))
+    checkpoint.store_settings(logdir, run_config.network_settings(network, VECTOR), {})
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     checkpoint.check_same_network(logdir, run_config.network_settings(network, VECTOR))
     other = dataclasses.replace(network, **change)
@@ -111,7 +111,7 @@ def test_with_popart_other_levels_are_another_network(tmp_path):
     settings = run_config.network_settings(network, VECTOR)
     assert run_config.popart_levels(json.loads(json.dumps(settings))) == levels
     (tmp_path / 'checkpoints').mkdir()
-    checkpoint.check_same_network(str(tmp_path), settings)
+    checkpoint.store_settings(str(tmp_path), settings, {})
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     for other, now in (((), 'not set'), (('b', 'a'), r'\["b", "a"\]'), (('a',), r'\["a"\]')):
         changed = dataclasses.replace(network, popart_levels=other)
@@ -148,7 +148,7 @@ def test_another_type_of_frames_is_another_network_if_the_type_is_known(tmp_path
     (tmp_path / 'checkpoints').mkdir()
     stored = run_config.network_settings(network, VECTOR)
     later = run_config.LATER_SETTINGS
-    checkpoint.check_same_network(str(tmp_path), stored, later)
+    checkpoint.store_settings(str(tmp_path), stored, {})
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     now = run_config.network_settings(network, of_bytes)
     with pytest.raises(checkpoint.LogdirError, match='frames. was "float32" and is now "uint8"'):
@@ -161,7 +161,7 @@ def test_another_type_of_frames_is_another_network_if_the_type_is_known(tmp_path
 def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
     network = run_config.choose_network(config(tmp_path), STACK)
     (tmp_path / 'checkpoints').mkdir()
-    checkpoint.check_same_network(str(tmp_path), run_config.network_settings(network, STACK))
+    checkpoint.store_settings(str(tmp_path), run_config.network_settings(network, STACK), {})
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     for spec, sentence in (
         (
@@ -175,3 +175,35 @@ def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
     ):
         with pytest.raises(checkpoint.LogdirError, match=sentence):
             checkpoint.check_same_network(str(tmp_path), run_config.network_settings(network, spec))
+
+
+def test_what_counts_frames_and_which_levels_are_played_stay(tmp_path):
+    logdir = str(tmp_path)
+    before = run_config.counted_by(config(logdir, level_names=('a', 'b')), STACK)
+    assert before == {'num_action_repeats': STACK.num_action_repeats, 'levels': ['a', 'b']}
+    checkpoint.store_settings(logdir, {'torso': 'mlp'}, before)
+    assert checkpoint.network_settings(logdir) == {'torso': 'mlp'}
+    others = before | {'levels': ['a', 'c']}
+    # Nothing was trained as yet.
+    checkpoint.check_same_run(logdir, others | {'num_action_repeats': 1}, False)
+
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    checkpoint.check_same_run(logdir, before, False)
+    checkpoint.check_same_run(logdir, before | {'levels': ['b', 'a']}, False)
+    repeats = STACK.num_action_repeats
+    sentence = f'--num_action_repeats was {repeats} and is now {repeats + 1}; set it back'
+    for allowed in (False, True):
+        with pytest.raises(checkpoint.LogdirError, match=sentence):
+            checkpoint.check_same_run(logdir, before | {'num_action_repeats': repeats + 1}, allowed)
+    with pytest.raises(checkpoint.LogdirError, match='--level_name was a,b and is now a,c; set'):
+        checkpoint.check_same_run(logdir, others, False)
+    checkpoint.check_same_run(logdir, others, True)
+
+    for damage in ([], {'levels': 3}, {'levels': [None]}):
+        checkpoint.store_settings(logdir, {}, damage)
+        with pytest.raises(checkpoint.LogdirError, match='network.json is damaged'):
+            checkpoint.check_same_run(logdir, before, False)
+    # Of a version that did not store it.
+    (tmp_path / 'network.json').write_text('{"torso": "mlp"}')
+    checkpoint.check_same_run(logdir, before, False)

@@ -340,7 +340,7 @@ def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
         flags = (member / 'flags.txt').read_text()
         for flag in SPACE:
             assert f'--{flag}={row[flag]}\n' in flags
-        assert f'--seed={1 + index}\n' in flags and '--logdir=' + str(member) in flags
+        assert f'--seed={1 + index}\n' in flags and 'logdir' not in flags
         with open(member / 'episodes.csv', newline='') as file:
             returns = [float(episode['episode_return']) for episode in csv.DictReader(file)]
         assert float(row['fitness']) == pytest.approx(np.mean(returns[-100:]))
@@ -355,11 +355,11 @@ def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
 
 def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
     # Of these samples one makes every loss infinite, by the first update.
-    space = {'learning_rate': {'choice': [1e-3, 1e30]}, 'epsilon': {'choice': [1e-3]}}
+    space = {'learning_rate': {'choice': [1e-3, 1e6]}, 'epsilon': {'choice': [1e-3]}}
     content = PBT | {'members': 3, 'parallel': 3, 'space': space, 'seed': 23}
     config = sweep_config.read(write(tmp_path, content))
     samples = [config.sample(index)['learning_rate'] for index in range(3)]
-    assert samples == [1e-3, 1e-3, 1e30]
+    assert samples == [1e-3, 1e-3, 1e6]
     with Sweep(tmp_path, write(tmp_path, content)) as run:
         assert run.process.wait(PATIENCE_SECONDS) == 0, (tmp_path / 'output.txt').read_text()
 

@@ -83,6 +83,20 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     assert [line.split('"frames": ')[1].split(',')[0] for line in lines] == [
         str(frames) for frames in (20, 40, 60, 80, 100, 120)
     ]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
+    with pytest.raises(run_files.LogdirError, match='was levels:short,levels:long and is now'):
+        training.train(dataclasses.replace(run, level_names=('levels:long',)))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
+    # What was allowed once is what the run is from then on.
+    other = dataclasses.replace(run, level_names=('levels:long',), allow_level_change=True)
+    assert training.train(other) == second
+    assert training.train(dataclasses.replace(other, allow_level_change=False)) == second
+    stored = json.loads((tmp_path / 'network.json').read_text())
+    assert stored['counted_by'] == {'num_action_repeats': 1, 'levels': ['levels:long']}
+    stored['counted_by']['num_action_repeats'] = 2
+    (tmp_path / 'network.json').write_text(json.dumps(stored))
+    with pytest.raises(run_files.LogdirError, match='--num_action_repeats was 2 and is now 1'):
+        training.train(other)
 
 
 def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
@@ -126,7 +140,12 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
         ('levels:failing', 'the joystick is broken'),
         ('levels:not_a_number', "the observation 'frame' of levels:not_a_number is nan"),
     ):
-        failing = config(tmp_path, level_names=(level,), total_environment_frames=1000)
+        failing = config(
+            tmp_path,
+            level_names=(level,),
+            total_environment_frames=1000,
+            allow_level_change=True,
+        )
         with pytest.raises(ActorError, match=sentence):
             training.train(failing)
         assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
