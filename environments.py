@@ -101,6 +101,7 @@ DMLAB_IMAGE_LEVELS = frozenset(
     {'psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'}
 )
 # The seed with which the paper's released agent was tested, unlike those of training.
+DMLAB_IMAGE_FOLDER = 'brady_konkle_oliva2008'
 DEEPMIND_LAB_TEST_MIXER_SEED = 0x600D5EED
 # Look left-right and down-up (pixels per frame), strafe left-right, move back-forward, fire, jump,
 # crouch.
@@ -1147,7 +1148,8 @@ class DeepMindLabEnvironment(Environment):
 
         Raises:
           LevelError: Lab is not installed or does not know the level, the level is a hold-out one
-            and this is not a test, or the width is not one that Lab can render.
+            and this is not a test, the width is not one that Lab can render, or the images that the
+            level shows are not there.
         """
         # Mesa renders with threads of its own otherwise: more threads than cores, and a process
         # that can no longer fork.
@@ -1226,9 +1228,11 @@ class DeepMindLabEnvironment(Environment):
 
     def reset(self) -> Observation:
         """Starts an episode and returns its first observation.
+        if level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
+            _require_images(level_name, config.dataset_path)
 
         Raises:
-          LevelError: the level needs the Brady-Konkle-Oliva images and they are not there.
+          LevelError: the level needs the Brady-Konkle-Oliva images and Lab does not find them.
           RuntimeError: the environment is closed.
         """
         lab = self._open_lab()
@@ -1241,11 +1245,11 @@ class DeepMindLabEnvironment(Environment):
                 self._fresh = False
             lab.reset(seed=seed)
         except RuntimeError as error:
-            if 'brady_konkle_oliva2008' not in str(error):
+            if DMLAB_IMAGE_FOLDER not in str(error):
                 raise
             raise LevelError(
-                f'{self._level_name!r} needs the Brady-Konkle-Oliva images: give the folder with '
-                'brady_konkle_oliva2008 in it as --dataset_path.'
+                f'{self._level_name!r} needs the Brady-Konkle-Oliva images, and Lab does not find '
+                f'them in --dataset_path: {_one_line(error)}.'
             ) from error
         return self._observe(lab)
 
@@ -1349,6 +1353,32 @@ class LevelCache:
                 size = os.path.getsize(copy)
             with _replacing(cached + _SECONDS) as file:
                 pathlib.Path(file).write_text(f'{seconds:.3f}', encoding='utf-8')
+def _require_images(level_name: str, dataset_path: str) -> None:
+    """Raises a `LevelError` unless the folder of the Brady-Konkle-Oliva images has some.
+
+    Lab reads one only when it shows it, and ends the process in mid-episode when it is not there.
+    How many there must be, how many digits their numbers have and of which format they are depends
+    on how the data set was prepared, so that all that is asked for is a numbered picture that is
+    not empty.
+    """
+    folder = os.path.join(dataset_path, DMLAB_IMAGE_FOLDER)
+    wrong = f'the folder {folder} has no numbered pictures (0001.jpg, 0002.jpg, ...)'
+    if not dataset_path:
+        wrong = 'there is no --dataset_path'
+    elif not os.path.isdir(folder):
+        wrong = f'there is no folder {folder}'
+    else:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                is_picture = re.fullmatch(r'\d+\.(jpe?g|png|bmp|gif|tga|tiff?)', entry.name.lower())
+                if is_picture and entry.is_file() and entry.stat().st_size:
+                    return
+    raise LevelError(
+        f'{level_name!r} needs the Brady-Konkle-Oliva images, but {wrong}: give the folder that '
+        f'holds {DMLAB_IMAGE_FOLDER} with its numbered pictures as --dataset_path.'
+    )
+
+
                 self._share(file)
             # A folder of a hundred thousand maps is not looked through for each of them. Nobody
             # counts what others write: by chance, all together look once in a hundredth of it.

@@ -87,6 +87,7 @@ def run_python(code, *arguments):
             text=True,
             timeout=60,
             check=False,
+            cwd=folder,
         )
 
 
@@ -1216,16 +1217,47 @@ def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
         assert not os.listdir(tmp_path)
     make('rooms_collect_good_objects_test', is_test=True).reset()
 
-    level_name = 'psychlab_continuous_recognition'
-    with pytest.raises(LevelError, match=f'{level_name}.*--dataset_path'):
-        make(level_name).check()
-    (tmp_path / 'brady_konkle_oliva2008').mkdir()
-    make(level_name, dataset_path=str(tmp_path)).reset()
+
+def make_images(folder, name='0001.jpg'):
+    """Makes what stands for the data set that two levels need."""
+    (folder / 'brady_konkle_oliva2008').mkdir(parents=True, exist_ok=True)
+    (folder / 'brady_konkle_oliva2008' / name).write_bytes(b'a picture')
+
+
+@pytest.mark.parametrize('is_test', [False, True])
+@pytest.mark.parametrize('prefix', ['', 'contributed/dmlab30/'])
+def test_deepmind_lab_levels_with_images_want_them_before_anything_starts(
+    is_test, prefix, make, deepmind_lab, tmp_path
+):
+    """The module itself, like its stand-in, misses them in mid-episode and ends the process."""
+    level_name = f'{prefix}psychlab_continuous_recognition'
+    folder = tmp_path / 'brady_konkle_oliva2008'
+
+    def assert_refused(dataset_path, why):
+        with pytest.raises(LevelError) as error:
+            make(level_name, dataset_path=dataset_path, is_test=is_test)
+        for part in (repr(level_name), why, '--dataset_path'):
+            assert part in str(error.value)
+
+    assert_refused('', 'there is no --dataset_path')
+    assert_refused(str(tmp_path / 'nowhere'), 'nowhere/brady_konkle_oliva2008')
+    assert_refused(str(tmp_path), f'there is no folder {folder}')
+    make_images(tmp_path, 'README.md')
+    (folder / '0001.jpg').touch()
+    (folder / '0002.jpg').mkdir()
+    (folder / 'thumb_0001.jpg').write_bytes(b'a picture')
+    assert_refused(str(tmp_path), f'{folder} has no numbered pictures')
+    for name in ('7.png', '00013.JPEG', '0001.jpg'):
+        make_images(tmp_path, name)
+        environment = make(level_name, dataset_path=str(tmp_path), is_test=is_test)
+        environment.check()
+        play(environment, random_actions(environment, 100))
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize('is_test', [False, True])
 def test_every_level_of_dmlab30(is_test, make, deepmind_lab, tmp_path):
-    (tmp_path / 'brady_konkle_oliva2008').mkdir()
+    make_images(tmp_path)
     suite = suites.load('dmlab30')
     for name in (suite.for_testing() if is_test else suite).level_names:
         environment = make(name, dataset_path=str(tmp_path), is_test=is_test)
@@ -1506,3 +1538,10 @@ def test_the_stand_in_is_as_strict_as_the_real_module(code, exit_code, message):
     )
     assert result.returncode == exit_code, result.stderr
     assert message in result.stdout + result.stderr
+        (
+            'os.mkdir("brady_konkle_oliva2008")\n'
+            'lab = Lab("contributed/dmlab30/psychlab_continuous_recognition", [])\n'
+            'lab.reset(); lab.step(FORWARD, 60); lab.step(FORWARD)',
+            -signal.SIGABRT,
+            'cannot read the image',
+        ),

@@ -846,6 +846,12 @@ def test_many_levels_at_once(tmp_path):
         assert_one_sentence(few, 2, '--num_actors=8 would leave some of the 57 levels out')
 
 
+def make_images(folder):
+    """Makes what stands for the data set that two levels of DMLab-30 need."""
+    (folder / 'brady_konkle_oliva2008').mkdir(parents=True)
+    (folder / 'brady_konkle_oliva2008' / '0001.jpg').write_bytes(b'a picture')
+
+
 def test_dmlab30_as_jobs(tmp_path):
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
@@ -874,7 +880,7 @@ def test_dmlab30_as_jobs(tmp_path):
             '2 of the 30 levels cannot be played here. psychlab_arbitrary_visuomotor_mapping, '
             'psychlab_continuous_recognition: this level needs the Brady-Konkle-Oliva images',
         )
-    (tmp_path / 'images' / 'brady_konkle_oliva2008').mkdir(parents=True)
+    make_images(tmp_path / 'images')
     actor = ('--job_name=actor', '--task=2', '--envs_per_actor=10', *common)
     with (
         WarmRun(tmp_path / 'learner', *learner, *common, pythonpath=lab) as run,
@@ -891,7 +897,7 @@ def test_dmlab30_as_jobs(tmp_path):
 def test_dmlab30_is_tested_at_once_with_its_hold_out_levels(tmp_path):
     """On the stand-in, in steps so long that no episode has more than ten."""
     logdir = tmp_path / 'run'
-    (tmp_path / 'images' / 'brady_konkle_oliva2008').mkdir(parents=True)
+    make_images(tmp_path / 'images')
     lab = [TESTS / 'deepmind_lab_stand_in']
     common = ('--level_cache_dir=', f'--logdir={logdir}')
     train = (

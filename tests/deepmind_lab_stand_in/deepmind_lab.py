@@ -2,7 +2,8 @@
 
 It renders noise, but it is as strict as the real module and stricter where that one would silently
 do something else: what the real module would misread (`MisuseError`) is an error here, and what
-would take the process down takes it down (exit code `CRASH`, or 1 for a broken map).
+would take the process down takes it down (exit code `CRASH`, 1 for a broken map, SIGABRT in
+mid-episode for an image that is not there).
 
 A frame is a function of the level, the seed of the episode, whether it is the first episode of
 its Lab, and the actions so far. The reward is `MOVE_BACK_FORWARD`, summed over the frames that
@@ -35,6 +36,8 @@ BRADY_LEVELS = {
     'contributed/dmlab30/psychlab_arbitrary_visuomotor_mapping',
     'contributed/dmlab30/psychlab_continuous_recognition',
 }
+# The level shows no image before the agent has looked at its cross.
+FIRST_IMAGE_FRAME = 60
 HOLD_OUT_LEVELS = {
     'contributed/dmlab30/rooms_collect_good_objects_test',
     'contributed/dmlab30/rooms_exploit_deferred_effects_test',
@@ -88,6 +91,14 @@ def _crash(why, code=CRASH):
     os._exit(code)
 
 
+def _read_image(folder):
+    for entry in os.scandir(folder):
+        if entry.is_file() and os.path.splitext(entry.name)[0].isdigit() and entry.stat().st_size:
+            return
+    print('Lua check failed: cannot read the image', file=sys.stderr, flush=True)
+    os.abort()
+
+
 def _intact_map_text(pk3_path):
     try:
         with zipfile.ZipFile(pk3_path) as archive:
@@ -109,7 +120,7 @@ class _State:
         self.folder = folder
         self.level_cache = None
         self.quiet = False
-        self.has_images = False
+        self.images = ''
         self.observations = ()
         self.closed = False
         self.running = False
@@ -178,8 +189,7 @@ class Lab(metaclass=_LabType):
         state.level_cache = level_cache
         state.quiet = config.get('logLevel') == 'NEVER'
         state.observations = tuple(observations)
-        images = os.path.join(config.get('datasetPath', ''), 'brady_konkle_oliva2008')
-        state.has_images = os.path.isdir(images)
+        state.images = os.path.join(config.get('datasetPath', ''), 'brady_konkle_oliva2008')
         object.__setattr__(self, '_state', state)
 
         def forked():
@@ -203,7 +213,7 @@ class Lab(metaclass=_LabType):
         if seed is not None and not 0 <= seed < 2**31:
             raise ValueError(f"'seed' must be in [0, 2**31), was {seed}")
         state.running = False
-        if state.level in BRADY_LEVELS and not state.has_images:
+        if state.level in BRADY_LEVELS and not os.path.isdir(state.images):
             raise RuntimeError('Dataset brady_konkle_oliva2008 not found')
         if not state.quiet:
             print(f'Lua log: loading {state.level}', flush=True)
@@ -252,6 +262,9 @@ class Lab(metaclass=_LabType):
                 raise MisuseError(f'action {action} is out of range')
         if type(num_steps) is not int or num_steps < 1:
             raise ValueError('num_steps must be a positive int')
+        if state.level in BRADY_LEVELS and state.frames >= FIRST_IMAGE_FRAME:
+            # It is looked for when it is to be shown.
+            _read_image(state.images)
         played = min(num_steps, EPISODE_FRAMES[state.level] - state.frames)
         state.frames += played
         state.requested_frames += num_steps
