@@ -41,9 +41,10 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,8 @@ DMLAB30_LEVELS = frozenset(
 DMLAB_IMAGE_LEVELS = frozenset(
     {'psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'}
 )
-# The seed with which the paper's released agent was tested, unlike those of training.
 DMLAB_IMAGE_FOLDER = 'brady_konkle_oliva2008'
+# The seed with which the paper's released agent was tested, unlike those of training.
 DEEPMIND_LAB_TEST_MIXER_SEED = 0x600D5EED
 # Look left-right and down-up (pixels per frame), strafe left-right, move back-forward, fire, jump,
 # crouch.
@@ -634,25 +635,76 @@ def _create_own_atari_environment(
 
 def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
     module_name, _, attribute = level_name.partition(':')
-    try:
-        make: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name + '.').startswith(error.name + '.'):
-            raise
-        raise LevelError(
-            f'{level_name!r} asks for the Python module {module_name!r}, which cannot be found.'
-        ) from error
-    except AttributeError as error:
+    if not attribute:
+        raise LevelError(f'{level_name!r} names nothing behind its colon: {_HOW_TO_NAME_ONES_OWN}.')
+    make: Any = getattr(_import_module(level_name, module_name), attribute, None)
+    gymnasium = sys.modules.get('gymnasium')
+    is_env = gymnasium is not None and isinstance(make, type) and issubclass(make, gymnasium.Env)
+    if make is None or is_env:
+        registry = gymnasium.registry if gymnasium else {}
+        if attribute in registry:
+            return _create_gymnasium_environment(level_name, seed, config)
+        versions = [each for each in registry if each.rpartition('-v')[0] == attribute]
+        if versions:
+            raise LevelError(
+                f'{level_name!r} lacks the version of a Gymnasium id: did you mean '
+                f"'{module_name}:{versions[-1]}'?"
+            )
+        if is_env:
+            raise LevelError(
+                f'{level_name!r} is a gymnasium.Env, which is played by an id that it is '
+                f"registered with, for instance '{module_name}:{attribute}-v0'."
+            )
         raise LevelError(
             f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
-        ) from error
-    environment = make(seed, config)
+        )
+    try:
+        environment = make(seed, config)
+    except ImportError as error:
+        raise LevelError(f'{level_name!r} cannot be made: {_failure(error)}.') from error
     if not isinstance(getattr(environment, 'spec', None), EnvironmentSpec):
         raise LevelError(
             f'{level_name!r} made a {type(environment).__name__} without an EnvironmentSpec as its '
             "attribute 'spec'."
         )
     return environment
+
+
+_HOW_TO_NAME_ONES_OWN = (
+    'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
+    'registers with Gymnasium'
+)
+
+
+def _import_module(level_name: str, module_name: str) -> Any:
+    """Imports the module that a level is in; whatever goes wrong in it is a `LevelError`."""
+    if not module_name:
+        raise LevelError(
+            f'{level_name!r} names no Python module in front of its colon: {_HOW_TO_NAME_ONES_OWN}.'
+        )
+    asks = f'{level_name!r} asks for the Python module {module_name!r}, which cannot be'
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + '.').startswith(error.name + '.'):
+            raise LevelError(f'{asks} imported: {_failure(error)}.') from error
+        raise LevelError(f'{asks} found.') from error
+    except Exception as error:
+        raise LevelError(f'{asks} imported: {_failure(error)}.') from error
+
+
+def _failure(error: Exception) -> str:
+    """Returns the kind and the words of an error in somebody else's code, and where it is."""
+    text = f'{type(error).__name__}: {_one_line(error).removesuffix(".")}'
+    # Those of Python's own import and of this file lead there, and say nothing.
+    places = [
+        f'{os.path.basename(frame.filename)}, line {frame.lineno}'
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith('<')
+        and frame.filename not in (__file__, importlib.__file__)
+    ]
+    # The text of a syntax error has its place.
+    return f'{text} ({places[-1]})' if places and not isinstance(error, SyntaxError) else text
 
 
 def _is_gymnasium_id(level_name: str) -> bool:
@@ -680,7 +732,11 @@ def _import_registrations(level_name: str) -> None:
 
 
 def _suggestion(level_name: str) -> str:
-    """Returns a question to end an error with, or nothing if no known level has such a name."""
+    """Returns a question to end an error with, or nothing if no known level has such a name.
+
+    Raises:
+      LevelError: the name is that of an id but for the version.
+    """
     import gymnasium
 
     for prefix in ('', 'Vizdoom', 'MiniGrid'):
@@ -693,6 +749,11 @@ def _suggestion(level_name: str) -> str:
             return ''
         names[known.lower()] = known
         names[re.sub(r'^ALE/|-v\d+$', '', known).lower()] = known
+    known = names.get(level_name.lower(), '')
+    if _is_gymnasium_id(known) and not _is_gymnasium_id(level_name):
+        raise LevelError(
+            f'{level_name!r} lacks the version of a Gymnasium id: did you mean {known!r}?'
+        )
     close = difflib.get_close_matches(level_name.lower(), names, n=1, cutoff=0.75)
     return f' Did you mean {names[close[0]]!r}?' if close else ''
 
@@ -702,15 +763,9 @@ def _create_gymnasium_environment(
 ) -> Environment:
     import gymnasium
 
-    module, _, plain_id = level_name.rpartition(':')
-    if module:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise LevelError(
-                f'{level_name!r} asks for the Python module {module!r}, which cannot be imported '
-                f'({error}).'
-            ) from error
+    module, colon, plain_id = level_name.rpartition(':')
+    if colon:
+        _import_module(level_name, module)
     elif plain_id not in gymnasium.registry:
         _import_registrations(plain_id)
     if plain_id not in gymnasium.registry:
@@ -1157,16 +1212,24 @@ class DeepMindLabEnvironment(Environment):
         try:
             deepmind_lab: Any = importlib.import_module('deepmind_lab')
         except ImportError as error:
+            what = 'is a DeepMind Lab level'
+            if level_name not in DMLAB30_LEVELS:
+                what = (
+                    "has no version at its end, as Gymnasium's ids have (CartPole-v1, "
+                    'my_module:MyGame-v0), so it must be a DeepMind Lab level'
+                )
             raise LevelError(
-                f'{level_name!r} is not a Gymnasium id, so it must be a DeepMind Lab level, but '
-                f'the module deepmind_lab cannot be imported ({error}): build its wheel as '
-                f'{DEEPMIND_LAB_BUILD_GUIDE} says and install it, or choose a level that runs '
-                f"without it, for instance 'ALE/Pong-v5'.{_suggestion(level_name)}"
+                f'{level_name!r} {what}, but the module deepmind_lab cannot be imported '
+                f'({error}): build its wheel as {DEEPMIND_LAB_BUILD_GUIDE} says and install it, or '
+                "choose a level that runs without it, for instance 'ALE/Pong-v5'."
+                f'{_suggestion(level_name)}'
             ) from error
         if config.width % 4:
             raise LevelError(
                 f'DeepMind Lab renders widths that are multiples of 4 only, not {config.width}.'
             )
+        if level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
+            _require_images(level_name, config.dataset_path)
 
         self._level_name = level_name
         is_dmlab30 = level_name in DMLAB30_LEVELS
@@ -1228,8 +1291,6 @@ class DeepMindLabEnvironment(Environment):
 
     def reset(self) -> Observation:
         """Starts an episode and returns its first observation.
-        if level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
-            _require_images(level_name, config.dataset_path)
 
         Raises:
           LevelError: the level needs the Brady-Konkle-Oliva images and Lab does not find them.
@@ -1290,6 +1351,32 @@ class DeepMindLabEnvironment(Environment):
             'frame': observations['RGB_INTERLEAVED'],
             'instruction': self._hashed_instruction,
         }
+
+
+def _require_images(level_name: str, dataset_path: str) -> None:
+    """Raises a `LevelError` unless the folder of the Brady-Konkle-Oliva images has some.
+
+    Lab reads one only when it shows it, and ends the process in mid-episode when it is not there.
+    How many there must be, how many digits their numbers have and of which format they are depends
+    on how the data set was prepared, so that all that is asked for is a numbered picture that is
+    not empty.
+    """
+    folder = os.path.join(dataset_path, DMLAB_IMAGE_FOLDER)
+    wrong = f'the folder {folder} has no numbered pictures (0001.jpg, 0002.jpg, ...)'
+    if not dataset_path:
+        wrong = 'there is no --dataset_path'
+    elif not os.path.isdir(folder):
+        wrong = f'there is no folder {folder}'
+    else:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                is_picture = re.fullmatch(r'\d+\.(jpe?g|png|bmp|gif|tga|tiff?)', entry.name.lower())
+                if is_picture and entry.is_file() and entry.stat().st_size:
+                    return
+    raise LevelError(
+        f'{level_name!r} needs the Brady-Konkle-Oliva images, but {wrong}: give the folder that '
+        f'holds {DMLAB_IMAGE_FOLDER} with its numbered pictures as --dataset_path.'
+    )
 
 
 class LevelCache:
@@ -1353,32 +1440,6 @@ class LevelCache:
                 size = os.path.getsize(copy)
             with _replacing(cached + _SECONDS) as file:
                 pathlib.Path(file).write_text(f'{seconds:.3f}', encoding='utf-8')
-def _require_images(level_name: str, dataset_path: str) -> None:
-    """Raises a `LevelError` unless the folder of the Brady-Konkle-Oliva images has some.
-
-    Lab reads one only when it shows it, and ends the process in mid-episode when it is not there.
-    How many there must be, how many digits their numbers have and of which format they are depends
-    on how the data set was prepared, so that all that is asked for is a numbered picture that is
-    not empty.
-    """
-    folder = os.path.join(dataset_path, DMLAB_IMAGE_FOLDER)
-    wrong = f'the folder {folder} has no numbered pictures (0001.jpg, 0002.jpg, ...)'
-    if not dataset_path:
-        wrong = 'there is no --dataset_path'
-    elif not os.path.isdir(folder):
-        wrong = f'there is no folder {folder}'
-    else:
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                is_picture = re.fullmatch(r'\d+\.(jpe?g|png|bmp|gif|tga|tiff?)', entry.name.lower())
-                if is_picture and entry.is_file() and entry.stat().st_size:
-                    return
-    raise LevelError(
-        f'{level_name!r} needs the Brady-Konkle-Oliva images, but {wrong}: give the folder that '
-        f'holds {DMLAB_IMAGE_FOLDER} with its numbered pictures as --dataset_path.'
-    )
-
-
                 self._share(file)
             # A folder of a hundred thousand maps is not looked through for each of them. Nobody
             # counts what others write: by chance, all together look once in a hundredth of it.

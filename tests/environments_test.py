@@ -936,6 +936,21 @@ def test_vizdoom_plays_as_gymnasium_does(make, tmp_path, monkeypatch):
         create_environment('VizdoomBasic-MultiBinary-v1', 1)
 
 
+def test_vizdoom_ids_of_ones_own_say_how_often_actions_are_repeated(make):
+    import vizdoom.gymnasium_wrapper  # noqa: F401
+
+    builtin = gymnasium.registry['VizdoomBasic-v1']
+    name = 'VizdoomOfOnesOwn-v0'
+    gymnasium.register(name, builtin.entry_point, kwargs={**builtin.kwargs, 'frame_skip': 7})
+    try:
+        for config, expected in (({}, 7), ({'num_action_repeats': 2}, 2)):
+            environment = make(name, **config)
+            assert environment.spec.num_action_repeats == expected
+            assert environment._env.unwrapped.frame_skip == expected
+    finally:
+        gymnasium.registry.pop(name)
+
+
 def test_nothing_of_vizdoom_outlives_an_actor_that_is_killed(tmp_path):
     before = set(os.listdir('/dev/shm'))
     actor = subprocess.Popen(
@@ -1068,7 +1083,80 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
     environment = create_environment('own_registration_for_test:Own-v3', 7)
     assert environment.spec.num_actions == 2
     environment.close()
+    with pytest.raises(LevelError, match="did you mean 'own_registration_for_test:Own-v3'"):
+        create_environment('own_registration_for_test:Own', 7)
     gymnasium.registry.pop('Own-v3')
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Writes a module of one's own, which is gone with the test."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(text):
+        (tmp_path / 'module_of_ones_own.py').write_text(text)
+        importlib.invalidate_caches()
+        return 'module_of_ones_own'
+
+    yield write
+    sys.modules.pop('module_of_ones_own', None)
+    for name in [name for name in gymnasium.registry if name.startswith('OfOnesOwn')]:
+        gymnasium.registry.pop(name)
+
+
+@pytest.mark.parametrize('attribute', ['make', 'OfOnesOwn-v0'])
+@pytest.mark.parametrize(
+    'text, parts',
+    [
+        ('\nimport no_such_package', ['ModuleNotFoundError', "'no_such_package'", 'line 2']),
+        ('from math import no_such_name', ['ImportError', 'no_such_name', 'line 1']),
+        ('def make(:', ['SyntaxError', 'module_of_ones_own.py, line 1']),
+        ('raise ImportError("first\\n\\nsecond line.")', ['ImportError: first second line (']),
+        ('import math\nmath.nothing', ['AttributeError', "'nothing'", 'line 2']),
+        ('raise KeyError(3)', ['KeyError: 3', 'line 1']),
+    ],
+)
+def test_modules_that_cannot_be_imported(text, parts, attribute, module):
+    with pytest.raises(LevelError) as error:
+        create_environment(f'{module(text)}:{attribute}', 1)
+    for part in [f"'module_of_ones_own:{attribute}' asks for", 'cannot be imported', *parts]:
+        assert part in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_errors_of_several_lines_become_one_sentence_with_all_their_words(module):
+    name = module(
+        'import gymnasium\n'
+        'from environments import LevelError\n'
+        'def imports(seed=0, config=None):\n'
+        '    raise ImportError("no\\njoystick\\n\\nhere")\n'
+        'def levels(seed, config):\n'
+        '    raise LevelError("no\\njoystick\\n\\nhere")\n'
+        'def gymnasiums():\n'
+        '    raise gymnasium.error.DependencyNotInstalled("no\\njoystick\\n\\nhere")\n'
+        'gymnasium.register("OfOnesOwnImports-v0", imports)\n'
+        'gymnasium.register("OfOnesOwnGymnasiums-v0", gymnasiums)\n'
+    )
+    for each in ('imports', 'levels', 'OfOnesOwnImports-v0', 'OfOnesOwnGymnasiums-v0'):
+        with pytest.raises(LevelError) as error:
+            create_environment(f'{name}:{each}', 1)
+        assert 'no joystick here' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_classes_of_gymnasium_are_played_by_their_ids(module, make):
+    name = module(
+        'import gymnasium\n'
+        'from gymnasium.envs.classic_control import CartPoleEnv as OfOnesOwnPole\n'
+        'from gymnasium.envs.classic_control import MountainCarEnv as OfOnesOwnCar\n'
+        'from gymnasium.envs.classic_control import AcrobotEnv as Unregistered\n'
+        'gymnasium.register("OfOnesOwnPole", OfOnesOwnPole)\n'
+        'gymnasium.register("OfOnesOwnCar-v2", OfOnesOwnCar)\n'
+    )
+    assert make(f'{name}:OfOnesOwnPole').spec.num_actions == 2
+    with pytest.raises(LevelError, match=f"lacks the version .* '{name}:OfOnesOwnCar-v2'"):
+        make(f'{name}:OfOnesOwnCar')
+    with pytest.raises(LevelError, match='is a gymnasium.Env, which is played by an id'):
+        make(f'{name}:Unregistered')
 
 
 # Names that cannot be played.
@@ -1081,7 +1169,15 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
         ('ALE/Nonsense-v5', ['ALE/Pong-v5', 'ALE/Breakout-v5']),
         ('ALE/Pong-v6', ['ALE/Pong-v5']),
         ('CartPol-v1', ["Did you mean 'CartPole-v1'?"]),
-        ('cartpole', ["Did you mean 'CartPole-v1'?"]),
+        ('cartpole', ["lacks the version of a Gymnasium id: did you mean 'CartPole-v1'?"]),
+        ('CartPole', ["lacks the version of a Gymnasium id: did you mean 'CartPole-v1'?"]),
+        ('Pong', ["did you mean 'ALE/Pong-v5'?"]),
+        ('MyGame', ['has no version at its end', 'my_module:MyGame-v0', 'deepmind_lab']),
+        (':make', ['no Python module in front of its colon', 'my_module:make']),
+        (':CartPole-v1', ['no Python module in front of its colon', 'my_module:MyGame-v0']),
+        (':', ['nothing behind its colon']),
+        ('math:', ['nothing behind its colon', 'my_module:make']),
+        ('.math:make', ["'.math', which cannot be imported"]),
         ('VizdoomBasics-v1', ["Did you mean 'VizdoomBasic-v1'?"]),
         ('explore_goal_locations_small', ['deepmind_lab', 'build.md', 'ALE/Pong-v5']),
         ('my_own_maze', ['deepmind_lab', 'ALE/Pong-v5']),
@@ -1519,6 +1615,13 @@ def test_level_cache_never_raises(tmp_path, caplog):
         ('Lab(LEVEL, [], {"width": "98"})', 1, 'multiple of 4'),
         ('Lab(LEVEL, [], {"width": 96})', 1, 'TypeError'),
         ('Lab("no_such_level", [])', 1, 'Level not found'),
+        (
+            'os.mkdir("brady_konkle_oliva2008")\n'
+            'lab = Lab("contributed/dmlab30/psychlab_continuous_recognition", [])\n'
+            'lab.reset(); lab.step(FORWARD, 60); lab.step(FORWARD)',
+            -signal.SIGABRT,
+            'cannot read the image',
+        ),
         ('lab.name = 3', 1, 'AttributeError'),
         ('class Mine(Lab): pass', 1, 'TypeError'),
         ('lab.reset(); assert os.fork() or os._exit(0); sys.exit(os.wait()[1] >> 8)', 139, 'fork'),
@@ -1538,10 +1641,3 @@ def test_the_stand_in_is_as_strict_as_the_real_module(code, exit_code, message):
     )
     assert result.returncode == exit_code, result.stderr
     assert message in result.stdout + result.stderr
-        (
-            'os.mkdir("brady_konkle_oliva2008")\n'
-            'lab = Lab("contributed/dmlab30/psychlab_continuous_recognition", [])\n'
-            'lab.reset(); lab.step(FORWARD, 60); lab.step(FORWARD)',
-            -signal.SIGABRT,
-            'cannot read the image',
-        ),
