@@ -4,7 +4,8 @@
     python experiment.py --mode=test --logdir=/tmp/pong
 
 Exit codes: 0 done or stopped by a signal with everything saved, 1 a failure, 2 bad input (one
-sentence says what), 3 an actor job that has lost its learner, 130 interrupted at the start.
+sentence says what), 3 an actor job that has lost its learner, 130 interrupted at the start or in a
+test.
 """
 
 import atexit
@@ -30,6 +31,14 @@ flags.DEFINE_string('logdir', '/tmp/agent', 'Folder of the run: checkpoints, met
 flags.DEFINE_enum('mode', 'train', ['train', 'test'], 'Train, or test the newest checkpoint.')
 flags.DEFINE_integer(
     'test_num_episodes', 10, 'Episodes per level in test mode.', lower_bound=1, upper_bound=100_000
+)
+flags.DEFINE_integer(
+    'test_max_frames',
+    None,
+    'Test: frames after which an episode is cut off. Default: 108,000 for Atari, 1,000,000 for '
+    'others.',
+    lower_bound=1,
+    upper_bound=1_000_000_000,
 )
 flags.DEFINE_enum(
     'test_policy',
@@ -403,6 +412,7 @@ flags.DEFINE_float(
 
 BAD_INPUT_EXIT_CODE = 2
 LEARNER_LOST_EXIT_CODE = 3
+INTERRUPTED_EXIT_CODE = 130
 INTERRUPTED = 'Interrupted before anything was done.'
 
 # What a job of another kind would leave out of account without a word.
@@ -489,7 +499,7 @@ def main(unused_argv: list[str]) -> int:
     except LearnerLost as error:
         return _fail(str(error), LEARNER_LOST_EXIT_CODE)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, 130)
+        return _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
 
 
 def _refusal_of_values() -> str | None:
@@ -620,7 +630,7 @@ def _serve_replay() -> int:
     except replay_job.ReplayJobError as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, 130)
+        return _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
 
 
 def _interruptible_start() -> None:
@@ -798,19 +808,23 @@ def _test() -> int:
     if FLAGS.watch and not path:
         _await_run()
     _restore_flags()
-    returns = evaluation.evaluate(
-        _config(),
-        evaluation.EvaluationConfig(
-            num_episodes=FLAGS.test_num_episodes,
-            policy=FLAGS.test_policy,
-            checkpoint=path or None,
-            watch=FLAGS.watch,
-            num_videos=FLAGS.save_video,
-        ),
-        lambda text: print(text, flush=True),
-    )
+    try:
+        returns = evaluation.evaluate(
+            _config(),
+            evaluation.EvaluationConfig(
+                num_episodes=FLAGS.test_num_episodes,
+                policy=FLAGS.test_policy,
+                checkpoint=path or None,
+                watch=FLAGS.watch,
+                num_videos=FLAGS.save_video,
+                max_frames=FLAGS.test_max_frames,
+            ),
+            lambda text: print(text, flush=True),
+        )
+    except evaluation.EvaluationInterrupted as error:
+        return _fail(str(error), INTERRUPTED_EXIT_CODE)
     if returns is None:
-        return _fail('Interrupted; nothing was written.', 130)
+        return _fail('Interrupted; nothing was written.', INTERRUPTED_EXIT_CODE)
     print(f'Written to {os.path.join(FLAGS.logdir, test_report.SCORES_FILE)}')
     return 0
 

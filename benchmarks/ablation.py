@@ -184,7 +184,7 @@ def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
             continue
         flags = flags_of(plan, setting_name, level_name)
         logdir = folder(name, setting_name, level_name, seed, flags)
-        if not os.path.exists(os.path.join(learning.ROOT, logdir, 'test_scores.json')):
+        if not learning.is_tested(logdir):
             learning.train_and_test(logdir, flags, seed, test_episodes)
         row, episodes = learning.row_of(seed, logdir, plan['levels'][level_name]['learned'])
         filed.runs.append(FiledRun(setting_name, flags, row, thin_curve(episodes)))

@@ -30,7 +30,13 @@ import numpy as np
 import tabulate
 
 from environments import EnvironmentConfig
-from impala.episode_series import Episode, EpisodeQueues, EpisodeSeries, Schedule
+from impala.episode_series import (
+    Episode,
+    EpisodeQueues,
+    EpisodeSeries,
+    Schedule,
+    with_action_noise,
+)
 
 GAMES = ('Pong', 'Breakout', 'Boxing', 'Freeway', 'Qbert', 'Seaquest', 'SpaceInvaders', 'Enduro')
 LEVELS = tuple(f'ALE/{game}-v5' for game in GAMES)
@@ -138,12 +144,15 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
                 actors.close()
 
         schedule = Schedule(LEVELS, num_slots, num_episodes, config.seed, ended)
-        actors = LocalActors(config, spec, TinyAgent(spec.num_actions), workplace, print, schedule)
+        actors = LocalActors(
+            config, with_action_noise(spec), TinyAgent(spec.num_actions), workplace, print, schedule
+        )
         stopwatch = Stopwatch()
         with actors:
             actors.discard_unrolls()
         actors.check()
-        schedule.returns()  # There is one for each episode, or it raises an error.
+        if not schedule.is_complete:
+            raise RuntimeError('Some episodes have no result.')
         return stopwatch.rates(steps)
 
 

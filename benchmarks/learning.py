@@ -94,8 +94,18 @@ def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: 
         tested = subprocess.run(test, cwd=ROOT)
     if tested.returncode:
         sys.exit(tested.returncode)
-    if not os.path.exists(os.path.join(ROOT, logdir, 'test_scores.json')):
+    if not is_tested(logdir):
         sys.exit(f'{logdir} is not tested; the same command goes on with it.')
+
+
+def is_tested(logdir: str) -> bool:
+    """Returns whether all episodes of a run's test have been played; `logdir` from ROOT."""
+    path = os.path.join(ROOT, logdir, 'test_scores.json')
+    if not os.path.exists(path):
+        return False
+    with open(path, encoding='utf-8') as file:
+        # Tests from before there was such a mark were written when they were complete.
+        return not json.load(file).get('partial')
 
 
 @contextlib.contextmanager

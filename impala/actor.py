@@ -1,11 +1,11 @@
 """The actor process: environments and their seats at the batcher, without TensorFlow.
 
-Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON on stdin: lists of
-episodes may be longer than an argument. Exit codes: 83 the batcher was closed or all episodes asked
-for are played, 82 the environment cannot be made or played as asked (one sentence on stderr),
-anything else a failure with its traceback on stderr, if there is one. Warnings of `environments` go
-to a pipe, a line each, as stderr is read only when the process has died, and so do results of
-episodes that were asked for.
+Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON on stdin: they may
+be longer than an argument. Exit codes: 83 the batcher was closed or all episodes asked for are
+played, 82 the environment cannot be made or played as asked (one sentence on stderr), anything else
+a failure with its traceback on stderr, if there is one. Warnings of `environments` go to a pipe, a
+line each, as stderr is read only when the process has died, and so do results of episodes that were
+asked for.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from typing import Any
 
 import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
-from impala.episode_series import Episode, EpisodeQueues, EpisodeSeries
+from impala.episode_series import EpisodeQueues, Episodes, EpisodeSeries
 from impala.trajectory import EpisodeEnd
 
 # Codes with which no environment's own library ends the process.
@@ -145,9 +145,7 @@ def main(settings: dict[str, Any]) -> int:
                 logging.getLogger(environments.__name__).addHandler(logging.StreamHandler(pipe))
             made = []
             if 'episodes' in settings:
-                queues = EpisodeQueues(
-                    [[Episode(*episode) for episode in each] for each in settings['episodes']]
-                )
+                queues = EpisodeQueues([Episodes.from_json(each) for each in settings['episodes']])
                 results = stack.enter_context(os.fdopen(settings['results'], 'w'))
 
                 def record(*result: Any) -> None:
@@ -157,7 +155,7 @@ def main(settings: dict[str, Any]) -> int:
                 environment: environments.Environment
                 if 'episodes' in settings:
                     environment = EpisodeSeries(
-                        level_name, config, queues, index, record, **settings['videos']
+                        level_name, config, queues, index, record, **settings['series']
                     )
                 else:
                     environment = environments.create_environment(

@@ -18,7 +18,7 @@ from typing import IO, Any
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from environments import EnvironmentConfig, LevelError
 from impala.actor import BAD_INPUT_EXIT_CODE, CLOSED_EXIT_CODE
-from impala.episode_series import Episode, Schedule
+from impala.episode_series import Episodes, Schedule
 from impala.seeds import derived_seed
 from impala.trajectory import EnvironmentSpec
 
@@ -320,12 +320,9 @@ class ActorPool:
             settings['seeds'] = [derived_seed(self._seed, self.restarts, actor) for actor in actors]
         else:
             settings |= {
-                'episodes': episodes,
+                'episodes': [each.to_json() for each in episodes],
                 'results': self._results.write_end,
-                'videos': {
-                    'video_folder': self._schedule.video_folder,
-                    'num_videos': self._schedule.num_videos,
-                },
+                'series': self._schedule.series_settings,
             }
             descriptors.append(self._results.write_end)
         process = self._workplace.start(settings, descriptors, errors)
@@ -335,7 +332,7 @@ class ActorPool:
         )
         self._selector.register(descriptor, selectors.EVENT_READ, index)
 
-    def _episodes(self, index: int) -> list[list[Episode]]:
+    def _episodes(self, index: int) -> list[Episodes]:
         """Returns those without a result, of each actor of a process; none without a schedule."""
         if self._schedule is None:
             return []

@@ -155,11 +155,22 @@ class Agent(snt.Module):
         logits, baseline = self._heads(x)
         if self.popart is not None:
             baseline = tf.zeros_like(env_output.reward)
+        return AgentOutput(self.choose_actions(logits, env_output), logits, baseline), state
+
+    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        """Samples actions from the policy.
+
+        Args:
+          logits: f32 `[B, A]`.
+          env_output: `StepOutput` of `[B, ...]` that they are of.
+
+        Returns:
+          i32 `[B]`.
+        """
         action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
         # Of logits that are not finite the sample is `num_actions`, which no environment knows. The
         # learner is the one to see to such logits.
-        action = tf.minimum(action, self._num_actions - 1)
-        return AgentOutput(action, logits, baseline), state
+        return tf.minimum(action, self._num_actions - 1)
 
     def encode(self, frames: tf.Tensor) -> tf.Tensor:
         """Returns the torso's features, f32 `[N, F]`, of frames `[N, ...]`."""

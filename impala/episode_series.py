@@ -3,22 +3,30 @@
 It knows no TensorFlow: actor processes import it.
 """
 
-import collections
+import bisect
+import dataclasses
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import environments
 from impala.seeds import derived_seed
-from impala.trajectory import EpisodeEnd
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+# The observation that holds the random numbers of an agent step.
+ACTION_NOISE = 'action_noise'
 
 _MIN_SIDE = 168
 # Part of every seed, so that a test does not repeat the episodes trained on.
 _TEST = 0x7E57
+# Part of the seed of an episode's action noise, so that it is not the environment's own stream.
+_ACTIONS = 0xAC7
+# Agent steps whose action noise is drawn at once; the stream is the same with any number.
+_NOISE_STEPS = 64
 
 
 class Episode(NamedTuple):
@@ -35,8 +43,59 @@ class Episode(NamedTuple):
     number: int
 
 
+class Episodes(Sequence[Episode]):
+    """Episodes of one level, each made when it is asked for: there may be millions of them."""
+
+    def __init__(
+        self, level_name: str, seed: int, numbers: range, without: Sequence[int] = ()
+    ) -> None:
+        """Names them.
+
+        Args:
+          level_name: what is played.
+          seed: of the test.
+          numbers: within the level.
+          without: those of `numbers` that are left out.
+        """
+        self._level_name = level_name
+        self._seed = seed
+        self._numbers = numbers
+        self._without = sorted(without)
+        # How many episodes stand before each gap.
+        self._gaps = [numbers.index(gap) - i for i, gap in enumerate(self._without)]
+
+    def __len__(self) -> int:
+        return len(self._numbers) - len(self._without)
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f'There is no episode {index} of {len(self)}.')
+        number = self._numbers[index + bisect.bisect_right(self._gaps, index)]
+        return Episode(self._level_name, episode_seed(self._seed, self._level_name, number), number)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON-serialisable form; `from_json` is its inverse."""
+        numbers = self._numbers
+        return {
+            'level_name': self._level_name,
+            'seed': self._seed,
+            'numbers': (numbers.start, numbers.stop, numbers.step),
+            'without': self._without,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> 'Episodes':
+        """Rebuilds what `to_json` returned."""
+        return cls(value['level_name'], value['seed'], range(*value['numbers']), value['without'])
+
+
 class Schedule:
-    """Which episodes are played, who has them at first, and what has come of them."""
+    """Which episodes are played, who has them at first, and what has come of them.
+
+    Attributes:
+      num_played: episodes that have a result.
+      series_settings: of all `EpisodeSeries`, JSON-serialisable keyword arguments.
+    """
 
     def __init__(
         self,
@@ -47,6 +106,7 @@ class Schedule:
         ended: Callable[[int], None] = lambda steps: None,
         video_folder: str | None = None,
         num_videos: int = 0,
+        max_frames: int | None = None,
     ):
         """Decides on the episodes.
 
@@ -58,55 +118,113 @@ class Schedule:
           ended: told the agent steps of each episode that has ended, once it is recorded.
           video_folder: existing folder for videos.
           num_videos: episodes with lower numbers than this are filmed.
+          max_frames: after which an episode is cut off; None for no limit.
         """
-        self.video_folder = video_folder
-        self.num_videos = num_videos
+        self.series_settings: dict[str, Any] = {
+            'video_folder': video_folder,
+            'num_videos': num_videos,
+            'max_frames': max_frames,
+        }
+        self.num_played = 0
+        self._seed = seed
         self._ended = ended
         self._returns: dict[str, dict[int, float]] = {name: {} for name in level_names}
-        self._num_left = num_episodes * len(level_names)
-        self._episodes = []
+        self._cut_off = dict.fromkeys(level_names, 0)
+        self._num_episodes = num_episodes * len(level_names)
+        self._shares = []
         for actor in range(num_actors):
             row, level = divmod(actor, len(level_names))
-            name = level_names[level]
-            numbers = range(row, num_episodes, -(-(num_actors - level) // len(level_names)))
-            self._episodes.append([Episode(name, episode_seed(seed, name, n), n) for n in numbers])
+            stride = -(-(num_actors - level) // len(level_names))
+            self._shares.append((level_names[level], range(row, num_episodes, stride)))
 
-    def episodes_of(self, actor: int) -> list[Episode]:
+    def episodes_of(self, actor: int) -> Episodes:
         """Returns those of an actor that have no result yet."""
-        return [
-            episode
-            for episode in self._episodes[actor]
-            if episode.number not in self._returns[episode.level_name]
-        ]
+        name, numbers = self._shares[actor]
+        played = self._returns[name]
+        # An actor plays its own from the first on, and those who help it from the last on.
+        low, high = 0, len(numbers)
+        while low < high and numbers[low] in played:
+            low += 1
+        while low < high and numbers[high - 1] in played:
+            high -= 1
+        left = numbers[low:high]
+        return Episodes(name, self._seed, left, [number for number in played if number in left])
 
-    def record(self, level_name: str, number: int, episode_return: float, steps: int) -> None:
+    def record(
+        self,
+        level_name: str,
+        number: int,
+        episode_return: float,
+        steps: int,
+        is_cut_off: bool = False,
+    ) -> None:
         """Takes the result of an episode."""
         self._returns[level_name][number] = episode_return
-        self._num_left -= 1
+        self._cut_off[level_name] += is_cut_off
+        self.num_played += 1
         self._ended(steps)
 
     @property
     def is_complete(self) -> bool:
         """Whether all episodes have a result."""
-        return self._num_left == 0
+        return self.num_played == self._num_episodes
 
     def returns(self) -> dict[str, list[float]]:
-        """Returns level name -> returns in the order of the episodes' numbers.
-
-        Raises:
-          RuntimeError: episodes have no result.
-        """
-        if not self.is_complete:
-            raise RuntimeError(f'{self._num_left} episodes have not been played.')
+        """Returns level name -> returns so far, in the order of the episodes' numbers."""
         return {
             name: [value for _, value in sorted(values.items())]
             for name, values in self._returns.items()
         }
 
+    def levels_text(self) -> str:
+        """Returns how many of several levels are complete, to be put behind a number of episodes.
+
+        From any thread.
+        """
+        if len(self._returns) == 1:
+            return ''
+        per_level = self._num_episodes // len(self._returns)
+        complete = sum(len(values) == per_level for values in self._returns.values())
+        return f'; {complete} of {len(self._returns)} levels are complete'
+
+    def cut_off(self) -> dict[str, int]:
+        """Returns level name -> number of its episodes that were cut off."""
+        return dict(self._cut_off)
+
 
 def episode_seed(seed: int, level_name: str, number: int) -> int:
     """Returns the seed of a level's episode with a number, in `[0, 2**31)`."""
     return derived_seed(seed, _TEST, zlib.crc32(level_name.encode()), number)
+
+
+def with_action_noise(spec: EnvironmentSpec) -> EnvironmentSpec:
+    """Returns the spec of `EpisodeSeries` of environments with some spec.
+
+    Its observations have one entry more, `ACTION_NOISE`, f32 `[A]`: independent draws of the
+    standard Gumbel distribution. The action `argmax(logits + noise)` is then a sample of the policy
+    (Maddison et al. 2014, https://arxiv.org/abs/1411.0030), and it follows from episode and agent
+    step, whatever other episodes are played meanwhile.
+    """
+    noise = ArraySpec((spec.num_actions,), 'float32')
+    return dataclasses.replace(spec, observation=spec.observation | {ACTION_NOISE: noise})
+
+
+class _NoiseStream:
+    """The action noise of an episode, one agent step after the other."""
+
+    def __init__(self, seed: int, num_actions: int):
+        self._random = np.random.default_rng((_ACTIONS, seed))
+        self._num_actions = num_actions
+        self._rows: Iterator[np.ndarray] = iter(())
+
+    def next(self) -> np.ndarray:
+        """Returns that of the next agent step, f32 `[A]`."""
+        row = next(self._rows, None)
+        if row is None:
+            rows = self._random.gumbel(size=(_NOISE_STEPS, self._num_actions))
+            self._rows = iter(rows.astype(np.float32))
+            row = next(self._rows)
+        return row
 
 
 class EpisodeQueues:
@@ -119,31 +237,43 @@ class EpisodeQueues:
 
     def __init__(self, episodes: Sequence[Sequence[Episode]]):
         """Args: episodes: of each environment, in their order."""
-        self._queues = [collections.deque(each) for each in episodes]
-        self._sources = list(range(len(self._queues)))
+        self._episodes = list(episodes)
+        # First and behind the last of those that have not begun.
+        self._bounds = [[0, len(each)] for each in episodes]
+        self._sources = list(range(len(self._episodes)))
 
     def first(self, index: int) -> Episode | None:
         """Returns what an environment would take, if that is where it took the last one from."""
         source = self._sources[index]
-        queue = self._queues[source]
+        low, high = self._bounds[source]
+        if low == high:
+            return None
         # Others begin at the end, so that what an environment has prepared for is taken last.
-        return queue[0 if source == index else -1] if queue else None
+        return self._episodes[source][low if source == index else high - 1]
 
     def take(self, index: int) -> Episode | None:
         """Returns what an environment is to play now; None if all episodes have begun."""
-        if not self._queues[self._sources[index]]:
-            self._sources[index] = max(range(len(self._queues)), key=lambda i: len(self._queues[i]))
-        source = self._sources[index]
-        queue = self._queues[source]
-        if not queue:
-            return None
-        return queue.popleft() if source == index else queue.pop()
+        if not self._num_left(self._sources[index]):
+            self._sources[index] = max(range(len(self._bounds)), key=self._num_left)
+        episode = self.first(index)
+        if episode is not None:
+            source = self._sources[index]
+            if source == index:
+                self._bounds[source][0] += 1
+            else:
+                self._bounds[source][1] -= 1
+        return episode
+
+    def _num_left(self, source: int) -> int:
+        low, high = self._bounds[source]
+        return high - low
 
 
 class EpisodeSeries(environments.Environment):
     """Plays episodes one after the other, each as in an environment of its own.
 
     Attributes:
+      spec: see `with_action_noise`.
       is_done: whether there are no more; it must not be stepped then.
     """
 
@@ -153,9 +283,10 @@ class EpisodeSeries(environments.Environment):
         config: environments.EnvironmentConfig,
         queues: EpisodeQueues,
         index: int,
-        record: Callable[[str, int, float, int], None],
+        record: Callable[[str, int, float, int, bool], None],
         video_folder: str | None = None,
         num_videos: int = 0,
+        max_frames: int | None = None,
     ):
         """Makes the environment of the first episode.
 
@@ -167,6 +298,7 @@ class EpisodeSeries(environments.Environment):
           record: told of each episode that has ended; see `Schedule.record`.
           video_folder: existing folder for videos.
           num_videos: episodes with lower numbers than this are filmed.
+          max_frames: after which an episode is cut off; None for no limit.
 
         Raises:
           LevelError: as `environments.create_environment`.
@@ -182,26 +314,33 @@ class EpisodeSeries(environments.Environment):
         self.is_done = first is None
         self._episode = first or Episode(level_name, 0, -1)
         self._environment = self._make()
-        self.spec = self._environment.spec
+        self.spec = with_action_noise(self._environment.spec)
+        self._max_steps = float('inf')
+        if max_frames is not None:
+            self._max_steps = -(-max_frames // self.spec.num_action_repeats)
         self._observation: environments.Observation = {}
         self._prepared: Episode | None = None
         self._return = 0.0
         self._steps = 0
+        self._begin_noise()
 
     def reset(self) -> environments.Observation:
         self._observation = self._environment.reset()
         self._begin()
-        return self._observation
+        return self._observation | {ACTION_NOISE: self._noise.next()}
 
     def step(self, action: int) -> tuple[float, EpisodeEnd, environments.Observation]:
         reward, end, self._observation = self._environment.step(action)
         self._return += float(reward)
         self._steps += 1
         if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
-            self._end()
+            self._end(is_cut_off=False)
+        elif self._steps >= self._max_steps:
+            end = EpisodeEnd.TRUNCATED
+            self._end(is_cut_off=True)
         elif self._film is not None:
             self._film.take(self._observation, self._environment)
-        return reward, end, self._observation
+        return reward, end, self._observation | {ACTION_NOISE: self._noise.next()}
 
     def close(self) -> None:
         if self._film is not None:
@@ -229,21 +368,26 @@ class EpisodeSeries(environments.Environment):
             )
             self._film.take(self._observation, self._environment)
 
-    def _end(self) -> None:
+    def _begin_noise(self) -> None:
+        self._noise = _NoiseStream(self._episode.seed, self.spec.num_actions)
+
+    def _end(self, is_cut_off: bool) -> None:
         if self._film is not None:
             self._film.close()
             self._film = None
-        # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
-        episode_return = float(str(np.float32(self._return)))
-        self._record(self._episode.level_name, self._episode.number, episode_return, self._steps)
+        self._record(
+            self._episode.level_name, self._episode.number, self._return, self._steps, is_cut_off
+        )
         episode = self._queues.take(self._index)
         if episode is None:
             self.is_done = True
             return
         is_same_level = episode.level_name == self._episode.level_name
         self._episode = episode
-        if episode != self._prepared:
-            if not (is_same_level and self._environment.seed_next(episode.seed)):
+        self._begin_noise()
+        is_prepared = episode == self._prepared
+        if is_cut_off or not is_prepared:
+            if not (is_prepared or (is_same_level and self._environment.seed_next(episode.seed))):
                 self._environment.close()
                 self._environment = self._make()
             self._observation = self._environment.reset()

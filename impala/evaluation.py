@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
-import tqdm
 
+from environments import ATARI_MAX_EPISODE_FRAMES
 from impala import test_report
 from impala.actor_pool import Workplace
-from impala.agent import Agent
+from impala.agent import Agent, AgentConfig
 from impala.checkpoint import (
     Checkpointer,
     LogdirError,
@@ -31,8 +31,9 @@ from impala.checkpoint import (
     report_to_stderr,
 )
 from impala.checkpoint import network_settings as settings_of_run
-from impala.episode_series import Schedule
+from impala.episode_series import ACTION_NOISE, Schedule, with_action_noise
 from impala.local_actors import LocalActors
+from impala.progress import Progress
 from impala.run_config import (
     LATER_SETTINGS,
     ConfigError,
@@ -47,7 +48,7 @@ from impala.run_files import complete_checkpoints, newest_checkpoint
 from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.test_report import CheckpointScores
-from impala.trajectory import AgentOutput, EnvironmentSpec, StepOutput
+from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, StepOutput
 
 VIDEO_FOLDER = 'videos'
 
@@ -57,6 +58,14 @@ _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
 _WATCH_TRIES = 4
 _WRITING_SECONDS = 3.0
+# Few environments have longer episodes, and DeepMind Lab's end by themselves long before.
+_MAX_FRAMES = 1_000_000
+
+# Rows that a test computes at a time. With more, a single environment would wait longer, and with
+# fewer, many would: so many cost at most some two or three times what one row costs, and each of
+# them at most about twice what it costs among many.
+_ROWS = 8
+_ROWS_OF_TORSO = {'mlp': 32, 'shallow': 16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +79,7 @@ class EvaluationConfig:
       watch: test the newest checkpoint of a run that goes on, and then each one that follows, in
         their order; those that training removes while another one is tested are left out.
       num_videos: episodes per level that are filmed.
+      max_frames: after which an episode is cut off; None for `default_max_frames`.
     """
 
     num_episodes: int = 10
@@ -77,16 +87,86 @@ class EvaluationConfig:
     checkpoint: str | None = None
     watch: bool = False
     num_videos: int = 0
+    max_frames: int | None = None
 
 
-class _GreedyAgent(Agent):
-    """Does what it deems best, where `Agent` acts by chance."""
+class EvaluationInterrupted(Exception):
+    """A signal ended a test; what had been played is written. The text is for the user."""
+
+
+class _TestAgent(Agent):
+    """Acts by what a row itself holds, so that an episode does not depend on any other.
+
+    It samples with the action noise of `EpisodeSeries`; an episode begins with the last action and
+    the last reward 0, as the first one of an environment does; and the network is always computed
+    with the same number of rows. Else sums of the same numbers would be made in another order, as
+    kernels differ by shape, and a return that hangs on the last bit of a logit would depend on how
+    many environments asked for an action at the same moment.
+    """
+
+    def __init__(self, config: AgentConfig, spec: EnvironmentSpec, name: str = 'agent'):
+        super().__init__(config, spec, name)
+        self._num_rows = _ROWS_OF_TORSO.get(config.torso, _ROWS)
 
     def step(
         self, prev_action: tf.Tensor, env_output: StepOutput, state: Any
     ) -> tuple[AgentOutput, Any]:
-        output, state = super().step(prev_action, env_output, state)
-        return output._replace(action=tf.argmax(output.policy_logits, -1, tf.int32)), state
+        is_first = env_output.done
+        prev_action = tf.where(is_first, 0, prev_action)
+        reward = tf.where(is_first, 0.0, env_output.reward)
+        env_output = env_output._replace(reward=reward)
+        scalar = ArraySpec((), 'float32')
+        logits = ArraySpec((self._num_actions,), 'float32')
+        output = AgentOutput(ArraySpec((), 'int32'), logits, scalar)
+        return in_parts(
+            super().step,
+            self._num_rows,
+            (prev_action, env_output, state),
+            (output, self.state_spec),
+        )
+
+    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        noise = env_output.observation[ACTION_NOISE]
+        return tf.argmax(logits + noise, -1, tf.int32)
+
+
+class _GreedyAgent(_TestAgent):
+    """Does what it deems best."""
+
+    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        return tf.argmax(logits, -1, tf.int32)
+
+
+def in_parts(
+    function: Callable[..., Any], num_rows: int, arguments: tuple[Any, ...], result_spec: Any
+) -> Any:
+    """Calls a function with so many rows at a time.
+
+    Args:
+      function: takes nests of `[num_rows, ...]` and returns one; each row of that follows from the
+        same row of the arguments.
+      num_rows: of each call; the last one is filled up with zeros.
+      arguments: of the function, nests of `[B, ...]`.
+      result_spec: nest of `ArraySpec` of a row that it returns.
+
+    Returns:
+      What the function returns, a nest of `[B, ...]`.
+    """
+    size = tf.shape(tf.nest.flatten(arguments)[0])[0]
+
+    def split(rows: tf.Tensor) -> tf.Tensor:
+        padding = [[0, -size % num_rows]] + [[0, 0]] * (rows.shape.rank - 1)
+        return tf.reshape(tf.pad(rows, padding), [-1, num_rows, *rows.shape[1:]])
+
+    results = tf.map_fn(
+        lambda part: function(*part),
+        tf.nest.map_structure(split, arguments),
+        parallel_iterations=1,
+        fn_output_signature=tf.nest.map_structure(
+            lambda spec: tf.TensorSpec([num_rows, *spec.shape], spec.dtype), result_spec
+        ),
+    )
+    return tf.nest.map_structure(lambda t: tf.reshape(t, [-1, *t.shape[2:]])[:size], results)
 
 
 class _Restorable(tf.Module):
@@ -147,6 +227,7 @@ def evaluate(
       each environment, of the checkpoint tested last; None if SIGINT or SIGTERM came first.
 
     Raises:
+      EvaluationInterrupted: SIGINT or SIGTERM came when some of the episodes had been played.
       KeyboardInterrupt: SIGINT or SIGTERM came before anything was played.
       ConfigError, LevelError, LogdirError: one sentence for the user.
       ActorError: with the actor's own error text.
@@ -167,9 +248,9 @@ def evaluate(
         if network.popart_levels and trained_levels:
             # The levels that are tested may be others.
             network = dataclasses.replace(network, popart_levels=trained_levels)
-        agent = create_agent(network, spec)
-        if evaluation.policy == 'greedy':
-            agent = _GreedyAgent(network, spec)
+        agent = create_agent(
+            network, spec, _GreedyAgent if evaluation.policy == 'greedy' else _TestAgent
+        )
         restorable = _Restorable(agent)
         checkpointer = Checkpointer(config.logdir, restorable)
         if newest_checkpoint(config.logdir) is not None:
@@ -206,6 +287,11 @@ def evaluate(
                     return returns
             if not _await_checkpoint(config.logdir, checkpointer, players):
                 return returns
+
+
+def default_max_frames(spec: EnvironmentSpec) -> int:
+    """Returns the frames after which an episode of a test is cut off, if nobody says."""
+    return ATARI_MAX_EPISODE_FRAMES if spec.suite == 'atari' else _MAX_FRAMES
 
 
 def settings_of_test(config: TrainingConfig, evaluation: EvaluationConfig) -> TrainingConfig:
@@ -300,31 +386,39 @@ def _test(
     agent_steps: int,
     report: Callable[[str], None],
 ) -> dict[str, list[float]] | None:
-    """Tests one checkpoint, whose weights the agent has; None if a signal came first."""
+    """Tests one checkpoint, whose weights the agent has; None if it ends without a result."""
     report(f'Testing {checkpoint}')
     video_folder = None
     if evaluation.num_videos:
         video_folder = _make_video_folder(config.logdir, checkpoint)
-    tf.random.set_seed(config.seed)
     total = evaluation.num_episodes * len(config.level_names)
-    with tqdm.tqdm(total=total, unit='episode', disable=None) as progress:
+    max_frames = evaluation.max_frames or default_max_frames(spec)
+    failure: Exception | None = None
 
-        def ended(steps: int) -> None:
-            progress.update()
-            if schedule.is_complete:
-                actors.close()
+    def ended(steps: int) -> None:
+        progress.update()
+        if schedule.is_complete:
+            actors.close()
 
-        schedule = Schedule(
-            config.level_names, config.num_actors, evaluation.num_episodes, config.seed, ended,
-            video_folder, evaluation.num_videos,
-        )  # fmt: skip
-        actors = LocalActors(config, spec, agent, workplace, report_to_stderr, schedule)
-        with players.playing(actors):
+    schedule = Schedule(
+        config.level_names, config.num_actors, evaluation.num_episodes, config.seed, ended,
+        video_folder, evaluation.num_videos, max_frames,
+    )  # fmt: skip
+    progress = Progress(total, 'episode', schedule.levels_text)
+    actors = LocalActors(
+        config, with_action_noise(spec), agent, workplace, report_to_stderr, schedule
+    )
+    try:
+        with progress, players.playing(actors):
             actors.discard_unrolls()
-            if not schedule.is_complete:
-                if stop.received:
-                    return None
+            if not (schedule.is_complete or stop.received):
                 actors.check()
+    except Exception as error:  # Raised again when what has been played is written.
+        failure = error
+    if not schedule.num_played:
+        if failure is not None:
+            raise failure
+        return None
     returns = schedule.returns()
     scores = CheckpointScores(
         checkpoint=checkpoint,
@@ -334,22 +428,36 @@ def _test(
         seed=config.seed,
         suite=suite,
         returns=returns,
+        num_episodes=evaluation.num_episodes,
+        cut_off=schedule.cut_off(),
+        max_frames=max_frames,
     )
+    not_written = ''
+    try:
+        test_report.write(
+            config.logdir, scores, add_to_history=evaluation.watch and schedule.is_complete
+        )
+    except OSError as error:
+        not_written = f'Cannot write the scores in {config.logdir}: {error.strerror}.'
     # What has been played is shown, whatever becomes of the files.
     report(test_report.table(scores))
-    try:
-        test_report.write(config.logdir, scores, add_to_history=evaluation.watch)
-    except OSError as error:
-        sentence = f'Cannot write the scores in {config.logdir}: {error.strerror}.'
-        if not evaluation.watch:
-            raise LogdirError(sentence) from error
-        report_to_stderr(f'WARNING: {sentence}')
+    if failure is None and not_written and not evaluation.watch:
+        raise LogdirError(not_written)
+    if not_written:
+        report_to_stderr(f'WARNING: {not_written}')
     if video_folder is not None:
         num_videos = len(os.listdir(video_folder))
         report(
             f'{num_videos} videos are in {video_folder}'
             if num_videos
             else 'There are no videos: these levels have no picture.'
+        )
+    if failure is not None:
+        raise failure
+    if not schedule.is_complete:
+        raise EvaluationInterrupted(
+            f'Interrupted: {schedule.num_played:,} of {total:,} episodes were played; their scores '
+            f'are in {config.logdir}, marked as partial.'
         )
     return returns
 

@@ -13,7 +13,14 @@ from typing import Any
 from impala.run_files import CHECKPOINT_FOLDER, FLAG_FILE, METRICS_FILE, NETWORK_FILE
 
 # Flags that say what to do, where or how to watch it, not what the run is.
-TEST_FLAGS = ('test_num_episodes', 'test_policy', 'checkpoint', 'watch', 'save_video')
+TEST_FLAGS = (
+    'test_num_episodes',
+    'test_max_frames',
+    'test_policy',
+    'checkpoint',
+    'watch',
+    'save_video',
+)
 NOT_OF_THE_RUN = ('mode', 'logdir', 'stop_at_frames', 'allow_level_change', *TEST_FLAGS)
 
 # A flag file has some kilobytes; a device or a picture does not end or has far more.

@@ -143,14 +143,21 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
     )
 
 
-def create_agent(network: AgentConfig, spec: EnvironmentSpec) -> Agent:
+def create_agent(
+    network: AgentConfig, spec: EnvironmentSpec, agent_class: type[Agent] = Agent
+) -> Agent:
     """Makes the agent.
+
+    Args:
+      network: its shape.
+      spec: of the environment.
+      agent_class: to make.
 
     Raises:
       ConfigError: the network cannot serve the environment's frames.
     """
     try:
-        return Agent(network, spec)
+        return agent_class(network, spec)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+from collections.abc import Mapping
 from typing import Any
 
 import tabulate
@@ -31,6 +32,7 @@ _HISTORY_HEADER = (
     'policy',
     'seed',
 )
+_NO_SCORE = 'no finite return'
 # What makes two tests the same one.
 _HISTORY_KEY = ('checkpoint', 'agent_steps', 'level', 'episodes', 'policy', 'seed')
 _SUITE_ROWS = {
@@ -52,7 +54,10 @@ class CheckpointScores:
       policy: how actions were chosen.
       seed: of the test.
       suite: the levels that were played.
-      returns: level name -> returns, at least one.
+      returns: level name -> returns of the episodes that were played.
+      num_episodes: of each level that were to be played; if fewer were, the test is partial.
+      max_frames: after which an episode is cut off.
+      cut_off: level name -> how many were; empty if none.
     """
 
     checkpoint: str
@@ -62,33 +67,52 @@ class CheckpointScores:
     seed: int
     suite: Suite
     returns: dict[str, list[float]]
+    num_episodes: int
+    max_frames: int
+    cut_off: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether fewer episodes were played than were to be."""
+        return any(len(returns) < self.num_episodes for returns in self.returns.values())
 
 
 def summary(result: CheckpointScores) -> dict[str, Any]:
     """Returns what `test_scores.json` holds.
 
     Returns:
-      JSON-serialisable: `checkpoint`, `agent_steps`, `frames`, `policy`, `seed`; `levels`: name ->
-      `returns`, `mean`, `interval_95` (of the mean, None of a single episode), `median` and, where
-      they are known, `random`, `human` and `human_normalized` (percent); and, if they are known for
-      more than one level and for all, `suite`: `name`, the values of `scores.SuiteScore`, and
+      JSON-serialisable: `checkpoint`, `agent_steps`, `frames`, `policy`, `seed`, `partial` (whether
+      the test was ended before all episodes were played), `max_frames`; `levels`: name ->
+      `returns` (None in place of those that are not finite), `not_finite` (how many of them),
+      `cut_off` (episodes that were, at `max_frames`), and of the finite ones `mean`, `interval_95`
+      (of the mean, None of a single episode), `median` (None without any) and, where they are
+      known, `random`, `human` and `human_normalized` (percent); and, if they are known for more
+      than one level and for all, `suite`: `name`, the values of `scores.SuiteScore`, and
       `intervals_95` of them.
     """
+    finite = {
+        name: [value for value in returns if math.isfinite(value)]
+        for name, returns in result.returns.items()
+    }
     levels = {}
     for level in result.suite.levels:
-        returns = result.returns[level.name]
-        mean = scores.mean_return(returns, level.name)
+        returns, counted = result.returns[level.name], finite[level.name]
+        mean = scores.mean_return(counted, level.name) if counted else None
         values: dict[str, Any] = {
-            'returns': returns,
+            'returns': [value if math.isfinite(value) else None for value in returns],
+            'not_finite': len(returns) - len(counted),
+            'cut_off': result.cut_off.get(level.name, 0),
             'mean': mean,
-            'interval_95': scores.mean_interval(returns),
-            'median': statistics.median(returns),
+            'interval_95': scores.mean_interval(counted),
+            'median': statistics.median(counted) if counted else None,
         }
         if level.has_scores:
             values |= {
                 'random': level.random,
                 'human': level.human,
-                'human_normalized': scores.human_normalized(mean, level),
+                'human_normalized': (
+                    None if mean is None else scores.human_normalized(mean, level)
+                ),
             }
         levels[level.name] = values
     result_summary: dict[str, Any] = {
@@ -97,13 +121,15 @@ def summary(result: CheckpointScores) -> dict[str, Any]:
         'frames': result.frames,
         'policy': result.policy,
         'seed': result.seed,
+        'partial': result.is_partial,
+        'max_frames': result.max_frames,
         'levels': levels,
     }
-    if len(levels) > 1 and result.suite.has_scores:
+    if len(levels) > 1 and result.suite.has_scores and all(finite.values()):
         result_summary['suite'] = {
             'name': result.suite.name,
-            **dataclasses.asdict(scores.suite_score(result.returns, result.suite.levels)),
-            'intervals_95': scores.suite_intervals(result.returns, result.suite.levels),
+            **dataclasses.asdict(scores.suite_score(finite, result.suite.levels)),
+            'intervals_95': scores.suite_intervals(finite, result.suite.levels),
         }
     return result_summary
 
@@ -120,16 +146,21 @@ def write(logdir: str, result: CheckpointScores, add_to_history: bool = False) -
       OSError: one of them cannot be written.
     """
     content = summary(result)
-    _replace(logdir, SCORES_FILE, (json.dumps(content, indent=2) + '\n').encode())
+    text = json.dumps(content, indent=2, allow_nan=False)
+    _replace(logdir, SCORES_FILE, f'{text}\n'.encode())
     header = ('level', 'episodes', 'mean', 'low', 'high', 'median', 'random', 'human',
-              'human_normalized')  # fmt: skip
+              'human_normalized', 'not_finite', 'cut_off', 'partial')  # fmt: skip
     rows = []
     for name, values in content['levels'].items():
         low, high = values['interval_95'] or ('', '')
-        rows.append(
-            (name, len(values['returns']), values['mean'], low, high, values['median'])
-            + tuple(values.get(column, '') for column in header[6:])
-        )
+        row = values | {
+            'level': name,
+            'episodes': len(values['returns']),
+            'low': low,
+            'high': high,
+            'partial': str(result.is_partial).lower(),
+        }
+        rows.append(['' if row.get(column) is None else row[column] for column in header])
     _replace(logdir, TABLE_FILE, _csv_text([header, *rows]))
     for file in CHART_FILES:
         _replace(logdir, file, _chart(content, os.path.splitext(file)[1][1:]))
@@ -156,27 +187,25 @@ def write(logdir: str, result: CheckpointScores, add_to_history: bool = False) -
 def table(result: CheckpointScores) -> str:
     """Returns the scores as text for the terminal."""
     content = summary(result)
+    columns = {
+        'mean return': ('mean', '.2f'),
+        '95% interval': None,
+        'median': ('median', 'g'),
+        'random': ('random', 'g'),
+        'human': ('human', 'g'),
+        '% of human': ('human_normalized', '.1f'),
+    }
     rows = []
     for name, values in content['levels'].items():
-        rows.append(
-            [
-                name,
-                len(values['returns']),
-                f'{values["mean"]:.2f}',
-                _interval_text(values['interval_95'], 2),
-                f'{values["median"]:g}',
-                *(
-                    f'{values[column]:{form}}' if column in values else ''
-                    for column, form in (
-                        ('random', 'g'),
-                        ('human', 'g'),
-                        ('human_normalized', '.1f'),
-                    )
-                ),
-            ]
-        )
-    headers = ['level', 'episodes', 'mean return', '95% interval', 'median', 'random', 'human',
-               '% of human']  # fmt: skip
+        row = [name, str(len(values['returns']))]
+        for column in columns.values():
+            if column is None:
+                row.append(_interval_text(values['interval_95'], 2))
+                continue
+            value = values.get(column[0])
+            row.append('' if value is None else format(value, column[1]))
+        rows.append(row)
+    headers = ['level', 'episodes', *columns]
     used = [i for i in range(len(headers)) if any(row[i] for row in rows)]
     lines = [
         tabulate.tabulate(
@@ -202,7 +231,34 @@ def table(result: CheckpointScores) -> str:
                 colalign=('left', 'right', 'right'),
             ),
         ]
+    lines += _remarks(result, content)
     return '\n'.join(lines)
+
+
+def _remarks(result: CheckpointScores, content: dict[str, Any]) -> list[str]:
+    """Returns sentences on what is not as in other tests."""
+    remarks = []
+    if result.is_partial:
+        played = sum(map(len, result.returns.values()))
+        remarks.append(
+            f'PARTIAL: {played:,} of {result.num_episodes * len(result.returns):,} episodes were '
+            'played before the test ended; those that end early are over-represented.'
+        )
+    for name, values in content['levels'].items():
+        num_played = len(values['returns'])
+        if values['not_finite']:
+            finite = num_played - values['not_finite']
+            rest = f'the scores are of the other {finite:,}' if finite else 'there is no score'
+            remarks.append(
+                f'{values["not_finite"]:,} of {num_played:,} returns of {name} are not finite: '
+                f'{rest}.'
+            )
+        if values['cut_off']:
+            remarks.append(
+                f'{values["cut_off"]:,} of {num_played:,} episodes of {name} were cut off at '
+                f'--test_max_frames={result.max_frames}.'
+            )
+    return remarks
 
 
 def _interval_text(interval: Any, digits: int) -> str:
@@ -233,11 +289,13 @@ def _chart(content: dict[str, Any], form: str) -> bytes:
     if all('human_normalized' in values for values in levels.values()):
         figure = Figure(figsize=(6.5, 1.2 + 0.19 * len(levels)), dpi=150, layout='constrained')
         axes = figure.subplots()
-        names = sorted(levels, key=lambda name: levels[name]['human_normalized'])
+        names = sorted(levels, key=lambda name: levels[name]['human_normalized'] or 0.0)
         values = [levels[name] for name in names]
-        percents = [value['human_normalized'] for value in values]
+        percents = [value['human_normalized'] or 0.0 for value in values]
         axes.barh(names, percents, color='tab:blue', height=0.7)
         for row, value in enumerate(values):
+            if value['mean'] is None:
+                axes.text(0, row, f' {_NO_SCORE}', va='center', fontsize=6)
             if value['interval_95']:
                 span = value['human'] - value['random']
                 ends = [100 * (end - value['random']) / span for end in value['interval_95']]
@@ -255,7 +313,7 @@ def _chart(content: dict[str, Any], form: str) -> bytes:
         for axes, (name, value) in zip(
             figure.subplots(len(levels), squeeze=False)[:, 0], levels.items(), strict=True
         ):
-            axes.barh([name], [value['mean']], color='tab:blue', height=0.6)
+            axes.barh([name], [value['mean'] or 0.0], color='tab:blue', height=0.6)
             if value['interval_95']:
                 axes.plot(value['interval_95'], [0, 0], color='black', linewidth=1)
             for key, color in (('random', '0.5'), ('human', 'tab:red')):
@@ -263,8 +321,9 @@ def _chart(content: dict[str, Any], form: str) -> bytes:
                     axes.axvline(value[key], color=color, linestyle='--', linewidth=1, label=key)
             if 'human' in value:
                 axes.legend(fontsize=6, frameon=False)
-            if not math.isfinite(value['mean']):
+            if value['mean'] is None:
                 axes.set_xlim(0, 1)
+                axes.text(0.01, 0, _NO_SCORE, va='center', fontsize=7)
             axes.tick_params(labelsize=7)
         axes.set_xlabel('mean return, with its 95% interval', fontsize=8)
     for axes in figure.axes:

@@ -1,13 +1,17 @@
+import dataclasses
+import json
+import time
 from typing import ClassVar
 
 import cv2
 import levels
 import numpy as np
 import pytest
+from scipy import stats
 
 import environments
 from impala import episode_series
-from impala.episode_series import Episode, EpisodeQueues, Schedule, episode_seed
+from impala.episode_series import Episode, EpisodeQueues, Episodes, Schedule, episode_seed
 from impala.trajectory import EpisodeEnd
 
 
@@ -56,11 +60,11 @@ def test_a_schedule_gives_each_level_all_its_numbers_and_takes_results_in_any_or
     for number in (3, 1, 4, 0, 2):
         for name in ('b', 'a'):
             assert not schedule.is_complete
-            with pytest.raises(RuntimeError, match='have not been played'):
-                schedule.returns()
             schedule.record(name, number, 10.0 * number + (name == 'b'), number + 100)
         if number == 1:
-            assert schedule.episodes_of(2) == []
+            assert list(schedule.episodes_of(2)) == []
+            assert schedule.returns() == {'a': [10.0, 30.0], 'b': [11.0, 31.0]}
+            assert schedule.levels_text() == '; 0 of 2 levels are complete'
             assert [episode.number for episode in schedule.episodes_of(1)] == [0, 2, 4]
     assert schedule.is_complete
     assert schedule.returns() == {
@@ -68,6 +72,57 @@ def test_a_schedule_gives_each_level_all_its_numbers_and_takes_results_in_any_or
         'b': [1.0, 11.0, 21.0, 31.0, 41.0],
     }
     assert ended == [103, 103, 101, 101, 104, 104, 100, 100, 102, 102]
+
+
+def test_a_billion_episodes_are_decided_on_and_handed_over_at_once():
+    """Some have been played from the first on; by who had no more of its own, from the last on."""
+    started = time.monotonic()
+    schedule = Schedule(['a'], 2, 10**9, 7)
+    for number in (0, 2, 6, 8, 10**9 - 2):
+        schedule.record('a', number, 1.0, 5)
+    text = json.dumps([schedule.episodes_of(actor).to_json() for actor in range(2)])
+    even, odd = (Episodes.from_json(each) for each in json.loads(text))
+    assert (len(even), len(odd)) == (5 * 10**8 - 5, 5 * 10**8)
+    assert [episode.number for episode, _ in zip(even, range(4), strict=False)] == [4, 10, 12, 14]
+    assert even[len(even) - 1] == Episode('a', episode_seed(7, 'a', 10**9 - 4), 10**9 - 4)
+    queues = EpisodeQueues([even, odd])
+    assert [queues.take(0).number, queues.take(0).number, queues.take(1).number] == [4, 10, 1]
+    assert time.monotonic() - started < 5 and len(text) < 1000
+
+
+@pytest.mark.parametrize('logits', [[0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [0.0, 5.0, -5.0]])
+def test_noise_makes_the_most_probable_action_a_sample_of_the_policy(logits):
+    """Independent of the step before, within an episode and over the first steps of episodes."""
+    within = episode_series._NoiseStream(11, 3)
+    noises = [
+        np.array([within.next() for _ in range(20_000)]),
+        np.array([episode_series._NoiseStream(seed, 3).next() for seed in range(5000)]),
+    ]
+    policy = np.exp(logits) / np.exp(logits).sum()
+    for noise in noises:
+        assert noise.dtype == np.float32
+        actions = (np.array(logits, np.float32) + noise).argmax(1)
+        pairs = np.bincount(3 * actions[::2] + actions[1::2], minlength=9)
+        expected = np.outer(policy, policy).ravel() * len(actions) / 2
+        frequent = expected > 5
+        assert pairs[~frequent].sum() < 30
+        chosen = np.append(pairs[frequent], pairs[~frequent].sum())
+        hoped = np.append(expected[frequent], expected[~frequent].sum() + 1e-9)
+        assert stats.chisquare(chosen[hoped > 1], hoped[hoped > 1], sum_check=False).pvalue > 1e-4
+
+
+def test_noise_follows_from_the_episode_alone():
+    """Not from the number of episodes before, nor from the environment's own stream."""
+
+    def noise(seed, number):
+        stream = episode_series._NoiseStream(seed, 4)
+        return np.array([stream.next() for _ in range(number)])
+
+    np.testing.assert_array_equal(noise(3, 200)[:70], noise(3, 70))
+    assert len(np.unique(noise(3, 200))) == 800
+    assert not np.isin(noise(3, 200), noise(4, 200)).any()
+    own = np.random.default_rng(3).gumbel(size=(200, 4)).astype(np.float32)
+    assert not np.isin(noise(3, 200), own).any()
 
 
 def test_seeds_differ_between_runs_levels_and_episodes():
@@ -158,7 +213,7 @@ def test_episodes_taken_over_are_played_as_they_would_have_been(monkeypatch, is_
                     frames.append(tuple(observation['frame']))
     played = {('1', n): 30 + n for n in range(9)} | {('2', n): 60 + n for n in range(2)}
     assert sorted(results) == sorted(
-        (name, n, float(str(np.float32(0.1 * seed * (2 + seed % 3)))), 2 + seed % 3)
+        (name, n, sum([0.1 * seed] * (2 + seed % 3)), 2 + seed % 3, False)
         for (name, n), seed in played.items()
     )
     # Row 0 of each episode is its own, whoever plays it, and who comes to help plays the other's.
@@ -169,6 +224,36 @@ def test_episodes_taken_over_are_played_as_they_would_have_been(monkeypatch, is_
     for series in both:
         series.close()
     assert not any(level.is_open for level in Told.made)
+
+
+@pytest.mark.parametrize('is_reseeded', [True, False])
+def test_an_episode_is_cut_off_at_its_limit_and_the_next_is_played(monkeypatch, is_reseeded):
+    """Of lengths of 2, 3 and 4 agent steps, two frames each, with room for three."""
+
+    def make(name, seed, config):
+        level = Told(name, seed, is_reseeded)
+        level.spec = dataclasses.replace(level.spec, num_action_repeats=2)
+        return level
+
+    monkeypatch.setattr(environments, 'create_environment', make)
+    queues = EpisodeQueues([[Episode('1', 30 + n, n) for n in range(6)]])
+    results = []
+    series = episode_series.EpisodeSeries(
+        '1', None, queues, 0, lambda *result: results.append(result), max_frames=5
+    )
+    seeds, ends = [int(series.reset()['frame'][1])], []
+    while not series.is_done:
+        _, end, observation = series.step(0)
+        assert observation[episode_series.ACTION_NOISE].shape == (2,)
+        if end:
+            ends.append(end)
+            seeds.append(int(observation['frame'][1]))
+    lengths = [2, 3, 3, 2, 3, 3]
+    assert [(number, steps, is_cut_off) for _, number, _, steps, is_cut_off in results] == [
+        (n, lengths[n], n % 3 == 2) for n in range(6)
+    ]
+    assert ends == [EpisodeEnd.TRUNCATED] * 6 and seeds[:6] == [30, 31, 32, 33, 34, 35]
+    series.close()
 
 
 def test_an_environment_without_an_episode_is_done_at_once():

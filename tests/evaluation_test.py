@@ -1,8 +1,10 @@
+import csv
 import dataclasses
 import json
 import os
 import re
 import shutil
+import signal
 import threading
 
 import cv2
@@ -20,15 +22,14 @@ from impala import (
     run_config,
     run_files,
     suites,
-    test_report,
     training,
 )
 from impala.actor_pool import ActorError
 from impala.agent import Agent, AgentConfig
-from impala.episode_series import episode_seed
+from impala.episode_series import Schedule, episode_seed, with_action_noise
 from impala.evaluation import EvaluationConfig, evaluate
 from impala.learner import LearnerConfig
-from impala.trajectory import StepOutput, StepOutputInfo
+from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 
 @pytest.fixture(scope='module')
@@ -62,9 +63,13 @@ def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episod
         'frames': 100,
         'policy': 'sample',
         'seed': 1,
+        'partial': False,
+        'max_frames': 1_000_000,
         'levels': {
             'levels:lives': {
                 'returns': [12.0] * num_episodes,
+                'not_finite': 0,
+                'cut_off': 0,
                 'mean': 12.0,
                 'interval_95': None if num_episodes == 1 else [12.0, 12.0],
                 'median': 12.0,
@@ -117,13 +122,6 @@ def test_every_level_plays_its_episodes_however_long_they_are(logdir):
     assert scores['suite']['mean_cap_100'] == 75
     assert scores['suite']['intervals_95']['mean_no_cap'] == [125, 125]
     assert 'mean over levels, each capped at 100' in lines[-1]
-
-
-def test_a_process_may_have_more_episodes_than_fit_into_an_argument(logdir):
-    """Which Linux has hold 128 KiB."""
-    run = lives_config(logdir, level_names=('levels:short',), num_actors=1)
-    (returns,) = evaluate(run, EvaluationConfig(5000), print).values()
-    assert returns == [5.0] * 5000
 
 
 def test_a_greedy_policy_does_what_is_most_probable(logdir):
@@ -186,22 +184,6 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
         *rows,
         f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0,greedy,1',
         f'{folder}/ckpt-1,100,100,levels:lives,1,12.0,,,sample,1',
-    ]
-
-
-def test_rows_of_an_older_history_stay(tmp_path):
-    level = suites.known_level('CartPole-v1')
-    old = 'checkpoint,agent_steps,frames,level,episodes,mean,low,high'
-    row = 'ckpt-1,10,10,CartPole-v1,2,9.5,9.0,10.0'
-    (tmp_path / 'test_history.csv').write_text(f'{old}\n{row}\n')
-    scores = test_report.CheckpointScores(
-        'ckpt-1', 10, 10, 'sample', 1, suites.Suite('', (level,)), {'CartPole-v1': [8.0]}
-    )
-    test_report.write(str(tmp_path), scores, add_to_history=True)
-    assert (tmp_path / 'test_history.csv').read_text().splitlines() == [
-        f'{old},policy,seed',
-        f'{row},,',
-        'ckpt-1,10,10,CartPole-v1,1,8.0,,,sample,1',
     ]
 
 
@@ -299,8 +281,7 @@ def cartpole(tmp_path_factory):
 def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpole):
     """Played again, all at once, with nothing but Gymnasium and the network."""
     count = 24
-    # As many environments as episodes: the network sees the action and reward before an episode.
-    run = dataclasses.replace(cartpole[0], num_actors=count, envs_per_process=count // 2)
+    run = cartpole[0]
     (returns,) = evaluate(run, EvaluationConfig(count, 'greedy'), print).values()
 
     agent = Agent(AgentConfig(torso='mlp', use_lstm=False), VECTOR)
@@ -334,6 +315,74 @@ def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpo
     is_clear = margins > 1e-5
     assert is_clear.sum() > count / 2
     np.testing.assert_array_equal(np.array(returns)[is_clear], lengths[is_clear])
+
+
+def test_returns_do_not_depend_on_who_plays(cartpole):
+    """Actions are sampled; the number of rows that share a batch is another one each time."""
+    played = []
+    for num_actors, envs_per_process, count in ((8, 4, 12), (12, 4, 12), (1, 1, 4)):
+        run = dataclasses.replace(
+            cartpole[0], num_actors=num_actors, envs_per_process=envs_per_process
+        )
+        played.append(evaluate(run, EvaluationConfig(count), print)['CartPole-v1'])
+    assert played[0] == played[1]
+    # Fewer episodes are the first of them.
+    assert played[2] == played[0][:4]
+    assert len(set(played[0])) > 6
+
+
+IMAGE = {'frame': ArraySpec((84, 84, 4), 'uint8')}
+SPEAKING = {'frame': ArraySpec((72, 96, 3), 'uint8'), 'instruction': ArraySpec((32,), 'int32')}
+
+
+@pytest.mark.parametrize(
+    ('agent_class', 'network', 'observation'),
+    [
+        (evaluation._TestAgent, AgentConfig('mlp', True), {'frame': ArraySpec((376,), 'float32')}),
+        (evaluation._TestAgent, AgentConfig('shallow', False), IMAGE),
+        (evaluation._TestAgent, AgentConfig('nature', False), IMAGE),
+        (evaluation._TestAgent, AgentConfig('deep', True), SPEAKING),
+        (evaluation._GreedyAgent, AgentConfig('shallow', False), IMAGE),
+    ],
+)
+def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
+    agent_class, network, observation
+):
+    spec = with_action_noise(EnvironmentSpec(observation, 5, 1))
+    agent = agent_class(network, spec)
+    random = np.random.default_rng(1)
+    count = 20
+
+    def rows_of(array):
+        shape = (count, *array.shape)
+        if array.dtype == 'float32':
+            return random.normal(size=shape).astype(np.float32)
+        high = {'uint8': 256, 'int32': 1000}[array.dtype]
+        return random.integers(high, size=shape, dtype=array.dtype)
+
+    reward = rows_of(ArraySpec((), 'float32'))
+    info = StepOutputInfo(reward, np.zeros(count, np.int32))
+    frames = {name: rows_of(array) for name, array in spec.observation.items()}
+    done = random.random(count) < 0.3
+    last_action = random.integers(5, size=count, dtype=np.int32)
+    state = tf.nest.map_structure(rows_of, agent.state_spec)
+
+    def step(last_action, reward, done, state, chosen=slice(None)):
+        rows = (last_action, StepOutput(reward, info, done, frames), state)
+        rows = tf.nest.map_structure(lambda array: tf.constant(array[chosen]), rows)
+        return [output.numpy() for output in tf.nest.flatten(agent.step(*rows))]
+
+    together = step(last_action, reward, done, state)
+    for chosen in ([7], [19, 7], [3, 7, *range(8, 17)]):
+        some = step(last_action, reward, done, state, np.array(chosen))
+        for part, whole in zip(some, together, strict=True):
+            np.testing.assert_array_equal(part, whole[chosen])
+    # An episode does not know the one before.
+    all_first = np.ones(count, bool)
+    nothing = tf.nest.map_structure(np.zeros_like, (last_action, reward, all_first, state))
+    nothing = (*nothing[:2], all_first, nothing[3])
+    for one, other in zip(step(last_action, reward, all_first, state), step(*nothing), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_scores_are_those_of_training_that_learns_nothing(cartpole):
@@ -388,6 +437,60 @@ def test_another_network_is_refused(logdir):
         evaluate(lives_config(logdir, use_lstm=True), EvaluationConfig(1), print)
 
 
+def test_an_episode_without_an_end_is_cut_off(logdir):
+    run = lives_config(logdir, level_names=('levels:endless',))
+    lines = []
+    returns = evaluate(run, EvaluationConfig(6, max_frames=30), lines.append)
+    assert returns == {'levels:endless': [30.0] * 6}
+    assert lines[-1].endswith(
+        '\n6 of 6 episodes of levels:endless were cut off at --test_max_frames=30.'
+    )
+    scores = json.loads((logdir / 'test_scores.json').read_text())
+    assert (scores['max_frames'], scores['levels']['levels:endless']['cut_off']) == (30, 6)
+    atari = EnvironmentSpec(IMAGE, 4, 4, 'atari')
+    assert evaluation.default_max_frames(atari) == 108_000
+    assert evaluation.default_max_frames(VECTOR) == 1_000_000
+
+
+def after_results(monkeypatch, number, act):
+    """Has something done when so many episodes have a result."""
+    record = Schedule.record
+
+    def record_and_act(schedule, *result):
+        record(schedule, *result)
+        if schedule.num_played == number:
+            act()
+
+    monkeypatch.setattr(Schedule, 'record', record_and_act)
+
+
+def test_an_interrupted_test_leaves_what_was_played(logdir, tmp_path, monkeypatch):
+    shutil.copytree(logdir, tmp_path, dirs_exist_ok=True)
+    names = ('levels:short', 'levels:endless')
+    run = lives_config(tmp_path, level_names=names, num_actors=2)
+    after_results(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    lines = []
+    with pytest.raises(evaluation.EvaluationInterrupted, match='3 of 6 episodes were played'):
+        evaluate(run, EvaluationConfig(3), lines.append)
+    assert 'PARTIAL: 3 of 6 episodes were played before' in lines[-1]
+    scores = json.loads((tmp_path / 'test_scores.json').read_text())
+    assert scores['partial'] is True
+    assert scores['levels']['levels:short']['mean'] == 5.0
+    assert scores['levels']['levels:endless'] == {
+        'returns': [], 'not_finite': 0, 'cut_off': 0, 'mean': None, 'interval_95': None,
+        'median': None,
+    }  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / 'test_scores.csv').read_text().splitlines()))
+    assert [(row['episodes'], row['mean'], row['partial']) for row in rows] == [
+        ('3', '5.0', 'true'),
+        ('0', '', 'true'),
+    ]
+    # The history is of whole tests only.
+    with pytest.raises(evaluation.EvaluationInterrupted):
+        evaluate(run, EvaluationConfig(3, watch=True), lines.append)
+    assert not (tmp_path / 'test_history.csv').exists()
+
+
 def test_a_failing_environment_raises_its_error(logdir):
     run = lives_config(logdir, level_names=('levels:failing',))
     with pytest.raises(Exception, match='the joystick is broken'):
@@ -413,6 +516,9 @@ def test_an_episode_that_cannot_be_played_ends_the_test(logdir, tmp_path, monkey
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
     with pytest.raises(ActorError, match='restarted 2 times'):
         evaluate(run, EvaluationConfig(8), print)
+    # What was played before is not lost.
+    scores = json.loads((logdir / 'test_scores.json').read_text())
+    assert scores['partial'] and len(scores['levels']['levels:dies_again']['returns']) == 4
     deadly = str(episode_seed(1, 'levels:dies_again', 4))
     assert (tmp_path / 'died').read_text().split() == [deadly] * 3
 

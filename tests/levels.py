@@ -271,6 +271,11 @@ def long(seed: int, config: environments.EnvironmentConfig) -> environments.Envi
     return _Level(20)
 
 
+def endless(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has one episode, without an end."""
+    return _Level(-1)
+
+
 def wide(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has observations of three numbers."""
     level = _Level()

@@ -1,0 +1,73 @@
+"""Says how far a long piece of work is: a bar on a terminal, elsewhere a line now and then."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tqdm
+
+# Between two lines where there is no terminal.
+LINE_SECONDS = 10.0
+_BAR_SECONDS = 1.0
+
+
+class Progress:
+    """Shows on stderr how much is done while the block of this context manager runs.
+
+    A thread of its own does that, so that something is seen also where nothing advances.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        detail: Callable[[], str] = lambda: '',
+        line_seconds: float | None = None,
+    ):
+        """Prepares; nothing is shown yet.
+
+        Args:
+          total: of units.
+          unit: of what is done, in the singular.
+          detail: returns what there is to add to a line; called on another thread.
+          line_seconds: between two lines where there is no terminal; None for `LINE_SECONDS`.
+        """
+        self.done = 0
+        self._total = total
+        self._unit = unit
+        self._detail = detail
+        self._line_seconds = LINE_SECONDS if line_seconds is None else line_seconds
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._show, name='progress', daemon=True)
+        self._bar: tqdm.tqdm | None = None
+
+    def __enter__(self) -> 'Progress':
+        self._started = time.monotonic()
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._bar = tqdm.tqdm(total=self._total, unit=self._unit)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._is_over.set()
+        self._thread.join()
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, number: int = 1) -> None:
+        """Notes that so many more units are done."""
+        self.done += number
+        if self._bar is not None:
+            self._bar.update(number)
+
+    def _show(self) -> None:
+        while not self._is_over.wait(_BAR_SECONDS if self._bar else self._line_seconds):
+            if self._bar is not None:
+                self._bar.refresh()
+                continue
+            seconds = time.monotonic() - self._started
+            plural = '' if self._total == 1 else 's'
+            line = f'{self.done:,} of {self._total:,} {self._unit}{plural} in {seconds:.0f} s'
+            print(line + self._detail(), file=sys.stderr, flush=True)
