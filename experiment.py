@@ -9,6 +9,7 @@ test.
 """
 
 import atexit
+import contextlib
 import dataclasses
 import gc
 import math
@@ -23,6 +24,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from impala import flag_file
+from impala.output import outlive_readers
 from impala.tensorflow_start import starting_tensorflow
 
 FLAGS = flags.FLAGS
@@ -643,7 +645,8 @@ def _interruptible_start() -> None:
     terminal = os.dup(sys.stderr.fileno())
 
     def end(number: int, frame: Any) -> None:
-        os.write(terminal, f'{INTERRUPTED}\n'.encode())
+        with contextlib.suppress(OSError):
+            os.write(terminal, f'{INTERRUPTED}\n'.encode())
         os._exit(128 + number)
 
     signal.signal(signal.SIGINT, end)
@@ -1001,6 +1004,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 if __name__ == '__main__':
+    outlive_readers()
     _interruptible_start()
     # Else Python looks for garbage among all of TensorFlow's objects before it ends, which takes
     # more than a second. What has to be brought to an end is by then.

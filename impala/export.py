@@ -26,6 +26,7 @@ with starting_tensorflow():
 
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, network_settings
+from impala.output import outlive_readers
 from impala.run_config import frame_dtype, latent_size, popart_levels
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
@@ -168,4 +169,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ import numpy as np
 from environments import LevelError
 from impala import suites
 from impala.learning_curve import STYLE as CURVE_STYLE
+from impala.output import outlive_readers
 from impala.run_files import FLAG_FILE, LogdirError, read_episodes, read_metrics
 
 WINDOW = 100
@@ -419,4 +420,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -26,6 +26,7 @@ import numpy as np
 import experiment
 from environments import LevelError
 from impala import plot, scores, suites, sweep_report, sweep_state
+from impala.output import outlive_readers
 from impala.run_files import (
     CHECKPOINT_FOLDER,
     CHECKPOINT_PREFIX,
@@ -520,4 +521,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
+    outlive_readers()
     sys.exit(main(sys.argv[1:]))

@@ -791,6 +791,29 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         assert_one_sentence(run, 2, f'{tmp_path}/home/run is not the folder of a training run')
 
 
+def test_nobody_reads_what_a_run_and_its_test_say(tmp_path):
+    """As behind `| head -1` or in a terminal that is gone: writing fails."""
+    program = tmp_path / 'unread.py'
+    program.write_text(
+        'import os, runpy\n'
+        'full = os.open("/dev/full", os.O_WRONLY)\n'
+        'os.dup2(full, 1), os.dup2(full, 2)\n'
+        f'runpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
+    )
+    flags = (
+        '--level_name=levels:short', '--num_actors=2', '--unroll_length=10',
+        '--total_environment_frames=200', f'--logdir={tmp_path}/run',
+    )  # fmt: skip
+    for index, more in enumerate(((), ('--mode=test', '--test_num_episodes=3'), ('--nothing',))):
+        folder = tmp_path / str(index)
+        with WarmRun(folder, *flags, *more, program=program, pythonpath=[PROGRAM.parent]) as run:
+            assert run.wait() == (2 if more == ('--nothing',) else 0)
+        assert run.stdout == run.stderr == ''
+    assert checkpoints(tmp_path / 'run')
+    scores = json.loads((tmp_path / 'run' / 'test_scores.json').read_text())
+    assert scores['levels']['levels:short']['returns'] == [5.0] * 3
+
+
 def test_threads_of_an_operation(tmp_path):
     script = (
         'import sys, experiment; sys.argv[0] = "experiment"; experiment.FLAGS(sys.argv); '
