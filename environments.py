@@ -731,8 +731,12 @@ def _import_registrations(level_name: str) -> None:
         ) from error
 
 
-def _suggestion(level_name: str) -> str:
+def _suggestion(level_name: str, module: str = '') -> str:
     """Returns a question to end an error with, or nothing if no known level has such a name.
+
+    Args:
+      level_name: without the module that registers it.
+      module: that module with a colon, to stand before what is suggested.
 
     Raises:
       LevelError: the name is that of an id but for the version.
@@ -755,7 +759,7 @@ def _suggestion(level_name: str) -> str:
             f'{level_name!r} lacks the version of a Gymnasium id: did you mean {known!r}?'
         )
     close = difflib.get_close_matches(level_name.lower(), names, n=1, cutoff=0.75)
-    return f' Did you mean {names[close[0]]!r}?' if close else ''
+    return f' Did you mean {module + names[close[0]]!r}?' if close else ''
 
 
 def _create_gymnasium_environment(
@@ -769,7 +773,9 @@ def _create_gymnasium_environment(
     elif plain_id not in gymnasium.registry:
         _import_registrations(plain_id)
     if plain_id not in gymnasium.registry:
-        raise LevelError(f'Gymnasium has no {plain_id!r}.{_suggestion(plain_id)}')
+        raise LevelError(
+            f'Gymnasium has no {plain_id!r}.{_suggestion(plain_id, f"{module}:" if module else "")}'
+        )
 
     registered = gymnasium.registry[plain_id]
     entry_point = str(registered.entry_point)

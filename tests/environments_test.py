@@ -1085,6 +1085,8 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
     environment.close()
     with pytest.raises(LevelError, match="did you mean 'own_registration_for_test:Own-v3'"):
         create_environment('own_registration_for_test:Own', 7)
+    with pytest.raises(LevelError, match="Did you mean 'own_registration_for_test:Own-v3'"):
+        create_environment('own_registration_for_test:Own-v4', 7)
     gymnasium.registry.pop('Own-v3')
 
 
