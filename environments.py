@@ -57,6 +57,8 @@ INSTRUCTION_LENGTH = 32
 _DEFAULT_SIZE = (96, 72)
 _DEFAULT_ATARI_SIZE = (84, 84)
 ATARI_MAX_EPISODE_FRAMES = 108_000
+# Of Atari's games and of DeepMind Lab.
+SUITE_FRAMES_PER_SECOND = 60.0
 ATARI_NUM_ACTIONS = 18
 # The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
 ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
@@ -210,6 +212,11 @@ class Environment(abc.ABC):
     """
 
     spec: EnvironmentSpec
+
+    @property
+    def frames_per_second(self) -> float | None:
+        """Frames of a second of play at its natural speed; None if there is no such speed."""
+        return None
 
     @abc.abstractmethod
     def reset(self) -> Observation:
@@ -411,6 +418,10 @@ class AtariEnvironment(Environment):
     def seed_next(self, seed: int) -> bool:
         self._next_seed = seed
         return True
+
+    @property
+    def frames_per_second(self) -> float | None:
+        return SUITE_FRAMES_PER_SECOND
 
     def render(self) -> np.ndarray | None:
         return self._ale.getScreenRGB()
@@ -952,6 +963,13 @@ class GymnasiumEnvironment(Environment):
         self._seed = seed
         return True
 
+    @property
+    def frames_per_second(self) -> float | None:
+        rate = (self._env.metadata or {}).get('render_fps')
+        if isinstance(rate, int | float | np.number) and 0 < rate < math.inf:
+            return float(rate)
+        return None
+
     def render(self) -> np.ndarray | None:
         import gymnasium
 
@@ -1326,6 +1344,10 @@ class DeepMindLabEnvironment(Environment):
         if lab.is_running():
             return reward, EpisodeEnd.NOT_ENDED, self._observe(lab)
         return reward, EpisodeEnd.TERMINATED, self.reset()
+
+    @property
+    def frames_per_second(self) -> float | None:
+        return SUITE_FRAMES_PER_SECOND
 
     def seed_next(self, seed: int) -> bool:
         self._episode_seeds = np.random.RandomState(seed)

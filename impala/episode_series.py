@@ -21,6 +21,8 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 ACTION_NOISE = 'action_noise'
 
 _MIN_SIDE = 168
+# In videos of environments that have no speed of their own.
+_FRAMES_PER_SECOND = 10.0
 # Part of every seed, so that a test does not repeat the episodes trained on.
 _TEST = 0x7E57
 # Part of the seed of an episode's action noise, so that it is not the environment's own stream.
@@ -339,7 +341,7 @@ class EpisodeSeries(environments.Environment):
             end = EpisodeEnd.TRUNCATED
             self._end(is_cut_off=True)
         elif self._film is not None:
-            self._film.take(self._observation, self._environment)
+            self._film.take(self._observation)
         return reward, end, self._observation | {ACTION_NOISE: self._noise.next()}
 
     def close(self) -> None:
@@ -363,10 +365,9 @@ class EpisodeSeries(environments.Environment):
             name = re.sub(r'[^A-Za-z0-9]+', '_', self._episode.level_name)
             self._film = _Film(
                 os.path.join(self._video_folder, f'{name}_{self._episode.number}'),
-                self.spec.num_action_repeats,
-                self._environment.spec.suite,
+                self._environment,
             )
-            self._film.take(self._observation, self._environment)
+            self._film.take(self._observation)
 
     def _begin_noise(self) -> None:
         self._noise = _NoiseStream(self._episode.seed, self.spec.num_actions)
@@ -397,16 +398,17 @@ class EpisodeSeries(environments.Environment):
 class _Film:
     """Videos of an episode: the frames of the agent, and what a person would see."""
 
-    def __init__(self, path: str, num_action_repeats: int, suite: str):
+    def __init__(self, path: str, environment: environments.Environment):
         self._path = path
-        # Those two have 60 frames a second; others have no time of their own.
-        self._rate = max(1.0, 60 / num_action_repeats) if suite else 10.0
-        self._is_atari = suite == 'atari'
+        self._environment = environment
+        frames_per_second = environment.frames_per_second or _FRAMES_PER_SECOND
+        rate = frames_per_second / environment.spec.num_action_repeats
+        # Encoders take fractions of small numbers.
+        self._rate = max(0.1, round(rate, 2))
+        self._is_atari = environment.spec.suite == 'atari'
         self._writers: dict[str, Any] = {}
 
-    def take(
-        self, observation: environments.Observation, environment: environments.Environment
-    ) -> None:
+    def take(self, observation: environments.Observation) -> None:
         frame = observation['frame']
         if frame.dtype == np.uint8 and frame.ndim == 3:
             if frame.shape[2] in (3, 4) and not self._is_atari:
@@ -416,7 +418,7 @@ class _Film:
                 # The newest one of a stack of grey frames is the last.
                 rgb = np.repeat(frame[..., -1:], 3, axis=2)
             self._write('agent', rgb)
-        picture = environment.render()
+        picture = self._environment.render()
         if picture is not None:
             self._write('person', picture)
 

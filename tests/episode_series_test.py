@@ -29,11 +29,12 @@ from impala.trajectory import EpisodeEnd
     ],
 )
 def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, filmed):
-    film = episode_series._Film(str(tmp_path / 'film'), 4, suite)
-    frame = np.tile(np.array(channels, np.uint8), (64, 64, 1))
     level = levels.short(0, None)
+    level.spec = dataclasses.replace(level.spec, suite=suite)
+    film = episode_series._Film(str(tmp_path / 'film'), level)
+    frame = np.tile(np.array(channels, np.uint8), (64, 64, 1))
     for _ in range(3):
-        film.take({'frame': frame}, level)
+        film.take({'frame': frame})
     film.close()
     video = cv2.VideoCapture(str(tmp_path / 'film_agent.mp4'))
     pictures = [video.read()[1] for _ in range(3)]
@@ -42,6 +43,31 @@ def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, f
     # Encoding loses a little.
     for picture in pictures:
         np.testing.assert_allclose(picture.mean((0, 1))[::-1], filmed, atol=8)
+
+
+@pytest.mark.parametrize(
+    ('level_name', 'repeats', 'rate'),
+    [
+        # Its metadata have 50.
+        ('CartPole-v1', None, 50),
+        ('CartPole-v1', 3, 16.67),
+        ('ALE/Pong-v5', None, 15),
+        ('ALE/Pong-v5', 1, 60),
+        # 35 tics.
+        ('VizdoomBasic-v1', None, 8.75),
+        ('levels:short', None, 10),
+    ],
+)
+def test_a_film_has_the_speed_of_the_environment(tmp_path, level_name, repeats, rate):
+    config = environments.EnvironmentConfig(num_action_repeats=repeats)
+    environment = environments.create_environment(level_name, 1, config)
+    film = episode_series._Film(str(tmp_path / 'film'), environment)
+    film.take({'frame': np.zeros((64, 64, 3), np.uint8)})
+    film.close()
+    environment.close()
+    video = cv2.VideoCapture(str(tmp_path / 'film_agent.mp4'))
+    assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, abs=0.01)
+    video.release()
 
 
 def test_a_schedule_gives_each_level_all_its_numbers_and_takes_results_in_any_order():
