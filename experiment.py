@@ -4,8 +4,8 @@
     python experiment.py --mode=test --logdir=/tmp/pong
 
 Exit codes: 0 done or stopped by a signal with everything saved, 1 a failure, 2 bad input (one
-sentence says what), 3 an actor job that has lost its learner, 130 interrupted at the start or in a
-test.
+sentence says what), 3 an actor job that has lost its learner, 4 done and saved though most unrolls
+were lost since actors kept dying, 130 interrupted at the start or in a test.
 """
 
 import atexit
@@ -25,6 +25,7 @@ from absl import app, flags, logging
 
 from impala import flag_file
 from impala.output import outlive_readers
+from impala.stop_signal import INTERRUPTED, INTERRUPTED_EXIT_CODE
 from impala.tensorflow_start import starting_tensorflow
 
 FLAGS = flags.FLAGS
@@ -402,6 +403,21 @@ flags.DEFINE_integer(
     upper_bound=10**6,
 )
 flags.DEFINE_float(
+    'silence_secs',
+    60.0,
+    'Seconds that an environment may take for a step, or to be made, before that is reported; 0: '
+    'never.',
+    lower_bound=0,
+    upper_bound=1e9,
+)
+flags.DEFINE_float(
+    'actor_timeout',
+    600.0,
+    'Seconds after which its process is killed and restarted; 0: never.',
+    lower_bound=0,
+    upper_bound=1e9,
+)
+flags.DEFINE_float(
     'save_checkpoint_secs',
     600.0,
     'Seconds of training between checkpoints.',
@@ -414,8 +430,7 @@ flags.DEFINE_float(
 
 BAD_INPUT_EXIT_CODE = 2
 LEARNER_LOST_EXIT_CODE = 3
-INTERRUPTED_EXIT_CODE = 130
-INTERRUPTED = 'Interrupted before anything was done.'
+UNROLLS_LOST_EXIT_CODE = 4
 
 # What a job of another kind would leave out of account without a word.
 _FLAGS_OF_ACTOR_JOBS = ('envs_per_actor', 'reconnect_timeout', 'actor_device')
@@ -432,6 +447,8 @@ _FREE_FLAGS = (
     'level_cache_gb',
     'save_checkpoint_secs',
     'log_secs',
+    'silence_secs',
+    'actor_timeout',
 )
 _SCHEDULE_FLAGS = (
     'total_environment_frames',
@@ -474,11 +491,12 @@ def main(unused_argv: list[str]) -> int:
     from environments import LevelError
     from impala import checkpoint, learner_devices, run_files
     from impala.actor_job import ActorJobError, LearnerLost
-    from impala.actor_pool import ActorError
+    from impala.actor_pool import UnrollsLostError
     from impala.learner_group import LearnerGroupError
     from impala.remote import ServerError
     from impala.run_config import ConfigError
     from impala.training import TrainingError
+    from impala.workplace import ActorError
 
     try:
         if is_actor:
@@ -500,6 +518,10 @@ def main(unused_argv: list[str]) -> int:
         return _fail(str(error), 1)
     except LearnerLost as error:
         return _fail(str(error), LEARNER_LOST_EXIT_CODE)
+    except UnrollsLostError as error:
+        if error.checkpoint is not None:
+            _print_end(error.checkpoint)
+        return _fail(str(error), UNROLLS_LOST_EXIT_CODE)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, INTERRUPTED_EXIT_CODE)
 
@@ -654,7 +676,7 @@ def _interruptible_start() -> None:
 
 
 def _train() -> int:
-    from impala import checkpoint, run_log
+    from impala import checkpoint
 
     def accept() -> None:
         if checkpoint.checkpoint_paths(FLAGS.logdir):
@@ -664,7 +686,15 @@ def _train() -> int:
     path = _learn(accept)
     if path is None:
         print('Stopped before the first update: there is no checkpoint yet.')
-        return 0
+    else:
+        _print_end(path)
+    return 0
+
+
+def _print_end(path: str) -> None:
+    """Says how far a run has come; `path` is that of its last checkpoint."""
+    from impala import run_log
+
     summary = run_log.read_summary(FLAGS.logdir)
     print(run_log.describe_summary(summary))
     print(f'Checkpoint: {path}')
@@ -674,7 +704,6 @@ def _train() -> int:
         print('The same command goes on from there.')
     else:
         print('The run is complete; a larger --total_environment_frames goes on from there.')
-    return 0
 
 
 def _train_with_first() -> int:
@@ -838,6 +867,7 @@ def _config() -> Any:
     from impala import suites
     from impala.learner import LearnerConfig
     from impala.run_config import TrainingConfig, with_common_actions
+    from impala.silence import SilenceLimits
 
     if FLAGS.level_name.endswith('.csv'):
         # The run may be resumed and tested from another folder.
@@ -919,6 +949,7 @@ def _config() -> Any:
         inference_timeout_ms=FLAGS.inference_timeout_ms,
         queue_capacity=FLAGS.queue_capacity,
         max_actor_restarts=FLAGS.max_actor_restarts,
+        silence=SilenceLimits(FLAGS.silence_secs, FLAGS.actor_timeout),
         save_checkpoint_secs=FLAGS.save_checkpoint_secs,
         log_secs=FLAGS.log_secs,
     )

@@ -101,10 +101,10 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
 
     from benchmarks.infrastructure import TinyAgent
     from impala import evaluation
-    from impala.actor_pool import Workplace
     from impala.learner import LearnerConfig
     from impala.local_actors import LocalActors
     from impala.run_config import TrainingConfig
+    from impala.workplace import Workplace
 
     # As experiment.py does.
     tf.config.threading.set_inter_op_parallelism_threads(1)

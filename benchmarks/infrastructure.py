@@ -24,8 +24,9 @@ import tensorflow as tf
 from benchmarks import machine
 from environments import EnvironmentConfig
 from impala.acting import BehaviourPolicy, UnrollSource
-from impala.actor_pool import ActorPool, Workplace
+from impala.actor_pool import ActorPool
 from impala.trajectory import AgentOutput
+from impala.workplace import Workplace
 
 LEVEL = 'benchmarks.fixed_frame:make'
 

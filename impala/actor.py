@@ -6,12 +6,16 @@ played, 82 the environment cannot be made or played as asked (one sentence on st
 a failure with its traceback on stderr, if there is one. Warnings of `environments` go to a pipe, a
 line each, as stderr is read only when the process has died, and so do results of episodes that were
 asked for.
+
+What environments start stays in this process's group, and what ends the process ends the group.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,6 +29,12 @@ from impala.trajectory import EpisodeEnd
 # Codes with which no environment's own library ends the process.
 BAD_INPUT_EXIT_CODE = 82
 CLOSED_EXIT_CODE = 83
+
+# Has the process print where in the code it is; it is sent to one that shows no sign of life.
+STACK_SIGNAL = signal.SIGUSR1
+
+# Begins the line of stderr that holds a sentence for the user, among all that libraries print.
+_SENTENCE_MARK = 'impala.actor says '
 
 # The learner and those who answer actors go first: all actors wait for these.
 NICENESS = 5
@@ -111,9 +121,25 @@ def _exit_with_parent(lifeline: int) -> None:
 
     def wait() -> None:
         os.read(lifeline, 1)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=wait, name='lifeline', daemon=True).start()
+
+
+def say(sentence: object) -> None:
+    """Prints a sentence on stderr from which `sentence_of` gets it back, lines and all."""
+    print(f'\n{_SENTENCE_MARK}{json.dumps(str(sentence))}', file=sys.stderr, flush=True)
+
+
+def sentence_of(printed: str) -> str | None:
+    """Returns the sentence that `say` printed last, if there is one among all that was printed."""
+    for line in reversed(printed.splitlines()):
+        if line.startswith(_SENTENCE_MARK):
+            with contextlib.suppress(ValueError):
+                return str(json.loads(line.removeprefix(_SENTENCE_MARK)))
+    return None
 
 
 def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig) -> str:
@@ -130,6 +156,15 @@ def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig
 def main(settings: dict[str, Any]) -> int:
     """Runs actors, or tells the specs of levels; returns the exit code."""
     _exit_with_parent(settings['lifeline'])
+    faulthandler.register(STACK_SIGNAL, all_threads=False)
+    for name in ('lifeline', 'spec_pipe', 'segment', 'warnings', 'results'):
+        if name in settings:
+            # What an environment starts must not keep the others waiting for its end.
+            os.set_inheritable(settings[name], False)
+    if 'process_groups' in settings:
+        # For whoever ends what is left of this group, should nobody else be there to.
+        with open(os.path.join(settings['process_groups'], str(os.getpid())), 'w'):
+            pass
     os.nice(NICENESS)
     config = environments.EnvironmentConfig(**settings['environment'])
     if 'segment' not in settings:
@@ -176,7 +211,7 @@ def main(settings: dict[str, Any]) -> int:
             except ClosedError:
                 return CLOSED_EXIT_CODE
     except environments.LevelError as error:
-        print(error, file=sys.stderr)
+        say(error)
         return BAD_INPUT_EXIT_CODE
     return CLOSED_EXIT_CODE
 

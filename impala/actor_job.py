@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from impala import remote_actors
-from impala.actor_pool import Workplace
 from impala.agent import Agent, AgentConfig
 from impala.local_actors import LocalActors
 from impala.remote import Closed, Disconnected, LearnerConnection, Rejected
@@ -26,6 +25,7 @@ from impala.run_config import (
 )
 from impala.seeds import derived_seed
 from impala.stop_signal import StopSignal
+from impala.workplace import Workplace, require_files
 
 _MAX_BACK_OFF_SECONDS = 5.0
 # Refused unrolls in a row after which this job can be taken to be broken.
@@ -82,6 +82,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
       LearnerLost: the learner was not there for `reconnect_timeout`.
       ActorJobError: the learner refuses what this job sends.
       ActorError: an environment died too often, or sends nothing that can be learned from.
+      UnrollsLostError: the job has ended, but environments kept dying.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -94,7 +95,8 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         config = dataclasses.replace(
             config, seed=derived_seed(config.seed, job.task, max(version, 0))
         )
-        workplace = stack.enter_context(Workplace(config.environment))
+        require_files(config.num_processes, 'envs_per_actor', config.num_actors)
+        workplace = stack.enter_context(Workplace(config.environment, config.silence, report))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = settings['network']
         agent_config = AgentConfig(
@@ -139,6 +141,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             _play(config, job, settings['level_names'], actors, learner)
         if not stop.received and not learner.finished:
             actors.check()
+        actors.check_losses()
     sentence = 'Training is complete.' if learner.finished else 'Stopped.'
     if discarded := actors.discarded_unrolls():
         sentence += (

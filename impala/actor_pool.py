@@ -6,195 +6,40 @@ import fcntl
 import json
 import os
 import selectors
-import shutil
+import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import IO, Any
 
-from dynamic_batching.unroll_batcher import UnrollBatcher
-from environments import EnvironmentConfig, LevelError
-from impala.actor import BAD_INPUT_EXIT_CODE, CLOSED_EXIT_CODE
+from dynamic_batching.unroll_batcher import Activity, ActorState, UnrollBatcher
+from environments import LevelError
+from impala import workplace as places
+from impala.actor import BAD_INPUT_EXIT_CODE, STACK_SIGNAL, sentence_of
+from impala.crash_log import CrashLog
 from impala.episode_series import Episodes, Schedule
+from impala.run_config import ConfigError
 from impala.seeds import derived_seed
-from impala.trajectory import EnvironmentSpec
+from impala.silence import SilenceWatch, since
+from impala.start_progress import StartProgress
+from impala.workplace import ActorError, LinePipe, Workplace
 
-# What an actor gets to end by itself, in seconds, before it is killed.
-GRACE_SECONDS = 2.0
-# Of what an actor prints so much is passed on when it dies, and not much more is kept until then.
-ERROR_BYTES = 4000
+# Of what an actor prints not much more is kept until it dies.
 MAX_PRINTED_BYTES = 1_000_000
-CUT_SECONDS = 5.0
+# A sentence may be longer than what is shown of other output.
+_SENTENCE_BYTES = 100_000
 
 
-class ActorError(Exception):
-    """Actors died too often; the text holds the last one's own error."""
+class UnrollsLostError(Exception):
+    """Actors kept dying, and most of their unrolls were lost; the text is one sentence.
 
-
-class Workplace:
-    """What actor processes share: a temporary folder, and a pipe that tells them of our end.
-
-    Both go when the block is left. If this process is killed instead, the pipe is closed by the
-    kernel, whereupon the actors exit and a shell that waited for that removes the folder.
+    Attributes:
+      checkpoint: path of the last checkpoint, None where there is none.
     """
 
-    def __init__(self, config: EnvironmentConfig):
-        """Prepares for actors.
-
-        Args:
-          config: of their environments; its `temp_folder` is replaced.
-        """
-        self._lifeline, self._held_end = os.pipe()
-        self._temp_folder = tempfile.mkdtemp(prefix='impala-')
-        # A job scheduler's signal to all processes of a run is not for this one. Once more a moment
-        # later: an actor may just have been writing.
-        remove = 'trap "" HUP INT TERM; read _; rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }'
-        self._janitor = subprocess.Popen(
-            ['/bin/sh', '-c', remove, self._temp_folder],
-            stdin=self._lifeline,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        self.config = dataclasses.replace(config, temp_folder=self._temp_folder)
-
-    def __enter__(self) -> 'Workplace':
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        os.close(self._held_end)
-        os.close(self._lifeline)
-        self._janitor.wait()
-        # In case somebody killed it.
-        shutil.rmtree(self._temp_folder, ignore_errors=True)
-
-    def start(
-        self, settings: dict[str, Any], descriptors: Sequence[int], errors: IO[bytes]
-    ) -> subprocess.Popen:
-        """Starts an actor process.
-
-        Args:
-          settings: for `impala.actor.main`, but for `lifeline` and `environment`.
-          descriptors: that it inherits, under their own numbers.
-          errors: file for what it prints.
-        """
-        settings = settings | {
-            'lifeline': self._lifeline,
-            'environment': dataclasses.asdict(self.config),
-        }
-        # One environment per core: threads of its libraries would only take it from the others.
-        threads = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
-        with tempfile.TemporaryFile('w+') as settings_file:
-            json.dump(settings, settings_file)
-            settings_file.seek(0)
-            return subprocess.Popen(
-                [sys.executable, '-m', 'impala.actor'],
-                stdin=settings_file,
-                stdout=errors,
-                stderr=errors,
-                pass_fds=(self._lifeline, *descriptors),
-                # What a terminal or a job scheduler sends to all processes of a run is for this
-                # one.
-                start_new_session=True,
-                # A level may be a callable of the user's own, found wherever this process finds it.
-                env=os.environ
-                | threads
-                | {'LP_NUM_THREADS': '0', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
-            )
-
-    def environment_spec(self, level_name: str, seed: int) -> EnvironmentSpec:
-        """Returns the spec of one level; see `common_spec`."""
-        return self.common_spec([level_name], seed)
-
-    def common_spec(self, level_names: Sequence[str], seed: int) -> EnvironmentSpec:
-        """Returns the spec that all levels have, asked of a process that tries each of them.
-
-        Args:
-          level_names: at least one; repetitions do not matter.
-          seed: of the environments that are made for it.
-
-        Raises:
-          LevelError: levels cannot be played, or not by one agent; all of them are named.
-          ActorError: an environment failed; the text is its traceback.
-        """
-        names = list(dict.fromkeys(level_names))
-        answers = self._describe(names, seed)
-        errors = {name: answer['error'] for name, answer in answers.items() if 'error' in answer}
-        if len(names) == 1 and errors:
-            raise LevelError(errors[names[0]])
-        if errors:
-            reasons: dict[str, list[str]] = {}
-            for name, reason in errors.items():
-                reasons.setdefault(reason.replace(repr(name), 'this level'), []).append(name)
-            sentences = [
-                f'{", ".join(who)}: {reason if len(who) > 1 else errors[who[0]]}'
-                for reason, who in reasons.items()
-            ]
-            raise LevelError(
-                f'{len(errors)} of the {len(names)} levels cannot be played here. '
-                + ' '.join(sentences)
-            )
-        specs = {
-            name: EnvironmentSpec.from_json(answer['spec']) for name, answer in answers.items()
-        }
-        common = specs[names[0]]
-        for what, value_of in (
-            ('observations', lambda spec: spec.observation),
-            ('actions', lambda spec: spec.num_actions),
-            ('frames per action', lambda spec: spec.num_action_repeats),
-        ):
-            others = [name for name in names if value_of(specs[name]) != value_of(common)]
-            if others:
-                raise LevelError(
-                    f'One agent cannot play levels that differ in their {what}: {names[0]} has '
-                    f'{_shown(value_of(common))}, but '
-                    + ', '.join(f'{name} {_shown(value_of(specs[name]))}' for name in others)
-                    + '.'
-                )
-        return common
-
-    def _describe(self, level_names: list[str], seed: int) -> dict[str, Any]:
-        """Returns level name -> what `impala.actor` tells of it, in a process of its own."""
-        read_end, write_end = os.pipe()
-        with tempfile.TemporaryFile() as errors, os.fdopen(read_end) as pipe:
-            process = self.start(
-                {'level_names': level_names, 'seed': seed, 'spec_pipe': write_end},
-                [write_end],
-                errors,
-            )
-            os.close(write_end)
-            lines = pipe.read().splitlines()
-            process.wait()
-            if len(lines) < len(level_names):
-                raise ActorError(
-                    f'The environment {level_names[len(lines)]} failed:\n{_tail(errors)}'
-                )
-        return dict(zip(level_names, map(json.loads, lines), strict=True))
-
-
-class _LinePipe:
-    """What actor processes write, line by line."""
-
-    def __init__(self) -> None:
-        self.read_end, self.write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
-        self._unfinished = b''
-
-    def read_lines(self) -> list[bytes]:
-        """Returns all lines that have been written."""
-        text = self._unfinished
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(self.read_end, 65536):
-                text += part
-        *lines, self._unfinished = text.split(b'\n')
-        return lines
-
-    def close(self) -> None:
-        os.close(self.read_end)
-        os.close(self.write_end)
+    checkpoint: str | None = None
 
 
 @dataclasses.dataclass
@@ -205,6 +50,8 @@ class _ActorProcess:
     descriptor: int  # Readable when the process has ended.
     num_episodes: int  # That it was given.
     restarts_in_a_row: int = 0
+    is_up: bool = False  # All its environments have been made and reset.
+    silent_seconds: float = 0.0  # For which it was silent when it was given up.
 
 
 class ActorPool:
@@ -244,10 +91,15 @@ class ActorPool:
         self._report = report
         self._schedule = schedule
         self._failure: Exception | None = None
+        self._crashes = CrashLog()
+        self._silence = SilenceWatch(workplace.limits, places.LONGEST_GAP_SECONDS)
+        self._start_progress: StartProgress | None = None
+        self._looked_at = 0.0
+        self._unrolls_completed, self._unrolls_lost = 0, 0  # Of processes that have died.
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
-        self._results = _LinePipe()
-        self._warnings = _LinePipe()
+        self._results = LinePipe()
+        self._warnings = LinePipe()
         # No actor waits for a pool that is not listening any more.
         os.set_blocking(self._warnings.write_end, False)
         self._reported_warnings: set[bytes] = set()
@@ -266,12 +118,10 @@ class ActorPool:
             self._warnings.read_end, selectors.EVENT_READ, self._pass_warnings_on
         )
         self._selector.register(self._results.read_end, selectors.EVENT_READ, self._record_results)
-        try:
-            for index in range(len(self._groups)):
-                self._start(index, restarts_in_a_row=0)
-        except BaseException:
-            self._end_processes()
-            raise
+        self._start_progress = StartProgress(
+            self._report,
+            lambda: f'{self._num_up()} of {len(self._groups)} actor processes are up',
+        )
         self._supervisor.start()
         return self
 
@@ -285,6 +135,9 @@ class ActorPool:
         os.close(self._wake_write)
         self._warnings.close()
         self._results.close()
+        summary = self._crashes.summary()
+        if summary is not None and self._failure is None:
+            self._report(summary)
 
     @property
     def process_ids(self) -> list[int]:
@@ -297,15 +150,30 @@ class ActorPool:
 
         Raises:
           LevelError: an environment cannot be played as asked.
+          ConfigError: the system permits no more processes.
           ActorError: an actor died more than `max_restarts` times in a row.
         """
         if self._failure is not None:
             raise self._failure
 
+    def check_losses(self) -> None:
+        """Raises an error if most unrolls were lost.
+
+        An unroll is lost if it was not full when the process of its actor died.
+
+        Raises:
+          UnrollsLostError: processes died more than once, and fewer than half of the unrolls that
+            were begun, but for those under way now, were completed.
+        """
+        completed = self._unrolls_completed + sum(self._batcher.statistics().completed_unrolls)
+        if self.restarts > 1 and completed < self._unrolls_lost:
+            raise UnrollsLostError(
+                f'Actors kept dying: {completed:,} unrolls were completed, and '
+                f'{self._unrolls_lost:,} were lost when the processes that played them died '
+                f'({self.restarts:,} times).'
+            )
+
     def _start(self, index: int, restarts_in_a_row: int) -> None:
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        # What is printed after a cut goes to the new end.
-        fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
         actors = self._groups[index]
         settings: dict[str, Any] = {
             'level_names': [self._level_names[actor] for actor in actors],
@@ -325,11 +193,17 @@ class ActorPool:
                 'series': self._schedule.series_settings,
             }
             descriptors.append(self._results.write_end)
-        process = self._workplace.start(settings, descriptors, errors)
-        descriptor = os.pidfd_open(process.pid)
-        self._processes[index] = _ActorProcess(
-            actors, process, errors, descriptor, sum(map(len, episodes)), restarts_in_a_row
-        )
+        with places.limits_in_words(), contextlib.ExitStack() as stack:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            # What is printed after a cut goes to the new end.
+            fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
+            process = self._workplace.start(settings, descriptors, errors)
+            stack.callback(self._workplace.end, process)
+            descriptor = os.pidfd_open(process.pid)
+            self._processes[index] = _ActorProcess(
+                actors, process, errors, descriptor, sum(map(len, episodes)), restarts_in_a_row
+            )
+            stack.pop_all()  # All of it is the process's now.
         self._selector.register(descriptor, selectors.EVENT_READ, index)
 
     def _episodes(self, index: int) -> list[Episodes]:
@@ -339,24 +213,97 @@ class ActorPool:
         return [self._schedule.episodes_of(actor) for actor in self._groups[index]]
 
     def _supervise(self) -> None:
-        while True:
-            for key, _ in self._selector.select(CUT_SECONDS):
-                if key.data is None:
+        try:
+            for index in range(len(self._groups)):
+                if self._batcher.activity().closed:
+                    break
+                self._start(index, restarts_in_a_row=0)
+                if not self._attend(0.0):
                     return
-                try:
-                    if callable(key.data):
-                        key.data()
-                    else:
-                        self._replace(key.data)
-                except Exception as error:  # Raised again where the training loop looks.
-                    self._failure = error
-                    self._batcher.close()
-                    return
-            for each in self._processes.values():
-                if os.fstat(each.errors.fileno()).st_size > MAX_PRINTED_BYTES:
-                    end = _tail(each.errors).encode()
-                    os.ftruncate(each.errors.fileno(), 0)
-                    os.write(each.errors.fileno(), end + b'\n')
+            while self._attend(places.WATCH_SECONDS):
+                pass
+        except Exception as error:  # Raised again where the training loop looks.
+            self._failure = error
+            self._batcher.close()
+
+    def _attend(self, seconds: float) -> bool:
+        """Waits for events and acts on them; returns False when the pool is to end."""
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                return False
+            if callable(key.data):
+                key.data()
+            else:
+                self._replace(key.data)
+        now = time.monotonic()
+        if now - self._looked_at >= places.WATCH_SECONDS:
+            self._looked_at = now
+            self._cut_output()
+            self._watch(now)
+        return True
+
+    def _cut_output(self) -> None:
+        for each in self._processes.values():
+            if os.fstat(each.errors.fileno()).st_size > MAX_PRINTED_BYTES:
+                end = places.tail(each.errors).encode()
+                os.ftruncate(each.errors.fileno(), 0)
+                os.write(each.errors.fileno(), end + b'\n')
+
+    def _watch(self, now: float) -> None:
+        """Looks for signs of life: reports processes that show none, and kills them in the end."""
+        activity = self._batcher.activity()
+        if activity.closed:
+            return
+        signs: dict[int, Hashable] = {}
+        for index, each in self._processes.items():
+            states = [activity.states[actor] for actor in each.actors]
+            each.is_up = each.is_up or ActorState.IDLE not in states
+            # Who sleeps waits for the policy or the learner, who take what time they need. A
+            # process does so for one of its actors, while others may have been answered.
+            is_waiting = ActorState.SLEEPING in states
+            progress = [activity.progress[actor] for actor in each.actors]
+            signs[index] = None if is_waiting else (each.process.pid, *states, *progress)
+        if self._start_progress is not None:
+            self._start_progress.look(now)
+            if len(signs) == len(self._groups) == self._num_up():
+                if self._start_progress.has_reported:
+                    self._start_progress.tell()
+                self._start_progress = None
+        silences = self._silence.look(now, signs)
+        if silences.due:
+            self._report(self._silence_report(silences.due, activity))
+        for index, seconds in silences.back.items():
+            who = self._who(self._processes[index].actors)
+            self._report(f'A sign of life after {seconds:.0f} s of silence, of {who}')
+        for index, seconds in silences.timed_out.items():
+            each = self._processes[index]
+            if each.silent_seconds:
+                self._workplace.signal(each.process, signal.SIGKILL)
+            else:
+                # Where it hangs is its own error; next time it is killed.
+                os.kill(each.process.pid, STACK_SIGNAL)
+            each.silent_seconds = seconds
+        for index, each in self._processes.items():
+            if index not in silences.timed_out:
+                each.silent_seconds = 0.0
+
+    def _num_up(self) -> int:
+        return sum(each.is_up for each in self._processes.values())
+
+    def _silence_report(self, silent: dict[int, float], activity: Activity) -> str:
+        actors: list[int] = []
+        for index in silent:
+            group = self._processes[index].actors
+            # Of a process only one environment can have the turn, unless all wait for their first.
+            for state in (ActorState.ACTING, ActorState.IDLE, ActorState.ANSWERED):
+                if those := [actor for actor in group if activity.states[actor] == state]:
+                    actors += those
+                    break
+        return (
+            f'No sign of life for {since(max(silent.values()))}, of the environment of '
+            f'{self._who(actors)}'
+            + self._workplace.consequence('its process is killed and restarted')
+        )
 
     def _pass_warnings_on(self) -> None:
         for line in self._warnings.read_lines():
@@ -372,65 +319,90 @@ class ActorPool:
 
     def _replace(self, index: int) -> None:
         ended = self._processes[index]
-        code = ended.process.wait()
+        code = self._workplace.end(ended.process)
         # What it has written before its end counts.
         self._record_results()
         num_episodes = sum(map(len, self._episodes(index)))
+        is_over = self._batcher.activity().closed
         # Soon this pool is closed, too, or the test is over for this one.
-        if code == CLOSED_EXIT_CODE or num_episodes == 0 < ended.num_episodes:
-            self._selector.unregister(ended.descriptor)
+        if is_over or (self._schedule is not None and num_episodes == 0):
+            self._forget(index)
             return
-        text = _tail(ended.errors)
-        if code == BAD_INPUT_EXIT_CODE:
-            raise LevelError(text.splitlines()[-1])
+        # An exit code alone may be the environment's own.
+        sentence = sentence_of(places.tail(ended.errors, _SENTENCE_BYTES))
+        if code == BAD_INPUT_EXIT_CODE and sentence is not None:
+            raise LevelError(sentence)
+        text = sentence or places.tail(ended.errors)
+        completed = self._batcher.statistics().completed_unrolls
+        num_completed = sum(completed[actor] for actor in ended.actors)
         if self._schedule is None:
-            completed = self._batcher.statistics().completed_unrolls
-            has_worked = any(completed[actor] > 0 for actor in ended.actors)
+            has_worked = num_completed > 0
         else:
             # Full unrolls prove nothing: an episode that was begun is played again from its start.
             has_worked = num_episodes < ended.num_episodes
         in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
-        what = f'signal {-code}' if code < 0 else f'exit code {code}'
-        who = ', '.join(f'{actor} ({self._level_names[actor]})' for actor in ended.actors)
+        how = places.how_ended(code)
+        if ended.silent_seconds:
+            how = f'was silent for {ended.silent_seconds:.0f} s (--actor_timeout), was killed'
+        who = self._who(ended.actors)
+        who = who[0].upper() + who[1:]
         if in_a_row > self._max_restarts:
             raise ActorError(
-                f'Actor {who} ended with {what} and was restarted '
-                f'{self._max_restarts} times in a row before. Its own error:\n{text}'
+                f'{who} {how} and was restarted {self._max_restarts} times in a row before. Its '
+                f'own error:\n{text or places.NOTHING}'
             )
-        self._report(f'Actor {who} ended with {what} and is restarted.\n{text}'.rstrip())
+        shown = self._crashes.take(who, how, text)
+        if shown is not None:
+            self._report(shown)
         self._forget(index)
         self.restarts += 1
+        self._unrolls_completed += num_completed
+        self._unrolls_lost += len(ended.actors)
         for actor in ended.actors:
             self._batcher.reset_actor(actor)
-        self._start(index, in_a_row)
+        try:
+            self._start(index, in_a_row)
+        except ConfigError as error:  # No mistake in the run's settings, which were good so far.
+            raise ActorError(str(error)) from error
 
     def _forget(self, index: int) -> None:
         ended = self._processes.pop(index)
+        self._silence.forget(index)
         with contextlib.suppress(KeyError):
             self._selector.unregister(ended.descriptor)
         os.close(ended.descriptor)
         ended.errors.close()
 
     def _end_processes(self) -> None:
-        deadline = time.monotonic() + GRACE_SECONDS
+        states = self._batcher.activity().states
+        for each in self._processes.values():
+            # It would not hear of the end before its environments are made.
+            if all(states[actor] == ActorState.IDLE for actor in each.actors):
+                self._workplace.signal(each.process, signal.SIGTERM)
+        places.have_ended(
+            [each.descriptor for each in self._processes.values()], places.GRACE_SECONDS
+        )
+        for each in self._processes.values():
+            self._workplace.signal(each.process, signal.SIGKILL)
         for index, each in list(self._processes.items()):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                each.process.wait(max(0.0, deadline - time.monotonic()))
-            if each.process.poll() is None:
-                each.process.kill()
-                each.process.wait()
+            self._workplace.end(each.process)
             self._forget(index)
 
+    def _who(self, actors: Sequence[int]) -> str:
+        """Returns actors with their levels, as 'actors 0-3, 7 (Pong), 4 (Breakout)'."""
+        numbers: dict[str, list[int]] = {}
+        for actor in sorted(actors):
+            numbers.setdefault(self._level_names[actor], []).append(actor)
+        parts = [f'{_ranges(those)} ({level})' for level, those in numbers.items()]
+        return f'actor{"" if len(actors) == 1 else "s"} {", ".join(parts)}'
 
-def _shown(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    return ' and '.join(
-        f'{name} {spec.dtype} {"x".join(map(str, spec.shape))}' for name, spec in value.items()
-    )
 
-
-def _tail(errors: IO[bytes]) -> str:
-    errors.seek(0, os.SEEK_END)
-    errors.seek(max(0, errors.tell() - ERROR_BYTES))
-    return errors.read().decode(errors='replace').strip() or '(it printed nothing)'
+def _ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers, as '0-3, 7'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ', '.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)

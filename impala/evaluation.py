@@ -21,7 +21,6 @@ import tensorflow as tf
 
 from environments import ATARI_MAX_EPISODE_FRAMES
 from impala import test_report
-from impala.actor_pool import Workplace
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import (
     Checkpointer,
@@ -49,6 +48,7 @@ from impala.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.test_report import CheckpointScores
 from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, StepOutput
+from impala.workplace import Workplace, require_files
 
 VIDEO_FOLDER = 'videos'
 
@@ -241,7 +241,8 @@ def evaluate(
     config = settings_of_test(config, evaluation)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        workplace = stack.enter_context(Workplace(config.environment))
+        require_files(config.num_processes, 'num_actors', config.num_actors)
+        workplace = stack.enter_context(Workplace(config.environment, config.silence))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = dataclasses.replace(choose_network(config, spec), compute_dtype='float32')
         trained_levels = popart_levels(settings_of_run(config.logdir) or {})
@@ -268,7 +269,7 @@ def evaluate(
                 )
             report(f'Waiting for the first checkpoint in {config.logdir}')
         _check_writable(config.logdir)
-        stop.then(players.close)
+        stop.then(players.close, nothing_to_lose=True)
         returns = None
         while True:
             if checkpointer.latest is not None:
@@ -396,6 +397,7 @@ def _test(
     failure: Exception | None = None
 
     def ended(steps: int) -> None:
+        stop.begun()
         progress.update()
         if schedule.is_complete:
             actors.close()

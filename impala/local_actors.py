@@ -9,12 +9,13 @@ import tensorflow as tf
 from environments import level_cache_statistics
 from impala.acting import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
 from impala.actor import describe_non_finite
-from impala.actor_pool import ActorError, ActorPool, Workplace
+from impala.actor_pool import ActorPool
 from impala.agent import Agent
 from impala.episode_series import Schedule
 from impala.learner_group import Log
 from impala.run_config import TrainingConfig
 from impala.trajectory import EnvironmentSpec
+from impala.workplace import ActorError, Workplace
 
 # Unrolls in a row, of all actors, that are discarded for values that are not finite until the run
 # ends: so many for each actor, and so many at least.
@@ -112,6 +113,7 @@ class LocalActors:
 
         Raises:
           LevelError: an environment cannot be played as asked.
+          ConfigError: the system permits no more processes.
           ActorError: an actor died too often, or nothing came any more that can be learned from.
         """
         self._behaviour.check()
@@ -127,6 +129,10 @@ class LocalActors:
                 f'Nothing comes that can be learned from: {what}, and each of the last '
                 f'{statistics.discarded_in_a_row} unrolls held such a value.'
             )
+
+    def check_losses(self) -> None:
+        """Raises an error if most unrolls were lost; see `ActorPool.check_losses`."""
+        self._pool.check_losses()
 
     def finish(self) -> None:
         """Ends playing when training is complete."""

@@ -11,6 +11,7 @@ from environments import EnvironmentConfig
 from impala.agent import DTYPES, Agent, AgentConfig
 from impala.decoder import Decoder
 from impala.learner import LearnerConfig
+from impala.silence import SilenceLimits
 from impala.suites import Suite
 from impala.torsos import LATENT_SIZE
 from impala.trajectory import EnvironmentSpec
@@ -57,6 +58,7 @@ class TrainingConfig:
         see `Agent.initialize_orthogonally`.
       replay_addresses: `host:port` of the replay jobs that hold the replay; none for the learner's
         memory.
+      silence: how long an environment may take for a step, or to be made.
     """
 
     logdir: str
@@ -84,12 +86,18 @@ class TrainingConfig:
     latent_size: int = LATENT_SIZE
     initializer: str = 'truncated_normal'
     replay_addresses: tuple[str, ...] = ()
+    silence: SilenceLimits = SilenceLimits()
 
     @property
     def last_frames(self) -> int:
         """Frames after which the process that trains ends."""
         total = self.total_environment_frames
         return min(self.stop_at_frames or total, total)
+
+    @property
+    def num_processes(self) -> int:
+        """Processes in which the actors of this machine run."""
+        return -(-self.num_actors // self.envs_per_process)
 
     @property
     def levels_text(self) -> str:

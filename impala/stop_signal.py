@@ -1,15 +1,24 @@
 """Ends a run cleanly on the signals that ask for it."""
 
+import contextlib
 import os
+import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+# What is said of a run that was interrupted before there was anything to save.
+INTERRUPTED = 'Interrupted before anything was done.'
 
 # A second signal this soon is the first one once more: `timeout` and job schedulers send theirs to
 # a process and to its group.
 SAME_SIGNAL_SECONDS = 1.0
+# A process that has nothing to lose gets this long to end, in seconds: TensorFlow may be at
+# something that takes longer and that nobody can interrupt.
+START_SECONDS = 4.0
+INTERRUPTED_EXIT_CODE = 130
 
 
 class StopSignal:
@@ -19,7 +28,10 @@ class StopSignal:
     Afterwards it calls the function given to `then`, once and on a thread of its own: the main
     thread may well be inside TensorFlow, waiting for data, where Python's own handlers do not run,
     and the function must be what lets it return. A second signal, more than `SAME_SIGNAL_SECONDS`
-    after the first, then ends the process at once.
+    after the first, ends the process at once.
+
+    Until there is something to lose, the process is ended `START_SECONDS` after the signal if the
+    block has not been left by then.
 
     Attributes:
       received: whether a signal has come.
@@ -29,57 +41,94 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._stop: Callable[[], Any] | None = None
+        self._interrupts = True
+        self._has_interrupted = False
+        self._may_be_lost = True
         self.received = False
 
-    def then(self, stop: Callable[[], Any]) -> None:
+    def then(self, stop: Callable[[], Any], nothing_to_lose: bool = False) -> None:
         """From now on the signal calls a function.
 
         Args:
           stop: function without arguments, called on another thread.
+          nothing_to_lose: whether, until `begun` is called, the process may be ended by force.
         """
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._wakeup = signal.set_wakeup_fd(self._write)
-        self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
-        self._thread.start()
+        self._may_be_lost = nothing_to_lose
         self._stop = stop
-        if self.received:  # It came in the lines above.
+        self._interrupts = False
+        if self.received:  # It came in the lines above, and may have found either.
             stop()
 
+    def begun(self) -> None:
+        """Says that from now on there is something to lose."""
+        self._may_be_lost = False
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Has the signal raise KeyboardInterrupt within the block, too, as before `then`.
+
+        For work of the main thread that takes long and may be left unfinished.
+        """
+        self._interrupts = True
+        try:
+            if self.received:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._interrupts = False
+
     def __enter__(self) -> 'StopSignal':
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
         # `nohup` ignores SIGHUP so that a run outlives its terminal.
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._handlers = {
-            number: signal.signal(number, self._handle)
-            for number in self._SIGNALS
-            if number not in ignored
-        }
+        self._numbers = [number for number in self._SIGNALS if number not in ignored]
+        self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
+        self._thread.start()
+        self._wakeup = signal.set_wakeup_fd(self._write)
+        self._handlers = {number: signal.signal(number, self._handle) for number in self._numbers}
         return self
 
     def __exit__(self, *unused: Any) -> None:
-        if self._stop is not None:
-            signal.set_wakeup_fd(self._wakeup)
-            os.close(self._write)
-            self._thread.join()
-            os.close(self._read)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
         # Later on it exists only so that the signal does nothing here: `_watch` acts on it.
-        if self._stop is None and not self.received:
+        if self._interrupts and not self._has_interrupted:
+            self._has_interrupted = True
             self.received = True
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        received_at = 0.0
-        while numbers := os.read(self._read, 1):
-            if numbers[0] not in self._handlers:
+        received_at: float | None = None
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        while True:
+            milliseconds = None
+            if received_at is not None and self._may_be_lost:
+                seconds = received_at + START_SECONDS - time.monotonic()
+                milliseconds = max(0.0, 1000 * seconds)
+            if not poll.poll(milliseconds):
+                # It may have begun in the meantime.
+                if self._may_be_lost:
+                    with contextlib.suppress(OSError):
+                        os.write(2, f'{INTERRUPTED}\n'.encode())
+                    os._exit(INTERRUPTED_EXIT_CODE)
                 continue
-            if not self.received:
+            number = os.read(self._read, 1)
+            if not number:
+                return
+            if number[0] not in self._numbers:
+                continue
+            if received_at is None:
                 received_at = time.monotonic()
                 self.received = True
                 if self._stop is not None:
                     self._stop()
             elif time.monotonic() - received_at >= SAME_SIGNAL_SECONDS:
-                os._exit(128 + numbers[0])
+                os._exit(128 + number[0])

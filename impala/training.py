@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from impala import decoder, run_files
 from impala.acting import UnrollBatch
-from impala.actor_pool import Workplace
+from impala.actor_pool import UnrollsLostError
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import (
     Checkpointer,
@@ -54,8 +54,10 @@ from impala.run_config import (
 from impala.run_log import WAIT_STAGE, RunLog
 from impala.sample_reuse import reused
 from impala.seeds import derived_seed
+from impala.start_progress import starting
 from impala.stop_signal import StopSignal
 from impala.trajectory import EnvironmentSpec
+from impala.workplace import Workplace, require_files
 
 
 class TrainingError(Exception):
@@ -93,6 +95,7 @@ def train(
 
     Raises:
       KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
+      UnrollsLostError: training has ended and is saved, but actors kept dying.
       ConfigError, LevelError, LogdirError, ServerError, TrainingError: one sentence for the user.
       LearnerGroupError: another learner has ended.
       ActorError: with the actor's own error text.
@@ -115,7 +118,9 @@ def train(
     is_first = member is None or member.is_first
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        workplace = stack.enter_context(Workplace(config.environment))
+        if learner_address is None:
+            require_files(config.num_processes, 'num_actors', config.num_actors)
+        workplace = stack.enter_context(Workplace(config.environment, config.silence))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = choose_network(config, spec)
         if is_first:
@@ -129,7 +134,8 @@ def train(
             group = stack.enter_context(LearnerGroup(member, settings, report_to_stderr, run_id))
             run_id = group.run_id
         frames_per_step = spec.num_action_repeats
-        agent, learner = _create_learner(config, network, spec, member, learner_devices)
+        with starting(report_to_stderr, 'the network is built'):
+            agent, learner = _create_learner(config, network, spec, member, learner_devices)
         replay = _create_replay(config, spec, agent, len(learner.devices), member, run_id)
         shards = replay.replay if replay and isinstance(replay.replay, RemoteReplay) else None
         checkpointer: Checkpointer | None = None
@@ -176,9 +182,9 @@ def train(
             actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)
         actors.publish(learner.weights, learner.version)
         if group is None:
-            stop.then(actors.close)
+            stop.then(actors.close, nothing_to_lose=True)
         else:
-            stop.then(_both(actors.close, group.stop))
+            stop.then(_both(actors.close, group.stop), nothing_to_lose=True)
             group.then(actors.close)
         if shards is not None:
             # Of a run that several learners begin, the first one does.
@@ -258,6 +264,12 @@ def train(
         # Actor jobs wait for a run that ends for now, whether by a signal or by its flag.
         if not stop.received and agent_steps * frames_per_step >= config.total_environment_frames:
             actors.finish()
+        if isinstance(actors, LocalActors):
+            try:
+                actors.check_losses()
+            except UnrollsLostError as error:
+                error.checkpoint = None if checkpointer is None else checkpointer.latest
+                raise
     return None if checkpointer is None else checkpointer.latest
 
 
@@ -404,6 +416,7 @@ def _learn(
 ) -> None:
     """The learner of Figure 1: until the frames are done or the actors are closed."""
     skipped_in_a_row = 0
+    has_begun = False
     _, agent_steps = learner.counts()
     batches = reused(loading, config.learner.sample_reuse, config.learner.reuse_buffer)
     while agent_steps * frames_per_step < config.last_frames:
@@ -416,7 +429,11 @@ def _learn(
             try:
                 outputs = [part.actor_output for part in parts]
                 are_replayed = [part.is_replayed for part in parts]
-                metrics = _to_floats(learner.step_in_parts(outputs, is_fresh, are_replayed))
+                with contextlib.nullcontext() if has_begun else _tracing(stop, log):
+                    metrics = _to_floats(learner.step_in_parts(outputs, is_fresh, are_replayed))
+                has_begun = True
+            except KeyboardInterrupt:
+                return
             except tf.errors.OpError as error:
                 if group is None:
                     raise
@@ -448,6 +465,14 @@ def _learn(
                 f'Loss or gradient was not finite in {skipped_in_a_row} updates in a row (none of '
                 'them was applied): try a lower --learning_rate or --gradient_clip_norm.'
             )
+
+
+@contextlib.contextmanager
+def _tracing(stop: StopSignal, log: Log) -> Iterator[None]:
+    """Surrounds the first train step, which TensorFlow takes seconds to make a graph of."""
+    with stop.interrupting(), starting(log.message, 'the train step is traced'):
+        yield
+    stop.begun()
 
 
 def _record_popart(config: TrainingConfig, learner: Learner, log: Log) -> None:

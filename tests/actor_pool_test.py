@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,15 +15,18 @@ import pytest
 import tensorflow as tf
 import troubled_levels
 
-from dynamic_batching.unroll_batcher import UnrollBatcher
+from dynamic_batching.unroll_batcher import ActorState, UnrollBatcher
 from environments import EnvironmentConfig, LevelError
-from impala import actor_pool
+from impala import actor_pool, start_progress, workplace
 from impala.actor import NICENESS
-from impala.actor_pool import ActorError, ActorPool, Workplace
-from impala.run_config import with_common_actions
+from impala.actor_pool import ActorPool, UnrollsLostError
+from impala.silence import SilenceLimits
 from impala.trajectory import ArraySpec
+from impala.workplace import ActorError, Workplace
 
 TIMEOUT = 60  # Seconds; reached only when something is broken.
+PATIENT = SilenceLimits()
+PROMPTLY = 10  # Seconds that a busy machine may need for what is promised in 5.
 UNROLL_LENGTH = 10
 
 
@@ -59,17 +63,19 @@ def dequeue(batcher):
 
 
 @contextlib.contextmanager
-def running(levels, max_restarts):
+def running(levels, max_restarts, limits=PATIENT, serve=(answer, dequeue), **options):
     """A pool whose actors are answered and whose unrolls are taken, and what it reports."""
     reports = []
     names = [f'troubled_levels:{level}' for level in levels]
-    with Workplace(EnvironmentConfig()) as workplace:
+    with Workplace(EnvironmentConfig(), limits) as workplace:
         batcher = make_batcher(len(levels))
-        threads = [threading.Thread(target=run, args=(batcher,)) for run in (answer, dequeue)]
+        threads = [threading.Thread(target=run, args=(batcher,)) for run in serve]
         for thread in threads:
             thread.start()
         try:
-            with ActorPool(workplace, batcher, names, 1, max_restarts, reports.append) as pool:
+            with ActorPool(
+                workplace, batcher, names, 1, max_restarts, reports.append, **options
+            ) as pool:
                 yield workplace, batcher, pool, reports
         finally:
             batcher.close()
@@ -84,6 +90,13 @@ def wait_until(condition):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return value
+
+
+def is_running(process_id):
+    try:
+        return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def all_three(pool):
@@ -116,9 +129,15 @@ def test_actors_that_die_are_replaced_and_reported():
         # Twice and more: the full unrolls in between are what lets it go on.
         wait_until(lambda: pool.restarts >= 2)
         wait_until(lambda: all(batcher.statistics()[1][actor] > 0 for actor in (0, 2)))
+        wait_until(lambda: len(told) >= 2)
         for text in told[:2]:
             assert 'Actor 1 (troubled_levels:fails_late) ended with exit code 1' in text
             assert 'RuntimeError: the joystick broke' in text
+        # The same once more needs no more than a line.
+        assert 'Traceback' in told[0] and 'as before, 2 times so far' in told[1]
+        assert '\n' not in told[1]
+        # Most of what it has begun was completed.
+        pool.check_losses()
 
         killed, _, other = wait_until(lambda: all_three(pool))
         before = batcher.statistics()[1][2]
@@ -140,6 +159,7 @@ def test_actors_that_die_are_replaced_and_reported():
         assert glob.glob(f'{folder}/level-*')
         started = time.monotonic()
     assert time.monotonic() - started < 20
+    assert f'restarted {pool.restarts} times. The last: Actor' in told[-1]
     assert not any(process.is_running() for process in processes)
     assert not os.path.exists(folder)
 
@@ -153,17 +173,36 @@ def test_a_pool_gives_up_with_the_actors_own_error():
         assert 'RuntimeError: the joystick broke with seed' in str(error)
         assert len(str(error)) < 5000
         assert len(told) == pool.restarts == 2
-        # Every start has a seed of its own.
-        seeds = {text.rpartition('seed ')[2] for text in [*told, str(error)]}
+        # Every start has a seed of its own, which makes no other error of it.
+        seeds = {re.search(r'seed (\d+)', text)[1] for text in [*told, str(error)]}
         assert len(seeds) == 3
+        assert 'as before, 2 times so far' in told[1]
         with pytest.raises(tf.errors.CancelledError):
             batcher.dequeue(1)
 
 
-def test_an_actor_that_exits_as_if_all_were_well_has_died():
-    with running(['exits'], max_restarts=1) as (_, _, pool, told):
+@pytest.mark.parametrize(
+    ('level', 'text'),
+    [
+        ('exits', 'exit code 0 '),
+        ('exits_82', 'exit code 82 '),
+        ('exits_83', 'exit code 83 '),
+        ('exits_politely', 'I am done.'),
+    ],
+)
+def test_an_actor_that_exits_as_if_all_were_well_has_died(level, text):
+    with running([level], max_restarts=0) as (_, _, pool, told):
         error = wait_for_failure(pool)
-        assert 'exit code 0' in str(error) and len(told) == 1
+        assert isinstance(error, ActorError) and text in str(error)
+
+
+def test_actors_that_lose_most_of_their_unrolls_are_told_of():
+    with running(['fails_early'], max_restarts=1000) as (_, _, pool, _):
+        pool.check_losses()
+        wait_until(lambda: pool.restarts >= 2)
+        pattern = r'Actors kept dying: 0 unrolls were completed, and \d were lost .* \(\d times\)'
+        with pytest.raises(UnrollsLostError, match=pattern):
+            pool.check_losses()
 
 
 def test_the_last_words_of_a_library_are_passed_on():
@@ -184,7 +223,7 @@ def test_what_environments_warn_of_is_passed_on_once():
 def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
     limit = 100_000
     monkeypatch.setattr(actor_pool, 'MAX_PRINTED_BYTES', limit)
-    monkeypatch.setattr(actor_pool, 'CUT_SECONDS', 0.01)
+    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
     with running(['chatters'], max_restarts=0) as (_, _, pool, _):
         sizes = []
 
@@ -201,6 +240,88 @@ def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
     assert limit / 10 < max(sizes) < 4_000_000
 
 
+def test_an_environment_that_hangs_is_named_and_its_process_replaced(monkeypatch):
+    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.05)
+    levels = ['hangs', 'hangs_to_start', 'good']
+    with running(levels, max_restarts=100, limits=SilenceLimits(0.5, 3.0)) as (_, _, pool, told):
+        # Stopped, as from outside; it is the only one of them that can be.
+        stopped = wait_until(lambda: all_three(pool))[2]
+        wait_until(lambda: pool._batcher.statistics().completed_unrolls[2])
+        os.kill(stopped, signal.SIGSTOP)
+        for actor, level in enumerate(levels):
+            who = rf'No sign of life.* actors? .*\b{actor} \(troubled_levels:{level}\)'
+            wait_until(lambda who=who: any(re.search(who, text) for text in told))
+            ended = f'Actor {actor} (troubled_levels:{level}) was silent for '
+            wait_until(lambda ended=ended: any(text.startswith(ended) for text in told))
+        shown = '\n'.join(told)
+        # Where they hang.
+        assert 'in hangs_to_start' in shown and 'in step' in shown
+        assert 'its process is killed and restarted after 3 s (--actor_timeout)' in shown
+        assert stopped not in pool.process_ids
+        pool.check()
+
+
+def test_actors_that_wait_for_the_learner_are_not_silent(monkeypatch):
+    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.02)
+    limits = SilenceLimits(0.1, 30)
+    with running(
+        ['good'] * 4, max_restarts=0, limits=limits, serve=(answer,), envs_per_process=2
+    ) as (_, batcher, pool, told):
+        processes = wait_until(lambda: pool.process_ids if len(pool.process_ids) == 2 else None)
+
+        def is_full():
+            # Everybody has filled one unroll for the queue and one more; in each process, one of
+            # two sleeps for both.
+            states = batcher.activity().states
+            asleep = [ActorState.SLEEPING in states[first : first + 2] for first in (0, 2)]
+            return all(asleep) and sum(batcher.statistics().completed_unrolls) == 4
+
+        wait_until(is_full)
+        time.sleep(0.1)  # Sees to it that the pool has looked, and has told who is back.
+        told.clear()
+        time.sleep(1.0)
+        assert not told
+        assert pool.process_ids == processes
+
+
+def test_what_an_environment_starts_ends_with_it():
+    with running(['has_an_engine', 'good'], max_restarts=1) as (workplace, batcher, pool, _):
+
+        def engines():
+            paths = glob.glob(f'{workplace.config.temp_folder}/child-*')
+            return [int(path.rpartition('-')[2]) for path in paths]
+
+        wait_until(lambda: batcher.statistics()[1][0] > 0)
+        (first,) = engines()
+        assert psutil.pid_exists(first)
+        os.kill(pool.process_ids[0], signal.SIGKILL)
+        wait_until(lambda: not is_running(first))
+        wait_until(lambda: pool.restarts == 1 and batcher.statistics()[1][0] > 0)
+        (second,) = set(engines()) - {first}
+        assert is_running(second)
+    wait_until(lambda: not is_running(second))
+
+
+def test_a_start_is_cut_short_when_the_batcher_is_closed():
+    with running(['good'] * 200, max_restarts=0) as (_, batcher, pool, told):
+        wait_until(lambda: len(pool.process_ids) >= 3)
+        batcher.close()
+        pool._batcher.close()
+        started = time.monotonic()
+    assert time.monotonic() - started < PROMPTLY
+    assert len(pool.process_ids) == 0
+    assert not told or 'Starting: ' in told[0]
+
+
+def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.0)
+    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
+    with running(['good'] * 3, max_restarts=0) as (_, _, pool, told):
+        wait_until(lambda: 'Starting: 3 of 3 actor processes are up' in told)
+        assert told[0] == 'Starting: 0 of 3 actor processes are up'
+        pool.check()
+
+
 def test_a_level_that_cannot_be_played_is_not_tried_again():
     with running(['misses_something'], max_restarts=100) as (_, _, pool, told):
         error = wait_for_failure(pool)
@@ -208,56 +329,18 @@ def test_a_level_that_cannot_be_played_is_not_tried_again():
         assert pool.restarts == 0 and not told
 
 
-def test_specs_come_from_a_process_of_their_own():
-    with Workplace(EnvironmentConfig()) as workplace:
-        spec = workplace.environment_spec('troubled_levels:good', 1)
-        assert spec == troubled_levels.Level.spec
-        with pytest.raises(LevelError, match=r'^.*no_such_module.*$'):
-            workplace.environment_spec('no_such_module:level', 1)
-        with pytest.raises(ActorError, match='RuntimeError: there is no joystick'):
-            workplace.environment_spec('troubled_levels:fails_to_start', 1)
-
-
-def test_several_levels_have_one_spec_or_are_refused_by_name():
-    with Workplace(EnvironmentConfig()) as workplace:
-        spec = workplace.common_spec(['levels:short', 'levels:long', 'levels:short'], 1)
-        assert spec == workplace.environment_spec('levels:long', 1)
-        for other, what in (
-            ('levels:wide', 'observations: levels:short has frame float32 2, but levels:wide'),
-            ('levels:three_actions', 'actions: levels:short has 2, but levels:three_actions 3'),
-        ):
-            with pytest.raises(LevelError, match=what):
-                workplace.common_spec(['levels:short', other, 'levels:long'], 1)
-        with pytest.raises(LevelError) as error:
-            workplace.common_spec(
-                ['levels:none', 'levels:short', 'levels:incomplete', 'CartPol-v1'], 1
-            )
-        text = str(error.value)
-        assert text.startswith('3 of the 4 levels cannot be played here.')
-        assert 'levels:incomplete: Its map is missing.' in text
-        assert "CartPol-v1: Gymnasium has no 'CartPol-v1'. Did you mean 'CartPole-v1'?" in text
-        assert 'levels:short' not in text
-        with pytest.raises(ActorError, match='(?s)troubled_levels:fails_to_start.*no joystick'):
-            workplace.common_spec(['levels:short', 'troubled_levels:fails_to_start'], 1)
-
-
-def test_several_atari_games_have_one_set_of_actions():
-    names = ['ALE/Pong-v5', 'ALE/Breakout-v5']
-    with Workplace(EnvironmentConfig()) as workplace, pytest.raises(LevelError, match='actions'):
-        workplace.common_spec(names, 1)
-    config = with_common_actions(EnvironmentConfig(), names)
-    with Workplace(config) as workplace:
-        assert workplace.common_spec(names, 1).num_actions == 18
-    assert with_common_actions(EnvironmentConfig(), names[:1]) == EnvironmentConfig()
-
-
 PARENT = """
+import glob
 import sys
 import threading
 import actor_pool_test
-with actor_pool_test.running(['good', 'good'], 0) as (workplace, batcher, pool, _):
+with actor_pool_test.running(['good', 'has_an_engine', 'has_an_engine'], 0) as (
+    workplace, batcher, pool, _
+):
     actor_pool_test.wait_until(lambda: all(batcher.statistics()[1]))
-    print(workplace.config.temp_folder, *pool.process_ids, flush=True)
+    engines = glob.glob(f'{workplace.config.temp_folder}/child-*')
+    engines = [path.rpartition('-')[2] for path in engines]
+    print(workplace.config.temp_folder, *pool.process_ids, *engines, flush=True)
     threading.Event().wait()
 """
 
@@ -269,14 +352,6 @@ def janitor(parent, folder):
     )
 
 
-def test_the_folder_goes_when_its_janitor_was_killed():
-    with Workplace(EnvironmentConfig()) as workplace:
-        folder = workplace.config.temp_folder
-        assert os.path.isdir(folder)
-        janitor(psutil.Process(), folder).kill()
-    assert not os.path.exists(folder)
-
-
 def test_nothing_is_left_when_the_parent_is_killed():
     environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
     with subprocess.Popen(
@@ -285,10 +360,12 @@ def test_nothing_is_left_when_the_parent_is_killed():
         try:
             folder, *actors = parent.stdout.readline().decode().split()
             processes = [psutil.Process(int(actor)) for actor in actors]
-            assert len(processes) == 2 and os.path.isdir(folder)
+            assert len(processes) == 5 and os.path.isdir(folder)
+            # It cannot notice that its parent is gone.
+            processes[2].suspend()
             # As a job scheduler does, which then waits a while before it kills.
             janitor(psutil.Process(parent.pid), folder).terminate()
         finally:
             parent.kill()
-        wait_until(lambda: not any(process.is_running() for process in processes))
+        wait_until(lambda: not any(map(is_running, map(int, actors))))
         wait_until(lambda: not os.path.exists(folder))

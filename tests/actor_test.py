@@ -143,3 +143,15 @@ def test_a_segment_that_is_none_is_a_failure_with_a_traceback(lifeline):
     result = run(lifeline, level_names=['CartPole-v1'], segment=lifeline[0], actors=[0])
     assert result.returncode == 1
     assert 'Traceback' in result.stderr and 'no segment' in result.stderr
+
+
+def test_a_sentence_is_found_among_all_that_is_printed(capfd):
+    os.write(2, b'engine: half a li')
+    actor.say('An old one.')
+    actor.say('Two\nlines of an \N{LATIN SMALL LETTER E WITH ACUTE}lan.')
+    os.write(2, b'engine: bye\n')
+    printed = capfd.readouterr().err
+    assert actor.sentence_of(printed) == 'Two\nlines of an \N{LATIN SMALL LETTER E WITH ACUTE}lan.'
+    assert actor.sentence_of('engine: bye\n') is None
+    # Cut short.
+    assert actor.sentence_of(printed[: printed.rindex('lan.')]) == 'An old one.'

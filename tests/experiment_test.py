@@ -257,11 +257,13 @@ def internet_sockets(process_id):
 
 def assert_one_sentence(run, code, pattern):
     assert run.wait() == code, run.stdout + run.stderr
-    assert re.search(pattern, run.stderr), run.stderr
+    # What a start that takes long says on the way is none of it.
+    said = re.sub('^Starting: .*\n', '', run.stderr, flags=re.MULTILINE)
+    assert re.search(pattern, said), run.stderr
     assert 'Traceback' not in run.stderr
     assert run.stdout == ''
     # A second line may say where to read on.
-    assert len(run.stderr.strip().splitlines()) <= 2
+    assert len(said.strip().splitlines()) <= 2
 
 
 @pytest.fixture(scope='module')
@@ -689,6 +691,35 @@ def test_an_environment_that_always_fails_ends_the_run(tmp_path):
     # The actor's traceback is shown, not one of our own.
     assert 'experiment.py' not in run.stderr
     assert run.stdout == ''
+
+
+def test_a_run_whose_actors_keep_dying_says_so_and_is_saved(tmp_path):
+    logdir = tmp_path / 'run'
+    with WarmRun(
+        tmp_path,
+        f'--logdir={logdir}',
+        '--level_name=troubled_levels:fails_mostly',
+        '--max_actor_restarts=1000',
+        '--num_actors=2',
+        '--batch_size=1',
+        '--unroll_length=10',
+        '--total_environment_frames=40',
+    ) as run:
+        assert run.wait() == 4
+    assert checkpoints(logdir)
+    assert f'Checkpoint: {logdir}/checkpoints/ckpt-{checkpoints(logdir)[-1]}' in run.stdout
+    # Shown in full once, counted, summed up, and what follows from it.
+    assert run.stderr.count('Traceback') == 1
+    *lines, sentence = run.stderr.strip().splitlines()
+    (summary,) = [line for line in lines if line.startswith('Actor processes died')]
+    restarts = re.fullmatch(
+        r'Actor processes died and were restarted (\d+) times\. The last: Actor \d '
+        r'\(troubled_levels:fails_mostly\) ended with exit code 1: RuntimeError: the joystick '
+        r'broke with seed \d+ \(.*troubled_levels.py, line \d+\)',
+        summary,
+    )
+    assert restarts, run.stderr
+    assert f'{restarts[1]} were lost when the processes that played them died' in sentence
 
 
 def test_updates_that_are_not_finite_end_the_run(tmp_path):

@@ -26,8 +26,8 @@ from impala import (
     run_log,
     training,
 )
-from impala.actor_pool import ActorError
 from impala.learner import LearnerConfig
+from impala.workplace import ActorError
 
 
 def test_stage_timer_adds_up_also_when_a_stage_fails():

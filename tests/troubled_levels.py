@@ -1,6 +1,10 @@
 """Levels whose actor processes come to grief, for tests of the pool (`troubled_levels:...`)."""
 
+import atexit
 import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 
@@ -44,6 +48,12 @@ def fails_early(seed, config):
     return Level(3, lambda: _raise(RuntimeError(f'the joystick broke with seed {seed}')))
 
 
+def fails_mostly(seed, config):
+    """Fails before any unroll is full, but for every fourth."""
+    at = 30 if seed % 4 == 0 else 3
+    return Level(at, lambda: _raise(RuntimeError(f'the joystick broke with seed {seed}')))
+
+
 def fails_late(seed, config):
     """Fails after some full unrolls."""
     return Level(60, lambda: _raise(RuntimeError('the joystick broke')))
@@ -69,14 +79,64 @@ def fails_to_start(seed, config):
     raise RuntimeError('there is no joystick')
 
 
+def hangs_to_start(seed, config):
+    """Is never made."""
+    time.sleep(1e6)
+
+
+def hangs(seed, config):
+    """Never returns from a step."""
+    return Level(3, lambda: time.sleep(1e6))
+
+
+def exits_to_start(seed, config):
+    """Ends its process instead of being made."""
+    os._exit(83)
+
+
+def has_a_fork(seed, config):
+    """Leaves a process that holds all that this one does."""
+    child = os.fork()
+    if child == 0:
+        time.sleep(1e6)
+    return _with_child(child, config)
+
+
+def has_an_engine(seed, config):
+    """Plays with a program of its own, which it forgets to end."""
+    return _with_child(subprocess.Popen(['sleep', '1000000']).pid, config)
+
+
+def _with_child(child, config):
+    with open(os.path.join(config.temp_folder, f'child-{child}'), 'w', encoding='utf-8'):
+        return Level()
+
+
 def exits(seed, config):
     """Ends its process as if all were well."""
     return Level(3, lambda: os._exit(0))
 
 
+def exits_82(seed, config):
+    """Ends its process as an actor does whose environment cannot be played as asked."""
+    return Level(3, lambda: os._exit(82))
+
+
+def exits_83(seed, config):
+    """Ends its process as an actor does when the batcher is closed."""
+    return Level(3, lambda: os._exit(83))
+
+
+def exits_politely(seed, config):
+    """Raises what ends a program."""
+    return Level(3, lambda: sys.exit('I am done.'))
+
+
 def misses_something(seed, config):
-    """Cannot be played as asked, which shows late."""
-    return Level(3, lambda: _raise(environments.LevelError('This level needs a map.')))
+    """Cannot be played as asked, which shows late; its engine has the first and the last word."""
+    os.write(2, b'engine: hello')
+    atexit.register(os.write, 2, b'engine: bye\n')
+    return Level(3, lambda: _raise(environments.LevelError('This level\nneeds a map.')))
 
 
 def warns(seed, config):
