@@ -636,6 +636,7 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
         ((), 'DeepMind Lab level, but the module deepmind_lab cannot be imported'),
         (('--level_name=ALE/Pongg-v5',), "no Atari game 'ALE/Pongg-v5'.*ALE/Pong-v5"),
         (('--level_name=CartPol-v1',), "Did you mean 'CartPole-v1'"),
+        (('--level_name=:make',), "':make' names no Python module in front of its colon"),
         (
             ('--level_name=CartPole-v1', '--torso=autoencoder'),
             r'The autoencoder torso needs uint8 frames .*float32 \[4\]; use the mlp torso',
