@@ -671,7 +671,7 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
         )
     try:
         environment = make(seed, config)
-    except ImportError as error:
+    except _MISTAKES as error:
         raise LevelError(f'{level_name!r} cannot be made: {_failure(error)}.') from error
     if not isinstance(getattr(environment, 'spec', None), EnvironmentSpec):
         raise LevelError(
@@ -681,6 +681,9 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
     return environment
 
 
+# Raised by code that is wrong and stays so. Others may come from the machine or from a seed: after
+# these an actor is started again.
+_MISTAKES = (ImportError, TypeError, AttributeError, NameError)
 _HOW_TO_NAME_ONES_OWN = (
     'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
     'registers with Gymnasium'
@@ -707,10 +710,12 @@ def _import_module(level_name: str, module_name: str) -> Any:
 def _failure(error: Exception) -> str:
     """Returns the kind and the words of an error in somebody else's code, and where it is."""
     text = f'{type(error).__name__}: {_one_line(error).removesuffix(".")}'
+    # Gymnasium raises some anew, with other words.
+    cause = error.__cause__ or error
     # Those of Python's own import and of this file lead there, and say nothing.
     places = [
         f'{os.path.basename(frame.filename)}, line {frame.lineno}'
-        for frame in traceback.extract_tb(error.__traceback__)
+        for frame in traceback.extract_tb(cause.__traceback__)
         if not frame.filename.startswith('<')
         and frame.filename not in (__file__, importlib.__file__)
     ]
@@ -811,8 +816,10 @@ def _create_gymnasium_environment(
             # It cannot draw, and takes no such argument.
             del options['render_mode']
             env = gymnasium.make(plain_id, disable_env_checker=True, **options)
-    except (gymnasium.error.Error, ImportError) as error:
+    except gymnasium.error.Error as error:
         raise LevelError(f'{level_name!r} cannot be made: {_one_line(error)}') from error
+    except _MISTAKES as error:
+        raise LevelError(f'{level_name!r} cannot be made: {_failure(error)}.') from error
     if is_vizdoom:
         return VizdoomEnvironment(level_name, env, repeats, seed, config)
     return GymnasiumEnvironment(level_name, env, repeats, seed, config)

@@ -1145,6 +1145,49 @@ def test_errors_of_several_lines_become_one_sentence_with_all_their_words(module
         assert 'no joystick here' in str(error.value) and '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    'attribute, parts',
+    [
+        ('narrow', ['TypeError', 'narrow() takes 1 positional argument but 2 were given']),
+        ('broken', ["AttributeError: module 'math' has no attribute 'nothing'", 'line 5']),
+        ('NotOne', ["TypeError: 'int' object is not callable"]),
+        ('OfOnesOwnBroken-v0', ['NameError', "'nothing'", 'module_of_ones_own.py, line 7']),
+        ('OfOnesOwnNarrow-v0', ['TypeError', 'positional argument']),
+        ('OfOnesOwnNowhere-v0', ['AttributeError', "'Nowhere'"]),
+    ],
+)
+def test_environments_that_are_wrong_in_their_making(attribute, parts, module):
+    name = module(
+        'import gymnasium, math\n'
+        'def narrow(seed):\n'
+        '    pass\n'
+        'def broken(seed, config):\n'
+        '    math.nothing\n'
+        'def broken_env():\n'
+        '    return nothing\n'
+        'NotOne = 1\n'
+        'gymnasium.register("OfOnesOwnBroken-v0", broken_env)\n'
+        'gymnasium.register("OfOnesOwnNarrow-v0", narrow)\n'
+        'gymnasium.register("OfOnesOwnNowhere-v0", "module_of_ones_own:Nowhere")\n'
+    )
+    with pytest.raises(LevelError) as error:
+        create_environment(f'{name}:{attribute}', 1)
+    for part in [f"'module_of_ones_own:{attribute}' cannot be made", *parts]:
+        assert part in str(error.value)
+
+
+def test_failures_that_may_pass_are_not_taken_for_bad_input(module):
+    name = module(
+        'import gymnasium\n'
+        'def make(seed=0, config=None):\n'
+        '    raise RuntimeError("no memory")\n'
+        'gymnasium.register("OfOnesOwnFailing-v0", make)\n'
+    )
+    for each in ('make', 'OfOnesOwnFailing-v0'):
+        with pytest.raises(RuntimeError, match='no memory'):
+            create_environment(f'{name}:{each}', 1)
+
+
 def test_classes_of_gymnasium_are_played_by_their_ids(module, make):
     name = module(
         'import gymnasium\n'
