@@ -34,7 +34,7 @@ import numpy as np
 import tabulate
 import tensorflow as tf
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from dynamic_batching import batch_fn
 
 
@@ -52,6 +52,7 @@ def main() -> None:
     for calls_per_turn, num_variables, callers in itertools.product(
         args.calls_a_turn, args.variables, args.callers
     ):
+        stages.begin(f'{callers} callers, {num_variables} variables, {calls_per_turn} calls a turn')
         rates = _measure(callers, num_variables, calls_per_turn, args.rounds, args.seconds)
         theirs = max(
             (name for name in rates if name.startswith('TensorFlow')),

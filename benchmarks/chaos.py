@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 import tabulate
 
-from benchmarks import machine, numbered_level
+from benchmarks import machine, numbered_level, stages
 from benchmarks.memory import resident
 from impala.run_files import read_metrics
 
@@ -184,6 +184,7 @@ def cause_chaos(run: Run, args: argparse.Namespace) -> list[tuple[float, float]]
             ):
                 victim = run.learner
                 samples.clear()
+            stages.begin(f'a kill, at {run.frames():,} frames')
             victim.kill()
             time.sleep(dice.uniform(0, 2))
             victim.start()
@@ -237,6 +238,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder,
         Run(folder, args.actors) as run,
     ):
+        stages.begin(f'{args.minutes:g} minutes of chaos')
         samples = cause_chaos(run, args)
         if len(samples) < 2:
             sys.exit('The learner was not there for long enough to be watched: more --minutes.')
@@ -251,6 +253,7 @@ def main() -> None:
             tempfile.TemporaryDirectory(prefix='impala-benchmark-') as folder,
             Run(folder, args.actors) as run,
         ):
+            stages.begin(f'{frames:,} frames in calm')
             while run.frames() < frames:
                 run.check_alive()
                 time.sleep(2)

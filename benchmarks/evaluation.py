@@ -169,12 +169,14 @@ def main() -> None:
         print(play_at_random(list(LEVELS), args.random))
         return
 
-    from benchmarks import machine
+    from benchmarks import machine, stages
 
     rows = []
     shares = []
-    for _ in range(args.repetitions):
+    for number in range(args.repetitions):
+        stages.begin(f'repetition {number + 1} of {args.repetitions}: random actions alone')
         reference = without_agent(args.num_episodes)
+        stages.begin(f'repetition {number + 1} of {args.repetitions}: test mode')
         tested = with_agent(args.num_episodes, args.processes, args.slots_per_level)
         shares.append([mine / limit for mine, limit in zip(tested, reference, strict=True)])
         for what, limit, mine in zip(

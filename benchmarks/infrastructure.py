@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tabulate
 import tensorflow as tf
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from environments import EnvironmentConfig
 from impala.acting import BehaviourPolicy, UnrollSource
 from impala.actor_pool import ActorPool
@@ -90,7 +90,8 @@ def main() -> None:
     parser.add_argument('--unroll_length', type=int, default=100)
     parser.add_argument('--inference_batch_size', type=int, default=0, help='0: half the actors')
     args = parser.parse_args()
-    steps_per_second, stages = measure(
+    stages.begin(f'{args.num_actors} actors play for {args.seconds:g} s')
+    steps_per_second, seconds_of_stages = measure(
         args.num_actors,
         args.seconds,
         args.batch_size,
@@ -99,7 +100,7 @@ def main() -> None:
     )
     print(machine.describe())
     print(f'`python -m benchmarks.infrastructure {" ".join(sys.argv[1:])}`')
-    rows = [[stage, f'{total / args.seconds:.2f}'] for stage, total in stages.items()]
+    rows = [[stage, f'{total / args.seconds:.2f}'] for stage, total in seconds_of_stages.items()]
     print(tabulate.tabulate(rows, ['stage', 'seconds per second'], 'github'))
     print(json.dumps({'agent_steps_per_second': round(steps_per_second)}))
 

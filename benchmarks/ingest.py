@@ -30,7 +30,7 @@ import psutil
 import tabulate
 import tensorflow as tf
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
 from impala.agent import Agent, AgentConfig
 from impala.remote import LearnerConnection, LearnerServer
@@ -325,10 +325,13 @@ def main() -> None:
     weights = deep_network()
     board.publish(weights, 0)
     # First, while the process holds no memory of batches that have been.
+    stages.begin('clients that are connected only')
     connected = (
         measure_connected(address, args.connected_clients, args) if args.connected_clients else []
     )
+    stages.begin('bare sockets')
     limit = measure_limit(args, args.limit_seconds)
+    stages.begin(f'{args.actors} actor jobs send for {args.seconds:g} s')
     observations_per_second, table = measure(address, args)
     print(machine.describe())
     print(f'`python -m benchmarks.ingest {" ".join(sys.argv[1:])}`')
@@ -343,6 +346,7 @@ def main() -> None:
     if clients:
         size = sum(weight.numpy().nbytes for weight in weights)
         print(f'\nReading {size / 1e6:.1f} MB of weights, all clients at once, nothing else:')
+        stages.begin('reading weights')
         rows = [measure_weights(address, number, args.weight_seconds) for number in clients]
         headers = ['clients', 'median ms', '99% ms', 'reads/s']
         print(tabulate.tabulate(rows, headers, 'github', disable_numparse=True))

@@ -29,7 +29,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from impala.tensorflow_start import starting_tensorflow
 
 with starting_tensorflow():
@@ -64,6 +64,7 @@ def main() -> None:
     table, result = [], {}
     for torso, setting in _SETTINGS.items():
         for dtype in ('float32', 'bfloat16'):
+            stages.begin(f'{torso} in {dtype}')
             times = _measure(torso, dtype, args.seconds / (2 * len(_SETTINGS)))
             step, bare, loss = np.median(times, axis=0)
             efficiency = float(np.median(times[:, 1] / times[:, 0]))

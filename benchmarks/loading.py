@@ -35,7 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import tabulate
 import tensorflow as tf
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from dynamic_batching.exchange import UnrollInbox
 from impala.acting import UnrollBatch, batch_of_components, compiled
 from impala.agent import Agent, AgentConfig
@@ -190,13 +190,17 @@ def main() -> None:
         for transfer in transfers
         for loaders in map(int, args.loaders.split(','))
     ]
-    rounds = [
-        [
-            measure(learner, loaders, transfer / 1000, args.step_ms / 1000, args.seconds)
-            for transfer, loaders in settings
-        ]
-        for _ in range(args.rounds)
-    ]
+    rounds = []
+    for number in range(args.rounds):
+        of_round = []
+        for transfer, loaders in settings:
+            stages.begin(
+                f'round {number + 1} of {args.rounds}: {loaders} loaders, {transfer:g} ms added'
+            )
+            of_round.append(
+                measure(learner, loaders, transfer / 1000, args.step_ms / 1000, args.seconds)
+            )
+        rounds.append(of_round)
     rows = []
     for (transfer, loaders), results in zip(settings, zip(*rounds, strict=True), strict=True):
         rate, idle = (statistics.median(values) for values in zip(*results, strict=True))

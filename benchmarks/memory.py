@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MB = 2**20
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument('--warm_up', type=float, default=2, help='minutes left out of the growth')
     parser.add_argument('--pid', type=int, default=0, help='of a learner that runs already')
     args = parser.parse_args()
+    stages.begin('environments alone')
     bare = bare_environments(args.level_name, args.envs_per_process)
     logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
     process = None
@@ -126,6 +127,7 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
             )
             pid = process.pid
+        stages.begin(f'a run is watched for {args.minutes:g} minutes')
         samples = watch(pid, args.minutes, args.interval)
     finally:
         if process is not None:

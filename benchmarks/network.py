@@ -23,7 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from benchmarks.namespaces import Network, Unavailable
 from impala.run_files import read_metrics
 
@@ -127,8 +127,10 @@ def main() -> None:
     if args.keep and os.path.exists(args.keep):
         sys.exit(f'--keep={args.keep} exists already.')
     try:
+        stages.begin(f'{args.minutes:g} minutes of training through the bad network')
         rows = [train(args, args.delay_ms, args.loss, args.keep)]
         if not args.alone:
+            stages.begin(f'{args.minutes:g} minutes without delay and loss')
             rows.append(train(args, 0, 0, keep=''))
     except Unavailable as error:
         sys.exit(f'This benchmark needs network namespaces: {error}.')

@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from benchmarks.ingest import SEND_BYTES
 from dynamic_batching.exchange import Component
 from impala.remote_actors import unroll_components
@@ -72,15 +72,19 @@ def main() -> None:
     parser.add_argument('--seconds', type=float, default=10.0, help='of each rate of a job')
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    results = [{'trajectory': name, **_measure(args.batches, **s)} for name, s in _SETTINGS.items()]
+    results = []
+    for name, setting in _SETTINGS.items():
+        stages.begin(f'{name}: processor time')
+        results.append({'trajectory': name, **_measure(args.batches, **setting)})
     print(f'{machine.describe()}; load at the start {load:.1f}')
     print('Medians, milliseconds of processor time per batch.')
     print(tabulate.tabulate(results, headers='keys', floatfmt='.2f', tablefmt='github'))
     with _replay_job() as address:
-        rates = [
-            {'trajectory': name, **_measure_job(address, args.seconds, **s)}
-            for name, s in _SETTINGS.items()
-        ]
+        rates = []
+        for name, setting in _SETTINGS.items():
+            stages.begin(f'{name}: a replay job')
+            rates.append({'trajectory': name, **_measure_job(address, args.seconds, **setting)})
+    stages.begin('bare sockets')
     limit = _measure_sockets(args.seconds)
     print('A replay job by TCP on the loopback interface.')
     print(tabulate.tabulate(rates, headers='keys', floatfmt=',.0f', tablefmt='github'))

@@ -27,6 +27,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
+from benchmarks import stages
+
 # Of the deep network in DeepMind Lab, as benchmarks/ingest.py sends them.
 UNROLL_BYTES = 2_102_153
 WEIGHTS_BYTES = 6_100_000
@@ -231,6 +233,7 @@ def main() -> None:
         jobs = actors // envs // learners
         if not jobs:
             continue
+        stages.begin(f'{jobs * learners:,} jobs of {envs}')
         outcome = simulate(setting, jobs, envs)
         steps.append(round(outcome.unrolls_per_second * learners * args.unroll_length))
         rows.append(

@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from impala import scores
 from impala.run_files import read_episodes
 
@@ -87,13 +87,16 @@ def compare(level_name: str, logdir: str) -> tuple[list[list[str]], str]:
     """Trains and tests; returns rows of the table and a sentence."""
     flags, before, after, num_episodes = CASES[level_name]
     run = (f'--logdir={logdir}', f'--level_name={level_name}', *COMMON, *flags)
+    stages.begin(f'{level_name}: training')
     experiment(*run, f'--total_environment_frames={before}')
     last_frames = max((row['frames'] for row in read_episodes(logdir)), default=0)
+    stages.begin(f'{level_name}: training at a learning rate of 0')
     experiment(*run, f'--total_environment_frames={after}', '--learning_rate=0')
     # Rows of the second phase are of later updates than the last one of the first.
     trained = np.array(
         [row['return'] for row in read_episodes(logdir) if row['frames'] > max(before, last_frames)]
     )
+    stages.begin(f'{level_name}: a test')
     experiment('--mode=test', f'--logdir={logdir}', f'--test_num_episodes={num_episodes}')
     with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
         tested = np.array(json.load(file)['levels'][level_name]['returns'])

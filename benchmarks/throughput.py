@@ -35,7 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from impala.tensorflow_start import starting_tensorflow
 
 with starting_tensorflow():
@@ -267,8 +267,10 @@ def main() -> None:
     if args.intra_op_threads:
         ways["training's threads"] = args.intra_op_threads
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
-    for _ in range(args.rounds):
+    for number in range(args.rounds):
+        stages.begin(f'round {number + 1} of {args.rounds}: training')
         training, rows = training_rate([*flags, '--use_lstm=false'], args.warm_up, args.seconds)
+        stages.begin('the parts alone')
         shared = {
             'training': training,
             'environment': environment_rate(args.level_name, args.part_seconds),

@@ -27,7 +27,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
-from benchmarks import machine
+from benchmarks import machine, stages
 from impala.tensorflow_start import starting_tensorflow
 
 with starting_tensorflow():
@@ -75,6 +75,7 @@ def main() -> None:
             )
             for torso in _TORSOS
         }
+        stages.begin(f'{game}: acting')
         times = _times_of_acting(agents, _spec(setting), part)
         for torso, agent in agents.items():
             weights = sum(int(np.prod(v.shape)) for v in agent.trainable_variables)
@@ -97,6 +98,7 @@ def main() -> None:
     print(tabulate.tabulate(rows, headers, 'github', disable_numparse=True), end='\n\n')
     rows = []
     for dtype in ('float32', 'bfloat16'):
+        stages.begin(f'learning in {dtype}')
         for torso, seconds in _times_of_learning(dtype, args.latent_size, part).items():
             rows.append([torso, dtype, f'{1e3 * seconds:.1f}'])
             result[f'learner/{torso}/{dtype}'] = round(1e3 * seconds, 2)

@@ -35,6 +35,7 @@ from impala.run_files import (
     checkpoint_paths,
     lock_logdir,
     newest_checkpoint,
+    read_metrics,
 )
 from impala.sweep_config import PBTConfig, SweepConfig, SweepConfigError, flag_text, read
 from impala.sweep_state import Member
@@ -43,6 +44,8 @@ MEMBERS_FOLDER = 'members'
 OUTPUT_FILE = 'output.txt'
 
 _POLL_SECONDS = 0.1
+# Between two lines that say how far members are.
+_PROGRESS_SECONDS = 30.0
 _PREDECESSOR_SECONDS = 60.0
 # So many, and nothing trained, are no chance: what they have in common is wrong.
 _MAX_REFUSED = 10
@@ -222,6 +225,7 @@ class Sweep:
         """Trains every member to the end of the round; returns False if that was stopped."""
         waiting = [m for m in self.state.members if not m.trained and not m.error]
         running: list[_Process] = []
+        last_report = time.monotonic()
         try:
             while waiting or running:
                 if self._stop_requests():
@@ -232,6 +236,9 @@ class Sweep:
                 for process in [p for p in running if p.exit_code is not None]:
                     running.remove(process)
                     self._take_in(process)
+                if running and time.monotonic() - last_report >= _PROGRESS_SECONDS:
+                    last_report = time.monotonic()
+                    self._report(self._progress_text([each.member for each in running]))
         finally:
             self._stop(running)
         return True
@@ -254,6 +261,22 @@ class Sweep:
         if self._config.pbt is None:
             return ''
         return f'round {self.state.round + 1} of {self._config.rounds}, '
+
+    def _progress_text(self, running: Sequence[Member]) -> str:
+        """Returns how many members are done, and how far those are that train."""
+        end = self._config.round_end(self.state.round)
+        parts = []
+        for member in running:
+            frames = 0
+            with contextlib.suppress(OSError, LogdirError):
+                lines = read_metrics(self.member_logdir(member))
+                frames = int(lines[-1]['frames']) if lines else 0
+            parts.append(f'{member.name} is at {frames / end:.0%} of {end:,} frames')
+        done = sum(member.trained for member in self.state.members)
+        return (
+            f'{self._round_text}{done} of {len(self.state.members)} members done: '
+            f'{", ".join(parts)}'
+        )
 
     def _take_in(self, process: '_Process') -> None:
         """Notes what has become of a member whose process has ended."""

@@ -257,6 +257,45 @@ def test_what_is_no_file_no_json_or_another_sweep_is_one_sentence(tmp_path, caps
     assert 'is not the state of a sweep' in capsys.readouterr().err
 
 
+def test_it_says_how_far_the_members_are(tmp_path, monkeypatch):
+    class Member:
+        """Learns a quarter between two looks, and then fails."""
+
+        exit_codes = (None, None, None, 1)
+
+        def __init__(self, member, logdir, flags):
+            self.member, self.logdir, self.output_path = member, pathlib.Path(logdir), 'output'
+            self.looks = 0
+            self.logdir.mkdir(parents=True)
+
+        @property
+        def exit_code(self):
+            code = self.exit_codes[min(self.looks, 3)]
+            if self.looks:
+                with open(self.logdir / 'metrics.jsonl', 'a') as file:
+                    row = {'frames': 3000 * self.looks, 'agent_steps': 1, 'wall_seconds': 1}
+                    print(json.dumps(row), file=file)
+            self.looks += 1
+            return code
+
+        def said(self):
+            return ''
+
+    monkeypatch.setattr(sweep, '_Process', Member)
+    monkeypatch.setattr(sweep, '_PROGRESS_SECONDS', 0.0)
+    monkeypatch.setattr(sweep, '_POLL_SECONDS', 0.0)
+    config = sweep_config.read(write(tmp_path, RANDOM | {'parallel': 2}))
+    lines = []
+    search = sweep.Sweep(config, str(tmp_path / 'sweep'), lines.append, lambda: 0)
+    with pytest.raises(sweep.SweepError):
+        search.run()
+    assert [line for line in lines if ' is at ' in line] == [
+        f'0 of 2 members done: 00 is at {percent}% of 12,000 frames, '
+        f'01 is at {percent}% of 12,000 frames'
+        for percent in (0, 25, 50)
+    ]
+
+
 class Sweep:
     """A sweep in a process of its own, which ends with the block, as do its members."""
 

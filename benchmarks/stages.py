@@ -1,0 +1,12 @@
+"""Says on stderr what a benchmark is doing: tables come at its end only."""
+
+import sys
+import time
+
+_STARTED = time.monotonic()
+
+
+def begin(text: str) -> None:
+    """Says, with the time since the start of the program, what is done from now on."""
+    seconds = int(time.monotonic() - _STARTED)
+    print(f'{seconds // 60}:{seconds % 60:02d} {text}', file=sys.stderr, flush=True)
