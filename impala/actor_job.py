@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from impala import remote_actors
+from impala import memory_needs, remote_actors
 from impala.agent import Agent, AgentConfig
 from impala.local_actors import LocalActors
 from impala.remote import Closed, Disconnected, LearnerConnection, Rejected
@@ -107,6 +107,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         )
         # The spec is compared before it is given to a network that may not be able to serve it.
         _check_network(network_settings(agent_config, spec), network, job.learner_address)
+        memory_needs.check(memory_needs.of_actors(config, spec, agent_config, 'envs_per_actor'))
         agent = Agent(agent_config, spec)
         tf.random.set_seed(config.seed)
         connection = stack.enter_context(

@@ -20,7 +20,7 @@ from typing import Any
 import tensorflow as tf
 
 from environments import ATARI_MAX_EPISODE_FRAMES
-from impala import test_report
+from impala import memory_needs, test_report
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import (
     Checkpointer,
@@ -249,6 +249,7 @@ def evaluate(
         if network.popart_levels and trained_levels:
             # The levels that are tested may be others.
             network = dataclasses.replace(network, popart_levels=trained_levels)
+        memory_needs.check(memory_needs.of_actors(config, spec, network))
         agent = create_agent(
             network, spec, _GreedyAgent if evaluation.policy == 'greedy' else _TestAgent
         )

@@ -13,7 +13,7 @@ from impala.actor_pool import ActorPool
 from impala.agent import Agent
 from impala.episode_series import Schedule
 from impala.learner_group import Log
-from impala.run_config import TrainingConfig
+from impala.run_config import ConfigError, TrainingConfig
 from impala.trajectory import EnvironmentSpec
 from impala.workplace import ActorError, Workplace
 
@@ -45,21 +45,31 @@ class LocalActors:
           workplace: where the processes run.
           report: told, in a few lines, of every process that died.
           schedule: see `ActorPool`.
+
+        Raises:
+          ConfigError: there is no memory for the unrolls.
         """
         # Nobody learns from what a test plays.
         self._max_discarded = 0
         if schedule is None:
             self._max_discarded = max(_MIN_DISCARDED, _DISCARDED_PER_ACTOR * config.num_actors)
-        self._source = UnrollSource(
-            spec,
-            agent,
-            config.level_ids,
-            config.learner.unroll_length,
-            config.queue_capacity,
-            config.inference_batch_size or max(1, config.num_actors // 2),
-            config.inference_timeout_ms,
-            self._max_discarded,
-        )
+        try:
+            self._source = UnrollSource(
+                spec,
+                agent,
+                config.level_ids,
+                config.learner.unroll_length,
+                config.queue_capacity,
+                config.inference_batch_size or max(1, config.num_actors // 2),
+                config.inference_timeout_ms,
+                self._max_discarded,
+            )
+        except tf.errors.ResourceExhaustedError as error:
+            raise ConfigError(
+                f'There is no memory for the unrolls of {config.num_actors} actors and '
+                f'--queue_capacity={config.queue_capacity}, each of '
+                f'--unroll_length={config.learner.unroll_length} agent steps: give smaller values.'
+            ) from error
         self._level_names = [config.level_names[level] for level in config.level_ids]
         self._observation_names = list(spec.observation)
         self._behaviour = BehaviourPolicy(agent, self._source)

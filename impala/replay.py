@@ -5,11 +5,8 @@ corrects them as it does any other unroll, by the behaviour policy that is store
 Letters: T unroll length, C frames of a stack, K components of an unroll.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
-import re
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +17,6 @@ from dynamic_batching.exchange import Component
 
 # Bytes at whose multiples an array must begin if TensorFlow is to use it without a copy.
 _ALIGNMENT = 64
-# The rest is for what is allocated later on: batches, and, beside a learner, its actors.
-_SHARE_OF_FREE_MEMORY = 0.8
 
 
 class Packing:
@@ -260,49 +255,6 @@ class Replay:
 def unroll_nbytes(components: Sequence[Component], stack: str | None = None) -> int:
     """Returns the bytes of one stored unroll; arguments as of `Packing`."""
     return Packing(components, stack).nbytes
-
-
-def room_bytes(held: int = 0) -> int:
-    """Returns the bytes of memory that a replay may have: of what is free now, a part.
-
-    Args:
-      held: bytes that are in use and will be free.
-    """
-    return int(_SHARE_OF_FREE_MEMORY * (free_memory_bytes() + held))
-
-
-def free_memory_bytes(meminfo: str = '/proc/meminfo', cgroups: str = '/sys/fs/cgroup') -> int:
-    """Returns the bytes of memory that this process could still be given.
-
-    Args:
-      meminfo: file in which the kernel tells of the machine's memory.
-      cgroups: folder of the limits of the container that it is in, if it is in one.
-    """
-    with open(meminfo, encoding='utf-8') as file:
-        (available,) = re.findall(r'^MemAvailable: +(\d+) kB$', file.read(), re.MULTILINE)
-    free = [int(available) * 1024]
-    # Of the second and the first version of such limits.
-    for limit, usage, statistics, cache in (
-        ('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
-        (
-            'memory/memory.limit_in_bytes',
-            'memory/memory.usage_in_bytes',
-            'memory/memory.stat',
-            'total_inactive_file',
-        ),
-    ):
-        # There are no such files, or there is no limit, which reads 'max'.
-        with contextlib.suppress(OSError, ValueError):
-            left = int(_read(cgroups, limit)) - int(_read(cgroups, usage))
-            # Files that were read count as used, but make room.
-            (cached,) = re.findall(rf'^{cache} (\d+)$', _read(cgroups, statistics), re.MULTILINE)
-            free.append(left + int(cached))
-    return max(0, min(free))
-
-
-def _read(folder: str, name: str) -> str:
-    with open(os.path.join(folder, name), encoding='utf-8') as file:
-        return file.read()
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -29,8 +29,9 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.memory import room_bytes
 from impala.remote import ReplayServer
-from impala.replay import Replay, aligned, room_bytes
+from impala.replay import Replay, aligned
 from impala.stop_signal import StopSignal
 
 # Changes when a learner and a replay job of two versions could misunderstand each other.

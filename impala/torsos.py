@@ -378,6 +378,38 @@ def create_torso(
     raise ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
 
 
+def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) -> tuple[int, int]:
+    """Returns the inputs and outputs of a torso's linear layer, where nearly all weights are.
+
+    Nothing is made, so that this can be asked of frames of any size.
+
+    Args:
+      name: of the torso.
+      frame: as of `create_torso`, as are the next.
+      latent_size: see `frame`.
+
+    Raises:
+      ValueError: the torso cannot serve such frames.
+    """
+    if name == 'mlp':
+        return math.prod(frame.shape), _MLP_SIZES[0]
+    height, width, _ = _image_shape(frame, name)
+    size = [height, width]
+    if name in _UNPADDED:
+        layers, features = _UNPADDED[name]
+        channels = layers[-1][0]
+        for _, kernel, stride in layers:
+            size = [max(0, (pixels - kernel) // stride + 1) for pixels in size]
+    elif name == 'autoencoder':
+        size, features = [*encoded_sizes(height, width)[-1]], latent_size
+        channels = ENCODER_LAYERS[-1][0]
+    else:
+        features, channels = _FEATURES, _DEEP_SECTIONS[-1]
+        for _ in _DEEP_SECTIONS:
+            size = [-(-pixels // 2) for pixels in size]
+    return math.prod(size) * channels, features
+
+
 def layers(torso: snt.Module) -> list[Linear | Convolution]:
     """Returns the layers of a torso."""
     return [module for module in torso.submodules if isinstance(module, (Linear, Convolution))]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from impala import decoder, run_files
+from impala import decoder, memory_needs, run_files
 from impala.acting import UnrollBatch
 from impala.actor_pool import UnrollsLostError
 from impala.agent import Agent, AgentConfig
@@ -36,7 +36,7 @@ from impala.loading import Loading
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings, unroll_components
 from impala.remote_replay import RemoteReplay, check_replay_jobs
-from impala.replay import Replay, room_bytes, unroll_nbytes
+from impala.replay import Replay
 from impala.replay_mixer import ReplayMixer
 from impala.run_config import (
     LATER_SETTINGS,
@@ -127,6 +127,10 @@ def train(
             settings_of_run = network_settings(network, spec) | learner_settings(config.learner)
             check_same_network(config.logdir, settings_of_run, LATER_SETTINGS)
             check_same_run(config.logdir, counted_by(config, spec), config.allow_level_change)
+        needs = memory_needs.of_learner(config, spec, network)
+        if learner_address is None:
+            needs += memory_needs.of_actors(config, spec, network)
+        memory_needs.check(needs)
         run_id = run_files.run_id(config.logdir) if is_first and config.replay_addresses else ''
         group = None
         if member is not None:
@@ -330,8 +334,7 @@ def _create_replay(
     components = unroll_components(
         spec, agent.state_spec, learner.unroll_length, len(config.level_names)
     )
-    is_stack = spec.suite == 'atari' and spec.observation['frame'].shape[-1] > 1
-    stack = 'frame' if is_stack else None
+    stack = memory_needs.stack_of(spec)
     seed = (config.seed, 0 if member is None else member.task)
     if config.replay_addresses:
         shards = RemoteReplay(
@@ -346,19 +349,13 @@ def _create_replay(
             report_to_stderr,
         )
         return ReplayMixer(shards, learner.replay_fraction, part_size)
-    nbytes = unroll_nbytes(components, stack)
-    room = room_bytes()
-    too_large = ConfigError(
-        f'--replay_capacity={learner.replay_capacity} trajectories of {nbytes:,} bytes are more '
-        f'than there is room for: {room / 1e9:.1f} GB, which is most of the memory that is free '
-        f'now, for --replay_capacity={room // nbytes} at most.'
-    )
-    if learner.replay_capacity * nbytes > room:
-        raise too_large
     try:
         replay = Replay(components, learner.replay_capacity, seed, stack)
     except MemoryError as error:
-        raise too_large from error
+        raise ConfigError(
+            f'--replay_capacity={learner.replay_capacity} is more than there is memory for: give a '
+            'smaller one.'
+        ) from error
     return ReplayMixer(replay, learner.replay_fraction, part_size)
 
 

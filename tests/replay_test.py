@@ -1,7 +1,6 @@
 """Tests of impala/replay.py."""
 
 import concurrent.futures
-import re
 import tracemalloc
 from fractions import Fraction
 
@@ -13,7 +12,7 @@ from dynamic_batching.exchange import Component
 from environments import EnvironmentConfig, create_environment
 from impala.acting import batch_components, batch_of_components, compiled
 from impala.remote_actors import unroll_components
-from impala.replay import Replay, free_memory_bytes, room_bytes, unroll_nbytes
+from impala.replay import Replay, unroll_nbytes
 from impala.replay_mixer import ReplayMixer
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
@@ -331,36 +330,3 @@ def test_batches_of_a_pipeline_have_fresh_unrolls_and_then_replayed_ones():
                 np.testing.assert_array_equal(array, np.broadcast_to(expected, array.shape))
     assert num_fresh == [10] + [8, 7] * 19 + [8]
     assert mixer.replay.left_out == 0
-
-
-def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_path):
-    meminfo = tmp_path / 'meminfo'
-    meminfo.write_text('MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:    5000 kB\n')
-
-    def free():
-        return free_memory_bytes(str(meminfo), str(tmp_path))
-
-    assert free() == 5000 * 1024
-    (tmp_path / 'memory.max').write_text('max\n')
-    assert free() == 5000 * 1024
-    (tmp_path / 'memory.current').write_text('900000\n')
-    (tmp_path / 'memory.stat').write_text('anon 7\ninactive_file 300000\nactive_file 5\n')
-    assert free() == 5000 * 1024
-    # 100,000 are left, and 300,000 hold files.
-    (tmp_path / 'memory.max').write_text('1000000\n')
-    assert free() == 400_000
-    old = tmp_path / 'memory'
-    old.mkdir()
-    (old / 'memory.limit_in_bytes').write_text('800000\n')
-    (old / 'memory.usage_in_bytes').write_text('700000\n')
-    (old / 'memory.stat').write_text('inactive_file 1\ntotal_inactive_file 20000\n')
-    assert free() == 120_000
-    (old / 'memory.usage_in_bytes').write_text('900000\n')
-    assert free() == 0
-
-
-def test_a_replay_has_a_part_of_the_memory_that_is_free():
-    with open('/proc/meminfo') as file:
-        total = int(re.search(r'MemTotal: +(\d+)', file.read())[1]) * 1024
-    assert 0 < room_bytes() < 0.9 * free_memory_bytes() < total
-    assert room_bytes(10**12) - room_bytes() > 0.5 * 10**12

@@ -510,8 +510,8 @@ def test_a_replay_larger_than_the_memory_is_refused(tmp_path):
     replay = {'replay_fraction': 0.5, 'replay_capacity': 10**12}
     with pytest.raises(
         run_config.ConfigError,
-        match=r'--replay_capacity=1000000000000 trajectories of \d+ bytes are more than there is '
-        r'room for: [\d.]+ GB, which is most of .* free now, for --replay_capacity=\d+ at most\.$',
+        match=r'^This run needs [\d,]+\.\d GB .* room for [\d.]+ GB.* for the replay '
+        r'\(--replay_capacity=1000000000000\); --replay_capacity=\d+ would do\.$',
     ):
         training.train(
             config(tmp_path, learner=LearnerConfig(batch_size=2, unroll_length=10, **replay))

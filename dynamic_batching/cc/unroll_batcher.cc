@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <utility>
 
@@ -83,7 +84,13 @@ absl::Status UnrollBatcher::Create(int fd, UnrollSpec spec, const UnrollBatcherO
   auto* shared_header = static_cast<SegmentHeader*>(segment);
   memcpy(static_cast<void*>(shared_header), &header, offsetof(SegmentHeader, doorbell));
   shared_header->wake_at.store(kNever);
-  batcher->reset(new UnrollBatcher(segment, std::move(spec), options, std::move(level_ids)));
+  try {
+    batcher->reset(new UnrollBatcher(segment, std::move(spec), options, std::move(level_ids)));
+  } catch (const std::bad_alloc&) {
+    munmap(segment, header.segment_bytes);
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cannot allocate the outputs of ", options.num_unrolls, " unrolls"));
+  }
   // Last: a client that finds the magic number finds everything else in place.
   shared_header->magic = kSegmentMagic;
   // The loops keep the batcher alive and end when it is closed. Nobody joins them, since the last
