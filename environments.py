@@ -28,6 +28,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -860,7 +861,7 @@ class GymnasiumEnvironment(Environment):
           config: see `EnvironmentConfig`.
 
         Raises:
-          LevelError: its observation or action space is not supported.
+          LevelError: a space of it is not supported, or it has an older interface.
         """
         self._level_name = level_name
         self._env = env
@@ -869,6 +870,7 @@ class GymnasiumEnvironment(Environment):
         self._picture: _MiniGridPicture | None = None
         size: tuple[int, int] | None = (config.width, config.height)
         try:
+            self._check_interface()
             if _is_minigrid(env):
                 size = None
                 if _observation_maker(env) is None:
@@ -877,6 +879,23 @@ class GymnasiumEnvironment(Environment):
         except BaseException:
             env.close()
             raise
+
+    def _check_interface(self) -> None:
+        import gymnasium
+
+        for name in ('action_space', 'observation_space'):
+            if not isinstance(getattr(self._env, name, None), gymnasium.Space):
+                raise LevelError(f'{self._level_name!r} has no {name} out of gymnasium.spaces.')
+        env = self._env
+        while env is not None:
+            try:
+                inspect.signature(env.reset).bind(seed=0, options=None)
+            except TypeError as error:
+                raise LevelError(
+                    f'{self._level_name!r} has an older interface than that of Gymnasium: '
+                    f'{type(env).__name__}.reset must take seed and options.'
+                ) from error
+            env = env.env if isinstance(env, gymnasium.Wrapper) else None
 
     def _spec_of_spaces(self, repeats: int, size: tuple[int, int] | None) -> None:
         from gymnasium import spaces

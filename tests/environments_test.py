@@ -763,6 +763,23 @@ def test_gymnasium_ends_are_truths_of_any_kind(truth, scripted):
         assert environment.step(0)[1] == end
 
 
+class OldReset(gymnasium.Wrapper):
+    def reset(self):
+        return self.env.reset()[0]
+
+
+def test_gymnasium_environments_have_its_interface(scripted):
+    for name in ('action_space', 'observation_space'):
+        env = Scripted(VECTOR, [FINE])
+        setattr(env, name, None)
+        with pytest.raises(LevelError, match=f"'Toy-v0' has no {name} out of gymnasium.spaces"):
+            environments.GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
+    # What Gymnasium wraps around an environment takes everything.
+    env = gymnasium.wrappers.TimeLimit(OldReset(Scripted(VECTOR, [FINE])), 5)
+    with pytest.raises(LevelError, match=r'older interface .* OldReset.reset must take seed and'):
+        environments.GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
+
+
 def test_gymnasium_needs_actions(scripted):
     space = gymnasium.spaces.Discrete(1)
     space.n = 0
