@@ -140,10 +140,10 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer(
     'loaders',
-    1,
+    0,
     'Threads that assemble batches and move them to each device of the learner, and as many '
-    'batches that are ready or in the making ahead of it.',
-    lower_bound=1,
+    'batches that are ready or in the making ahead of it; 0: 2 for GPUs, 1 for CPUs.',
+    lower_bound=0,
     upper_bound=64,
 )
 flags.DEFINE_integer(

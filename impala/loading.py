@@ -24,6 +24,19 @@ def move(batch: Batch, device: str | None) -> Batch:
         return tf.nest.map_structure(tf.identity, batch)
 
 
+def default_loaders(devices: Sequence[str | None]) -> int:
+    """Returns how many threads load batches for each device where nobody has said it.
+
+    TensorFlow lets a copy to a GPU wait for what the GPU has been asked to compute, so that a lone
+    thread would begin to assemble the next batch only when the train step under way has ended.
+
+    Args:
+      devices: their names, as of `Learner.devices`.
+    """
+    has_gpu = any(device is not None and 'GPU:' in device.upper() for device in devices)
+    return 2 if has_gpu else 1
+
+
 class Loading(Generic[Batch]):
     """Assembles batches and moves them to their devices, ahead of who iterates over this.
 

@@ -52,7 +52,7 @@ class TrainingConfig:
         `total_environment_frames`; 0 for none.
       allow_level_change: whether a run may go on with other levels than it has been trained on.
       loaders: threads that assemble batches and move them to a device of the learner, and as many
-        batches that are made ahead.
+        batches that are made ahead; 0 as of `loading.default_loaders`.
       latent_size: as `AgentConfig.latent_size`.
       initializer: of the weights with which a run begins; `'truncated_normal'`, or `'orthogonal'`,
         see `Agent.initialize_orthogonally`.
@@ -82,7 +82,7 @@ class TrainingConfig:
     popart: bool = False
     stop_at_frames: int = 0
     allow_level_change: bool = False
-    loaders: int = 1
+    loaders: int = 0
     latent_size: int = LATENT_SIZE
     initializer: str = 'truncated_normal'
     replay_addresses: tuple[str, ...] = ()

@@ -32,7 +32,7 @@ from impala.learner_group import (
     strategy_of_devices,
     strategy_of_learners,
 )
-from impala.loading import Loading
+from impala.loading import Loading, default_loaders
 from impala.local_actors import LocalActors
 from impala.remote_actors import RemoteActors, run_settings, unroll_components
 from impala.remote_replay import RemoteReplay, check_replay_jobs
@@ -201,7 +201,7 @@ def train(
                     config.learner.batch_size // len(learner.devices),
                     None if replay is None else replay.batch,
                 ),
-                config.loaders,
+                config.loaders or default_loaders(learner.devices),
                 learner.devices,
             )
         )

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import tensorflow as tf
 
-from impala.loading import Loading, move
+from impala.loading import Loading, default_loaders, move
 
 PATIENCE_SECONDS = 30
 
@@ -50,6 +50,19 @@ class Source:
 
 def loader_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith('loader')]
+
+
+@pytest.mark.parametrize(
+    ('devices', 'expected'),
+    [
+        ([None], 1),
+        (['/gpu:0'], 2),
+        (['/job:localhost/replica:0/task:0/device:GPU:0', '/gpu:1'], 2),
+        (['/cpu:0', '/cpu:1'], 1),
+    ],
+)
+def test_gpus_have_a_loader_that_assembles_while_another_one_moves(devices, expected):
+    assert default_loaders(devices) == expected
 
 
 @pytest.fixture(autouse=True)

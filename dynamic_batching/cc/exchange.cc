@@ -194,8 +194,9 @@ void UnrollInbox::Take(OpKernelContext* context, int batch_size, Done done) {
 }
 
 absl::Status UnrollInbox::Allocate(PendingTake* take) const {
-  const auto allocate = [](DataType type, const TensorShape& shape, Tensor* tensor) {
-    *tensor = Tensor(RecyclingAllocator::Get(), type, shape);
+  tensorflow::Allocator* const allocator = BatchAllocator(take->context);
+  const auto allocate = [allocator](DataType type, const TensorShape& shape, Tensor* tensor) {
+    *tensor = Tensor(allocator, type, shape);
     return tensor->IsInitialized()
                ? absl::OkStatus()
                : absl::ResourceExhaustedError("out of memory for a batch of unrolls");

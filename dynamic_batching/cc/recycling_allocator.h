@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tensorflow/core/framework/allocator.h"
+#include "tensorflow/core/framework/op_kernel.h"
 
 namespace dynamic_batching {
 
@@ -60,6 +61,18 @@ class RecyclingAllocator : public tensorflow::Allocator {
   std::unordered_map<size_t, std::vector<void*>> free_;
   std::unordered_map<void*, size_t> sizes_;
 };
+
+// The allocator of batches that an op on the CPU makes. Where there is a GPU, that of the pinned
+// memory which its driver reads without a copy first, and which TensorFlow recycles by itself.
+inline tensorflow::Allocator* BatchAllocator(const tensorflow::OpKernelContext* context) {
+  tensorflow::AllocatorAttributes pinned;
+  pinned.set_on_host(true);
+  pinned.set_gpu_compatible(true);
+  tensorflow::Allocator* const allocator = context->device()->GetAllocator(pinned);
+  // Without a GPU it is the one of all other tensors.
+  const bool has_gpu = allocator != context->device()->GetAllocator({});
+  return has_gpu ? allocator : RecyclingAllocator::Get();
+}
 
 }  // namespace dynamic_batching
 

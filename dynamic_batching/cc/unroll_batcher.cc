@@ -361,9 +361,10 @@ absl::Status UnrollBatcher::FillBatch(OpKernelContext* context,
                                       const std::vector<Ticket>& tickets) {
   const int64_t batch_size = tickets.size();
   int output = 0;
+  tensorflow::Allocator* const allocator = BatchAllocator(context);
   const auto allocate = [&](DataType type, const TensorShape& shape, Tensor* tensor) {
     // The shape changes from batch to batch, the memory should not.
-    *tensor = Tensor(RecyclingAllocator::Get(), type, WithLeading({batch_size}, shape));
+    *tensor = Tensor(allocator, type, WithLeading({batch_size}, shape));
     if (!tensor->IsInitialized()) return absl::ResourceExhaustedError("out of memory for a batch");
     context->set_output(output++, *tensor);
     return absl::OkStatus();
@@ -528,8 +529,9 @@ void UnrollBatcher::DequeueLoop() {
 
 absl::Status UnrollBatcher::AllocateBatch(const Waiter& waiter, std::vector<Tensor>* batch) const {
   const int batch_size = waiter.batch_size;
+  tensorflow::Allocator* const allocator = BatchAllocator(waiter.context);
   const auto add = [&](DataType type, const TensorShape& shape) {
-    batch->emplace_back(RecyclingAllocator::Get(), type, shape);
+    batch->emplace_back(allocator, type, shape);
     return batch->back().IsInitialized()
                ? absl::OkStatus()
                : absl::ResourceExhaustedError("out of memory for a batch of unrolls");
