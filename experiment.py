@@ -807,7 +807,9 @@ def _own_address() -> str:
 
 def _act() -> int:
     from impala import actor_job
+    from impala.run_config import environment_settings
 
+    config = dataclasses.replace(_config(), num_actors=FLAGS.envs_per_actor)
     shaping = {
         'torso': FLAGS.torso,
         'use_lstm': {'auto': None, 'true': True, 'false': False}[FLAGS.use_lstm],
@@ -819,14 +821,18 @@ def _act() -> int:
         task=FLAGS.task,
         learner_address=_own_address(),
         reconnect_timeout=FLAGS.reconnect_timeout,
-        network_flags={
+        shaping_flags={
             name: value
             for name, value in shaping.items()
             if FLAGS[name].present and value not in ('auto', None)
+        }
+        | {
+            name: FLAGS[name].value
+            for name in environment_settings(config.environment)
+            if FLAGS[name].present
         },
         takes_levels=not FLAGS['level_name'].present,
     )
-    config = dataclasses.replace(_config(), num_actors=FLAGS.envs_per_actor)
     print(actor_job.run(config, job, lambda text: print(text, file=sys.stderr)))
     return 0
 

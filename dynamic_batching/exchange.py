@@ -7,7 +7,7 @@ by reference: an unroll is copied once, into its batch, and weights are not copi
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -61,6 +61,26 @@ class Batch(NamedTuple):
 
     actors: tf.Tensor
     components: list[tf.Tensor]
+
+
+class Reservation(NamedTuple):
+    """Who is an actor.
+
+    Attributes:
+      is_own: whoever asked.
+      host: where the one that is runs.
+      seconds_since_seen: since it asked to be.
+    """
+
+    is_own: bool
+    host: str
+    seconds_since_seen: float
+
+    @classmethod
+    def of(cls, is_own: Any, host: Any, seconds_since_seen: Any) -> 'Reservation':
+        """Reads what the op returns, as tensors or, from a session, as values."""
+        name = np.asarray(host).item()
+        return cls(bool(is_own), name.decode(errors='replace'), float(seconds_since_seen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +205,29 @@ class UnrollInbox:
         with tf.device('/cpu:0'):
             return ops.unroll_inbox_put(
                 actor, host, level, notes, client, sequence, unroll, object=self._name
+            )
+
+    def reserve(self, actor: int, client: int, host: str, seconds: float) -> 'Reservation':
+        """Has a client be the only one that is an actor for a while, unless another one is.
+
+        Args:
+          actor: its number.
+          client: who wants to be it, i64; may ask again at any time.
+          host: where it runs, for those who come in vain.
+          seconds: from now, up to 3600; 0 gives the number back.
+
+        Returns:
+          Who is that actor.
+
+        Raises:
+          tf.errors.InvalidArgumentError: these make no sense.
+          tf.errors.CancelledError: the inbox is closed.
+        """
+        with tf.device('/cpu:0'):
+            return Reservation.of(
+                *ops.unroll_inbox_reserve(
+                    actor, client, host, tf.constant(seconds, tf.float64), object=self._name
+                )
             )
 
     def take(self, batch_size: int) -> Batch:

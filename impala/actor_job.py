@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
+from dynamic_batching.exchange import Reservation
 from impala import memory_needs, remote_actors
 from impala.agent import Agent, AgentConfig
 from impala.local_actors import LocalActors
-from impala.remote import Closed, Disconnected, LearnerConnection, Rejected
+from impala.remote import Closed, Disconnected, LearnerConnection, Rejected, Stranger
 from impala.run_config import (
     ConfigError,
     TrainingConfig,
@@ -28,6 +29,7 @@ from impala.stop_signal import StopSignal
 from impala.workplace import Workplace, require_files
 
 _MAX_BACK_OFF_SECONDS = 5.0
+_RESERVING_AGAIN_SECONDS = 0.5
 # Refused unrolls in a row after which this job can be taken to be broken.
 _MAX_REJECTED = 10
 
@@ -42,14 +44,15 @@ class ActorJobConfig:
       task: number of the job, from 0.
       learner_address: `host:port`.
       reconnect_timeout: seconds to wait for a learner that is not there.
-      network_flags: flags that shape the network and were given to this job -> their values.
+      shaping_flags: flags that the learner has a say in and that were given to this job -> their
+        values.
       takes_levels: play the learner's levels, whatever the run's settings say here.
     """
 
     task: int
     learner_address: str
     reconnect_timeout: float
-    network_flags: dict[str, Any]
+    shaping_flags: dict[str, Any]
     takes_levels: bool
 
 
@@ -91,6 +94,11 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             settings = json.loads(patience.call(asking.settings))
             version = patience.call(asking.status).version
         config = _agreed(config, job, settings)
+        if config.inference_batch_size > config.num_actors:
+            raise ConfigError(
+                f'--inference_batch_size={config.inference_batch_size} is more than this job has '
+                f'environments (--envs_per_actor={config.num_actors}).'
+            )
         # One that is started again does not play its episodes once more.
         config = dataclasses.replace(
             config, seed=derived_seed(config.seed, job.task, max(version, 0))
@@ -123,8 +131,9 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             )
         )
         actors = LocalActors(config, spec, agent, workplace, report)
-        learner = _Learner(connection, actors, patience, config.num_actors)
+        learner = _Learner(connection, actors, patience, job.task, config.num_actors)
         with _before_play():
+            learner.reserve(report)
             learner.refresh()
 
         def end() -> None:
@@ -141,6 +150,8 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         with contextlib.suppress(_Finished, Closed):
             _play(config, job, settings['level_names'], actors, learner)
         if not stop.received and not learner.finished:
+            if learner.holder is not None:
+                raise learner.taken_error()
             actors.check()
         actors.check_losses()
     sentence = 'Training is complete.' if learner.finished else 'Stopped.'
@@ -175,7 +186,7 @@ def _play(
         # The learner counts the levels of the whole run.
         unroll[0] = unroll[0].dtype.type(level_names.index(level))
         try:
-            learner.send(unroll, job.task, level, sequence)
+            learner.send(unroll, level, sequence)
             rejected_in_a_row = 0
         except Rejected as error:
             rejected_in_a_row += 1
@@ -203,6 +214,7 @@ class _Patience:
 
         Raises:
           LearnerLost: it has not come back in time.
+          ConfigError: what is there is no learner.
           _OfALostPolicy: of `before_again`.
         """
         away_since = None
@@ -218,6 +230,10 @@ class _Patience:
             except _OfALostPolicy:
                 self._report(f'The learner at {self._job.learner_address} is there')
                 raise
+            except Stranger as error:
+                raise ConfigError(
+                    f'{error} Give this job the --learner_address of its learner.'
+                ) from error
             except Disconnected as error:
                 if self._stop.received:
                     raise _Finished from error
@@ -232,8 +248,18 @@ class _Patience:
                         f'The learner at {self._job.learner_address} was not there for '
                         f'{self._job.reconnect_timeout:g} seconds (--reconnect_timeout).'
                     ) from error
-                time.sleep(back_off)
+                self.sleep(back_off)
                 back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
+
+    def sleep(self, seconds: float) -> None:
+        """Waits before something is tried again.
+
+        Raises:
+          _Finished: the job was told to stop.
+        """
+        time.sleep(seconds)
+        if self._stop.received:
+            raise _Finished
 
 
 class _Learner:
@@ -241,6 +267,7 @@ class _Learner:
 
     Attributes:
       finished: whether training is complete.
+      holder: another job that has this one's number; None if there is none.
     """
 
     def __init__(
@@ -248,27 +275,76 @@ class _Learner:
         connection: LearnerConnection,
         actors: LocalActors,
         patience: _Patience,
+        task: int,
         num_environments: int,
     ):
         self._connection = connection
         self._actors = actors
         self._patience = patience
+        self._task = task
         self._num_environments = num_environments
         self._version = -1
         self._sent_with_it = 0
         self._notes, self._noted_at = '', -math.inf
         self.finished = False
+        self.holder: Reservation | None = None
+
+    def reserve(self, report: Callable[[str], None]) -> None:
+        """Makes this job the only one of its number, once one that has ended is forgotten.
+
+        Raises:
+          ConfigError: another job has the number and lives.
+        """
+        seen_at = None
+        while True:
+            self._patience.call(self._reserve)
+            if self.holder is None:
+                return
+            now = time.monotonic()
+            if seen_at is None:
+                report(
+                    f'--task={self._task} is taken by a job on {self.holder.host}; waiting whether '
+                    f'that one has ended, {remote_actors.RESERVED_SECONDS:g} seconds at most'
+                )
+                seen_at = now - self.holder.seconds_since_seen
+            # Of this clock and the learner's, which may not run alike.
+            elif now - self.holder.seconds_since_seen > seen_at + 1:
+                raise self.taken_error()
+            self._patience.sleep(_RESERVING_AGAIN_SECONDS)
+
+    def taken_error(self) -> ConfigError:
+        """Returns what to raise where another job has the number."""
+        assert self.holder is not None
+        return ConfigError(
+            f'--task={self._task} is taken by a job on {self.holder.host} that is there, heard of '
+            f'{self.holder.seconds_since_seen:.1f} seconds ago: give each actor job a number of '
+            'its own.'
+        )
+
+    def _reserve(self) -> None:
+        """Asks the learner for the number, again and again; `holder` is who has it."""
+        holder = self._connection.reserve(self._task, remote_actors.RESERVED_SECONDS)
+        self.holder = None if holder.is_own else holder
 
     def refresh(self) -> None:
-        """Has the actors act with the learner's present weights."""
-        version, values = self._patience.call(self._connection.weights)
+        """Has the actors act with the learner's present weights.
+
+        Raises:
+          ActorJobError: they are not those of this job's network.
+        """
+        try:
+            version, values = self._patience.call(self._connection.weights)
+        except Rejected as error:
+            raise ActorJobError(
+                f'The learner at {self._connection.address} has another network: {error}.'
+            ) from error
         self._version = version
         self._sent_with_it = 0
         self._actors.publish(
             [tf.constant(value) for value in values], tf.constant(version, tf.int64)
         )
 
-    def send(self, unroll: list[Any], task: int, level: str, sequence: int) -> None:
+    def send(self, unroll: list[Any], level: str, sequence: int) -> None:
         """Sends an unroll; refreshes the weights after as many unrolls as there are environments.
 
         So on the average each environment begins each unroll with newer ones, as in the paper;
@@ -291,7 +367,9 @@ class _Learner:
             return
         try:
             status = self._patience.call(
-                lambda: self._connection.put(unroll, task, level, sequence, self._present_notes()),
+                lambda: self._connection.put(
+                    unroll, self._task, level, sequence, self._present_notes()
+                ),
                 forget_what_is_lost,
             )
         except _OfALostPolicy:
@@ -322,14 +400,16 @@ class _Learner:
 
     @contextlib.contextmanager
     def watched(self):
-        """Looks every few seconds, within the block, whether training is complete."""
+        """Tells the learner every few seconds that this job is there, and looks whether to end."""
         done = threading.Event()
 
         def watch() -> None:
             while not done.wait(remote_actors.POLL_SECONDS):
-                with contextlib.suppress(Disconnected, Rejected, Closed):
-                    if self._connection.status().finished:
-                        self.finished = True
+                with contextlib.suppress(Disconnected, Rejected, Closed, Stranger):
+                    self.finished = self._connection.status().finished
+                    if not self.finished:
+                        self._reserve()
+                    if self.finished or self.holder is not None:
                         self._actors.close()
                         self._connection.close()
                         return
@@ -362,7 +442,9 @@ def _agreed(
         'popart': bool(popart_levels(settings['network'])),
         'latent_size': latent_size(settings['network']),
     }
-    for flag, value in job.network_flags.items():
+    environment = settings['environment']
+    of_the_learner |= environment | {'num_action_repeats': settings['num_action_repeats']}
+    for flag, value in job.shaping_flags.items():
         if value != of_the_learner[flag]:
             raise ConfigError(
                 f'--{flag}={value} does not fit the learner at {job.learner_address}, which has '
@@ -382,7 +464,9 @@ def _agreed(
     return dataclasses.replace(
         config,
         level_names=tuple(levels),
-        environment=with_common_actions(config.environment, known),
+        environment=with_common_actions(
+            dataclasses.replace(config.environment, **environment), known
+        ),
         learner=dataclasses.replace(config.learner, unroll_length=settings['unroll_length']),
     )
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import BOARD, INBOX, Component
+from dynamic_batching.exchange import BOARD, INBOX, Component, Reservation
 from dynamic_batching.op_library import ops
 
 _JOB = 'learner'
@@ -31,6 +31,8 @@ _JOB = 'learner'
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
 _LONGEST_SENTENCE = 300
+# For a number to be given back, before a connection is closed without that.
+_GOODBYE_MS = 1000
 # For a connection to be accepted, before TensorFlow makes one.
 _KNOCK_SECONDS = 3.0
 
@@ -47,6 +49,10 @@ class Disconnected(RemoteError):
 
 class Rejected(RemoteError):
     """The other end refuses this unroll, or these weights are not the network's."""
+
+
+class Stranger(RemoteError):
+    """What answers is no job of the kind that is wanted."""
 
 
 class Closed(RemoteError):
@@ -171,6 +177,7 @@ class Connection:
         # Of this process and object, so that the learner knows an unroll that comes twice.
         self.client = secrets.randbits(62)
         self._components = list(components)
+        self._inbox = inbox
         self._deadline_ms = round(deadline_seconds * 1000)
         self._session: tf.compat.v1.Session | None = None
         self._lock = threading.Lock()
@@ -214,6 +221,7 @@ class Connection:
         """Returns the text that the learner has for its actors.
 
         Raises:
+          Stranger: what is there is no learner.
           Disconnected, Closed: see there.
         """
         return self._run(self._settings).decode()
@@ -330,6 +338,10 @@ class Connection:
             if self._closed:
                 raise self._closed_error() from error
             sentence = _sentence(error)
+            if isinstance(error, tf.errors.NotFoundError) and _is_of_a_stranger(sentence):
+                raise Stranger(
+                    f'What listens at {self.address} is no {self._who} of this program.'
+                ) from error
             if sentence.endswith('is closed'):
                 raise _Ending(f'{self._peer} is ending: {sentence}.') from error
             raise Disconnected(f'{self._peer} is not there: {sentence}.') from error
@@ -378,6 +390,46 @@ class LearnerConnection(Connection):
     """An actor job's end of the line to the learner."""
 
     _who = 'learner'
+    _reserved_actor: int | None = None
+
+    def reserve(self, actor: int, seconds: float) -> Reservation:
+        """Makes a number that of this job alone, until so many seconds from now or its end.
+
+        Returns:
+          Who has it: this job, or another one that asked before.
+
+        Raises:
+          Disconnected, Closed: see there.
+        """
+        holder = Reservation.of(*self._run(self._reserve, self._reservation(actor, seconds)))
+        if holder.is_own:
+            self._reserved_actor = actor
+        return holder
+
+    def close(self) -> None:
+        """Gives the number back, if the learner is there to take it, and ends the connection."""
+        with self._lock:
+            session, actor = self._session, self._reserved_actor
+            self._reserved_actor = None
+        if session is not None and actor is not None:
+            options = tf.compat.v1.RunOptions(timeout_in_ms=_GOODBYE_MS)
+            with contextlib.suppress(tf.errors.OpError, RuntimeError):
+                session.run(self._reserve, self._reservation(actor, 0), options)
+        super().close()
+
+    def _build(self) -> None:
+        if self._components:
+            self._seconds = tf.compat.v1.placeholder(tf.float64, [])
+            self._reserve = ops.unroll_inbox_reserve(
+                self._actor,
+                tf.constant(self.client, tf.int64),
+                socket.gethostname(),
+                self._seconds,
+                object=self._inbox,
+            )
+
+    def _reservation(self, actor: int, seconds: float) -> dict[tf.Tensor, Any]:
+        return {self._actor: actor, self._seconds: seconds}
 
 
 class ReplayConnection(Connection):
@@ -428,6 +480,11 @@ class _DeadlineExceeded(Disconnected):
 
 class _Ending(Disconnected):
     """It takes no more unrolls."""
+
+
+def _is_of_a_stranger(sentence: str) -> bool:
+    """Whether a server says that it lacks what the jobs of that kind have from their start."""
+    return sentence.endswith('does not exist') or sentence.startswith('Op type not registered')
 
 
 def _close(session: tf.compat.v1.Session) -> None:

@@ -16,7 +16,7 @@ from impala.acting import Mix, UnrollBatch, batch_components, batch_of_component
 from impala.agent import Agent
 from impala.learner_group import Log
 from impala.remote import LearnerServer
-from impala.run_config import TrainingConfig
+from impala.run_config import TrainingConfig, environment_settings
 from impala.trajectory import (
     INSTRUCTION_BUCKETS,
     ArraySpec,
@@ -25,13 +25,15 @@ from impala.trajectory import (
 )
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 2
+PROTOCOL = 3
 
 WATCH_SECONDS = 5.0
 # An actor that was not heard of for so many seconds is not counted as connected.
 CONNECTED_SECONDS = 60.0
 # Actors ask whether training has ended this often; the learner waits twice as long before it goes.
 POLL_SECONDS = 3.0
+# An actor job keeps its number for so long after it was last heard of; it is as often as it asks.
+RESERVED_SECONDS = 10.0
 # What a job tells of its level cache, since it was started.
 _CACHE_NAMES = ('hits', 'misses', 'seconds_saved')
 
@@ -251,16 +253,21 @@ class RemoteActors:
         self._rows, self._known, self._looked_at = rows, actors, now
 
 
-def run_settings(config: TrainingConfig, network: dict[str, Any]) -> dict[str, Any]:
+def run_settings(
+    config: TrainingConfig, network: dict[str, Any], num_action_repeats: int
+) -> dict[str, Any]:
     """Returns what actor jobs must agree with the learner on, JSON-serialisable.
 
     Args:
       config: of the run.
       network: as of `run_config.network_settings`.
+      num_action_repeats: of the levels, whether a flag says it or not.
     """
     return {
         'protocol': PROTOCOL,
         'network': network,
         'unroll_length': config.learner.unroll_length,
         'level_names': list(config.level_names),
+        'environment': environment_settings(config.environment),
+        'num_action_repeats': num_action_repeats,
     }

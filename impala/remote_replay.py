@@ -28,6 +28,7 @@ from impala.remote import (
     RemoteError,
     ReplayConnection,
     ServerError,
+    Stranger,
     split_address,
 )
 from impala.replay import Packing
@@ -454,7 +455,7 @@ class RemoteReplay:
 
         Raises:
           RemoteError: it is not there.
-          ConfigError: it is of another version.
+          ConfigError: it is of another version, or none.
         """
         with self._opened(
             ReplayConnection(
@@ -466,7 +467,12 @@ class RemoteReplay:
                 BOARD,
             )
         ) as asking:
-            settings = json.loads(asking.settings())
+            try:
+                settings = json.loads(asking.settings())
+            except Stranger as error:
+                raise ConfigError(
+                    f'{error} Give the learner the --replay_addresses of its replay jobs.'
+                ) from error
             if settings['protocol'] != PROTOCOL:
                 raise ConfigError(
                     f'The replay job at {shard.address} runs another version of this program '

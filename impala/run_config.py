@@ -123,6 +123,25 @@ def with_common_actions(config: EnvironmentConfig, level_names: Sequence[str]) -
     return dataclasses.replace(config, full_action_set=config.full_action_set or len(games) > 1)
 
 
+# Settings of an environment that shape what is learned from, and not where it is played.
+_SHAPING_SETTINGS = (
+    'width',
+    'height',
+    'num_action_repeats',
+    'full_action_set',
+    'sticky_actions',
+    'end_episode_on_life_loss',
+    'max_noops',
+    'frames_per_noop',
+    'frame_stack',
+)
+
+
+def environment_settings(config: EnvironmentConfig) -> dict[str, Any]:
+    """Returns the flags of an environment that must be the same in all jobs of a run."""
+    return {name: getattr(config, name) for name in _SHAPING_SETTINGS}
+
+
 def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
     """Fills in what the flags leave to us.
 

@@ -48,6 +48,7 @@ from impala.run_config import (
     counted_by,
     create_agent,
     create_decoder,
+    environment_settings,
     learner_settings,
     network_settings,
 )
@@ -100,7 +101,7 @@ def train(
       LearnerGroupError: another learner has ended.
       ActorError: with the actor's own error text.
     """
-    if config.inference_batch_size > config.num_actors:
+    if learner_address is None and config.inference_batch_size > config.num_actors:
         raise ConfigError(
             f'--inference_batch_size={config.inference_batch_size} is more than there are actors '
             f'(--num_actors={config.num_actors}).'
@@ -182,7 +183,7 @@ def train(
             playing = dataclasses.replace(config, seed=derived_seed(config.seed, restored_updates))
             actors = LocalActors(playing, spec, acting_agent, workplace, log.message)
         else:
-            settings = run_settings(config, network_settings(network, spec))
+            settings = run_settings(config, network_settings(network, spec), frames_per_step)
             actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)
         actors.publish(learner.weights, learner.version)
         if group is None:
@@ -216,6 +217,11 @@ def train(
         )
         if replay is not None:
             log.message(replay.replay.description)
+        if learner_address is not None and config.inference_batch_size:
+            log.message(
+                f'WARNING: --inference_batch_size={config.inference_batch_size} has no effect on a '
+                'learner that does not act itself: give it to the actor jobs'
+            )
         if checkpointer is not None and checkpointer.latest is not None:
             log.message(f'Going on from {checkpointer.latest}, at agent step {agent_steps:,}')
 
@@ -369,6 +375,7 @@ def _shared_settings(
     del of_learner['total_agent_steps']
     return (
         network
+        | environment_settings(config.environment)
         | of_learner
         | {
             'learner_addresses': ','.join(member.addresses),

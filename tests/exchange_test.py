@@ -106,6 +106,42 @@ def test_batch_of_unrolls_that_come_one_by_one():
         assert_is_batch_of(take.result(TIMEOUT), unrolls)
 
 
+def test_a_number_is_that_of_one_client_at_a_time():
+    with make_inbox() as inbox:
+        assert inbox.reserve(0, 111, 'first', 600).is_own
+        assert inbox.reserve(1, 222, 'second', 600).is_own
+        holder = inbox.reserve(0, 222, 'second', 600)
+        assert (holder.is_own, holder.host) == (False, 'first')
+        assert 0 <= holder.seconds_since_seen < TIMEOUT
+        # Nor can it be given back by another client than its own.
+        assert not inbox.reserve(0, 222, 'second', 0).is_own
+        assert inbox.reserve(0, 111, 'first', 600).is_own
+        assert inbox.reserve(0, 111, 'first', 0).is_own
+        assert inbox.reserve(0, 222, 'second', 600).is_own
+        assert not inbox.reserve(0, 111, 'first', 600).is_own
+
+
+def test_a_number_is_free_when_its_client_was_not_heard_of_for_long():
+    with make_inbox() as inbox:
+        assert inbox.reserve(0, 111, 'first', 0.1).is_own
+        wait_until(lambda: inbox.reserve(0, 222, 'second', 600).is_own)
+        assert inbox.reserve(0, 111, 'first', 600).host == 'second'
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        ((-1, 1, '', 1), 'is not negative'),
+        ((0, 1, 'x' * 300, 1), 'too long'),
+        ((0, 1, '', 3601), 'for so long'),
+        ((0, 1, '', float('nan')), 'for so long'),
+    ],
+)
+def test_numbers_that_cannot_be_reserved(arguments, error):
+    with make_inbox() as inbox, pytest.raises(tf.errors.InvalidArgumentError, match=error):
+        inbox.reserve(*arguments)
+
+
 def test_take_in_a_function_knows_its_shapes():
     with make_inbox() as inbox:
         unrolls = [make_unroll(i) for i in range(2)]

@@ -21,11 +21,12 @@ from experiment_test import (
 
 from benchmarks import numbered_level
 from dynamic_batching.exchange import WeightsBoard
+from environments import EnvironmentConfig
 from impala import remote_actors
 from impala.agent import AgentConfig
 from impala.remote import LearnerServer
 from impala.remote_actors import PROTOCOL
-from impala.run_config import network_settings
+from impala.run_config import environment_settings, network_settings
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
 ENVIRONMENTS = 4
@@ -140,7 +141,18 @@ def test_no_environment_of_one_job_is_that_of_another_or_of_its_last_start(tmp_p
 
     with learner(tmp_path / 'learner', logdir, address, *flags) as run:
         for number, task in enumerate((0, 1, 0)):
-            with actor(tmp_path / str(number), task, address):
+            with actor(tmp_path / str(number), task, address) as only:
+                if task:
+                    # Whichever comes first has the number.
+                    only.wait_until(lambda: 'Actor job 1: ' in only.stderr)
+                    with actor(tmp_path / 'twice', task, address) as second:
+                        assert second.wait() == 2
+                    assert 'Traceback' not in second.stderr
+                    assert re.search(
+                        rf'--task={task} is taken by a job on {socket.gethostname()} .* give each '
+                        'actor job a number of its own',
+                        second.stderr,
+                    )
                 run.wait_until(lambda number=number: len(seeds()) >= (number + 1) * ENVIRONMENTS)
         assert len(seeds()) == 3 * ENVIRONMENTS
 
@@ -149,10 +161,14 @@ def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):
     enough = '--total_environment_frames=2000'
     with (
         actor(tmp_path / 'actor', 0, address) as only,
-        learner(tmp_path / 'learner', tmp_path / 'run', address, enough) as short,
+        learner(
+            tmp_path / 'learner', tmp_path / 'run', address, enough, '--inference_batch_size=99'
+        ) as short,
     ):
         assert short.wait() == 0
         assert only.wait() == 0
+    # As in a flag file for all jobs; only who acts has a use for it.
+    assert '--inference_batch_size=99 has no effect on a learner' in short.stderr
     assert 'Training is complete.' in only.stdout
 
 
@@ -174,6 +190,8 @@ def show(server):
             'network': network_settings(AgentConfig(torso='mlp', use_lstm=False), spec),
             'unroll_length': 20,
             'level_names': ['CartPole-v1'],
+            'environment': environment_settings(EnvironmentConfig()),
+            'num_action_repeats': 1,
         }
         assert changes.keys() <= settings.keys()
         boards.append(WeightsBoard(json.dumps(settings | changes)))
@@ -238,8 +256,8 @@ def test_an_actor_with_flags_of_another_run(tmp_path, show):
     address = show()
     with actor(tmp_path / 'misled', 2, address, '--unroll_length=7') as misled:
         assert_one_sentence(misled, 2, r'--unroll_length=7 does not fit .* has 20')
-    with actor(tmp_path / 'normal', 2, address, '--popart') as normal:
-        assert_one_sentence(normal, 2, '--popart=True does not fit .* has False: leave it out')
+    with actor(tmp_path / 'sticky', 2, address, '--sticky_actions=0.5') as sticky:
+        assert_one_sentence(sticky, 2, '--sticky_actions=0.5 does not fit .* has 0.0: leave it out')
     with actor(tmp_path / 'lost', 3, address, '--level_name=Acrobot-v1') as lost:
         assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is none of the levels')
 

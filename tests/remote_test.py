@@ -28,7 +28,9 @@ from impala.remote import (
     LearnerConnection,
     LearnerServer,
     Rejected,
+    ReplayConnection,
     ServerError,
+    Stranger,
     _sentence,
     _Session,
     split_address,
@@ -184,6 +186,41 @@ def test_unrolls_reach_the_learner(learner):
     actor = learner.inbox.statistics().actors[5]
     assert (actor.host, actor.level, actor.accepted) == (socket.gethostname(), 'rooms', 3)
     assert tf.executing_eagerly()
+
+
+def test_a_job_keeps_its_number_until_it_ends(learner):
+    first, second = learner.connect(), learner.connect()
+    assert first.reserve(0, 600).is_own
+    holder = second.reserve(0, 600)
+    assert (holder.is_own, holder.host) == (False, socket.gethostname())
+    first.close()
+    assert second.reserve(0, 600).is_own
+
+
+@pytest.mark.parametrize(
+    ('kind', 'name'), [(LearnerConnection, 'learner'), (ReplayConnection, 'replay job')]
+)
+def test_jobs_of_another_kind_are_strangers(server, kind, name):
+    address = f'localhost:{server.port}'
+    with (
+        kind(address, board='of another kind') as connection,
+        pytest.raises(Stranger, match=f'^What listens at {address} is no {name} of this program'),
+    ):
+        connection.settings()
+
+
+def test_garbage_does_not_disturb_the_learner(learner):
+    host, port = learner.address.split(':')
+    for garbage in (b'GET / HTTP/1.1\r\n\r\n', bytes(range(256)) * 1000, b'PRI * HTTP/2.0\r\n'):
+        # The server may close the connection before it has read all.
+        with (
+            socket.create_connection((host, int(port))) as stranger,
+            contextlib.suppress(ConnectionError),
+        ):
+            stranger.sendall(garbage)
+    connection = learner.connect()
+    connection.put(remote_peer.make_unroll(1), 0, 'rooms', 1)
+    assert numbers(learner.inbox.take(1)) == [1]
 
 
 def test_errors_as_long_as_an_unroll_take_no_time(server, monkeypatch):

@@ -650,11 +650,13 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
             assert each.wait() == 0
 
 
-def test_a_job_of_another_version(addresses):
+def test_a_job_of_another_kind_or_version():
+    server = ReplayServer('localhost:0')
+    with pytest.raises(ConfigError, match='is no replay job of this program. Give the learner the'):
+        remote_replay([f'localhost:{server.port}'])
     board = WeightsBoard(f'{{"protocol": {replay_job.PROTOCOL + 1}}}', replay_job.BOARD)
     board.publish([tf.constant('')], 0)
     try:
-        server = ReplayServer('localhost:0')
         with pytest.raises(ConfigError, match='runs another version of this program'):
             remote_replay([f'localhost:{server.port}'])
     finally:

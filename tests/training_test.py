@@ -27,6 +27,8 @@ from impala import (
     training,
 )
 from impala.learner import LearnerConfig
+from impala.learner_group import Member
+from impala.trajectory import ArraySpec, EnvironmentSpec
 from impala.workplace import ActorError
 
 
@@ -41,6 +43,21 @@ def test_stage_timer_adds_up_also_when_a_stage_fails():
     assert timer.seconds.keys() == {'a', 'b'}
     assert timer.seconds['a'] >= 0.04
     assert timer.seconds['b'] < timer.seconds['a']
+
+
+def test_learners_agree_on_all_that_shapes_an_environment():
+    environment = environments.EnvironmentConfig(sticky_actions=0.25, max_noops=7)
+    settings = training._shared_settings(
+        config('/nowhere', environment=environment),
+        Member(('a:8000', 'b:8000'), 1),
+        EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 4),
+        {},
+    )
+    # The repeats of the level, whether they are said or not.
+    expected = {**run_config.environment_settings(environment), 'num_action_repeats': 4}
+    assert settings['sticky_actions'] == 0.25
+    assert settings['max_noops'] == 7
+    assert expected.items() <= settings.items()
 
 
 def test_neither_another_seed_nor_a_run_that_goes_on_plays_the_same_episodes(tmp_path):

@@ -22,6 +22,8 @@ using tensorflow::TensorShape;
 // Names of hosts and levels are shown to people and kept for each actor.
 constexpr size_t kLongestName = 256;
 constexpr size_t kLongestNotes = 4096;
+// A reservation that lasted longer would outlive its client for good.
+constexpr double kLongestReservationSeconds = 3600;
 // A rough cost of copying a byte in the cycles that tensorflow::Shard() counts in.
 constexpr double kCyclesPerByte = 0.25;
 
@@ -357,6 +359,31 @@ void UnrollInbox::CopyUnroll(const Claim& claim) const {
       memcpy(to + row * take.batch_size * bytes, from + row * bytes, bytes);
     }
   }
+}
+
+absl::Status UnrollInbox::Reserve(int32_t actor, int64_t client, std::string host, double seconds,
+                                  Reservation* holder) {
+  if (actor < 0) return absl::InvalidArgumentError("the number of an actor is not negative");
+  if (host.size() > kLongestName) {
+    return absl::InvalidArgumentError("the name of a host is too long");
+  }
+  if (!(seconds >= 0 && seconds <= kLongestReservationSeconds)) {
+    return absl::InvalidArgumentError("a number cannot be reserved for so long");
+  }
+  const uint64_t now = NowNanoseconds();
+  *holder = {client, std::move(host), now, now + static_cast<uint64_t>(seconds * 1e9)};
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (closed_) return ClosedStatus();
+  const auto found = reservations_.find(actor);
+  if (found != reservations_.end() && found->second.client != client &&
+      now < found->second.until) {
+    *holder = found->second;
+  } else if (seconds > 0) {
+    reservations_[actor] = *holder;
+  } else {
+    reservations_.erase(actor);
+  }
+  return absl::OkStatus();
 }
 
 InboxStatistics UnrollInbox::GetStatistics() {

@@ -41,6 +41,13 @@ struct Sender {
   int64_t client, sequence;
 };
 
+// Who sends as an actor, so that no two do.
+struct Reservation {
+  int64_t client;
+  std::string host;
+  uint64_t since, until;  // In nanoseconds of the monotonic clock.
+};
+
 struct ActorStatistics {
   std::string host, level, notes;
   int64_t accepted = 0, rejected = 0, duplicates = 0;
@@ -75,6 +82,11 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
 
   // From now on unrolls of weights up to this version are valid.
   void SetLatestVersion(int64_t version) { latest_version_ = version; }
+
+  // Has `client` be the one that sends as `actor` for so many seconds from now, 0 to end that, unless
+  // another client is. `holder` is whose reservation there is then, or was until now.
+  absl::Status Reserve(int32_t actor, int64_t client, std::string host, double seconds,
+                       Reservation* holder);
 
   InboxStatistics GetStatistics();
 
@@ -145,6 +157,7 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   std::deque<std::shared_ptr<PendingTake>> takes_;  // That have columns without unrolls.
   std::unordered_map<int64_t, int64_t> last_sequence_;  // Accepted last, of each client.
   std::map<int32_t, ActorStatistics> actors_;
+  std::unordered_map<int32_t, Reservation> reservations_;
 };
 
 // What the learner lets actors know: settings, once, and weights, of which only the latest count.

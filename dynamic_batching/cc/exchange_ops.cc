@@ -147,6 +147,29 @@ class UnrollInboxTakeOp : public AsyncInboxOp {
   int batch_size_;
 };
 
+class UnrollInboxReserveOp : public InboxOp {
+ public:
+  using InboxOp::InboxOp;
+  void Compute(OpKernelContext* context) override {
+    std::shared_ptr<UnrollInbox> inbox;
+    OP_REQUIRES_OK(context, Find(&inbox));
+    OP_REQUIRES_OK(context, RequireScalars(context, 4));
+    const int64_t client = context->input(1).scalar<int64_t>()();
+    Reservation holder;
+    OP_REQUIRES_OK(context, inbox->Reserve(context->input(0).scalar<int32_t>()(), client,
+                                           context->input(2).scalar<tstring>()(),
+                                           context->input(3).scalar<double>()(), &holder));
+    Tensor *is_own, *host, *seconds;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &is_own));
+    OP_REQUIRES_OK(context, context->allocate_output(1, {}, &host));
+    OP_REQUIRES_OK(context, context->allocate_output(2, {}, &seconds));
+    is_own->scalar<bool>()() = holder.client == client;
+    host->scalar<tstring>()() = holder.host;
+    // The clock is read after it was for the reservation, so this is never negative.
+    seconds->scalar<double>()() = (NowNanoseconds() - holder.since) * 1e-9;
+  }
+};
+
 class UnrollInboxSetLatestVersionOp : public InboxOp {
  public:
   using InboxOp::InboxOp;
@@ -400,6 +423,21 @@ REGISTER_OP("UnrollInboxTake")
     .SetIsStateful()
     .SetShapeFn(TakeShapes);
 
+REGISTER_OP("UnrollInboxReserve")
+    .Input("actor: int32")
+    .Input("client: int64")
+    .Input("host: string")
+    .Input("seconds: float64")
+    .Output("is_own: bool")
+    .Output("holder: string")
+    .Output("seconds_since_seen: float64")
+    .Attr("object: string")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* context) {
+      for (int i = 0; i < 3; ++i) context->set_output(i, context->Scalar());
+      return absl::OkStatus();
+    });
+
 REGISTER_OP("UnrollInboxSetLatestVersion")
     .Input("version: int64")
     .Attr("object: string")
@@ -482,6 +520,8 @@ REGISTER_OP("WeightsBoardRead")
 REGISTER_KERNEL_BUILDER(Name("UnrollInbox").Device(tensorflow::DEVICE_CPU), UnrollInboxOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollInboxPut").Device(tensorflow::DEVICE_CPU), UnrollInboxPutOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollInboxTake").Device(tensorflow::DEVICE_CPU), UnrollInboxTakeOp);
+REGISTER_KERNEL_BUILDER(Name("UnrollInboxReserve").Device(tensorflow::DEVICE_CPU),
+                        UnrollInboxReserveOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollInboxSetLatestVersion").Device(tensorflow::DEVICE_CPU),
                         UnrollInboxSetLatestVersionOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollInboxStatistics").Device(tensorflow::DEVICE_CPU),
