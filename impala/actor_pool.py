@@ -348,8 +348,8 @@ class ActorPool:
         who = who[0].upper() + who[1:]
         if in_a_row > self._max_restarts:
             raise ActorError(
-                f'{who} {how} and was restarted {self._max_restarts} times in a row before. Its '
-                f'own error:\n{text or places.NOTHING}'
+                f'{who} {how}, though restarted {self._max_restarts} times in a row before. The '
+                f'error:\n{text or places.NOTHING}'
             )
         shown = self._crashes.take(who, how, text)
         if shown is not None:

@@ -27,7 +27,7 @@ class CrashLog:
         """Takes note of an end.
 
         Args:
-          who: 'Actor 3 (Pong)'.
+          who: 'Actor 3 (Pong)', or 'Actors 3-5 (Pong)'.
           how: 'ended with exit code 1'.
           error: what the process printed last; may be empty.
 
@@ -43,7 +43,8 @@ class CrashLog:
             place = f' ({place})'
         self._last = f'{who} {how}{": " if line or place else ""}{line}{place}'
         if count == 1:
-            return f'{who} {how} and is restarted.\n{error}'.rstrip()
+            are = 'are' if who.startswith('Actors ') else 'is'
+            return f'{who} {how} and {are} restarted.\n{error}'.rstrip()
         if count & (count - 1):
             return None
         return f'{self._last} (as before, {count} times so far)'

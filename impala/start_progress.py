@@ -42,12 +42,22 @@ class StartProgress:
 
 
 @contextlib.contextmanager
-def starting(report: Callable[[str], None], what: str) -> Iterator[None]:
-    """Reports what is being done in the block, if that takes long."""
-    timer = threading.Timer(_FIRST_SECONDS, report, [f'Starting: {what}'])
+def starting(
+    report: Callable[[str], None], what: str, seconds: float | None = None
+) -> Iterator[None]:
+    """Reports what is being done in the block, if that takes long.
+
+    Args:
+      report: told a line.
+      what: is being done.
+      seconds: after which it is reported; None for those after which a start is long.
+    """
+    seconds = _FIRST_SECONDS if seconds is None else seconds
+    timer = threading.Timer(seconds, report, [f'Starting: {what}'])
     timer.daemon = True
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        timer.join()

@@ -7,6 +7,16 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from impala.start_progress import starting
+
+# Loading usually takes a few seconds, which nobody need be told of.
+_LONG_SECONDS = 6.0
+
+
+def _write(descriptor: int, line: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(descriptor, f'{line}\n'.encode())
+
 
 @contextlib.contextmanager
 def starting_tensorflow() -> Iterator[None]:
@@ -22,7 +32,7 @@ def starting_tensorflow() -> Iterator[None]:
 
     TF_CPP_MIN_LOG_LEVEL: what TensorFlow's C++ code says before it looks at that is kept off the
     terminal, too. Who sets that variable gets to see it all, and so does everybody if loading
-    fails.
+    fails. What goes to the terminal if it takes long is one line that says so.
     """
     if platform.machine() == 'x86_64':
         os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
@@ -36,7 +46,8 @@ def starting_tensorflow() -> Iterator[None]:
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)
         try:
-            yield
+            with starting(lambda text: _write(stderr, text), 'TensorFlow is loaded', _LONG_SECONDS):
+                yield
         except BaseException:
             said.seek(0)
             os.write(stderr, said.read())

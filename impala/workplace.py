@@ -256,7 +256,10 @@ class Workplace:
           lines are there.
         """
         progress = StartProgress(
-            self._report, lambda: f'{len(lines)} of {len(level_names)} levels have been tried'
+            self._report,
+            lambda: (
+                f'{level_names[len(lines)]} is tried, level {len(lines) + 1} of {len(level_names)}'
+            ),
         )
         watch = SilenceWatch(self.limits, LONGEST_GAP_SECONDS)
         has_asked = False

@@ -189,9 +189,9 @@ def test_a_pool_gives_up_with_the_actors_own_error():
 @pytest.mark.parametrize(
     ('level', 'text'),
     [
-        ('exits', 'exit code 0 '),
-        ('exits_82', 'exit code 82 '),
-        ('exits_83', 'exit code 83 '),
+        ('exits', 'exit code 0,'),
+        ('exits_82', 'exit code 82,'),
+        ('exits_83', 'exit code 83,'),
         ('exits_politely', 'I am done.'),
     ],
 )

@@ -48,6 +48,11 @@ def test_another_error_is_shown_in_full(how, text):
     )
 
 
+def test_several_actors_of_a_process_are_several():
+    shown = CrashLog().take('Actors 0-1 (Pong)', 'ended with signal 9', '')
+    assert shown == 'Actors 0-1 (Pong) ended with signal 9 and are restarted.'
+
+
 def test_a_process_that_hung_is_told_by_where_it_was():
     stack = (
         f'noise\n{STACK}\n  File "/home/joystick.py", line 9 in step\n'

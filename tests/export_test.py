@@ -160,7 +160,8 @@ def test_the_terminal_has_what_was_written_and_nothing_else(tmp_path):
         check=True,
     )
     assert result.stdout == f'Written {logdir}/checkpoints/ckpt-1 to {logdir}/saved_model\n'
-    assert result.stderr == ''
+    # A busy machine may take long.
+    assert result.stderr.replace('Starting: TensorFlow is loaded\n', '') == ''
 
 
 def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_an_environment_that_is_never_made_is_named_and_given_up(monkeypatch):
     assert 'It did not answer for 3 seconds (--actor_timeout).' in text
     # Where it hangs.
     assert 'in hangs_to_start' in text
-    assert 'Starting: 1 of 2 levels have been tried' in told
+    assert 'Starting: troubled_levels:hangs_to_start is tried, level 2 of 2' in told
     assert any(
         line.startswith('The environment troubled_levels:hangs_to_start, which is tried before')
         and line.endswith('the run ends after 3 s (--actor_timeout)')
