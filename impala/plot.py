@@ -47,12 +47,14 @@ class Run:
       flags: name -> text of the value.
       episodes: level name -> f64 `[N, 4]`: frames, agent steps, hours, return.
       metrics: lines of `metrics.jsonl`.
+      not_finite: episodes whose return is not finite, which are left out of `episodes`.
     """
 
     logdir: str
     flags: Mapping[str, str]
     episodes: Mapping[str, np.ndarray]
     metrics: Sequence[Mapping[str, Any]]
+    not_finite: int = 0
 
 
 def read_run(logdir: str) -> Run:
@@ -62,8 +64,11 @@ def read_run(logdir: str) -> Run:
       LogdirError: there is no run there.
     """
     rows: dict[str, list[tuple[float, float, float, float]]] = {}
+    not_finite = 0
     for row in read_episodes(logdir):
-        if math.isfinite(row['return']):
+        if not math.isfinite(row['return']):
+            not_finite += 1
+        else:
             rows.setdefault(row['level'], []).append(
                 (row['frames'], row['agent_steps'], row['wall_seconds'] / 3600, row['return'])
             )
@@ -79,7 +84,13 @@ def read_run(logdir: str) -> Run:
                     flags[name] = value
     except (OSError, ValueError) as error:
         raise LogdirError(f'Cannot read the run in {logdir}: {error}.') from error
-    return Run(logdir, flags, {name: np.array(values) for name, values in rows.items()}, metrics)
+    return Run(
+        logdir,
+        flags,
+        {name: np.array(values) for name, values in rows.items()},
+        metrics,
+        not_finite,
+    )
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -401,7 +412,15 @@ def main(argv: list[str]) -> int:
         'policy_lag': lambda: policy_lag(kinds),
     }
     try:
-        kinds = group([read_run(logdir) for logdir in arguments.logdirs])
+        runs = [read_run(logdir) for logdir in arguments.logdirs]
+        for run in runs:
+            if run.not_finite:
+                print(
+                    f'{run.logdir}: {run.not_finite:,} episodes whose return is not finite are '
+                    'left out.',
+                    file=sys.stderr,
+                )
+        kinds = group(runs)
         os.makedirs(arguments.output, exist_ok=True)
         with matplotlib.rc_context(STYLE):
             for name, draw in drawings.items():

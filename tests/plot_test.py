@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import re
 import subprocess
@@ -40,6 +41,14 @@ def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=A
     own = (f'--seed={seed}', f'--logdir={folder}')
     (folder / 'flags.txt').write_text('\n'.join((*flags, *own)) + '\n')
     return str(folder)
+
+
+def test_returns_that_are_not_finite_are_told_and_left_out(tmp_path, capsys):
+    logdir = write_run(tmp_path / 'a', 1, [1.0, math.nan, 3.0, math.inf])
+    assert plot.main([logdir, f'--output={tmp_path}']) == 0
+    told = f'{logdir}: 2 episodes whose return is not finite are left out.\n'
+    assert capsys.readouterr().err == told
+    assert plot.read_run(logdir).episodes['ALE/Pong-v5'][:, 3].tolist() == [1.0, 3.0]
 
 
 def test_running_mean():
