@@ -213,6 +213,9 @@ class Environment(abc.ABC):
     """
 
     spec: EnvironmentSpec
+    # How many frames the last action lasted, asked for where it has TERMINATED or TRUNCATED the
+    # episode, which may cut it short. None for `spec.num_action_repeats`.
+    last_action_frames: int | None = None
 
     @property
     def frames_per_second(self) -> float | None:
@@ -450,6 +453,7 @@ class AtariEnvironment(Environment):
         act = ale.act
         action = self._actions[action]
         reward = 0
+        first_frame = ale.getEpisodeFrameNumber()
         # A game that is over ignores actions and gives no reward, so one look at the end is enough.
         for _ in self._unseen_frames:
             reward += act(action)
@@ -460,6 +464,7 @@ class AtariEnvironment(Environment):
 
         if ale.game_over():
             end = EpisodeEnd.TRUNCATED if ale.game_truncated() else EpisodeEnd.TERMINATED
+            self.last_action_frames = ale.getEpisodeFrameNumber() - first_frame
             return float(reward), end, self.reset()
 
         ale.getScreenGrayscale(self._screen)
@@ -670,16 +675,15 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
         raise LevelError(
             f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
         )
+    # Which imports this module.
+    from impala import own_environment
+
+    own_environment.check_callable(level_name, make)
     try:
         environment = make(seed, config)
     except _MISTAKES as error:
-        raise LevelError(f'{level_name!r} cannot be made: {_failure(error)}.') from error
-    if not isinstance(getattr(environment, 'spec', None), EnvironmentSpec):
-        raise LevelError(
-            f'{level_name!r} made a {type(environment).__name__} without an EnvironmentSpec as its '
-            "attribute 'spec'."
-        )
-    return environment
+        raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
+    return own_environment.checked(level_name, environment)
 
 
 # Raised by code that is wrong and stays so. Others may come from the machine or from a seed: after
@@ -702,13 +706,13 @@ def _import_module(level_name: str, module_name: str) -> Any:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + '.').startswith(error.name + '.'):
-            raise LevelError(f'{asks} imported: {_failure(error)}.') from error
+            raise LevelError(f'{asks} imported: {describe_failure(error)}.') from error
         raise LevelError(f'{asks} found.') from error
-    except Exception as error:
-        raise LevelError(f'{asks} imported: {_failure(error)}.') from error
+    except (Exception, SystemExit) as error:
+        raise LevelError(f'{asks} imported: {describe_failure(error)}.') from error
 
 
-def _failure(error: Exception) -> str:
+def describe_failure(error: BaseException) -> str:
     """Returns the kind and the words of an error in somebody else's code, and where it is."""
     text = f'{type(error).__name__}: {_one_line(error).removesuffix(".")}'
     # Gymnasium raises some anew, with other words.
@@ -820,7 +824,7 @@ def _create_gymnasium_environment(
     except gymnasium.error.Error as error:
         raise LevelError(f'{level_name!r} cannot be made: {_one_line(error)}') from error
     except _MISTAKES as error:
-        raise LevelError(f'{level_name!r} cannot be made: {_failure(error)}.') from error
+        raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
     if is_vizdoom:
         return VizdoomEnvironment(level_name, env, repeats, seed, config)
     return GymnasiumEnvironment(level_name, env, repeats, seed, config)
@@ -970,7 +974,7 @@ class GymnasiumEnvironment(Environment):
     def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
         action = int(action) + self._first_action
         total_reward = 0.0
-        for _ in range(self._repeats):
+        for frames in range(1, self._repeats + 1):
             result = self._env.step(action)
             try:
                 observation, reward, terminated, truncated, _ = result
@@ -982,6 +986,7 @@ class GymnasiumEnvironment(Environment):
                 terminated = self._truth('terminated', terminated)
                 truncated = self._truth('truncated', truncated)
                 if terminated or truncated:
+                    self.last_action_frames = frames
                     return total_reward, self._end(terminated, truncated), self.reset()
         return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation, is_first=False)
 
@@ -1230,7 +1235,14 @@ class VizdoomEnvironment(GymnasiumEnvironment):
         super().close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        self._first_tic = self._env.unwrapped.game.get_episode_time()
+        return super().step(action)
+
     def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
+        # It repeats by itself; to the interface that is one step.
+        tic = self._env.unwrapped.game.get_episode_time()
+        self.last_action_frames = tic - self._first_tic
         # ViZDoom calls an episode that ran out of time both.
         return EpisodeEnd.TRUNCATED if truncated else EpisodeEnd.TERMINATED
 
@@ -1240,7 +1252,9 @@ class DeepMindLabEnvironment(Environment):
 
     The instruction is part of the observation on every level, as in the released agent; it is all
     zeros where the level does not speak. The end of an episode is always TERMINATED: the length of
-    an episode is one of the rules of a level, and Lab does not say which of them ended it.
+    an episode is one of the rules of a level, and Lab does not say which of them ended it. Nor does
+    it say how many frames the last action lasted: an episode may be up to `num_action_repeats - 1`
+    frames shorter than its actions make it.
     """
 
     def __init__(self, level_name: str, seed: int, config: EnvironmentConfig) -> None:

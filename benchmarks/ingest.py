@@ -60,6 +60,7 @@ def components(unroll_length: int) -> list[Component]:
         Component('reward', rows, 'float32'),
         Component('episode_return', rows, 'float32'),
         Component('episode_step', rows, 'int32', low=0),
+        Component('episode_frames', rows, 'int32', low=0),
         Component('end', rows, 'uint8', high=3),
         Component('frame', (*rows, *FRAME), 'uint8'),
         Component('action', rows, 'int32', low=0, high=NUM_ACTIONS - 1),

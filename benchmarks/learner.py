@@ -180,7 +180,7 @@ def _batch(agent: Agent, spec: EnvironmentSpec, config: LearnerConfig) -> ActorO
         agent_state=agent.initial_state(config.batch_size),
         env_outputs=StepOutput(
             reward=rng.normal(size=rows).astype(np.float32),
-            info=StepOutputInfo(np.zeros(rows, np.float32), np.zeros(rows, np.int32)),
+            info=StepOutputInfo(np.zeros(rows, np.float32), *2 * [np.zeros(rows, np.int32)]),
             done=rng.random(rows) < 0.01,
             observation={'frame': rng.integers(256, size=(*rows, *frame.shape), dtype=np.uint8)},
         ),

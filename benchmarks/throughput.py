@@ -165,7 +165,7 @@ def _step_output(spec: EnvironmentSpec, dims: list[int]) -> StepOutput:
         name: tf.constant(random.randint(0, 256, [*dims, *array.shape]).astype(array.dtype))
         for name, array in spec.observation.items()
     }
-    info = StepOutputInfo(zeros, tf.zeros(dims, tf.int32))
+    info = StepOutputInfo(zeros, *2 * [tf.zeros(dims, tf.int32)])
     return StepOutput(zeros, info, tf.zeros(dims, tf.bool), observation)
 
 

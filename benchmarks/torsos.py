@@ -186,7 +186,7 @@ def _env_outputs(spec: EnvironmentSpec, *lead: int) -> StepOutput:
     frames = rng.integers(256, size=(*lead, *spec.observation['frame'].shape), dtype=np.uint8)
     return StepOutput(
         reward=tf.constant(rng.normal(size=lead), tf.float32),
-        info=StepOutputInfo(tf.zeros(lead), tf.zeros(lead, tf.int32)),
+        info=StepOutputInfo(tf.zeros(lead), *2 * [tf.zeros(lead, tf.int32)]),
         done=tf.zeros(lead, tf.bool),
         observation={'frame': tf.constant(frames)},
     )

@@ -49,7 +49,11 @@ def _load_library() -> ctypes.CDLL:
         ('position', ctypes.POINTER(u32), (handle,)),
         ('check_observation', None, (handle, u32)),
         ('non_finite_value', ctypes.c_float, (handle, u32)),
-        ('send', ctypes.c_int32, (handle, ctypes.c_double, ctypes.c_int, ctypes.c_int)),
+        (
+            'send',
+            ctypes.c_int32,
+            (handle, ctypes.c_double, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+        ),
         ('finish', None, (handle,)),
         ('wait', ctypes.c_int32, (handle,)),
     ):
@@ -143,12 +147,14 @@ class ActorClient:
         # Whoever is there already may be in the middle of an unroll.
         if not self._is_idle(self._handle):
             raise RuntimeError('the actor has started before and was not reset since')
-        return self._send(0.0, end, observation, True)
+        return self._send(0.0, 0, end, observation, True)
 
-    def send(self, reward: float, end: int, observation: Sequence[np.ndarray]) -> dict[int, float]:
+    def send(
+        self, reward: float, end: int, observation: Sequence[np.ndarray], frames: int = 1
+    ) -> dict[int, float]:
         """Sends the row that the last action led to.
 
-        Return and length of the episode are counted here, and start again after an `end` that is
+        Return and lengths of the episode are counted here, and start again after an `end` that is
         TERMINATED or TRUNCATED. The return is the sum of the rewards as they are given, finite or
         not, in double precision.
 
@@ -156,6 +162,7 @@ class ActorClient:
           reward: of the last action.
           end: `EpisodeEnd` of the row.
           observation: as for `start`.
+          frames: that the last action lasted.
 
         Returns:
           What was not finite as float32 -> its value, or the first of its values: the reward has
@@ -166,7 +173,7 @@ class ActorClient:
           RuntimeError: there was no start, or the action before was not waited for.
           ValueError: an array does not fit its spec.
         """
-        return self._send(float(reward), end, observation, False)
+        return self._send(float(reward), frames, end, observation, False)
 
     def finish(self) -> None:
         """Says that this actor plays no more: batches need fewer rows, in proportion."""
@@ -185,7 +192,12 @@ class ActorClient:
         return action
 
     def _send(
-        self, reward: float, end: int, observation: Sequence[np.ndarray], is_first: bool
+        self,
+        reward: float,
+        frames: int,
+        end: int,
+        observation: Sequence[np.ndarray],
+        is_first: bool,
     ) -> dict[int, float]:
         unroll, row = self._position[0], self._position[1]
         for target, array, spec in zip(self._arrays, observation, self._specs, strict=True):
@@ -195,7 +207,7 @@ class ActorClient:
                     f'{spec[1]} {list(spec[0])}'
                 )
             target[unroll, row] = array
-        result = self._send_row(self._handle, reward, end, is_first)
+        result = self._send_row(self._handle, reward, frames, end, is_first)
         if not result:
             return {}
         if result < 0:

@@ -126,7 +126,7 @@ class UnrollBatcher:
 
         Args:
           inputs: what an actor sends with each row: reward f32, episode return f32, episode step
-            i32, end u8, all scalars, then the observations.
+            i32, episode frames i32, end u8, all scalars, then the observations.
           outputs: what answers a row; the first is the action, an i32 scalar.
           states: the recurrent state of one actor.
           level_ids: the level of each actor; as many as there are actors.

@@ -75,7 +75,8 @@ def batch_of_components(
     level_id, policy_version, *rest = components
     num_states = len(tf.nest.flatten(state_structure))
     states, rest = rest[:num_states], rest[num_states:]
-    reward, episode_return, episode_step, end, *observation = rest[:-3]
+    reward, *info, end = rest[:5]
+    observation = rest[5:-3]
     return UnrollBatch(
         ActorOutput(
             level_id=level_id,
@@ -83,7 +84,7 @@ def batch_of_components(
             agent_state=tf.nest.pack_sequence_as(state_structure, states),
             env_outputs=StepOutput(
                 reward=reward,
-                info=StepOutputInfo(episode_return, episode_step),
+                info=StepOutputInfo(*info),
                 done=tf.not_equal(end, 0),
                 observation=dict(zip(observation_names, observation, strict=True)),
             ),
@@ -133,6 +134,7 @@ class UnrollSource:
             inputs=[
                 scalar,
                 scalar,
+                ArraySpec((), 'int32'),
                 ArraySpec((), 'int32'),
                 ArraySpec((), 'uint8'),
                 *spec.observation.values(),
@@ -204,10 +206,11 @@ class UnrollSource:
             pass
 
     def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
-        reward, episode_return, episode_step, end, *observation = inputs
+        reward, *info, end = inputs[:5]
+        observation = inputs[5:]
         return StepOutput(
             reward=reward,
-            info=StepOutputInfo(episode_return, episode_step),
+            info=StepOutputInfo(*info),
             done=tf.not_equal(end, 0),
             observation=dict(zip(self._observation_names, observation, strict=True)),
         )

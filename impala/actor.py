@@ -2,7 +2,8 @@
 
 Run by `impala.actor_pool` as `python -m impala.actor`, with its settings as JSON on stdin: they may
 be longer than an argument. Exit codes: 83 the batcher was closed or all episodes asked for are
-played, 82 the environment cannot be made or played as asked (one sentence on stderr), anything else
+played, 82 the environment cannot be made or played as asked (one sentence on stderr), 84 after its
+first reset it returned something that its spec does not declare (one sentence, too), anything else
 a failure with its traceback on stderr, if there is one. Warnings of `environments` go to a pipe, a
 line each, as stderr is read only when the process has died, and so do results of episodes that were
 asked for.
@@ -24,11 +25,13 @@ from typing import Any
 import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
 from impala.episode_series import EpisodeQueues, Episodes, EpisodeSeries
-from impala.trajectory import EpisodeEnd
+from impala.own_environment import check_observation
+from impala.trajectory import EnvironmentSpec, EpisodeEnd
 
 # Codes with which no environment's own library ends the process.
 BAD_INPUT_EXIT_CODE = 82
 CLOSED_EXIT_CODE = 83
+CONTRACT_EXIT_CODE = 84
 
 # Has the process print where in the code it is; it is sent to one that shows no sign of life.
 STACK_SIGNAL = signal.SIGUSR1
@@ -38,6 +41,10 @@ _SENTENCE_MARK = 'impala.actor says '
 
 # The learner and those who answer actors go first: all actors wait for these.
 NICENESS = 5
+
+
+class ContractError(Exception):
+    """An environment broke its own declaration while it was played; the text is one sentence."""
 
 
 def describe_non_finite(
@@ -93,12 +100,15 @@ def act(
 
     Raises:
       ClosedError: the batcher was closed.
+      LevelError: an environment cannot be played.
+      ContractError: an environment has returned, after its first reset, what it did not declare.
     """
     actors = list(zip(environment_list, clients, level_names, strict=True))
     names = tuple(environment_list[0].spec.observation)
     warnings = _NonFiniteWarnings(names)
     for environment, client, level_name in actors:
         observation = environment.reset()
+        check_observation(level_name, environment.spec, observation)
         # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
         non_finite = client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
         if non_finite:
@@ -110,10 +120,29 @@ def act(
                 client.finish()
                 actors.remove(actor)
                 continue
-            reward, end, observation = environment.step(client.wait())
-            non_finite = client.send(reward, end, [observation[name] for name in names])
+            try:
+                reward, end, observation = environment.step(client.wait())
+            except environments.DeclarationError as error:
+                raise ContractError(str(error)) from error
+            frames = environment.spec.num_action_repeats
+            if end and end != EpisodeEnd.LIFE_LOST:
+                # The end may have cut the action short.
+                frames = environment.last_action_frames or frames
+            try:
+                non_finite = client.send(reward, end, [observation[name] for name in names], frames)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                _explain(level_name, environment.spec, observation)
+                raise
             if non_finite:
                 warnings.warn(level_name, non_finite)
+
+
+def _explain(level_name: str, spec: EnvironmentSpec, observation: Any) -> None:
+    """Raises what is wrong with an observation that could not be sent, if that was the reason."""
+    try:
+        check_observation(level_name, spec, observation)
+    except environments.DeclarationError as error:
+        raise ContractError(str(error)) from error
 
 
 def _exit_with_parent(lifeline: int) -> None:
@@ -145,7 +174,15 @@ def sentence_of(printed: str) -> str | None:
 def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig) -> str:
     """Returns, as JSON, the spec of a level or the sentence that says why there is none."""
     try:
-        environment = environments.create_environment(level_name, seed, config)
+        try:
+            environment = environments.create_environment(level_name, seed, config)
+        except environments.LevelError:
+            raise
+        except (Exception, SystemExit) as error:
+            # What fails at once is to be mended. Of an actor it may be a failure of chance.
+            raise environments.LevelError(
+                f'{level_name!r} cannot be made: {environments.describe_failure(error)}.'
+            ) from error
         with contextlib.closing(environment):
             environment.check()
             return json.dumps({'spec': environment.spec.to_json()})
@@ -213,6 +250,9 @@ def main(settings: dict[str, Any]) -> int:
     except environments.LevelError as error:
         say(error)
         return BAD_INPUT_EXIT_CODE
+    except ContractError as error:
+        say(error)
+        return CONTRACT_EXIT_CODE
     return CLOSED_EXIT_CODE
 
 

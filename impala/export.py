@@ -117,7 +117,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
             inputs['prev_action'],
             StepOutput(
                 reward=inputs['reward'],
-                info=StepOutputInfo(nothing, tf.cast(nothing, tf.int32)),
+                info=StepOutputInfo(nothing, *2 * [tf.cast(nothing, tf.int32)]),
                 done=inputs['done'],
                 observation={name: inputs[name] for name in spec.observation},
             ),

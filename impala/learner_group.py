@@ -29,7 +29,7 @@ GRADIENTS_PORT_OFFSET = 1000
 ROLL_CALL_PORT_OFFSET = 2000
 
 # Changes when learners of two versions could misunderstand each other.
-PROTOCOL = 2
+PROTOCOL = 3
 
 _HEARTBEAT_SECONDS = 1.0
 # A learner that has died is noticed at once, as its connection is closed; one whose machine or
@@ -442,11 +442,11 @@ class LearnerGroup:
             if 'unrolls_of' in message:
                 log.record_agent_steps(np.array(message['unrolls_of'], np.int32), message['steps'])
                 continue
-            level_ids, returns, steps, ends = message['episodes']
+            level_ids, returns, frames, ends = message['episodes']
             log.record_episodes(
                 np.array(level_ids, np.int32),
                 np.array(returns, np.float32),
-                np.array(steps, np.int32),
+                np.array(frames, np.int32),
                 np.array(ends, np.uint8),
             )
 
@@ -484,10 +484,10 @@ class FollowerLog:
         """Does nothing: the first learner's are in the log."""
 
     def record_episodes(
-        self, level_ids: np.ndarray, returns: np.ndarray, steps: np.ndarray, ends: np.ndarray
+        self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
         """See `RunLog.record_episodes`."""
-        columns = np.broadcast_arrays(level_ids, returns, steps, ends)
+        columns = np.broadcast_arrays(level_ids, returns, frames, ends)
         is_end = np.isin(columns[3], (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED))
         if is_end.any():
             self._group.tell({'episodes': [column[is_end].tolist() for column in columns]})

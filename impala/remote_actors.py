@@ -44,7 +44,7 @@ def unroll_components(
     """Returns what an unroll consists of on its way to the learner.
 
     In order: level id, policy version, recurrent state at the start, the rows of `StepOutput`
-    (reward, episode return, episode step, end of episode, observation) and of `AgentOutput`.
+    (reward, episode return, step and frames, end of episode, observation) and of `AgentOutput`.
 
     Args:
       spec: of the environments.
@@ -68,6 +68,7 @@ def unroll_components(
         row('reward', ArraySpec((), 'float32')),
         row('episode_return', ArraySpec((), 'float32')),
         row('episode_step', ArraySpec((), 'int32'), 0),
+        row('episode_frames', ArraySpec((), 'int32'), 0),
         row('end', ArraySpec((), 'uint8'), 0, max(EpisodeEnd)),
         *[
             row(name, array, 0 if name in highest else None, highest.get(name))

@@ -184,7 +184,7 @@ class RunLog:
                 self._values.setdefault(name, []).append(value)
 
     def record_episodes(
-        self, level_ids: np.ndarray, returns: np.ndarray, steps: np.ndarray, ends: np.ndarray
+        self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
         """Takes the episodes of one batch; they are written by the next `maybe_write`.
 
@@ -194,14 +194,14 @@ class RunLog:
         Args:
           level_ids: integer `[N]`, index into the level names.
           returns: f32 `[N]`, undiscounted and unclipped.
-          steps: i32 `[N]`, lengths in agent steps.
+          frames: i32 `[N]`, lengths.
           ends: integer `[N]`, values of `EpisodeEnd`.
         """
         ends = np.asarray(ends)
         is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
         if not is_end.any():
             return
-        columns = np.broadcast_arrays(level_ids, returns, steps, ends, is_end)
+        columns = np.broadcast_arrays(level_ids, returns, frames, ends, is_end)
         chosen = [column[columns[-1]] for column in columns[:-1]]
         for level_id, episode_return, length, end in zip(*chosen, strict=True):
             # float(str(x)) is the shortest decimal of a float32; float(x) shows its binary tail.
@@ -209,7 +209,7 @@ class RunLog:
                 (
                     self._level_names[level_id],
                     float(str(episode_return)),
-                    int(length) * self._num_action_repeats,
+                    int(length),
                     _ENDED_BY[EpisodeEnd(int(end))],
                 )
             )

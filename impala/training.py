@@ -503,7 +503,7 @@ def record_episodes(log: Log, batch: UnrollBatch) -> None:
     log.record_episodes(
         level_ids,
         info.episode_return.numpy()[1:, is_new],
-        info.episode_step.numpy()[1:, is_new],
+        info.episode_frames.numpy()[1:, is_new],
         batch.ends.numpy()[1:, is_new],
     )
 

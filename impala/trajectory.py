@@ -33,10 +33,13 @@ class StepOutputInfo(NamedTuple):
     Attributes:
       episode_return: f32 `[T+1, B]`, undiscounted, unclipped sum of rewards.
       episode_step: i32 `[T+1, B]`, agent steps.
+      episode_frames: i32 `[T+1, B]`, frames. The end of an episode may cut its last action short;
+        all others last `num_action_repeats` frames.
     """
 
     episode_return: Any
     episode_step: Any
+    episode_frames: Any
 
 
 class StepOutput(NamedTuple):

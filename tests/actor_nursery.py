@@ -16,6 +16,7 @@ from impala.trajectory import ArraySpec
 
 TERMINATED, LIFE_LOST = 1, 3
 EPISODE_STEPS = 7
+MOST_FRAMES = 4  # Of an action, which lasts its counter modulo this.
 OBSERVATION = [ArraySpec((3,), 'int64'), ArraySpec((40,), 'uint8')]
 CLOSED, WRONG_ANSWER = 10, 11  # Exit codes.
 
@@ -27,8 +28,8 @@ class WaitingClient(ActorClient):
         super().start(end, observation)
         return self.wait()
 
-    def step(self, reward, end, observation):
-        self.send(reward, end, observation)
+    def step(self, reward, end, observation, frames=1):
+        self.send(reward, end, observation, frames)
         return self.wait()
 
 
@@ -58,7 +59,7 @@ def count(fd, actor, incarnation, report):
             elif counter % EPISODE_STEPS == 3:
                 end = LIFE_LOST
             row = observation(actor, incarnation, counter)
-            action = client.step(float(counter % 5), end, row)
+            action = client.step(float(counter % 5), end, row, counter % MOST_FRAMES)
     except ClosedError:
         return CLOSED
     return WRONG_ANSWER

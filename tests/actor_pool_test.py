@@ -36,6 +36,7 @@ def make_batcher(num_actors):
             ArraySpec((), 'float32'),
             ArraySpec((), 'float32'),
             ArraySpec((), 'int32'),
+            ArraySpec((), 'int32'),
             ArraySpec((), 'uint8'),
             *troubled_levels.Level.spec.observation.values(),
         ],
@@ -333,6 +334,16 @@ def test_a_level_that_cannot_be_played_is_not_tried_again():
         error = wait_for_failure(pool)
         assert isinstance(error, LevelError) and str(error) == 'This level needs a map.'
         assert pool.restarts == 0 and not told
+
+
+def test_an_environment_that_breaks_its_declaration_is_an_actor_that_dies_with_a_sentence():
+    with running(['breaks_its_declaration'], max_restarts=1) as (_, _, pool, told):
+        error = wait_for_failure(pool)
+    assert isinstance(error, ActorError)
+    for text in (*told, str(error)):
+        assert 'ended with exit code 84' in text and 'Traceback' not in text
+        assert "'frame' as float32 [3], but its spec declares float32 [2]." in text
+    assert told
 
 
 PARENT = """

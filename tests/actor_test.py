@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from dynamic_batching.actor_client import ActorClient, ClosedError
 from dynamic_batching.unroll_batcher import UnrollBatcher
-from environments import Environment
+from environments import DeclarationError, Environment
 from impala import actor
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
@@ -24,7 +24,7 @@ class Recorded(Environment):
     """Overwrites one buffer with its step number; remembers its actions."""
 
     spec = EnvironmentSpec(
-        {'frame': ArraySpec((2,), 'uint8'), 'instruction': ArraySpec((3,), 'int32')}, 100, 1
+        {'frame': ArraySpec((2,), 'uint8'), 'instruction': ArraySpec((3,), 'int32')}, 100, 4
     )
 
     def __init__(self):
@@ -36,7 +36,7 @@ class Recorded(Environment):
 
     def _observe(self):
         self._observation['frame'][:] = len(self.actions)
-        self._observation['instruction'][:] = 1000 + len(self.actions)
+        self._observation['instruction'][:] = 500 + len(self.actions)
         return self._observation
 
     def reset(self):
@@ -44,6 +44,7 @@ class Recorded(Environment):
 
     def step(self, action):
         self.actions.append(action)
+        self.last_action_frames = [None, 1, 2, 3][len(self.actions) % 4]
         return 0.5 * len(self.actions), ENDS[len(self.actions) % 4], self._observe()
 
 
@@ -55,6 +56,7 @@ def test_rows_actions_and_episodes():
         inputs=[
             ArraySpec((), 'float32'),
             ArraySpec((), 'float32'),
+            ArraySpec((), 'int32'),
             ArraySpec((), 'int32'),
             ArraySpec((), 'uint8'),
             *observation,
@@ -68,6 +70,7 @@ def test_rows_actions_and_episodes():
     clients = [ActorClient(batcher.fd, index, observation) for index in range(2)]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         playing = executor.submit(actor.act, both, clients, ['one', 'two'])
+        playing.add_done_callback(lambda _: batcher.close())
         try:
             answered = np.zeros(2, np.int32)
             while min(answered) < 9:
@@ -83,7 +86,7 @@ def test_rows_actions_and_episodes():
             playing.result(TIMEOUT)
     assert sorted(unrolls.actors.numpy()) == [0, 1]
     for column, index in enumerate(unrolls.actors.numpy()):
-        reward, episode_return, episode_step, end, frame, words = [
+        reward, episode_return, episode_step, episode_frames, end, frame, words = [
             field.numpy()[:, column] for field in unrolls.inputs
         ]
         actions = [50 + 20 * index + step for step in range(8)]
@@ -94,8 +97,48 @@ def test_rows_actions_and_episodes():
         assert end.tolist() == [1, 3, 2, 1, 0, 3, 2, 1, 0]
         assert episode_return.tolist() == [0, 0.5, 1.5, 1.5, 2, 4.5, 7.5, 3.5, 4]
         assert episode_step.tolist() == [0, 1, 2, 1, 1, 2, 3, 1, 1]
+        # An action lasts 4 frames; the one of row 3 was cut short by the end after 3.
+        assert episode_frames.tolist() == [0, 4, 6, 3, 4, 8, 10, 3, 4]
         assert frame.tolist() == [[step, step] for step in range(9)]
-        assert words.tolist() == [[1000 + step] * 3 for step in range(9)]
+        assert words.tolist() == [[500 + step] * 3 for step in range(9)]
+
+
+def test_an_observation_that_is_not_as_declared_is_told_from_one_of_the_start():
+    observation = list(Recorded.spec.observation.values())
+    batcher = UnrollBatcher(
+        inputs=[
+            ArraySpec((), 'float32'),
+            ArraySpec((), 'float32'),
+            ArraySpec((), 'int32'),
+            ArraySpec((), 'int32'),
+            ArraySpec((), 'uint8'),
+            *observation,
+        ],
+        outputs=[ArraySpec((), 'int32')],
+        states=[],
+        level_ids=[0],
+        unroll_length=8,
+        queue_capacity=2,
+    )
+    environment = Recorded()
+    environment._observation['frame'] = np.zeros(3, np.uint8)
+    client = ActorClient(batcher.fd, 0, observation)
+    with pytest.raises(DeclarationError, match=r"'mine' .* 'frame' as uint8 \[3\], but its spec"):
+        actor.act([environment], [client], ['mine'])
+    environment._observation['frame'] = np.zeros(2, np.uint8)
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        playing = executor.submit(actor.act, [environment], [client], ['mine'])
+        playing.add_done_callback(lambda _: batcher.close())
+        try:
+            requests = batcher.get_inputs()
+            del environment._observation['frame']
+            environment._observe = lambda: environment._observation
+            actions = tf.constant([0])
+            batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [actions], [])
+            with pytest.raises(actor.ContractError, match="'mine' .* without 'frame', which its"):
+                playing.result(TIMEOUT)
+        finally:
+            batcher.close()
 
 
 def run(lifeline, **settings):

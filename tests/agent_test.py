@@ -37,7 +37,7 @@ def make_inputs(spec, *lead, seed=0):
         observation['instruction'] = tf.constant(instruction, tf.int32)
     env_output = StepOutput(
         reward=tf.constant(rng.normal(size=lead), tf.float32),
-        info=StepOutputInfo(tf.zeros(lead), tf.zeros(lead, tf.int32)),
+        info=StepOutputInfo(tf.zeros(lead), *2 * [tf.zeros(lead, tf.int32)]),
         done=tf.constant(rng.random(lead) < 0.3),
         observation=observation,
     )

@@ -1060,6 +1060,40 @@ def test_instruction_hash():
     assert buckets == set(range(1, 1000))
 
 
+def frames_of_an_episode(environment, act):
+    """Plays an episode; returns the frames that its actions lasted by the environment's account."""
+    environment.reset()
+    frames = 0
+    while True:
+        _, end, _ = environment.step(act())
+        if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
+            return frames + environment.last_action_frames
+        frames += environment.spec.num_action_repeats
+
+
+def test_frames_of_an_action_that_the_end_cuts_short(make, register_atari):
+    pong = {'game': 'pong', 'frameskip': 1, 'max_num_frames_per_episode': 50}
+    name = register_atari('EnvironmentsTest/Own-v0', kwargs=pong)
+    atari = make(name, max_noops=0)
+    # Twelve actions of four frames, and two frames; in the second episode, too.
+    assert [frames_of_an_episode(atari, lambda: 0) for _ in range(2)] == [50, 50]
+
+    cart = make('CartPole-v1', 3, num_action_repeats=7)
+    truth = gymnasium.make('CartPole-v1')
+    truth.reset(seed=3)
+    for _ in range(2):
+        steps, is_over = 0, False
+        while not is_over:
+            is_over = any(truth.step(1)[2:4])
+            steps += 1
+        assert steps % 7, 'this episode shows nothing'
+        assert frames_of_an_episode(cart, lambda: 1) == steps
+        truth.reset()
+
+    # 300 tics, by its configuration.
+    assert frames_of_an_episode(make('VizdoomBasic-v1', num_action_repeats=7), lambda: 0) == 300
+
+
 # Environments of one's own.
 
 
@@ -1074,7 +1108,7 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
         '        frame = ArraySpec((2,), "float32")\n'
         '        self.spec = EnvironmentSpec({"frame": frame}, 2, 1)\n'
         '    def reset(self):\n'
-        '        return {"frame": np.zeros(2, np.float32)}\n'
+        '        return {"frame": np.float32([self.seed, self.config.width])}\n'
         '    def step(self, action):\n'
         '        return 0.0, EpisodeEnd.NOT_ENDED, self.reset()\n'
         'def wrong(seed, config):\n'
@@ -1083,7 +1117,7 @@ def test_a_callable_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     config = EnvironmentConfig(width=4)
     environment = create_environment('own_environments_for_test:Fixed', 7, config)
-    assert (environment.seed, environment.config) == (7, config)
+    assert environment.reset()['frame'].tolist() == [7, 4]
     environment.close()
     for name, part in (
         ('own_environments_for_test:nothing', "'nothing'"),

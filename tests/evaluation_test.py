@@ -301,7 +301,7 @@ def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpo
     is_over, actions = np.zeros(count, bool), np.zeros(count, np.int32)
     while not is_over.all():
         reward = tf.fill([count], float(lengths.any()))
-        info = StepOutputInfo(reward, tf.zeros(count, tf.int32))
+        info = StepOutputInfo(reward, *2 * [tf.zeros(count, tf.int32)])
         done = tf.fill([count], not lengths.any())
         row = StepOutput(reward, info, done, {'frame': tf.constant(frames)})
         logits = logits_of(tf.constant(actions), row).numpy()

@@ -608,7 +608,7 @@ def test_a_run_with_replay_on_atari(tmp_path):
     flags += ['--replay_fraction=0.3', '--replay_capacity=20', '--intra_op_threads=1']
     with WarmRun(tmp_path, *flags, f'--logdir={logdir}') as run:
         assert run.wait() == 0, run.stderr
-    # 20 of 170,322 bytes.
+    # 20 of 170,406 bytes.
     assert re.search(r'Replay of 20 trajectories of [\d,]+ bytes: up to 0.00 GB', run.stderr)
     lines = metrics(logdir)
     # Three batches of ten have two replayed unrolls, the others one; the first has none.

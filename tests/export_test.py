@@ -70,7 +70,7 @@ def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
         reward = tf.constant(values['reward'])
         env_output = StepOutput(
             reward,
-            StepOutputInfo(reward, tf.zeros(2, tf.int32)),
+            StepOutputInfo(reward, *2 * [tf.zeros(2, tf.int32)]),
             tf.constant(values['done']),
             {'frame': tf.constant(values['frame'])},
         )
@@ -129,7 +129,7 @@ def test_observations_keep_their_type(tmp_path, level, shape, dtype, guess):
         'done': tf.constant([True]),
         'frame': tf.cast(tf.fill((1, *shape), 200), dtype),
     }
-    info = StepOutputInfo(tf.zeros(1), tf.zeros(1, tf.int32))
+    info = StepOutputInfo(tf.zeros(1), *2 * [tf.zeros(1, tf.int32)])
     env_output = StepOutput(inputs['reward'], info, inputs['done'], {'frame': inputs['frame']})
     expected, _ = agent.step(inputs['prev_action'], env_output, ())
     step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']

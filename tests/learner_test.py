@@ -72,7 +72,7 @@ def batch_of(config, state=(), seed=0):
         agent_state=state,
         env_outputs=StepOutput(
             reward=rng.normal(size=rows).astype(np.float32),
-            info=StepOutputInfo(np.zeros(rows, np.float32), np.zeros(rows, np.int32)),
+            info=StepOutputInfo(np.zeros(rows, np.float32), *2 * [np.zeros(rows, np.int32)]),
             done=rng.random(rows) < 0.2,
             observation={'frame': frames},
         ),
@@ -521,7 +521,7 @@ def test_learns_to_choose_what_is_rewarded(changes):
         best = rng.integers(_NUM_ACTIONS, size=rows)
         env_outputs = StepOutput(
             reward=np.zeros(rows, np.float32),
-            info=StepOutputInfo(np.zeros(rows, np.float32), zeros),
+            info=StepOutputInfo(np.zeros(rows, np.float32), zeros, zeros),
             done=np.ones(rows, bool),
             observation={'frame': np.eye(_OBSERVATION_SIZE, dtype=np.float32)[best]},
         )

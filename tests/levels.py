@@ -27,13 +27,16 @@ class _Level(environments.Environment):
 
     def reset(self) -> dict[str, np.ndarray]:
         self.steps = 0
-        return {'frame': np.zeros(2, np.float32)}
+        return {'frame': self._numbers(0)}
 
     def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
         self.steps += 1
         if self.steps == self.length:
             return 1.0, EpisodeEnd.TERMINATED, self.reset()
-        return 1.0, EpisodeEnd.NOT_ENDED, {'frame': np.ones(2, np.float32)}
+        return 1.0, EpisodeEnd.NOT_ENDED, {'frame': self._numbers(1)}
+
+    def _numbers(self, number: int) -> np.ndarray:
+        return np.full(self.spec.observation['frame'].shape, number, np.float32)
 
 
 class _Failing(_Level):

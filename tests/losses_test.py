@@ -27,7 +27,7 @@ def _unrolls(length=4, batch=3, num_actions=5, seed=0):
 
     env_outputs = StepOutput(
         reward=rng.normal(scale=2.0, size=rows).astype(np.float32),
-        info=StepOutputInfo(np.zeros(rows, np.float32), np.zeros(rows, np.int32)),
+        info=StepOutputInfo(np.zeros(rows, np.float32), *2 * [np.zeros(rows, np.int32)]),
         done=rng.random(rows) < 0.3,
         observation={},
     )

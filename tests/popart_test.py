@@ -217,7 +217,7 @@ class Bandits:
         zeros = np.zeros(rows, np.float32)
         outputs = StepOutput(
             reward=zeros,
-            info=StepOutputInfo(zeros, np.zeros(rows, np.int32)),
+            info=StepOutputInfo(zeros, *2 * [np.zeros(rows, np.int32)]),
             done=np.ones(rows, bool),
             observation={'frame': frames},
         )

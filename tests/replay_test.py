@@ -264,15 +264,15 @@ def test_frames_are_held_once_and_memory_is_bounded():
     finally:
         tracemalloc.stop()
     assert len(replay) == 12
-    # T+4 frames, and per row: reward, return, step, end, action, six logits, baseline, and whether
-    # an episode begins; level and policy version.
-    per_unroll = (T + 4) * 84 * 84 + (T + 1) * (4 + 4 + 4 + 1 + 4 + 6 * 4 + 4 + 1) + 4 + 8
-    assert unroll_nbytes(components, 'frame') == per_unroll == 170_322
+    # T+4 frames, and per row: reward, return, step, frames, end, action, six logits, baseline, and
+    # whether an episode begins; level and policy version.
+    per_unroll = (T + 4) * 84 * 84 + (T + 1) * (4 + 4 + 4 + 4 + 1 + 4 + 6 * 4 + 4 + 1) + 4 + 8
+    assert unroll_nbytes(components, 'frame') == per_unroll == 170_406
     assert replay.nbytes == 12 * per_unroll
     assert after - before < 100_000
     # Without stacks every byte is held as it is.
     plain = components_of((72, 96, 3), 9, instruction=ArraySpec((32,), 'int32'))
-    per_row = 72 * 96 * 3 + 32 * 4 + 4 + 4 + 4 + 1 + 4 + 9 * 4 + 4
+    per_row = 72 * 96 * 3 + 32 * 4 + 4 + 4 + 4 + 4 + 1 + 4 + 9 * 4 + 4
     assert Replay(plain, 2, 0).nbytes == 2 * unroll_nbytes(plain)
     assert unroll_nbytes(plain) == (T + 1) * per_row + 12
 

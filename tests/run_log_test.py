@@ -57,12 +57,12 @@ def write(log, agent_steps, updates=0):
     return log.maybe_write(4 * agent_steps, agent_steps, updates)
 
 
-def record(log, returns, level_id=0, end=EpisodeEnd.TERMINATED, length=10):
+def record(log, returns, level_id=0, end=EpisodeEnd.TERMINATED, frames=40):
     n = len(returns)
     log.record_episodes(
         np.full([n], level_id, np.int32),
         np.array(returns, np.float32),
-        np.full([n], length, np.int32),
+        np.full([n], frames, np.int32),
         np.full([n], end, np.int32),
     )
 
@@ -138,7 +138,7 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
                     'skipped': False,
                 }
             )
-        record(log, [1.0, 2.0, 6.0], length=25)
+        record(log, [1.0, 2.0, 6.0], frames=100)
         log.record_stage_seconds(
             {'actor/environment': 12.5, 'learner/train_step': 3.0, 'learner/wait': 0.5}
         )
@@ -282,17 +282,17 @@ def test_episodes_of_a_whole_batch(logdir, clock):
         ]
     )
     returns = np.array([[9.0, -21.0], [9.0, 9.0], [0.1, 1e9]], np.float32)
-    steps = np.array([[9, 100], [9, 9], [1000, 3]], np.int32)
+    frames = np.array([[36, 400], [36, 36], [4000, 11]], np.int32)
     with create(logdir, clock, log_secs=1000) as log:
         clock.now += 1.5
-        log.record_episodes(np.array([1, 0]), returns, steps, ends)
+        log.record_episodes(np.array([1, 0]), returns, frames, ends)
         # Written with the counters of the update whose batch they came in, before any line.
         write(log, 6, 1)
         rows = episodes(logdir)
     assert [list(row.values()) for row in rows] == [
         ['1.5', '24', '6', 'ALE/Pong-v5', '-21.0', '400', 'terminated'],
         ['1.5', '24', '6', LEVELS[1], '0.1', '4000', 'truncated'],
-        ['1.5', '24', '6', 'ALE/Pong-v5', '1000000000.0', '12', 'terminated'],
+        ['1.5', '24', '6', 'ALE/Pong-v5', '1000000000.0', '11', 'terminated'],
     ]
     with open(os.path.join(logdir, 'episodes.csv')) as file:
         assert file.readline() == HEADER + '\n'

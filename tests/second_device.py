@@ -200,7 +200,7 @@ def batch_of(agent, settings):
         agent_state=agent.initial_state(size),
         env_outputs=StepOutput(
             normal(),
-            StepOutputInfo(normal(), integers(9, np.int32)),
+            StepOutputInfo(normal(), integers(9, np.int32), integers(9, np.int32)),
             tf.constant(rng.random(rows) < 0.2),
             {
                 'frame': integers(256, np.uint8, *SPEC.observation['frame'].shape),

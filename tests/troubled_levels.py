@@ -139,6 +139,19 @@ def misses_something(seed, config):
     return Level(3, lambda: _raise(environments.LevelError('This level\nneeds a map.')))
 
 
+def breaks_its_declaration(seed, config):
+    """Has another number of observations in its third step."""
+    level = Level()
+    step = level.step
+
+    def step_wrongly(action):
+        reward, end, observation = step(action)
+        return reward, end, {'frame': np.zeros(3 if level._steps == 3 else 2, np.float32)}
+
+    level.step = step_wrongly
+    return level
+
+
 def warns(seed, config):
     """Has something to say, but goes on."""
     environments.LevelCache('/dev/null/cache').write('key', '/dev/null')

@@ -38,6 +38,7 @@ FIXED_INPUTS = [
     ArraySpec((), 'float32'),
     ArraySpec((), 'float32'),
     ArraySpec((), 'int32'),
+    ArraySpec((), 'int32'),
     ArraySpec((), 'uint8'),
 ]
 SCALAR = ArraySpec((), 'float32')
@@ -90,7 +91,7 @@ def get(batcher):
 
 def echo(batcher, requests, states=()):
     """Answers every row with the byte that it sent."""
-    actions = tf.cast(requests.inputs[4][:, 0], tf.int32)
+    actions = tf.cast(requests.inputs[5][:, 0], tf.int32)
     batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [actions], list(states))
 
 
@@ -177,7 +178,7 @@ def make_counting_batcher(num_actors, **options):
 
 def count_rows(batcher, requests, version):
     """Answers rows of a nursery's processes, each as none other is."""
-    who = requests.inputs[4]
+    who = requests.inputs[5]
     last_action = tf.cast(requests.last_action, tf.int64)
     action = (who[:, 0] * 1000 + who[:, 1]) * 100000 + who[:, 2]
     batcher.set_outputs(
@@ -217,7 +218,7 @@ def serve_counting(batcher):
 
 def check_counting_unroll(unrolls, column, unroll_length, level_ids):
     """Checks every number of one unroll; returns its actor, incarnation and first counter."""
-    reward, episode_return, episode_step, end, who, frame = [
+    reward, episode_return, episode_step, episode_frames, end, who, frame = [
         field.numpy()[:, column] for field in unrolls.inputs
     ]
     action, logits, version = [output.numpy()[:, column] for output in unrolls.outputs]
@@ -233,18 +234,21 @@ def check_counting_unroll(unrolls, column, unroll_length, level_ids):
     np.testing.assert_array_equal(frame, np.repeat(byte[:, None], frame.shape[1], 1))
 
     # The episodes, played again from the start.
-    total, steps = 0.0, 0
-    rows = [(0.0, 0.0, 0, EpisodeEnd.TERMINATED)]
+    total, steps, frames = 0.0, 0, 0
+    rows = [(0.0, 0.0, 0, 0, EpisodeEnd.TERMINATED)]
     for counter in range(1, counters[-1] + 1):
         total, steps = total + counter % 5, steps + 1
+        frames += counter % actor_nursery.MOST_FRAMES
         phase = counter % actor_nursery.EPISODE_STEPS
         row_end = {0: EpisodeEnd.TERMINATED, 3: EpisodeEnd.LIFE_LOST}.get(phase, 0)
-        rows.append((counter % 5, total, steps, row_end))
+        rows.append((counter % 5, total, steps, frames, row_end))
         if phase == 0:
-            total, steps = 0.0, 0
+            total, steps, frames = 0.0, 0, 0
     expected = rows[first:]
     for got, want in zip(
-        (reward, episode_return, episode_step, end), np.transpose(expected), strict=True
+        (reward, episode_return, episode_step, episode_frames, end),
+        np.transpose(expected),
+        strict=True,
     ):
         np.testing.assert_array_equal(got, want)
 
@@ -280,9 +284,11 @@ class Row:
     reward: float
     episode_return: float
     episode_step: int
+    episode_frames: int
     end: int
     frame: np.ndarray
     words: np.ndarray
+    frames: int
     outputs: list | None = None  # That answered this row.
     state_before: list | None = None
     version: int | None = None
@@ -330,7 +336,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
         observation = (row.frame, row.words)
         if is_first:
             return client.start(row.end, observation)
-        return client.step(row.reward, row.end, observation)
+        return client.step(row.reward, row.end, observation, row.frames)
 
     zero_outputs = [np.zeros(spec.shape, spec.dtype) for spec in output_specs]
     zero_states = [np.zeros(spec.shape, spec.dtype) for spec in state_specs]
@@ -340,7 +346,7 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
         for actor in range(num_actors)
     ]
     histories = [[] for _ in range(num_actors)]  # Since each actor's last reset.
-    totals = [(0.0, 0)] * num_actors
+    totals = [(0.0, 0, 0)] * num_actors
     futures = {}
     expected = collections.deque()
     was_replaced = False
@@ -351,26 +357,30 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                 was_replaced = True
                 batcher.reset_actor(1)
                 clients[1] = actor_nursery.WaitingClient(batcher.fd, 1, observation_specs)
-                histories[1], totals[1] = [], (0.0, 0)
+                histories[1], totals[1] = [], (0.0, 0, 0)
             for actor in range(num_actors):
                 if actor in futures or rng.random() < 0.4:
                     continue
                 is_first = not histories[actor]
-                total, steps = totals[actor]
+                total, steps, total_frames = totals[actor]
+                frames = int(rng.integers(1, 5))
                 reward = 0.0 if is_first else float(np.float32(rng.normal() * 10))
                 end = 1 if is_first else int(rng.choice(4, p=[0.6, 0.1, 0.1, 0.2]))
                 if not is_first:
                     total, steps = total + reward, steps + 1
+                    total_frames += frames
                 row = Row(
                     reward,
                     total,
                     steps,
+                    total_frames,
                     end,
                     random_array(rng, frame_spec),
                     random_array(rng, words_spec),
+                    frames,
                 )
                 ends_game = end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED)
-                totals[actor] = (0.0, 0) if ends_game else (total, steps)
+                totals[actor] = (0.0, 0, 0) if ends_game else (total, steps, total_frames)
                 histories[actor].append(row)
                 futures[actor] = start(play, clients[actor], row, is_first)
             if not futures:
@@ -383,10 +393,12 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                 before = history[-2] if len(history) > 1 else None
                 got = [tensor.numpy()[i] for tensor in requests.inputs]
                 row = history[-1]
-                want = [row.reward, row.episode_return, row.episode_step, row.end]
-                np.testing.assert_array_equal(np.array(got[:4], np.float32), np.float32(want))
-                np.testing.assert_array_equal(got[4], row.frame)
-                np.testing.assert_array_equal(got[5], row.words)
+                want = [
+                    row.reward, row.episode_return, row.episode_step, row.episode_frames, row.end,
+                ]  # fmt: skip
+                np.testing.assert_array_equal(np.array(got[:5], np.float32), np.float32(want))
+                np.testing.assert_array_equal(got[5], row.frame)
+                np.testing.assert_array_equal(got[6], row.words)
                 assert requests.last_action.numpy()[i] == (before.outputs[0] if before else 0)
                 row.state_before = [tensor.numpy()[i] for tensor in requests.states]
                 for state, wanted in zip(
@@ -413,12 +425,12 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                 assert futures.pop(actor).result(TIMEOUT) == row.outputs[0]
 
             while len(expected) >= batch_size:
-                num_inputs = rng.choice([None, 4, 5])
+                num_inputs = rng.choice([None, 5, 6])
                 unrolls = dequeue(num_inputs)
                 observations = (frame_spec, words_spec)[
-                    : 2 if num_inputs is None else num_inputs - 4
+                    : 2 if num_inputs is None else num_inputs - 5
                 ]
-                for tensor, spec in zip(unrolls.inputs[4:], observations, strict=True):
+                for tensor, spec in zip(unrolls.inputs[5:], observations, strict=True):
                     assert tensor.shape == (unroll_length + 1, batch_size, *spec.shape)
                     assert tensor.dtype == spec.dtype
                 for column in range(batch_size):
@@ -429,7 +441,8 @@ def test_unrolls_are_what_was_sent_and_answered(in_graph):
                     for got, want in zip(unrolls.states, rows[0].state_before, strict=True):
                         np.testing.assert_array_equal(got.numpy()[column], want)
                     names = (
-                        'reward', 'episode_return', 'episode_step', 'end', 'frame', 'words',
+                        'reward', 'episode_return', 'episode_step', 'episode_frames', 'end',
+                        'frame', 'words',
                     )  # fmt: skip
                     for name, field in zip(names[:num_inputs], unrolls.inputs, strict=True):
                         want = np.stack([np.asarray(getattr(row, name)) for row in rows])
@@ -508,7 +521,7 @@ def test_a_full_unroll_does_not_wait_for_a_batch():
         unrolls = start(batcher.dequeue, 1)
         actions = [send(clients[1], 7)]
         # The other one plays on, but the learner can have what is complete.
-        assert unrolls.result(TIMEOUT).inputs[4].numpy().tolist() == [[[0]], [[7]]]
+        assert unrolls.result(TIMEOUT).inputs[5].numpy().tolist() == [[[0]], [[7]]]
         assert not requests.done()
         actions.append(send(clients[0], 8))
         echo(batcher, requests.result(TIMEOUT))
@@ -605,7 +618,7 @@ def test_several_batches_may_be_under_way():
         ({'timeout_ms': -1.0}, 'timeout'),
         ({'timeout_ms': float('nan')}, 'timeout'),
         ({'inputs': FIXED_INPUTS}, 'observations'),
-        ({'inputs': [ArraySpec((), 'float32')] * 17}, 'observations'),
+        ({'inputs': [ArraySpec((), 'float32')] * 18}, 'observations'),
         ({'outputs': [SCALAR]}, 'action'),
         ({'outputs': [ArraySpec((1,), 'int32')]}, 'action'),
         ({'outputs': []}, 'action'),
@@ -641,8 +654,8 @@ def test_a_client_refuses_what_does_not_fit():
         # Whatever was refused left nothing behind; what is not contiguous arrives as it should.
         answer = start(client.start, EpisodeEnd.TERMINATED, (np.asfortranarray(right),))
         requests = get(batcher)
-        assert [float(value[0]) for value in requests.inputs[:4]] == [0, 0, 0, 1]
-        np.testing.assert_array_equal(requests.inputs[4][0], right)
+        assert [float(value[0]) for value in requests.inputs[:5]] == [0, 0, 0, 0, 1]
+        np.testing.assert_array_equal(requests.inputs[5][0], right)
         batcher.set_outputs(requests.tickets, tf.constant(0, tf.int64), [tf.constant([5])], [])
         assert answer.result(TIMEOUT) == 5
 
@@ -954,7 +967,7 @@ def test_cancelling_a_graph_that_waits(method):
             assert answer.result(TIMEOUT) == 1
             answer = send(client, 1)
         get(batcher)
-        assert unrolls.result(TIMEOUT).inputs[4].shape == (3, 1, 1)
+        assert unrolls.result(TIMEOUT).inputs[5].shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize('method', ['get_inputs', 'dequeue'])
@@ -1042,7 +1055,7 @@ def test_an_actor_killed_while_it_waits_is_forgotten():
         seen = []
         while not seen:
             requests = get(batcher)
-            who = requests.inputs[4].numpy()
+            who = requests.inputs[5].numpy()
             seen = who[who[:, 0] == 0].tolist()
             count_rows(batcher, requests, version)
         assert seen == [[0, 1, 0]]
@@ -1063,8 +1076,8 @@ def test_an_actor_killed_while_in_a_batch_gets_no_answer_of_that_batch():
         count_rows(batcher, old, version)
         new = get(batcher)
         order = np.argsort(new.tickets[0].numpy())
-        np.testing.assert_array_equal(new.inputs[4].numpy()[order], [[0, 1, 0], [1, 0, 6]])
-        np.testing.assert_array_equal(new.inputs[3].numpy()[order[0]], EpisodeEnd.TERMINATED)
+        np.testing.assert_array_equal(new.inputs[5].numpy()[order], [[0, 1, 0], [1, 0, 6]])
+        np.testing.assert_array_equal(new.inputs[4].numpy()[order[0]], EpisodeEnd.TERMINATED)
         assert new.last_action.numpy()[order].tolist() == [
             0,
             actor_nursery.right_action(1, 0, 5),
@@ -1092,7 +1105,7 @@ def test_an_actor_killed_between_requests_loses_its_unfinished_unroll_alone():
             batcher.reset_actor(0)
             assert batcher.statistics()[1] == [0]
         unrolls = batcher.dequeue(3)
-        frames = unrolls.inputs[4].numpy()[:, :, 0]
+        frames = unrolls.inputs[5].numpy()[:, :, 0]
         for incarnation in range(3):
             rows = [50 * incarnation + row for row in range(1, unroll_length + 1)]
             assert frames[:, incarnation].tolist() == [100 * incarnation, *rows]
@@ -1156,7 +1169,7 @@ def test_who_has_the_turn_is_known():
             assert activity.progress[0] == 0 and activity.progress[1] > progress[-1]
             progress.append(activity.progress[1])
         client = connect(batcher, 0)
-        client._send(0.0, EpisodeEnd.TERMINATED, (np.zeros(1, np.uint8),), True)
+        client._send(0.0, 0, EpisodeEnd.TERMINATED, (np.zeros(1, np.uint8),), True)
         assert batcher.activity().states == [ActorState.REQUESTED, ActorState.ACTING]
         echo(batcher, get(batcher))
         assert batcher.activity().states == [ActorState.ANSWERED, ActorState.ACTING]

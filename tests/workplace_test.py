@@ -31,8 +31,12 @@ def test_specs_come_from_a_process_of_their_own():
         assert spec == troubled_levels.Level.spec
         with pytest.raises(LevelError, match=r'^.*no_such_module.*$'):
             workplace.environment_spec('no_such_module:level', 1)
-        with pytest.raises(ActorError, match='RuntimeError: there is no joystick'):
+        with pytest.raises(
+            LevelError, match=r'RuntimeError: there is no joystick \(troubled_levels.py, line \d+\)'
+        ):
             workplace.environment_spec('troubled_levels:fails_to_start', 1)
+        with pytest.raises(ActorError, match='engine: out of polygons'):
+            workplace.environment_spec('troubled_levels:prints_and_exits', 1)
 
 
 def test_several_levels_have_one_spec_or_are_refused_by_name():
@@ -54,8 +58,8 @@ def test_several_levels_have_one_spec_or_are_refused_by_name():
         assert 'levels:incomplete: Its map is missing.' in text
         assert "CartPol-v1: Gymnasium has no 'CartPol-v1'. Did you mean 'CartPole-v1'?" in text
         assert 'levels:short' not in text
-        with pytest.raises(ActorError, match='(?s)troubled_levels:fails_to_start.*no joystick'):
-            workplace.common_spec(['levels:short', 'troubled_levels:fails_to_start'], 1)
+        with pytest.raises(ActorError, match='(?s)troubled_levels:prints_and_exits.*polygons'):
+            workplace.common_spec(['levels:short', 'troubled_levels:prints_and_exits'], 1)
 
 
 def test_several_atari_games_have_one_set_of_actions():

@@ -29,6 +29,7 @@ struct Client {
   float non_finite_values[kMaxFields];  // Of the row sent last, by the bits of `non_finite`.
   double episode_return;
   int32_t episode_step;
+  int32_t episode_frames;
   bool is_waiting;        // A row was sent whose action was not waited for yet.
   uint64_t requested_at;  // When that row was sent.
   uint64_t returned_at;   // When the actor was given its last action; 0 before the first.
@@ -149,8 +150,9 @@ EXPORT int actor_client_is_idle(void* handle) {
 
 // Sends the row whose observation stands in its place. Returns kClosed if the batcher is closed,
 // kOutOfOrder if an action is still to be waited for, or no first row was sent before another, and
-// else ActorBlock::non_finite of the row. `is_first`: the row is the first of the first episode.
-EXPORT int32_t actor_client_send(void* handle, double reward, int end, int is_first) {
+// else ActorBlock::non_finite of the row. `frames`: that the action lasted. `is_first`: the row is the
+// first of the first episode.
+EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int end, int is_first) {
   auto* client = static_cast<Client*>(handle);
   SegmentHeader* header = client->header;
   ActorBlock* block = client->block;
@@ -159,6 +161,7 @@ EXPORT int32_t actor_client_send(void* handle, double reward, int end, int is_fi
   if (!is_first) {
     client->episode_return += reward;
     client->episode_step += 1;
+    client->episode_frames += frames;
   }
   const uint32_t unroll = block->unroll;
   const uint32_t row = block->row;
@@ -186,10 +189,13 @@ EXPORT int32_t actor_client_send(void* handle, double reward, int end, int is_fi
          sizeof(episode_return));
   memcpy(GetRow(client->segment, unroll, kEpisodeStep, row), &client->episode_step,
          sizeof(client->episode_step));
+  memcpy(GetRow(client->segment, unroll, kEpisodeFrames, row), &client->episode_frames,
+         sizeof(client->episode_frames));
   memcpy(GetRow(client->segment, unroll, kEnd, row), &end_byte, sizeof(end_byte));
   if (end == kTerminated || end == kTruncated) {
     client->episode_return = 0;
     client->episode_step = 0;
+    client->episode_frames = 0;
   }
 
   client->is_waiting = true;

@@ -32,13 +32,20 @@ namespace dynamic_batching {
 
 // Changes whenever the layout does: an actor process of another build must refuse the segment.
 constexpr uint64_t kSegmentMagic = 0x494d50414c410005;
-constexpr int kMaxFields = 16;
+constexpr int kMaxFields = 17;
 
 // The fields that every row starts with; those of the observation follow.
-enum FixedField : int { kReward, kEpisodeReturn, kEpisodeStep, kEnd, kFirstObservation };
+enum FixedField : int {
+  kReward,
+  kEpisodeReturn,
+  kEpisodeStep,
+  kEpisodeFrames,
+  kEnd,
+  kFirstObservation,
+};
 
 // How an episode ended: the values of impala.trajectory.EpisodeEnd. At a lost life the episode ends
-// for the agent, while the game goes on and with it its return and its steps.
+// for the agent, while the game goes on and with it its return, its steps and its frames.
 enum EpisodeEnd : uint8_t { kNotEnded, kTerminated, kTruncated, kLifeLost };
 
 enum RequestState : uint32_t {

@@ -1,0 +1,298 @@
+"""Environments of one's own: `my_package.my_module:make`, checked where they enter.
+
+Whatever is wrong with one becomes a `LevelError`, a sentence that names the level and says what
+would be right. Actor processes import this module, and it never imports TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import numbers
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import environments
+from environments import DeclarationError, LevelError
+from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, EpisodeEnd
+
+# As many as the shared segment has fields for: kMaxFields - kFirstObservation.
+MAX_OBSERVATIONS = 12
+# What batches and networks can carry. Of floating-point numbers only float32: it is what networks
+# compute in, and what is looked through for values that are not finite.
+DTYPES = ('float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', 'bool')
+
+
+def check_callable(level_name: str, make: Any) -> None:
+    """Sees to it that an environment can be made with a seed and an `EnvironmentConfig`.
+
+    Raises:
+      LevelError: it is nothing that can be called with these two.
+    """
+    if not callable(make):
+        raise LevelError(f'{level_name!r} is {_a(make)}, not a callable that takes (seed, config).')
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        # Some of extension modules have none to be looked at.
+        return
+    try:
+        signature.bind(0, None)
+    except TypeError as error:
+        raise LevelError(
+            f'{level_name!r} must be a callable that takes (seed, config): {error}.'
+        ) from error
+
+
+def checked(level_name: str, environment: Any) -> environments.Environment:
+    """Returns an environment that checks what it returns against its spec.
+
+    Args:
+      level_name: for the sentences.
+      environment: what the callable returned.
+
+    Raises:
+      LevelError: it is no environment, or has a spec that no agent can be made for.
+    """
+    if not isinstance(environment, environments.Environment):
+        raise LevelError(
+            f'{level_name!r} returned {_a(environment)}, which is no environments.Environment.'
+        )
+    return _Checked(level_name, environment)
+
+
+def check_observation(level_name: str, spec: EnvironmentSpec, observation: Any) -> None:
+    """Compares an observation with its spec.
+
+    Args:
+      level_name: for the sentence.
+      spec: of the environment.
+      observation: what `reset` or `step` returned.
+
+    Raises:
+      DeclarationError: it is not as the spec says.
+    """
+    if not isinstance(observation, Mapping):
+        raise DeclarationError(
+            f'{level_name!r} returned {_a(observation)} as its observation, which must be a dict '
+            f'with {_listed(spec.observation)}.'
+        )
+    for name, array_spec in spec.observation.items():
+        if name not in observation:
+            raise DeclarationError(
+                f'{level_name!r} returned an observation without {name!r}, which its spec declares.'
+            )
+        array = observation[name]
+        declared = f'but its spec declares {_shown(array_spec.dtype, array_spec.shape)}.'
+        if not isinstance(array, np.ndarray | np.generic):
+            raise DeclarationError(
+                f'{level_name!r} returned the observation {name!r} as {_a(array)}, {declared}'
+            )
+        if (array.shape, array.dtype) != (array_spec.shape, np.dtype(array_spec.dtype)):
+            raise DeclarationError(
+                f'{level_name!r} returned the observation {name!r} as '
+                f'{_shown(array.dtype, array.shape)}, {declared}'
+            )
+        if name == 'instruction':
+            _check_instruction(level_name, array)
+
+
+class _Checked(environments.Environment):
+    """Another environment, of which the spec is checked once and the rest as it comes."""
+
+    def __init__(self, level_name: str, environment: environments.Environment) -> None:
+        self._level_name = level_name
+        self._environment = environment
+        self._step = environment.step
+        try:
+            self.spec = _checked_spec(level_name, getattr(environment, 'spec', None))
+        except LevelError:
+            environment.close()
+            raise
+        self._speaks = 'instruction' in self.spec.observation
+
+    @property
+    def frames_per_second(self) -> float | None:
+        return self._environment.frames_per_second
+
+    @property
+    def last_action_frames(self) -> int | None:  # type: ignore[override]
+        return self._environment.last_action_frames
+
+    def reset(self) -> environments.Observation:
+        observation = self._environment.reset()
+        check_observation(self._level_name, self.spec, observation)
+        return observation
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, environments.Observation]:
+        result: Any = self._step(action)
+        try:
+            reward, end, observation = result
+        except (TypeError, ValueError) as error:
+            raise DeclarationError(
+                f'{self._level_name!r} returned {_a(result)} from step, which must return three '
+                'values: reward, end and observation.'
+            ) from error
+        if type(reward) is not float:
+            reward = self._number(reward)
+        if type(end) is not EpisodeEnd:
+            raise DeclarationError(
+                f'{self._level_name!r} returned {end!r}, {_a(end)}, as the end of the episode, '
+                f'which must be one of {", ".join(map(str, EpisodeEnd.__members__))} of '
+                'impala.trajectory.EpisodeEnd.'
+            )
+        # Shapes and dtypes are compared where observations are copied into the segment.
+        if self._speaks and isinstance(observation, Mapping):
+            _check_instruction(self._level_name, observation.get('instruction'))
+        return reward, end, observation
+
+    def _number(self, reward: Any) -> float:
+        is_array = isinstance(reward, np.ndarray | np.generic)
+        if is_array and reward.shape == () and reward.dtype.kind in 'biuf':
+            return float(reward)
+        if isinstance(reward, numbers.Real):
+            with contextlib.suppress(OverflowError):
+                return float(reward)
+        raise DeclarationError(
+            f'{self._level_name!r} returned {_a(reward)} as its reward, which must be a number.'
+        )
+
+    def seed_next(self, seed: int) -> bool:
+        return self._environment.seed_next(seed)
+
+    def render(self) -> np.ndarray | None:
+        return self._environment.render()
+
+    def check(self) -> None:
+        """Tries the first reset and the first step, besides the environment's own check."""
+        self._environment.check()
+        try:
+            check_observation(self._level_name, self.spec, self.reset())
+            _, _, observation = self.step(0)
+            check_observation(self._level_name, self.spec, observation)
+        except LevelError:
+            raise
+        except (Exception, SystemExit):
+            # A failure is the actors' to report: it may well be one of chance.
+            pass
+
+    def close(self) -> None:
+        self._environment.close()
+
+
+def _checked_spec(level_name: str, spec: Any) -> EnvironmentSpec:
+    """Returns a spec with Python's own numbers, and dtypes by their names.
+
+    Raises:
+      LevelError: no agent can be made for it.
+    """
+
+    def wrong(text: str) -> LevelError:
+        return LevelError(f'The spec of {level_name!r} {text}.')
+
+    if not isinstance(spec, EnvironmentSpec):
+        raise LevelError(
+            f"{level_name!r} made an environment whose attribute 'spec' is {_a(spec)}, not an "
+            'impala.trajectory.EnvironmentSpec.'
+        )
+    if not isinstance(spec.observation, Mapping) or not all(
+        isinstance(name, str) and isinstance(each, ArraySpec)
+        for name, each in spec.observation.items()
+    ):
+        raise wrong('must have a dict of name -> impala.trajectory.ArraySpec as its observation')
+    if 'frame' not in spec.observation:
+        raise wrong(
+            f"declares {_listed(spec.observation)}, but no observation 'frame', which is what the "
+            'agent sees'
+        )
+    if len(spec.observation) > MAX_OBSERVATIONS:
+        raise wrong(
+            f'declares {len(spec.observation)} observations, and there may be {MAX_OBSERVATIONS}'
+        )
+    observation = {}
+    for name, each in spec.observation.items():
+        try:
+            dtype = np.dtype(each.dtype).name
+        except TypeError:
+            dtype = ''
+        if dtype not in DTYPES:
+            raise wrong(
+                f'declares the observation {name!r} as {each.dtype}, and it may be one of '
+                f'{", ".join(DTYPES)}'
+            )
+        try:
+            shape = tuple(operator.index(size) for size in each.shape)
+        except TypeError:
+            shape = (0,)
+        if min(shape, default=1) < 1:
+            raise wrong(
+                f'declares the observation {name!r} with the shape {each.shape}, and it must be a '
+                'tuple of positive integers'
+            )
+        observation[name] = ArraySpec(shape, dtype)
+    frame = observation['frame']
+    if len(frame.shape) > 3:
+        raise wrong(
+            f"declares the observation 'frame' as {_shown(frame.dtype, frame.shape)}, and it may "
+            'have three dimensions at most'
+        )
+    instruction = observation.get('instruction')
+    if instruction and (instruction.dtype, len(instruction.shape)) != ('int32', 1):
+        raise wrong(
+            "declares the observation 'instruction' as "
+            f'{_shown(instruction.dtype, instruction.shape)}, and it must be int32 with one '
+            'dimension, as environments.hash_instruction returns it'
+        )
+    counts: dict[str, int] = {}
+    for name in ('num_actions', 'num_action_repeats'):
+        value = getattr(spec, name)
+        if not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:
+            raise wrong(f'has {name}={value!r}, and it must be an integer of at least 1')
+        counts[name] = int(value)
+    if spec.suite not in ('', 'atari', 'dmlab'):
+        raise wrong(f"has suite={spec.suite!r}, and it must be '', 'atari' or 'dmlab'")
+    if spec.suite == 'atari' and (frame.dtype, len(frame.shape)) != ('uint8', 3):
+        raise wrong(
+            f"has suite='atari' and the observation 'frame' as {_shown(frame.dtype, frame.shape)}, "
+            'and it must be uint8 [height, width, frames]'
+        )
+    return dataclasses.replace(
+        spec,
+        observation=observation,
+        num_actions=counts['num_actions'],
+        num_action_repeats=counts['num_action_repeats'],
+    )
+
+
+def _check_instruction(level_name: str, instruction: Any) -> None:
+    # What does not fit in another way is not this function's to say.
+    if not isinstance(instruction, np.ndarray) or instruction.dtype != np.int32:
+        return
+    # Seen as unsigned, negative numbers are too large as well.
+    if instruction.size and instruction.view(np.uint32).max() >= INSTRUCTION_BUCKETS:
+        raise DeclarationError(
+            f"{level_name!r} returned the observation 'instruction' with numbers outside of 0 to "
+            f'{INSTRUCTION_BUCKETS - 1}: environments.hash_instruction makes one of a text.'
+        )
+
+
+def _a(value: Any) -> str:
+    """Returns what a value is, with an article."""
+    if value is None:
+        return 'None'
+    name = type(value).__name__
+    if isinstance(value, np.ndarray):
+        return f'an array {_shown(value.dtype, value.shape)}'
+    if isinstance(value, tuple | list):
+        return f'a {name} of {len(value)}'
+    return f'{"an" if name[0].lower() in "aeiou" else "a"} {name}'
+
+
+def _shown(dtype: Any, shape: tuple[int, ...]) -> str:
+    return f'{dtype} {list(shape)}'
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ' and '.join(map(repr, names)) if names else 'nothing'
