@@ -509,6 +509,7 @@ def main(unused_argv: list[str]) -> int:
             return _train_with_first()
         lock = run_files.lock_logdir(FLAGS.logdir)
         try:
+            run_files.try_checkpoint_folder(FLAGS.logdir)
             return _train()
         finally:
             os.close(lock)

@@ -27,7 +27,7 @@ with starting_tensorflow():
 from impala.agent import Agent, AgentConfig
 from impala.checkpoint import Checkpointer, LogdirError, network_settings
 from impala.output import outlive_readers
-from impala.run_config import frame_dtype, latent_size, popart_levels
+from impala.run_config import ConfigError, frame_dtype, latent_size, popart_levels
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
@@ -56,7 +56,20 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
             raise LogdirError(f'The network.json in {logdir} does not say its {name}.')
         return found[0]
 
+    for name, types in (
+        ('torso', str),
+        ('use_lstm', bool),
+        ('number of actions', int),
+        ('shape of the frames', list),
+        ('whether it has instructions', bool),
+    ):
+        if type(value(name)) is not types:
+            raise LogdirError(
+                f'The network.json in {logdir} is damaged: its {name} makes no sense.'
+            )
     shape = tuple(value('shape of the frames'))
+    if not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise LogdirError(f'The network.json in {logdir} is damaged: frames cannot be {shape}.')
     observation = {'frame': ArraySpec(shape, frame_dtype(settings, shape))}
     if value('whether it has instructions'):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
@@ -161,7 +174,7 @@ def main(argv: list[str]) -> int:
     checkpoint = arguments.checkpoint and arguments.checkpoint.removesuffix('.index')
     try:
         exported = export(arguments.logdir, output, checkpoint)
-    except LogdirError as error:
+    except (LogdirError, ConfigError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f'Written {exported} to {output}')

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from environments import LevelError
-from impala import suites
+from impala import flag_file, suites
 from impala.learning_curve import STYLE as CURVE_STYLE
 from impala.output import outlive_readers
-from impala.run_files import FLAG_FILE, LogdirError, read_episodes, read_metrics
+from impala.run_files import LogdirError, read_episodes, read_metrics
 
 WINDOW = 100
 POINTS = 200
@@ -34,7 +34,7 @@ _PUBLISHED_STYLE = (0, (8, 2, 1, 2))
 # How far beyond all else, in multiples of its range, a published score still is on the scale.
 _KNOWN_REACH = 2.0
 # What tells runs of one kind apart.
-_OF_ONE_RUN = ('seed', 'logdir', 'learner_address', 'task')
+_OF_ONE_RUN = ('seed', 'learner_address', 'task', *flag_file.NOT_OF_THE_RUN, 'nowatch')
 STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
 
 
@@ -57,33 +57,36 @@ class Run:
     not_finite: int = 0
 
 
-def read_run(logdir: str) -> Run:
+def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
     """Reads a run's files.
+
+    Args:
+      logdir: folder of the run.
+      report: told of damaged lines, in a sentence for each file.
 
     Raises:
       LogdirError: there is no run there.
     """
     rows: dict[str, list[tuple[float, float, float, float]]] = {}
     not_finite = 0
-    for row in read_episodes(logdir):
+    for row in read_episodes(logdir, report):
         if not math.isfinite(row['return']):
             not_finite += 1
         else:
             rows.setdefault(row['level'], []).append(
                 (row['frames'], row['agent_steps'], row['wall_seconds'] / 3600, row['return'])
             )
-    metrics = []
     flags = {}
     try:
-        metrics = read_metrics(logdir)
-        path = os.path.join(logdir, FLAG_FILE)
+        metrics = read_metrics(logdir, report)
+        path = os.path.join(logdir, flag_file.FLAG_FILE)
         if os.path.exists(path):
-            with open(path, encoding='utf-8') as file:
-                for line in file:
-                    name, _, value = line.strip().removeprefix('--').partition('=')
-                    flags[name] = value
-    except (OSError, ValueError) as error:
-        raise LogdirError(f'Cannot read the run in {logdir}: {error}.') from error
+            for argument in flag_file.read(path):
+                flags[argument.name] = argument.text.partition('=')[2]
+    except flag_file.FlagFileError as error:
+        raise LogdirError(str(error)) from error
+    except OSError as error:
+        raise LogdirError(f'Cannot read the run in {logdir}: {error.strerror}.') from error
     return Run(
         logdir,
         flags,
@@ -406,13 +409,16 @@ def main(argv: list[str]) -> int:
 
     import matplotlib
 
+    def report(text: str) -> None:
+        print(text, file=sys.stderr)
+
     drawings: dict[str, Callable[[], Any]] = {
         'learning_curves': lambda: learning_curves(kinds, arguments.over),
         'stage_times': lambda: stage_times(kinds),
         'policy_lag': lambda: policy_lag(kinds),
     }
     try:
-        runs = [read_run(logdir) for logdir in arguments.logdirs]
+        runs = [read_run(logdir, report) for logdir in arguments.logdirs]
         for run in runs:
             if run.not_finite:
                 print(

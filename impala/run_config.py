@@ -334,8 +334,17 @@ def counted_by(config: TrainingConfig, spec: EnvironmentSpec) -> dict[str, Any]:
 
 
 def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns `AgentConfig.popart_levels` of what `network_settings` returned."""
-    return tuple(settings.get(POPART_LEVELS, ()))
+    """Returns `AgentConfig.popart_levels` of what `network_settings` returned.
+
+    Raises:
+      ConfigError: it comes from a file and is damaged.
+    """
+    levels = settings.get(POPART_LEVELS, [])
+    if not isinstance(levels, (list, tuple)) or not all(isinstance(each, str) for each in levels):
+        raise ConfigError(
+            f'The settings of the network are damaged: {POPART_LEVELS} is {levels!r}.'
+        )
+    return tuple(levels)
 
 
 def frame_dtype(settings: Mapping[str, Any], frame_shape: Sequence[int]) -> str:

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 CHECKPOINT_FOLDER = 'checkpoints'
@@ -17,6 +18,20 @@ NETWORK_FILE = 'network.json'
 METRICS_FILE = 'metrics.jsonl'
 EPISODES_FILE = 'episodes.csv'
 RUN_ID_FILE = 'run_id.txt'
+EPISODES_HEADER = (
+    'wall_seconds',
+    'frames',
+    'agent_steps',
+    'level',
+    'episode_return',
+    'episode_frames',
+    'ended_by',
+)
+
+# Less than any checkpoint has; where there is no room for this there is none for one.
+_TRIED_BYTES = 4096
+# Counters of TensorFlow are 64 bits wide. All numbers of a log are smaller.
+_LARGEST_NUMBER = 2**62
 
 
 class LogdirError(Exception):
@@ -54,6 +69,29 @@ def lock_logdir(logdir: str) -> int:
         # Some network file systems cannot lock directories; that is no reason not to train there.
         pass
     return descriptor
+
+
+def try_checkpoint_folder(logdir: str) -> None:
+    """Makes sure, before anything is trained, that checkpoints can be written.
+
+    Args:
+      logdir: the log directory, which exists.
+
+    Raises:
+      LogdirError: nothing can be written there.
+    """
+    folder = os.path.join(logdir, CHECKPOINT_FOLDER)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(_TRIED_BYTES))
+            file.flush()
+    except OSError as error:
+        raise LogdirError(
+            f'Cannot write checkpoints in {folder}: {error.strerror}. Make room there, or give '
+            'another --logdir.'
+        ) from error
 
 
 def run_id(logdir: str) -> str:
@@ -116,7 +154,7 @@ def checkpoint_paths(logdir: str) -> list[str]:
         return []
     except OSError as error:
         raise LogdirError(f'Cannot read {folder}: {error.strerror}.') from error
-    pattern = re.compile(rf'{CHECKPOINT_PREFIX}-(\d+)\.(index|data-\d+-of-\d+)')
+    pattern = re.compile(rf'{CHECKPOINT_PREFIX}-([0-9]{{1,15}})\.(index|data-\d+-of-\d+)')
     numbers = {int(match[1]) for match in map(pattern.fullmatch, names) if match}
     return [os.path.join(folder, f'{CHECKPOINT_PREFIX}-{number}') for number in sorted(numbers)]
 
@@ -142,11 +180,14 @@ def write_atomically(path: str, content: str | bytes) -> None:
         raise LogdirError(f'Cannot write {path}: {error.strerror}.') from error
 
 
-def read_episodes(logdir: str) -> Iterator[dict[str, Any]]:
+def read_episodes(
+    logdir: str, report: Callable[[str], Any] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yields the episodes of a run, in their order.
 
     Args:
       logdir: the log directory.
+      report: told of damaged lines, in a sentence.
 
     Yields:
       `wall_seconds`, `frames`, `agent_steps`, `level` and `return` (not always finite).
@@ -154,55 +195,120 @@ def read_episodes(logdir: str) -> Iterator[dict[str, Any]]:
     Raises:
       LogdirError: if there is no run there.
     """
+    path = os.path.join(logdir, EPISODES_FILE)
     try:
-        yield from read_rows(os.path.join(logdir, EPISODES_FILE), parse_episode, missing_ok=False)
+        yield from read_rows(path, parse_episode, missing_ok=False, report=report)
     except OSError as error:
         raise LogdirError(
             f'Cannot read the logs of a run in {logdir}: {error.strerror}.'
         ) from error
 
 
-def read_metrics(logdir: str) -> list[dict[str, Any]]:
+def read_metrics(logdir: str, report: Callable[[str], Any] | None = None) -> list[dict[str, Any]]:
     """Returns the lines of `metrics.jsonl`; none if it is not there yet.
 
     Args:
       logdir: folder of a run, which may go on.
+      report: told of damaged lines, in a sentence.
 
     Raises:
       OSError: the file cannot be read.
     """
-    return list(read_rows(os.path.join(logdir, METRICS_FILE), parse_metrics))
+    return list(read_rows(os.path.join(logdir, METRICS_FILE), parse_metrics, report=report))
 
 
 def parse_episode(line: bytes) -> dict[str, Any]:
     """Parses a row of episodes.csv; raises ValueError if it is none."""
-    (fields,) = csv.reader([line.decode()])
+    try:
+        (fields,) = csv.reader([line.decode()])
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
     wall_seconds, frames, agent_steps, level, episode_return, _, _ = fields
     return {
-        'wall_seconds': float(wall_seconds),
-        'frames': int(frames),
-        'agent_steps': int(agent_steps),
+        'wall_seconds': _seconds(float(wall_seconds)),
+        'frames': _count(int(frames)),
+        'agent_steps': _count(int(agent_steps)),
         'level': level,
         'return': float(episode_return),
     }
 
 
 def parse_metrics(line: bytes) -> dict[str, Any]:
-    """Parses a line of metrics.jsonl; raises ValueError if it is none."""
-    row = json.loads(line)
+    """Parses a line of metrics.jsonl; raises ValueError if it is none.
+
+    All values are finite numbers, but for `actors`, a list of objects.
+    """
+    try:
+        row = json.loads(line)
+    except RecursionError as error:
+        raise ValueError('nested too deeply') from error
     if not isinstance(row, dict) or not {'agent_steps', 'wall_seconds'} <= row.keys():
         raise ValueError('not a line of metrics')
+    for name, value in row.items():
+        if name == 'actors':
+            if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+                raise ValueError('actors are no list of objects')
+        elif type(value) not in (int, float) or not abs(value) < _LARGEST_NUMBER:
+            raise ValueError(f'{name} is no number')
+    for name in ('agent_steps', 'frames', 'updates'):
+        _count(row.get(name, 0))
+    _seconds(row['wall_seconds'])
     return row
 
 
 def read_rows(
-    path: str, parse: Callable[[bytes], dict[str, Any]], missing_ok: bool = True
+    path: str,
+    parse: Callable[[bytes], dict[str, Any]],
+    missing_ok: bool = True,
+    report: Callable[[str], Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file; skips lines that are none, like the header or a cut last one."""
+    """Yields the rows of a file, without its header and a last line that was cut.
+
+    Args:
+      path: of the file.
+      parse: raises ValueError for a line that is damaged, which is left out.
+      missing_ok: whether a file that is not there has no rows, in place of an error.
+      report: told of damaged lines, in a sentence, after the last row.
+    """
     if missing_ok and not os.path.exists(path):
         return
+    damaged = []
     with open(path, 'rb') as file:
-        for line in file:
-            if line.endswith(b'\n'):
-                with contextlib.suppress(ValueError):
-                    yield parse(line)
+        for number, line in enumerate(file, 1):
+            if line.endswith(b'\n') and not is_header(line):
+                try:
+                    row = parse(line)
+                except ValueError:
+                    damaged.append(number)
+                else:
+                    yield row
+    if damaged and report is not None:
+        report(damage_text(path, damaged))
+
+
+def is_header(line: bytes) -> bool:
+    """Returns whether a line is the header of episodes.csv."""
+    return line.rstrip(b'\r\n') == ','.join(EPISODES_HEADER).encode()
+
+
+def damage_text(path: str, numbers: Sequence[int]) -> str:
+    """Returns a sentence about damaged lines that are left out.
+
+    Args:
+      path: of the file.
+      numbers: of the lines, from 1.
+    """
+    more = f' (and {len(numbers) - 1} more)' if len(numbers) > 1 else ''
+    return f'WARNING: {path}, line {numbers[0]}{more} is damaged and left out.'
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
+        raise ValueError(f'{value!r:.40} is no count')
+    return value
+
+
+def _seconds(value: float) -> float:
+    if not 0 <= value < _LARGEST_NUMBER:
+        raise ValueError(f'{value!r:.40} are no seconds')
+    return value

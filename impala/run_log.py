@@ -29,8 +29,11 @@ import tqdm
 from impala import learning_curve, scores
 from impala.run_files import (
     EPISODES_FILE,
+    EPISODES_HEADER,
     METRICS_FILE,
     LogdirError,
+    damage_text,
+    is_header,
     parse_episode,
     parse_metrics,
     read_episodes,
@@ -44,15 +47,6 @@ CURVE_FILE = 'learning_curve.png'
 SUMMARIES_FOLDER = 'summaries'
 # The learner's time without a batch.
 WAIT_STAGE = 'learner/wait'
-EPISODES_HEADER = (
-    'wall_seconds',
-    'frames',
-    'agent_steps',
-    'level',
-    'episode_return',
-    'episode_frames',
-    'ended_by',
-)
 
 _CURVE_SECS = 300.0
 _PICTURE_SECS = 60.0
@@ -347,14 +341,12 @@ class RunLog:
         wall_seconds = 0.0
         num_dropped = 0
         path = self._path(EPISODES_FILE)
-        num_dropped += _keep_rows(
-            path, lambda line: _is_header(line) or _in(parse_episode, line, agent_steps)
-        )
+        num_dropped += self._keep_rows(path, parse_episode, agent_steps)
         for row in read_rows(path, parse_episode):
             self._take_episode(row['level'], row['agent_steps'], row['wall_seconds'], row['return'])
             wall_seconds = max(wall_seconds, row['wall_seconds'])
         path = self._path(METRICS_FILE)
-        num_dropped += _keep_rows(path, lambda line: _in(parse_metrics, line, agent_steps))
+        num_dropped += self._keep_rows(path, parse_metrics, agent_steps)
         for row in read_rows(path, parse_metrics):
             wall_seconds = max(wall_seconds, row['wall_seconds'])
             for name in self._total_level_frames:
@@ -366,6 +358,29 @@ class RunLog:
                 'where this run goes on, to files *.dropped.*'
             )
         return wall_seconds
+
+    def _keep_rows(
+        self, path: str, parse: Callable[[bytes], dict[str, Any]], agent_steps: int
+    ) -> int:
+        """Keeps the rows up to `agent_steps`; returns how many there were beyond.
+
+        Damaged lines are moved with those, and told by themselves.
+        """
+        damaged = []
+
+        def keep(number: int, line: bytes) -> bool:
+            if is_header(line):
+                return True
+            try:
+                return line.endswith(b'\n') and parse(line)['agent_steps'] <= agent_steps
+            except ValueError:
+                damaged.append(number)
+                return False
+
+        num_dropped = _keep_lines(path, keep)
+        if damaged:
+            self.message(damage_text(path, damaged))
+        return num_dropped - len(damaged)
 
     def _take_episode(
         self, level: str, agent_steps: int, wall_seconds: float, episode_return: float
@@ -742,41 +757,34 @@ def _csv_text(rows: Sequence[Sequence[Any]]) -> str:
     return buffer.getvalue()
 
 
-def _is_header(line: bytes) -> bool:
-    return line == _csv_text([EPISODES_HEADER]).encode()
-
-
-def _in(parse: Callable[[bytes], dict[str, Any]], line: bytes, agent_steps: int) -> bool:
-    """Returns whether a line is whole and not beyond `agent_steps`."""
-    try:
-        return line.endswith(b'\n') and parse(line)['agent_steps'] <= agent_steps
-    except ValueError:
-        return False
-
-
-def _keep_rows(path: str, keep: Callable[[bytes], bool]) -> int:
+def _keep_lines(path: str, keep: Callable[[int, bytes], bool]) -> int:
     """Moves the lines that are not to be kept to `<stem>.dropped<extension>`; returns how many.
 
     A last line without its end, of a run that was killed while writing it, is just removed. The
     file is replaced as a whole, and only if something is to be moved.
+
+    Args:
+      path: of the file.
+      keep: returns whether a line, given with its number from 1, stays; called once for each.
     """
     if not os.path.exists(path):
         return 0
     with open(path, 'rb') as file:
-        if all(map(keep, file)):
-            return 0
+        kept = [keep(number, line) for number, line in enumerate(file, 1)]
+    if all(kept):
+        return 0
     temporary = f'{path}.{os.getpid()}.tmp'
     stem, extension = os.path.splitext(path)
     num_dropped = 0
     try:
         with (
             open(path, 'rb') as file,
-            open(temporary, 'wb') as kept,
+            open(temporary, 'wb') as rest,
             open(f'{stem}.dropped{extension}', 'ab') as dropped,
         ):
-            for line in file:
-                if keep(line):
-                    kept.write(line)
+            for line, stays in zip(file, kept, strict=True):
+                if stays:
+                    rest.write(line)
                 elif line.endswith(b'\n'):
                     dropped.write(line)
                     num_dropped += 1

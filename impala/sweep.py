@@ -126,11 +126,14 @@ def fitness_of(run: plot.Run, after_frames: int, last_episodes: int) -> float | 
 
     Raises:
       LevelError: the run's suite cannot be read.
+      LogdirError: its flag file does not say what was played.
     """
     returns = {
         level: rows[rows[:, 0] > after_frames][-last_episodes:, 3].tolist()
         for level, rows in run.episodes.items()
     }
+    if 'level_name' not in run.flags:
+        raise LogdirError(f'{os.path.join(run.logdir, FLAG_FILE)} is damaged: no --level_name.')
     suite = suites.load(run.flags['level_name'])
     if any(not returns.get(name) for name in suite.level_names):
         return None
@@ -270,7 +273,7 @@ class Sweep:
             frames = 0
             with contextlib.suppress(OSError, LogdirError):
                 lines = read_metrics(self.member_logdir(member))
-                frames = int(lines[-1]['frames']) if lines else 0
+                frames = int(lines[-1].get('frames', 0)) if lines else 0
             parts.append(f'{member.name} is at {frames / end:.0%} of {end:,} frames')
         done = sum(member.trained for member in self.state.members)
         return (
@@ -315,7 +318,7 @@ class Sweep:
 
     def _note_frames(self, member: Member) -> plot.Run | None:
         run = self._read_run(member)
-        member.frames = int(run.metrics[-1]['frames']) if run and run.metrics else 0
+        member.frames = int(run.metrics[-1].get('frames', 0)) if run and run.metrics else 0
         return run
 
     def _read_run(self, member: Member) -> plot.Run | None:

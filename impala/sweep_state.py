@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from typing import Any
 
@@ -74,6 +75,38 @@ class State:
         return names[::-1]
 
 
+def _check_types(state: State) -> None:
+    """Raises TypeError or ValueError if a value is not what a sweep writes."""
+    rows: list[tuple[Any, Any]] = [
+        (state.identity, dict),
+        (state.round, int),
+        (state.copies, dict),
+        (state.history, list),
+        *((text, str) for copy in state.copies.items() for text in copy),
+        *((row, dict) for row in state.history),
+    ]
+    for member in state.members:
+        rows += [(member.name, str), (member.values, dict), (member.trained, bool)]
+        rows += [(member.frames, int), (member.episodes, int), (member.error, str)]
+        if member.fitness is not None:
+            rows.append((member.fitness, (int, float)))
+    for row in state.history:
+        rows += [(row['round'], int), (row['member'], str), (row['values'], dict)]
+        rows += [(row['frames'], int), (row['error'], str)]
+        rows.append((row['copied_from'], (str, type(None))))
+        rows.append((row['fitness'], (int, float, type(None))))
+    for values in [*(member.values for member in state.members),
+                   *(row['values'] for row in state.history)]:  # fmt: skip
+        rows += [(value, (int, float, str, bool)) for value in values.values()]
+    for value, types in rows:
+        if not isinstance(value, types):
+            raise TypeError(f'{value!r} is no {types}')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'{value} is not finite')
+    if state.round < 0 or not state.members:
+        raise ValueError('no round or no members')
+
+
 def load(logdir: str, config: SweepConfig) -> State:
     """Returns the state of the sweep in a folder, or that of a new one.
 
@@ -87,7 +120,8 @@ def load(logdir: str, config: SweepConfig) -> State:
             content = json.load(file)
         members = [Member(**member) for member in content.pop('members')]
         state = State(members=members, **content)
-        stored = dict(state.identity)
+        _check_types(state)
+        stored = state.identity
     except FileNotFoundError:
         width = max(2, len(str(config.members - 1)))
         return State(
@@ -101,7 +135,7 @@ def load(logdir: str, config: SweepConfig) -> State:
         )
     except OSError as error:
         raise LogdirError(f'Cannot read {path}: {error.strerror}.') from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LogdirError(
             f'{path} is not the state of a sweep: give another --logdir, or remove the folder.'
         ) from error

@@ -168,7 +168,8 @@ def write(logdir: str, result: CheckpointScores, add_to_history: bool = False) -
         history = []
         path = os.path.join(logdir, HISTORY_FILE)
         if os.path.exists(path):
-            with open(path, encoding='utf-8', newline='') as old_file:
+            # Bytes that are damaged stay as they are.
+            with open(path, encoding='utf-8', errors='surrogateescape', newline='') as old_file:
                 history = list(csv.DictReader(old_file))
         # A test that was stopped begins with the checkpoint that it ended with.
         known = {tuple(row.get(name) for name in _HISTORY_KEY) for row in history}
@@ -268,7 +269,7 @@ def _interval_text(interval: Any, digits: int) -> str:
 def _csv_text(rows: list[Any]) -> bytes:
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator='\n').writerows(rows)
-    return buffer.getvalue().encode()
+    return buffer.getvalue().encode(errors='surrogateescape')
 
 
 def _replace(logdir: str, name: str, content: bytes) -> None:

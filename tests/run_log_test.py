@@ -437,6 +437,24 @@ def test_rows_behind_the_checkpoint_are_moved_away(logdir, clock):
         assert '300' in file.read()
 
 
+def test_damaged_lines_are_told_and_left_out(logdir, clock):
+    with create(logdir, clock, log_secs=1) as log:
+        record(log, [5], level_id=1)
+        clock.now += 10
+        write(log, 100)
+    path = os.path.join(logdir, 'metrics.jsonl')
+    with open(path, 'a') as file:
+        file.write('{"agent_steps": null, "wall_seconds": 3}\n{"agent_steps": \n')
+    stream = io.StringIO()
+    with create(logdir, clock, stream, frames=400, agent_steps=100, wall_seconds=10.0):
+        pass
+    assert f'WARNING: {path}, line 2 (and 1 more) is damaged and left out.\n' in stream.getvalue()
+    assert 'Moved' not in stream.getvalue()
+    assert [line['agent_steps'] for line in metrics(logdir)] == [100]
+    with open(os.path.join(logdir, 'metrics.dropped.jsonl')) as file:
+        assert 'null' in file.read()
+
+
 @pytest.mark.parametrize('cut', [1, 7, 40])
 def test_a_cut_last_line_is_repaired(logdir, clock, cut):
     with create(logdir, clock, log_secs=1) as log:
