@@ -643,11 +643,11 @@ def _serve_replay() -> int:
         addresses=tuple(addresses),
         capacity=FLAGS.replay_capacity,
         seed=FLAGS.seed,
+        trusted_network=FLAGS.trusted_network,
     )
     try:
         for address in addresses:
             remote.split_address(address)
-        _warn_of_network(addresses[FLAGS.task])
         print(replay_job.run(config, lambda text: print(text, file=sys.stderr)))
         return 0
     except remote.ServerError as error:
@@ -728,13 +728,14 @@ def _learn(on_accepted: Callable[[], None]) -> str | None:
     config = _config()
     # So that a test of one of many games knows of it.
     FLAGS.full_action_set = config.environment.full_action_set
-
-    def accept() -> None:
-        on_accepted()
-        if address is not None:
-            _warn_of_network(address)
-
-    return training.train(config, accept, address, member, FLAGS.learner_devices)
+    return training.train(
+        config,
+        on_accepted,
+        address,
+        member,
+        FLAGS.learner_devices,
+        trusted_network=FLAGS.trusted_network,
+    )
 
 
 def _report_changes() -> None:
@@ -786,18 +787,6 @@ def _stored_values(path: str) -> dict[str, Any]:
             except (ValueError, TypeError) as error:
                 raise flag_file.FlagFileError(f'{argument.origin}: {error}.') from error
     return values
-
-
-def _warn_of_network(address: str) -> None:
-    """Says that a process that listens can be reached, where that is so."""
-    from impala import remote
-
-    if not FLAGS.trusted_network and remote.has_network():
-        print(
-            f'WARNING: whoever reaches port {address.rpartition(":")[2]} of this machine can '
-            'run code in this process: see docs/distributed.md, then say --trusted_network.',
-            file=sys.stderr,
-        )
 
 
 def _own_address() -> str:

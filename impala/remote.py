@@ -575,6 +575,10 @@ def _sentence(error: Exception) -> str:
     return textwrap.shorten(lines[0].rstrip('.'), _LONGEST_SENTENCE, placeholder=' ...')
 
 
-def has_network() -> bool:
-    """Returns whether this machine has a network interface beside the loopback."""
-    return any(name != 'lo' for _, name in socket.if_nameindex())
+def warn_of_network(port: int, report: Callable[[str], None]) -> None:
+    """Says that a process that listens can be reached, unless this machine has loopback only."""
+    if any(name != 'lo' for _, name in socket.if_nameindex()):
+        report(
+            f'WARNING: whoever reaches port {port} of this machine can run code in this process: '
+            'see docs/distributed.md, then say --trusted_network.'
+        )

@@ -119,7 +119,11 @@ def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:
 
 
 class RemoteActors:
-    """Actors on other machines, in the place of `LocalActors`. A context manager."""
+    """Actors on other machines, in the place of `LocalActors`. A context manager.
+
+    Attributes:
+      port: on which it listens.
+    """
 
     def __init__(
         self,
@@ -152,6 +156,7 @@ class RemoteActors:
         self._inbox = UnrollInbox(config.queue_capacity, components, 'policy_version')
         self._board = WeightsBoard(json.dumps(settings))
         self._server = LearnerServer(address)
+        self.port = self._server.port
         self._rows: list[dict[str, Any]] = []
         self._known: dict[int, ActorStatistics] = {}
         self._looked_at = time.monotonic()
@@ -159,7 +164,7 @@ class RemoteActors:
         self._watcher = threading.Thread(target=self._watch, name='actor watch', daemon=True)
 
     def __enter__(self) -> 'RemoteActors':
-        self._report(f'Waiting for actors on port {self._server.port}')
+        self._report(f'Waiting for actors on port {self.port}')
         self._watcher.start()
         return self
 

@@ -30,7 +30,7 @@ import tensorflow as tf
 
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
 from impala.memory import room_bytes
-from impala.remote import ReplayServer
+from impala.remote import ReplayServer, warn_of_network
 from impala.replay import Replay, aligned
 from impala.stop_signal import StopSignal
 
@@ -179,12 +179,14 @@ class ReplayJobConfig:
       addresses: `host:port` of all replay jobs.
       capacity: unrolls of them all; each holds an equal part.
       seed: of what is drawn.
+      trusted_network: whether nobody need be told that others may reach its port.
     """
 
     task: int
     addresses: tuple[str, ...]
     capacity: int
     seed: int
+    trusted_network: bool = False
 
     @property
     def own_capacity(self) -> int:
@@ -218,6 +220,8 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
         }
         board = WeightsBoard(json.dumps(settings), BOARD)
         server = ReplayServer(config.addresses[config.task])
+        if not config.trusted_network:
+            warn_of_network(server.port, report)
 
         def fail(error: Exception) -> None:
             errors.append(error)

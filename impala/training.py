@@ -34,6 +34,7 @@ from impala.learner_group import (
 )
 from impala.loading import Loading, default_loaders
 from impala.local_actors import LocalActors
+from impala.remote import warn_of_network
 from impala.remote_actors import RemoteActors, run_settings, unroll_components
 from impala.remote_replay import RemoteReplay, check_replay_jobs
 from impala.replay import Replay
@@ -76,6 +77,7 @@ def train(
     learner_address: str | None = None,
     member: Member | None = None,
     learner_devices: Sequence[str] = (),
+    trusted_network: bool = False,
 ) -> str | None:
     """Trains until the frames are done, or until SIGINT or SIGTERM. Main thread only.
 
@@ -89,6 +91,7 @@ def train(
       member: which of several learners, with `learner_address`, this is; None if it is alone.
       learner_devices: names, as `/gpu:0`, of the devices that share each batch of a learner that is
         alone; none for the one that TensorFlow chooses.
+      trusted_network: whether nobody need be told that others may reach the learner's port.
 
     Returns:
       The path of the last checkpoint, None if there is none yet or another learner has it. At once
@@ -185,6 +188,8 @@ def train(
         else:
             settings = run_settings(config, network_settings(network, spec), frames_per_step)
             actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)
+            if not trusted_network:
+                warn_of_network(actors.port, log.message)
         actors.publish(learner.weights, learner.version)
         if group is None:
             stop.then(actors.close, nothing_to_lose=True)

@@ -265,9 +265,11 @@ def test_an_actor_with_flags_of_another_run(tmp_path, show):
 def test_a_learner_whose_port_is_in_use(tmp_path, address):
     with (
         socket.create_server(('', int(address.partition(':')[2]))),
-        learner(tmp_path, tmp_path / 'run', address) as second,
+        learner(tmp_path, tmp_path / 'run', address, '--notrusted_network') as second,
     ):
         assert_one_sentence(second, 2, f'cannot listen on {address}: another process does')
+        # Nobody can reach what does not listen.
+        assert 'WARNING' not in second.stderr
 
 
 def test_an_actor_with_another_network(tmp_path, show):

@@ -22,6 +22,7 @@ import tensorflow as tf
 from unroll_batcher_test import start
 
 from dynamic_batching.exchange import UnrollInbox, WeightsBoard
+from impala import remote
 from impala.remote import (
     Closed,
     Disconnected,
@@ -438,6 +439,15 @@ def test_nobody_there():
                 connection.status()
             unknown = re.search('name or service|name resolution|no name', str(error.value), re.I)
             assert bool(unknown) == is_unknown, error.value
+
+
+@pytest.mark.parametrize('interfaces', [['lo'], ['lo', 'eth0']])
+def test_who_listens_where_others_are_is_told(monkeypatch, interfaces):
+    monkeypatch.setattr(socket, 'if_nameindex', lambda: list(enumerate(interfaces, 1)))
+    lines = []
+    remote.warn_of_network(8000, lines.append)
+    assert len(lines) == len(interfaces) - 1
+    assert all(line.startswith('WARNING: whoever reaches port 8000 of this') for line in lines)
 
 
 def test_port_in_use_is_one_sentence():

@@ -666,11 +666,12 @@ def test_a_job_of_another_kind_or_version():
 def test_a_port_that_is_in_use(tmp_path, addresses):
     with (
         socket.create_server(('', int(addresses[1].partition(':')[2]))),
-        job(tmp_path, 1, addresses) as second,
+        job(tmp_path, 1, addresses, '--notrusted_network') as second,
     ):
         assert_one_sentence(
             second, 2, f'The replay job cannot listen on {addresses[1]}: another process does'
         )
+        assert 'WARNING' not in second.stderr
 
 
 @pytest.mark.parametrize(
