@@ -592,12 +592,11 @@ def _refusal_of_unused() -> str | None:
     A flag file may be shared by jobs of all kinds; on the command line of the wrong one a flag is
     a mistake.
     """
-    if FLAGS.mode == 'train':
-        for name in flag_file.TEST_FLAGS:
-            if FLAGS[name].value != FLAGS[name].default:
-                return f'{_shown(name)} is for tests: give --mode=test, too, or leave it out.'
     given = {flag_file.Argument(text).name for text in sys.argv[1:]}
     changed = [name for name in given & {*FLAGS} if FLAGS[name].value != FLAGS[name].default]
+    for name in flag_file.TEST_FLAGS:
+        if name in changed and FLAGS.mode == 'train':
+            return f'{_shown(name)} is for tests: give --mode=test, too, or leave it out.'
     for name in _FLAGS_OF_ACTOR_JOBS:
         if name in changed and FLAGS.job_name != 'actor':
             return f'{_shown(name)} is for actor jobs (--job_name=actor): leave it out here.'
@@ -785,7 +784,8 @@ def _stored_values(path: str) -> dict[str, Any]:
             try:
                 values[name] = own[name].parser.parse(text)
             except (ValueError, TypeError) as error:
-                raise flag_file.FlagFileError(f'{argument.origin}: {error}.') from error
+                reason = flag_file.plainly(f'flag --{name}={text}: {error}').removesuffix('.')
+                raise flag_file.FlagFileError(f'{argument.origin}: {reason}.') from error
     return values
 
 
@@ -969,10 +969,10 @@ def _await_run() -> None:
     """Waits until --logdir is the folder of a training run."""
     from impala import run_files
 
-    flag_file = os.path.join(FLAGS.logdir, run_files.FLAG_FILE)
-    if not os.path.exists(flag_file):
+    path = os.path.join(FLAGS.logdir, run_files.FLAG_FILE)
+    if not os.path.exists(path):
         print(f'Waiting for a training run in {FLAGS.logdir}', flush=True)
-        while not os.path.exists(flag_file):
+        while not os.path.exists(path):
             time.sleep(1)
 
 
@@ -1009,7 +1009,7 @@ def _parse(arguments: Sequence[flag_file.Argument]) -> list[str]:
         return FLAGS([sys.argv[0], *(argument.text for argument in arguments)])
     except (flags.Error, ValueError) as error:
         # The latter for --nopopart=1. What the user has given is repeated, whatever it is.
-        reason = ' '.join(str(error).removeprefix('ERROR:: ').split())
+        reason = flag_file.plainly(str(error))
         if len(reason) > _LONGEST_REASON:
             reason = f'{reason[:_LONGEST_REASON]}...'
         for argument in arguments:

@@ -7,6 +7,7 @@ run's folder, so the run can be moved: its own `--flagfile` goes on with it wher
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,15 @@ TEST_FLAGS = (
     'save_video',
 )
 NOT_OF_THE_RUN = ('mode', 'logdir', 'stop_at_frames', 'allow_level_change', *TEST_FLAGS)
+
+# How Python and absl begin to say that a value is not of a flag's type, and what it is to the user.
+_REASONS = {
+    'invalid literal for int()': 'is not a whole number',
+    'Exceeds the limit': 'has too many digits',
+    'could not convert string to float': 'is not a number',
+    "('Non-boolean argument": 'is not true or false',
+}
+_LONGEST_VALUE = 80
 
 # A flag file has some kilobytes; a device or a picture does not end or has far more.
 _MAX_BYTES = 1 << 20
@@ -124,6 +134,19 @@ def changes(
         if old != new:
             texts[name] = f'--{name} was {_shown(old)} and is now {_shown(new)}'
     return texts
+
+
+def plainly(message: str) -> str:
+    """Returns what absl says of a flag as a sentence that says what would be right, on one line."""
+    message = message.removeprefix('ERROR:: ')
+    for beginning, reason in _REASONS.items():
+        match = re.match(rf'flag --(\w+)=(.*?): {re.escape(beginning)}', message, re.DOTALL)
+        if match:
+            name, value = match.groups()
+            if len(value) > _LONGEST_VALUE:
+                value = f'{value[:_LONGEST_VALUE]}...'
+            message = f'--{name}={value} {reason}.'
+    return ' '.join(message.split())
 
 
 def _shown(value: Any) -> str:

@@ -16,21 +16,17 @@ from absl import flags
 
 # Defines the flags that members take.
 import experiment
+from impala import flag_file
 
 METHODS = ('random', 'pbt')
 
 # What a sweep decides itself, or what makes no member.
 _RESERVED_FLAGS = (
-    'logdir',
-    'mode',
-    'stop_at_frames',
+    *flag_file.NOT_OF_THE_RUN,
     'job_name',
     'task',
     'learner_address',
     'learner_addresses',
-    'checkpoint',
-    'watch',
-    'save_video',
 )
 # What may change while a run goes on and stays in range however often it is multiplied.
 PBT_FLAGS = ('entropy_cost', 'learning_rate', 'epsilon', 'baseline_cost', 'gradient_clip_norm')
@@ -290,9 +286,11 @@ class _Section:
                     self.fail(name, f'there is no file {value}')
                 continue
             try:
-                flags.FLAGS[name].parser.parse(flag_text(name, value).partition('=')[2])
+                text = flag_text(name, value).partition('=')[2]
+                flags.FLAGS[name].parser.parse(text)
             except ValueError as error:
-                self.fail(name, f'{value!r} is no value of the flag --{name} ({error})')
+                reason = flag_file.plainly(f'flag --{name}={text}: {error}')
+                self.fail(name, reason.removesuffix('.'))
 
     def finish(self) -> None:
         for key in self.content:

@@ -573,7 +573,9 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
         ('--adam_epsilon=0', r'--adam_epsilon=0: 0.0 is not a number in the range \[1e-15, '),
         ('--epsilon=0', r'--epsilon=0: 0.0 is not a number in the range \[1e-15, '),
         ('--num_actor=3', 'Did you mean: num_actors'),
-        ('--batch_size=many', '--batch_size=many'),
+        ('--batch_size=many', r'^--batch_size=many is not a whole number\.\n'),
+        ('--learning_rate=fast', r'^--learning_rate=fast is not a number\.\n'),
+        ('--popart=maybe', r'^--popart=maybe is not true or false\.\n'),
         ('--learning_rate=nan', '--learning_rate=nan is not a finite number'),
         ('--learning_rate=inf', '--learning_rate=inf: inf is not a number in the range'),
         ('--inference_timeout_ms=1e30', '--inference_timeout_ms=1e30: 1e\\+30 is not'),
@@ -581,7 +583,7 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
         ('--num_actors=100000', r'--num_actors=100000: 100000 is not .* \[1, 10000\]'),
         ('--seed=' + 1000 * '9', '--seed=999.*'),
         ('--nopopart=1', '--nopopart=1 does not take an argument'),
-        ('--batch_size=', '--batch_size='),
+        ('--batch_size=', '^--batch_size= is not a whole number'),
         ('--logdir=', '--logdir is empty'),
         ('--logdir=gs://bucket/run', '--logdir=gs://bucket/run is not a path of this machine'),
         ('--level_name=a\nb', r"--level_name='a\\nb' has characters that cannot be printed"),
@@ -592,13 +594,26 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
         ('--mode=play', r'--mode=play.*<train\|test>'),
         ('Pong', "'Pong' is not a flag"),
         ('--flagfile=/nowhere/pong.flags', '^Cannot read the flag file /nowhere/pong.flags: No '),
-        (f'--flagfile={TESTS}/bad.flags', 'bad.flags, line 3: flag --batch_size=many: '),
+        (
+            f'--flagfile={TESTS}/bad.flags',
+            'bad.flags, line 3: --batch_size=many is not a whole',
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):
     with Run(tmp_path, f'--logdir={tmp_path}/run', flag) as run:
         assert_one_sentence(run, 2, pattern)
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_flag_file_may_be_shared_with_tests(tmp_path):
+    (tmp_path / 'shared.flags').write_text('--test_num_episodes=3\n--watch\n')
+    flags = (f'--flagfile={tmp_path}/shared.flags', f'--logdir={tmp_path}/run')
+    # It gets as far as what is looked at next.
+    with Run(tmp_path / 'first', *flags, '--envs_per_actor=4') as run:
+        assert_one_sentence(run, 2, '^--envs_per_actor=4 is for actor jobs')
+    with Run(tmp_path / 'second', *flags, '--test_num_episodes=4') as run:
+        assert_one_sentence(run, 2, '^--test_num_episodes=4 is for tests')
 
 
 def test_a_run_with_replay_on_atari(tmp_path):

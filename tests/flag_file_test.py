@@ -4,6 +4,7 @@ import os
 import re
 
 import pytest
+from absl import flags
 
 from impala import flag_file
 
@@ -107,3 +108,27 @@ def test_changes_are_told_by_flag():
         'levels': '--levels was a,b and is now not given',
     }
     assert not flag_file.changes(now, now, defaults)
+
+
+@pytest.mark.parametrize(
+    ('argument', 'sentence'),
+    [
+        ('--size=x', '--size=x is not a whole number.'),
+        ('--size=', '--size= is not a whole number.'),
+        ('--size=1.5', '--size=1.5 is not a whole number.'),
+        ('--size=a: b\nc', '--size=a: b c is not a whole number.'),
+        ('--size=' + 5000 * '9', f'--size={80 * "9"}... has too many digits.'),
+        ('--size=0', 'flag --size=0: 0 is not an integer in the range [1, 10]'),
+        ('--rate=fast', '--rate=fast is not a number.'),
+        ('--popart=maybe', '--popart=maybe is not true or false.'),
+        ('--sise=3', "Unknown command line flag 'sise'. Did you mean: size ?"),
+    ],
+)
+def test_what_absl_says_is_told_plainly(argument, sentence):
+    values = flags.FlagValues()
+    flags.DEFINE_integer('size', 2, '', 1, 10, flag_values=values)
+    flags.DEFINE_float('rate', 0.1, '', flag_values=values)
+    flags.DEFINE_boolean('popart', False, '', flag_values=values)
+    with pytest.raises(flags.Error) as error:
+        values(['program', argument])
+    assert flag_file.plainly(str(error.value)) == sentence

@@ -17,6 +17,7 @@ import pytest
 from scipy import stats
 
 from impala import plot, suites, sweep, sweep_config, sweep_report, sweep_state
+from impala.run_files import LogdirError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATIENCE_SECONDS = 300
@@ -216,14 +217,15 @@ def test_the_fittest_is_first_and_who_has_no_fitness_last():
         ({'flags': {'level_name': 'a'}}, r'key flags\.total_environment_frames: it is missing'),
         ({'flags': FLAGS | {'batch_sise': 3}}, r"key flags: 'batch_sise' .* mean 'batch_size'"),
         ({'flags': FLAGS | {'flagfile': 'no'}}, r'key flags\.flagfile: there is no file no'),
-        ({'flags': FLAGS | {'torso': 'big'}}, r"key flags\.torso: 'big' is no value of .*--torso"),
+        ({'flags': FLAGS | {'torso': 'big'}}, r'torso: flag --torso=big: value should be one of <'),
         ({'flags': FLAGS | {'logdir': 'a'}}, r'key flags\.logdir: a sweep sets this flag itself'),
+        ({'flags': FLAGS | {'test_num_episodes': 3}}, r'flags\.test_num_episodes: a sweep sets'),
         ({'flags': FLAGS | {'epsilon': 1}}, r'key space\.epsilon: it stands among the flags'),
         ({'space': {}}, r'key space: name at least one'),
         ({'space': {'epsilon': {'normal': [0, 1]}}}, r"key space\.epsilon: 'normal' is not known"),
         ({'space': {'epsilon': {'uniform': [2, 1]}}}, r'uniform: give the lowest and the highest'),
         ({'space': {'epsilon': {'log_uniform': [0, 1]}}}, r'log_uniform: 0 has no logarithm'),
-        ({'space': {'seed': {'uniform': [1, 9]}}}, r'key space\.seed: 1\.0 is no value'),
+        ({'space': {'seed': {'uniform': [1, 9]}}}, r'seed: --seed=1\.0 is not a whole number\.$'),
         (PBT | {'space': {'torso': {'choice': ['deep']}}}, r'key space\.torso: population based'),
         (PBT | {'pbt': {}}, r'key pbt\.round_frames: it is missing'),
         (PBT | {'pbt': {'round_frames': 12000}}, r'key pbt\.round_frames: 12000 frames are all of'),
@@ -255,6 +257,59 @@ def test_what_is_no_file_no_json_or_another_sweep_is_one_sentence(tmp_path, caps
     (tmp_path / 'sweep.json').write_text('[]')
     assert sweep.main([path, f'--logdir={tmp_path}']) == 2
     assert 'is not the state of a sweep' in capsys.readouterr().err
+
+
+def row_of(**changes):
+    return {
+        'round': 0, 'member': '00', 'frames': 9, 'fitness': None, 'error': '',
+        'values': {'epsilon': 0.1}, 'copied_from': None,
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('where', 'changes'),
+    [
+        ('state', {'round': -1}),
+        ('state', {'round': '0'}),
+        ('state', {'copies': []}),
+        ('state', {'copies': {'00': 1}}),
+        ('state', {'history': {}}),
+        ('state', {'history': [3]}),
+        ('state', {'history': [row_of(fitness='9')]}),
+        ('state', {'history': [row_of(frames=None)]}),
+        ('state', {'history': [row_of(copied_from=1)]}),
+        ('state', {'history': [row_of(values=[])]}),
+        ('state', {'history': [{'round': 0}]}),
+        ('state', {'members': []}),
+        ('state', {'members': {}}),
+        ('state', {'members': [3]}),
+        ('state', {'identity': None}),
+        ('state', {'more': 1}),
+        ('member', {'name': 3}),
+        ('member', {'values': 'epsilon'}),
+        ('member', {'values': {'epsilon': None}}),
+        ('member', {'values': {'epsilon': float('nan')}}),
+        ('member', {'trained': 'yes'}),
+        ('member', {'frames': 0.5}),
+        ('member', {'fitness': []}),
+        ('member', {'fitness': float('inf')}),
+        ('member', {'episodes': None}),
+        ('member', {'error': None}),
+        ('member', {'more': 1}),
+    ],
+)
+def test_a_state_that_no_sweep_has_written_is_one_sentence(tmp_path, where, changes):
+    config = sweep_config.read(write(tmp_path, RANDOM))
+    state = sweep_state.load(str(tmp_path), config)
+    state.history.append(row_of(copied_from='01', fitness=2.5))
+    state.save(str(tmp_path))
+    assert sweep_state.load(str(tmp_path), config) == state
+    path = tmp_path / 'sweep.json'
+    content = json.loads(path.read_text())
+    (content if where == 'state' else content['members'][0]).update(changes)
+    path.write_text(json.dumps(content))
+    with pytest.raises(LogdirError, match='sweep.json is not the state of a sweep: give another'):
+        sweep_state.load(str(tmp_path), config)
 
 
 def test_it_says_how_far_the_members_are(tmp_path, monkeypatch):
