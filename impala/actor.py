@@ -69,15 +69,24 @@ class _NonFiniteWarnings:
         self._observation_names = observation_names
         self._known: set[tuple[str, int]] = set()
 
-    def warn(self, level_name: str, values: Mapping[int, float]) -> None:
-        """Takes what `ActorClient.send` returned of a level."""
+    def warn(self, level_name: str, values: Mapping[int, float], is_learned_from: bool) -> None:
+        """Takes what `ActorClient.send` returned of a level.
+
+        Args:
+          level_name: of the environment.
+          values: index -> NaN or infinity.
+          is_learned_from: whether its unrolls would be learned from else; those of a test are not.
+        """
+        effect = 'the agent sees 0 in its place'
+        if is_learned_from:
+            effect += ', and does not learn from unrolls with such values'
         for index, value in values.items():
             if (level_name, index) not in self._known:
                 self._known.add((level_name, index))
                 logging.getLogger(environments.__name__).warning(
-                    '%s: the agent sees 0 in its place, and does not learn from unrolls with such '
-                    'values',
+                    '%s: %s',
                     describe_non_finite(level_name, self._observation_names, index, value),
+                    effect,
                 )
 
 
@@ -112,7 +121,7 @@ def act(
         # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
         non_finite = client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
         if non_finite:
-            warnings.warn(level_name, non_finite)
+            warnings.warn(level_name, non_finite, not isinstance(environment, EpisodeSeries))
     while actors:
         for actor in list(actors):
             environment, client, level_name = actor
@@ -134,7 +143,7 @@ def act(
                 _explain(level_name, environment.spec, observation)
                 raise
             if non_finite:
-                warnings.warn(level_name, non_finite)
+                warnings.warn(level_name, non_finite, not isinstance(environment, EpisodeSeries))
 
 
 def _explain(level_name: str, spec: EnvironmentSpec, observation: Any) -> None:

@@ -172,14 +172,16 @@ def test_a_level_that_cannot_be_played_is_one_sentence(lifeline):
 def test_values_that_are_not_finite_are_warned_of_once(caplog):
     values = actor._NonFiniteWarnings(['frame', 'speed'])
     for _ in range(2):
-        values.warn('mine:first', {0: -np.inf, 2: np.nan})
-        values.warn('mine:other', {1: np.inf})
-        values.warn('mine:first', {2: np.inf})
+        values.warn('mine:first', {0: -np.inf, 2: np.nan}, True)
+        values.warn('mine:other', {1: np.inf}, False)
+        values.warn('mine:first', {2: np.inf}, True)
     assert [record.message.split(': ')[0] for record in caplog.records] == [
         'the reward of mine:first is -inf as float32',
         "the observation 'speed' of mine:first is nan as float32",
         "the observation 'frame' of mine:other is inf as float32",
     ]
+    # Nothing is learned in a test.
+    assert ['learn' in record.message for record in caplog.records] == [True, True, False]
 
 
 def test_a_segment_that_is_none_is_a_failure_with_a_traceback(lifeline):
