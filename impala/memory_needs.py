@@ -81,7 +81,8 @@ def of_learner(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConf
     # Those that are ready on a GPU are not in this memory, nor are those that are held there.
     on_gpu = bool(tf.config.get_visible_devices('GPU'))
     held = 0 if on_gpu else learner.reuse_buffer
-    batches = config.loaders + held
+    # There is one loader at least where nobody has said how many.
+    batches = max(1, config.loaders) + held
     flags = {'batch_size': learner.batch_size, 'unroll_length': learner.unroll_length}
     if held > 1:
         flags['reuse_buffer'] = learner.reuse_buffer

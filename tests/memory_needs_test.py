@@ -60,6 +60,13 @@ def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
     assert batches.flags == {
         'batch_size': 4, 'unroll_length': 9, 'reuse_buffer': 3, 'loaders': 2,
     }  # fmt: skip
+    # One that is held and one in the making, which is what nobody has said.
+    single = dataclasses.replace(run, learner=dataclasses.replace(learner, reuse_buffer=1))
+    for loaders in (0, 1):
+        batches, *_ = memory_needs.of_learner(
+            dataclasses.replace(single, loaders=loaders), STACK, network
+        )
+        assert batches.nbytes == pytest.approx(2 * 4 * 10 * pixels, rel=0.01)
     # Of each stack of 4 one frame is kept, and three more.
     assert replay.nbytes == pytest.approx(100 * 13 * pixels / 4, rel=0.01)
     agent = Agent(network, STACK)
