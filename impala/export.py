@@ -50,36 +50,28 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
     if settings is None:
         raise LogdirError(f'{logdir} is not the folder of a training run: it has no network.json.')
 
-    def value(name: str) -> Any:
-        found = [settings[key] for key in settings if name in key]
+    def value(name: str, kind: type) -> Any:
+        found = {key: settings[key] for key in settings if name in key}
         if len(found) != 1:
-            raise LogdirError(f'The network.json in {logdir} does not say its {name}.')
-        return found[0]
+            raise LogdirError(f'The network.json in {logdir} is damaged: it has no {name!r}.')
+        ((key, setting),) = found.items()
+        if type(setting) is not kind:
+            raise LogdirError(f'The network.json in {logdir} is damaged: {key!r} is {setting!r}.')
+        return setting
 
-    for name, types in (
-        ('torso', str),
-        ('use_lstm', bool),
-        ('number of actions', int),
-        ('shape of the frames', list),
-        ('whether it has instructions', bool),
-    ):
-        if type(value(name)) is not types:
-            raise LogdirError(
-                f'The network.json in {logdir} is damaged: its {name} makes no sense.'
-            )
-    shape = tuple(value('shape of the frames'))
+    shape = tuple(value('shape of the frames', list))
     if not all(type(size) is int and 0 < size < 2**31 for size in shape):
         raise LogdirError(f'The network.json in {logdir} is damaged: frames cannot be {shape}.')
     observation = {'frame': ArraySpec(shape, frame_dtype(settings, shape))}
-    if value('whether it has instructions'):
+    if value('whether it has instructions', bool):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
     network = AgentConfig(
-        torso=value('torso'),
-        use_lstm=value('use_lstm'),
+        torso=value('torso', str),
+        use_lstm=value('use_lstm', bool),
         popart_levels=popart_levels(settings),
         latent_size=latent_size(settings),
     )
-    return network, EnvironmentSpec(observation, value('number of actions'), 1)
+    return network, EnvironmentSpec(observation, value('number of actions', int), 1)
 
 
 def export(logdir: str, output: str, checkpoint: str | None = None) -> str:

@@ -11,6 +11,7 @@ from run_config_test import config
 
 from impala import export, training
 from impala.agent import Agent, AgentConfig
+from impala.run_config import POPART_LEVELS
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 # What somebody has who knows TensorFlow only. One row's inputs are JSON on stdin.
@@ -177,3 +178,20 @@ def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):
     (tmp_path / 'network.json').write_text(json.dumps(settings))
     assert export.main([str(tmp_path)]) == 2
     assert 'There is no checkpoint in' in capsys.readouterr().err
+    actions, shape, instructions = list(settings)[2:]
+    for change, sentence in (
+        ({'torso': 3}, "'torso' is 3."),
+        ({'use_lstm': 'no'}, "'use_lstm' is 'no'."),
+        ({actions: True}, f'{actions!r} is True.'),
+        ({instructions: 0}, f'{instructions!r} is 0.'),
+        ({'another torso': 'mlp'}, "it has no 'torso'."),
+        ({shape: 4}, f'{shape!r} is 4.'),
+        ({shape: [4, 'x']}, "frames cannot be (4, 'x')."),
+        ({shape: [4, 0]}, 'frames cannot be (4, 0).'),
+        ({shape: [2**31]}, 'frames cannot be (2147483648,).'),
+        ({POPART_LEVELS: 3}, 'is 3.'),
+    ):
+        (tmp_path / 'network.json').write_text(json.dumps(settings | change))
+        assert export.main([str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert 'damaged: ' in error and error.endswith(f'{sentence}\n'), error

@@ -32,6 +32,17 @@ def test_rows_of_an_older_history_stay(tmp_path):
     ]
 
 
+def test_bytes_of_the_history_that_are_damaged_stay_as_they_are(tmp_path):
+    path = tmp_path / 'test_history.csv'
+    test_report.write(str(tmp_path), result({'levels:a': [1.0]}), add_to_history=True)
+    header, row = path.read_bytes().splitlines()
+    damaged = row.replace(b'sample', b'sam\xff\xfee')
+    path.write_bytes(b'\n'.join([header, damaged, b'']))
+    test_report.write(str(tmp_path), result({'levels:a': [2.0]}), add_to_history=True)
+    new = row.replace(b'1.0,', b'2.0,')
+    assert path.read_bytes().splitlines() == [header, damaged, new] and new != row
+
+
 @pytest.mark.parametrize('levels', [KNOWN, UNKNOWN])
 @pytest.mark.parametrize(
     'other', [[math.nan, math.inf, -math.inf], [], [math.nan, 0.5], [math.nan, 1.0, 0.0]]
