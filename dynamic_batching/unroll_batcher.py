@@ -63,7 +63,8 @@ class Statistics(NamedTuple):
       rows: in those batches.
       queued_unrolls: full unrolls that were queued for the learner.
       discarded_unrolls: full unrolls that were not, for a row with values that are not finite.
-      discarded_in_a_row: of these, those since the last one that was queued.
+      discarded_in_a_row: of these, those since the last one that was queued, but for those that
+        came while the queue was full.
       non_finite: of the last row with such values, the actor, what it was (0 the reward, i + 1
         observation i) and the value; None if there was no such row.
     """
@@ -136,8 +137,9 @@ class UnrollBatcher:
             while some actors wait for the learner or have finished),
           maximum_batch_size: and holds at most so many;
           timeout_ms: or when at least one waits and so many milliseconds are over.
-          max_discarded_in_a_row: when that many unrolls were discarded since one was queued, the
-            batcher closes itself: nobody may be waiting in vain for the next. 0 for no limit.
+          max_discarded_in_a_row: when that many unrolls were discarded since one was queued, while
+            there was room in the queue, the batcher closes itself: nobody may be waiting in vain
+            for the next. 0 for no limit.
 
         Raises:
           tf.errors.OpError: for sizes that make no sense or memory that is not to be had.

@@ -869,6 +869,33 @@ def test_a_batcher_with_nothing_to_learn_from_closes():
         assert batcher.statistics().discarded_in_a_row == 2
 
 
+def test_unrolls_discarded_behind_a_full_queue_are_no_reason_to_close():
+    batcher = make_batcher(
+        2, inputs=[*FIXED_INPUTS, NUMBERS], queue_capacity=1, max_discarded_in_a_row=2
+    )
+    with closing(batcher):
+        good, bad = (ActorClient(batcher.fd, actor, [NUMBERS]) for actor in range(2))
+        for row in range(4):
+            play_row(batcher, good, [row, 0], is_first=row == 0)
+        # The queue holds its first unroll, and for its second one there is no room.
+        good.send(1.0, EpisodeEnd.NOT_ENDED, [np.array([4, 0], np.float32)])
+        for row in range(11):
+            play_row(batcher, bad, [np.nan, 0], is_first=row == 0)
+        assert batcher.statistics().discarded_unrolls == 5
+        assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [0, 1, 2]
+        requests = get(batcher)
+        assert requests.inputs[-1].numpy()[0, 0] == 4
+        assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [2, 3, 4]
+        assert not batcher.activity().closed
+        # Now there is room, and nothing good comes.
+        for _ in range(3):
+            play_row(batcher, bad, [np.nan, 0])
+        requests = start(batcher.get_inputs)
+        bad.send(1.0, EpisodeEnd.NOT_ENDED, [np.array([np.nan, 0], np.float32)])
+        with pytest.raises(tf.errors.CancelledError):
+            requests.result(PROMPTLY)
+
+
 def test_returns_are_summed_in_double_precision():
     batcher = make_number_batcher()
     with closing(batcher):

@@ -294,7 +294,8 @@ void UnrollBatcher::StartNextUnroll(int actor_id) {
   ++actor.completed_unrolls;
   if (is_discarded) {
     ++counts_.discarded;
-    ++counts_.discarded_in_a_row;
+    // Behind a full queue good unrolls wait, too, and only those to be discarded go on.
+    if (!free_unrolls_.empty()) ++counts_.discarded_in_a_row;
     return;
   }
   ++counts_.queued;

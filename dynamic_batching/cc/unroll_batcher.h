@@ -36,7 +36,7 @@ struct UnrollBatcherOptions {
 struct UnrollCounts {
   int64_t queued = 0;
   int64_t discarded = 0;
-  int64_t discarded_in_a_row = 0;  // Since one was queued.
+  int64_t discarded_in_a_row = 0;  // Since one was queued, while there was room in the queue.
   // The last row that was not finite: whose it was, and what; see ActorBlock.
   int32_t non_finite_actor = -1;
   uint32_t non_finite = 0;
