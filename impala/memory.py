@@ -6,8 +6,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-# The rest is for what no estimate knows of: TensorFlow itself, activations, other programs.
-_SHARE_OF_FREE_MEMORY = 0.8
+# What is left for what no estimate knows of: TensorFlow itself, activations, other programs. A part
+# of what is free, and on a large machine no more than so many bytes.
+_SHARE_LEFT = 0.2
+_MOST_LEFT = 10 * 10**9
 # What is less than this part of all is not worth a word.
 _SHARE_TO_TELL = 0.1
 
@@ -67,7 +69,8 @@ def room_bytes(held: int = 0) -> int:
     Args:
       held: bytes that are in use and will be free.
     """
-    return int(_SHARE_OF_FREE_MEMORY * (free_memory_bytes() + held))
+    free = free_memory_bytes() + held
+    return int(free - min(_SHARE_LEFT * free, _MOST_LEFT))
 
 
 def free_memory_bytes(meminfo: str = '/proc/meminfo', cgroups: str = '/sys/fs/cgroup') -> int:
@@ -81,21 +84,22 @@ def free_memory_bytes(meminfo: str = '/proc/meminfo', cgroups: str = '/sys/fs/cg
         (available,) = re.findall(r'^MemAvailable: +(\d+) kB$', file.read(), re.MULTILINE)
     free = [int(available) * 1024]
     # Of the second and the first version of such limits.
-    for limit, usage, statistics, cache in (
-        ('memory.max', 'memory.current', 'memory.stat', 'inactive_file'),
+    for limit, usage, statistics, prefix in (
+        ('memory.max', 'memory.current', 'memory.stat', ''),
         (
             'memory/memory.limit_in_bytes',
             'memory/memory.usage_in_bytes',
             'memory/memory.stat',
-            'total_inactive_file',
+            'total_',
         ),
     ):
         # There are no such files, or there is no limit, which reads 'max'.
         with contextlib.suppress(OSError, ValueError):
             left = int(_read(cgroups, limit)) - int(_read(cgroups, usage))
-            # Files that were read count as used, but make room.
-            (cached,) = re.findall(rf'^{cache} (\d+)$', _read(cgroups, statistics), re.MULTILINE)
-            free.append(left + int(cached))
+            # Files that were read count as used, but make room, also those that were read twice.
+            pattern = rf'^{prefix}(?:in)?active_file (\d+)$'
+            cached = re.findall(pattern, _read(cgroups, statistics), re.MULTILINE)
+            free.append(left + sum(map(int, cached)))
     return max(0, min(free))
 
 

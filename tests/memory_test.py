@@ -50,7 +50,7 @@ def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_p
     (tmp_path / 'memory.max').write_text('max\n')
     assert free() == 5000 * 1024
     (tmp_path / 'memory.current').write_text('900000\n')
-    (tmp_path / 'memory.stat').write_text('anon 7\ninactive_file 300000\nactive_file 5\n')
+    (tmp_path / 'memory.stat').write_text('anon 7\ninactive_file 200000\nactive_file 100000\n')
     assert free() == 5000 * 1024
     # 100,000 are left, and 300,000 hold files.
     (tmp_path / 'memory.max').write_text('1000000\n')
@@ -59,7 +59,9 @@ def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_p
     old.mkdir()
     (old / 'memory.limit_in_bytes').write_text('800000\n')
     (old / 'memory.usage_in_bytes').write_text('700000\n')
-    (old / 'memory.stat').write_text('inactive_file 1\ntotal_inactive_file 20000\n')
+    (old / 'memory.stat').write_text(
+        'inactive_file 1\nactive_file 1\ntotal_inactive_file 15000\ntotal_active_file 5000\n'
+    )
     assert free() == 120_000
     (old / 'memory.usage_in_bytes').write_text('900000\n')
     assert free() == 0
@@ -68,5 +70,7 @@ def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_p
 def test_a_replay_has_a_part_of_the_memory_that_is_free():
     with open('/proc/meminfo') as file:
         total = int(re.search(r'MemTotal: +(\d+)', file.read())[1]) * 1024
-    assert 0 < room_bytes() < 0.9 * free_memory_bytes() < total
-    assert room_bytes(10**12) - room_bytes() > 0.5 * 10**12
+    free = free_memory_bytes()
+    assert 0 < room_bytes() < free - min(0.1 * free, 5 * 10**9) < total
+    # Large machines keep no more free than small ones need.
+    assert room_bytes(10**12) > 0.98 * 10**12
