@@ -233,6 +233,8 @@ def train(
         def save() -> None:
             # A run that fails each time it is started must not push its good checkpoints out.
             if checkpointer is not None and learner.counts()[0] > restored_updates:
+                # The signal may have come at the end of the first train step.
+                stop.begun()
                 checkpointer.save(log.wall_seconds)
 
         timer = StageTimer()

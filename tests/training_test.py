@@ -24,6 +24,7 @@ from impala import (
     run_config,
     run_files,
     run_log,
+    stop_signal,
     training,
 )
 from impala.learner import LearnerConfig
@@ -114,6 +115,26 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     (tmp_path / 'network.json').write_text(json.dumps(stored))
     with pytest.raises(run_files.LogdirError, match='--num_action_repeats was 2 and is now 1'):
         training.train(other)
+
+
+def test_a_signal_at_the_end_of_the_first_train_step_leaves_time_to_save_it(tmp_path, monkeypatch):
+    to_floats, save = training._to_floats, checkpoint.Checkpointer.save
+
+    def interrupt(metrics):
+        signal.raise_signal(signal.SIGINT)
+        return to_floats(metrics)
+
+    def save_slowly(*args):
+        time.sleep(1.0)
+        return save(*args)
+
+    codes = []
+    monkeypatch.setattr(stop_signal.os, '_exit', codes.append)
+    monkeypatch.setattr(stop_signal, 'START_SECONDS', 0.7)
+    monkeypatch.setattr(training, '_to_floats', interrupt)
+    monkeypatch.setattr(checkpoint.Checkpointer, 'save', save_slowly)
+    assert training.train(config(tmp_path)) == str(tmp_path / 'checkpoints' / 'ckpt-1')
+    assert not codes
 
 
 def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
