@@ -160,9 +160,11 @@ class Workplace:
         return process.wait()
 
     def signal(self, process: subprocess.Popen, number: int) -> None:
-        """Sends a signal to a process that has not been ended, and to all of its group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        """Sends a signal to a process and to all of its group, unless it has been ended."""
+        # By then its number may be that of somebody else's group.
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
 
     def environment_spec(self, level_name: str, seed: int) -> EnvironmentSpec:
         """Returns the spec of one level; see `common_spec`."""

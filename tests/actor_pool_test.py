@@ -312,7 +312,6 @@ def test_a_start_is_cut_short_when_the_batcher_is_closed():
     with running(['good'] * 200, max_restarts=0) as (_, batcher, pool, told):
         wait_until(lambda: len(pool.process_ids) >= 3)
         batcher.close()
-        pool._batcher.close()
         started = time.monotonic()
     assert time.monotonic() - started < PROMPTLY
     assert len(pool.process_ids) == 0

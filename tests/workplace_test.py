@@ -4,6 +4,8 @@ import errno
 import glob
 import os
 import resource
+import signal
+import tempfile
 
 import psutil
 import pytest
@@ -128,6 +130,18 @@ def test_an_interruption_ends_the_process_that_describes(monkeypatch):
             place.environment_spec('troubled_levels:hangs_to_start', 1)
         assert processes[0].returncode is not None
         assert not os.listdir(os.path.join(place.config.temp_folder, 'process_groups'))
+
+
+def test_a_process_that_was_ended_gets_no_more_signals(monkeypatch):
+    with Workplace(EnvironmentConfig()) as place, tempfile.TemporaryFile() as errors:
+        process = place.start({'no': 'settings'}, [], errors)
+        code = place.end(process)
+        # By now the system may have given its number to somebody else's group.
+        signals = []
+        monkeypatch.setattr(os, 'killpg', lambda *sent: signals.append(sent))
+        assert place.end(process) == code
+        place.signal(process, signal.SIGTERM)
+        assert not signals
 
 
 def test_open_files_are_had_or_refused_in_a_sentence(monkeypatch):
