@@ -32,6 +32,7 @@ _MAX_BACK_OFF_SECONDS = 5.0
 _RESERVING_AGAIN_SECONDS = 0.5
 # Refused unrolls in a row after which this job can be taken to be broken.
 _MAX_REJECTED = 10
+_COMPLETE = 'Training is complete.'
 
 T = TypeVar('T')
 
@@ -134,6 +135,8 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         learner = _Learner(connection, actors, patience, job.task, config.num_actors)
         with _before_play():
             learner.reserve(report)
+            if learner.finished:
+                return _COMPLETE
             learner.refresh()
 
         def end() -> None:
@@ -154,7 +157,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
                 raise learner.taken_error()
             actors.check()
         actors.check_losses()
-    sentence = 'Training is complete.' if learner.finished else 'Stopped.'
+    sentence = _COMPLETE if learner.finished else 'Stopped.'
     if discarded := actors.discarded_unrolls():
         sentence += (
             f' Not sent: {discarded:,} unrolls with values of the environment that are not finite.'
@@ -292,13 +295,15 @@ class _Learner:
     def reserve(self, report: Callable[[str], None]) -> None:
         """Makes this job the only one of its number, once one that has ended is forgotten.
 
+        Or finds out that training is complete: then `finished` is set.
+
         Raises:
           ConfigError: another job has the number and lives.
         """
         seen_at = None
         while True:
             self._patience.call(self._reserve)
-            if self.holder is None:
+            if self.finished or self.holder is None:
                 return
             now = time.monotonic()
             if seen_at is None:
@@ -323,7 +328,14 @@ class _Learner:
 
     def _reserve(self) -> None:
         """Asks the learner for the number, again and again; `holder` is who has it."""
-        holder = self._connection.reserve(self._task, remote_actors.RESERVED_SECONDS)
+        try:
+            holder = self._connection.reserve(self._task, remote_actors.RESERVED_SECONDS)
+        except Disconnected:
+            # It gives out no more numbers when all is done.
+            self.finished = self._connection.status().finished
+            if not self.finished:
+                raise
+            return
         self.holder = None if holder.is_own else holder
 
     def refresh(self) -> None:

@@ -98,8 +98,8 @@ def test_more_answers_at_once_than_environments_are_refused(server):
     )
 
 
-def make_job(connection, publications, **kwargs):
-    config = ActorJobConfig(0, connection.address, 600.0, {}, False)
+def make_job(connection, publications, reconnect_timeout=600.0, **kwargs):
+    config = ActorJobConfig(0, connection.address, reconnect_timeout, {}, False)
     return _Learner(connection, publications, _Patience(config, print, StopSignal()), **kwargs)
 
 
@@ -126,6 +126,15 @@ def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(serve
 
         with pytest.raises(ConfigError, match='--task=3 is taken by a job on .* that is there'):
             job.reserve(live)
+
+
+def test_a_job_that_comes_when_training_is_complete_hears_of_it(server):
+    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
+        learner.board.finish()
+        learner.inbox.close()
+        job = make_job(learner.connect(), Publications(), 1.0, task=0, num_environments=1)
+        job.reserve(print)
+        assert job.finished and job.holder is None
 
 
 def test_weights_are_read_once_for_an_unroll_of_each_environment(server):
