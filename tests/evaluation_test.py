@@ -361,7 +361,7 @@ def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
         return random.integers(high, size=shape, dtype=array.dtype)
 
     reward = rows_of(ArraySpec((), 'float32'))
-    info = StepOutputInfo(reward, np.zeros(count, np.int32))
+    info = StepOutputInfo(reward, *2 * [np.zeros(count, np.int32)])
     frames = {name: rows_of(array) for name, array in spec.observation.items()}
     done = random.random(count) < 0.3
     last_action = random.integers(5, size=count, dtype=np.int32)
