@@ -264,11 +264,12 @@ class ActorPool:
             progress = [activity.progress[actor] for actor in each.actors]
             signs[index] = None if is_waiting else (each.process.pid, *states, *progress)
         if self._start_progress is not None:
-            self._start_progress.look(now)
             if len(signs) == len(self._groups) == self._num_up():
                 if self._start_progress.has_reported:
                     self._start_progress.tell()
                 self._start_progress = None
+            else:
+                self._start_progress.look(now)
         silences = self._silence.look(now, signs)
         if silences.due:
             self._report(self._silence_report(silences.due, activity))

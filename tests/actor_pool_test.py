@@ -320,12 +320,14 @@ def test_a_start_is_cut_short_when_the_batcher_is_closed():
 
 def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.0)
+    monkeypatch.setattr(start_progress, '_PAUSE_SECONDS', 0.0)
     monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
     told = []
     with running(['good'] * 3, max_restarts=0, on_start=told.append) as (_, _, pool, _):
         wait_until(lambda: 'Starting: 3 of 3 actor processes are up' in told)
         assert told[0] == 'Starting: 0 of 3 actor processes are up'
         pool.check()
+    assert told.count('Starting: 3 of 3 actor processes are up') == 1
 
 
 def test_a_level_that_cannot_be_played_is_not_tried_again():
