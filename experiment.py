@@ -685,9 +685,10 @@ def _train() -> int:
 
     path = _learn(accept)
     if path is None:
-        print('Stopped before the first update: there is no checkpoint yet.')
-    else:
-        _print_end(path)
+        return _fail(
+            'Stopped before the first update: there is no checkpoint yet.', INTERRUPTED_EXIT_CODE
+        )
+    _print_end(path)
     return 0
 
 

@@ -272,6 +272,16 @@ def test_a_learner_whose_port_is_in_use(tmp_path, address):
         assert 'WARNING' not in second.stderr
 
 
+def test_a_learner_that_is_stopped_before_its_first_update(tmp_path, address):
+    with learner(tmp_path, tmp_path / 'run', address) as run:
+        run.wait_until(lambda: 'all goes to' in run.stderr)
+        run.send(signal.SIGTERM)
+        assert run.wait() == 130
+    # The second one if the machine was too busy for an orderly end within four seconds.
+    assert re.search('(Stopped before the first update: |Interrupted before ).*\n$', run.stderr)
+    assert run.stdout == ''
+
+
 def test_an_actor_with_another_network(tmp_path, show):
     spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 3, 1)
     network = network_settings(AgentConfig(torso='mlp', use_lstm=False), spec)
