@@ -892,13 +892,15 @@ class GymnasiumEnvironment(Environment):
                 raise LevelError(f'{self._level_name!r} has no {name} out of gymnasium.spaces.')
         env = self._env
         while env is not None:
-            try:
-                inspect.signature(env.reset).bind(seed=0, options=None)
-            except TypeError as error:
-                raise LevelError(
-                    f'{self._level_name!r} has an older interface than that of Gymnasium: '
-                    f'{type(env).__name__}.reset must take seed and options.'
-                ) from error
+            # Methods of extension modules may have no signature to be looked at.
+            with contextlib.suppress(ValueError):
+                try:
+                    inspect.signature(env.reset).bind(seed=0, options=None)
+                except TypeError as error:
+                    raise LevelError(
+                        f'{self._level_name!r} has an older interface than that of Gymnasium: '
+                        f'{type(env).__name__}.reset must take seed and options.'
+                    ) from error
             env = env.env if isinstance(env, gymnasium.Wrapper) else None
 
     def _spec_of_spaces(self, repeats: int, size: tuple[int, int] | None) -> None:

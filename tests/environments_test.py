@@ -780,6 +780,14 @@ def test_gymnasium_environments_have_its_interface(scripted):
         environments.GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
 
 
+def test_methods_of_extension_modules_have_no_signature_to_be_looked_at():
+    env = Scripted(VECTOR, [FINE])
+    env.reset = {}.update
+    environment = environments.GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
+    with pytest.raises(DeclarationError, match=r'returned None from reset\(\)'):
+        environment.reset()
+
+
 def test_gymnasium_needs_actions(scripted):
     space = gymnasium.spaces.Discrete(1)
     space.n = 0
