@@ -48,25 +48,29 @@ class Recorded(Environment):
         return 0.5 * len(self.actions), ENDS[len(self.actions) % 4], self._observe()
 
 
-def test_rows_actions_and_episodes():
-    """Two environments take turns; each has the actions, and gets the unroll, of its own."""
-    both = [Recorded(), Recorded()]
-    observation = list(Recorded.spec.observation.values())
-    batcher = UnrollBatcher(
+def make_batcher(num_actors):
+    return UnrollBatcher(
         inputs=[
             ArraySpec((), 'float32'),
             ArraySpec((), 'float32'),
             ArraySpec((), 'int32'),
             ArraySpec((), 'int32'),
             ArraySpec((), 'uint8'),
-            *observation,
+            *Recorded.spec.observation.values(),
         ],
         outputs=[ArraySpec((), 'int32')],
         states=[],
-        level_ids=[0, 0],
+        level_ids=[0] * num_actors,
         unroll_length=8,
         queue_capacity=2,
     )
+
+
+def test_rows_actions_and_episodes():
+    """Two environments take turns; each has the actions, and gets the unroll, of its own."""
+    both = [Recorded(), Recorded()]
+    observation = list(Recorded.spec.observation.values())
+    batcher = make_batcher(2)
     clients = [ActorClient(batcher.fd, index, observation) for index in range(2)]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         playing = executor.submit(actor.act, both, clients, ['one', 'two'])
@@ -105,21 +109,7 @@ def test_rows_actions_and_episodes():
 
 def test_an_observation_that_is_not_as_declared_is_told_from_one_of_the_start():
     observation = list(Recorded.spec.observation.values())
-    batcher = UnrollBatcher(
-        inputs=[
-            ArraySpec((), 'float32'),
-            ArraySpec((), 'float32'),
-            ArraySpec((), 'int32'),
-            ArraySpec((), 'int32'),
-            ArraySpec((), 'uint8'),
-            *observation,
-        ],
-        outputs=[ArraySpec((), 'int32')],
-        states=[],
-        level_ids=[0],
-        unroll_length=8,
-        queue_capacity=2,
-    )
+    batcher = make_batcher(1)
     environment = Recorded()
     environment._observation['frame'] = np.zeros(3, np.uint8)
     client = ActorClient(batcher.fd, 0, observation)

@@ -52,30 +52,35 @@ class _NotANumber(_Level):
         return reward, end, {'frame': observation['frame'] * np.float32(np.nan)}
 
 
-class _Huge(_Level):
+class _OtherRewards(_Level):
+    """Some rewards are not 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total_steps = 0
+
+    def reward(self) -> float:
+        """Returns that of step number `total_steps`."""
+        raise NotImplementedError
+
+    def step(self, action: int) -> Any:
+        _, end, observation = super().step(action)
+        self.total_steps += 1
+        return self.reward(), end, observation
+
+
+class _Huge(_OtherRewards):
     """Rewards become so large after a while that no loss is finite; the episodes go on."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total_steps = 0
-
-    def step(self, action: int) -> Any:
-        reward, end, observation = super().step(action)
-        self.total_steps += 1
-        return 3e38 if self.total_steps > 200 else reward, end, observation
+    def reward(self) -> float:
+        return 3e38 if self.total_steps > 200 else 1.0
 
 
-class _SometimesInfinite(_Level):
+class _SometimesInfinite(_OtherRewards):
     """The reward of every 37th step is infinite."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total_steps = 0
-
-    def step(self, action: int) -> Any:
-        reward, end, observation = super().step(action)
-        self.total_steps += 1
-        return math.inf if self.total_steps % 37 == 0 else reward, end, observation
+    def reward(self) -> float:
+        return math.inf if self.total_steps % 37 == 0 else 1.0
 
 
 class _Lives(_Level):
