@@ -308,8 +308,8 @@ class _Learner:
             now = time.monotonic()
             if seen_at is None:
                 report(
-                    f'--task={self._task} is taken by a job on {self.holder.host}; waiting whether '
-                    f'that one has ended, {remote_actors.RESERVED_SECONDS:g} seconds at most'
+                    f'--task={self._task} is taken by a job on {self.holder.host}; waiting up to '
+                    f'{remote_actors.RESERVED_SECONDS:g} seconds to see whether that one has ended'
                 )
                 seen_at = now - self.holder.seconds_since_seen
             # Of this clock and the learner's, which may not run alike.
