@@ -445,6 +445,11 @@ def _learn(
                 has_begun = True
             except KeyboardInterrupt:
                 return
+            except RuntimeError:
+                # An interrupt that reaches TensorFlow while it makes an error comes out as this.
+                if has_begun or not stop.received:
+                    raise
+                return
             except tf.errors.OpError as error:
                 if group is None:
                     raise
