@@ -113,7 +113,9 @@ def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(serve
         assert other.reserve(3, 1).is_own
         job.reserve(said.append)
         assert len(said) == 1
-        assert re.match('--task=3 is taken by a job on .*; waiting up to 10 seconds to see', said[0])
+        assert re.match(
+            '--task=3 is taken by a job on .*; waiting up to 10 seconds to see', said[0]
+        )
         assert job.holder is None
         assert not other.reserve(3, 600).is_own
 
