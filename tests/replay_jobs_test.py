@@ -628,7 +628,7 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
 def test_unrolls_that_do_not_fit(tmp_path, addresses):
     one, other = [addresses[0]], [addresses[1]]
     with (
-        job(tmp_path / 'job', 0, one, '--replay_capacity=1000000000000') as vast,
+        job(tmp_path / 'job', 0, one, '--replay_capacity=1000000000') as vast,
         job(tmp_path / 'other', 0, other) as shard,
     ):
         for each in (vast, shard):
