@@ -236,6 +236,7 @@ class RunLog:
     def record_discarded_unrolls(self, count: int) -> None:
         """Counts unrolls that are not learned from, for values that are not finite."""
         self._unrolls_discarded += count
+        self._terminal.unrolls_discarded += count
 
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
         """Takes the state of actor jobs, which lines have as `actors` until there is another.
@@ -613,9 +614,13 @@ class _Terminal:
     """Shows progress: a bar where somebody looks at it, plain lines in a file or pipe.
 
     A terminal that goes away does not end the run.
+
+    Attributes:
+      unrolls_discarded: since the process started; shown unless it is 0.
     """
 
     def __init__(self, stream: TextIO, frames: int, total_frames: int, num_action_repeats: int):
+        self.unrolls_discarded = 0
         self._stream = stream
         self._total_frames = total_frames
         self._num_action_repeats = num_action_repeats
@@ -650,7 +655,7 @@ class _Terminal:
         rate = self._bar.format_dict['rate']
         if rate and self._num_action_repeats > 1:
             parts.append(f'{rate / self._num_action_repeats:,.0f} steps/s')
-        parts += _shown_return(curve)
+        parts += _shown_return(curve) + self._shown_discarded()
         self._bar.set_postfix_str(', '.join(parts), refresh=False)
         self._bar.update(min(frames, self._total_frames) - self._bar.n)
 
@@ -665,7 +670,7 @@ class _Terminal:
             f'{speed:,.0f} frames/s',
             f'{line["agent_steps_per_second"]:,.0f} steps/s',
         ]
-        parts += _shown_return(curve)
+        parts += _shown_return(curve) + self._shown_discarded()
         if 'loss/total' in line:
             parts.append(f'loss {line["loss/total"]:.4g}')
         if speed > 0:
@@ -677,6 +682,10 @@ class _Terminal:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+    def _shown_discarded(self) -> list[str]:
+        count = self.unrolls_discarded
+        return [f'{count:,} unrolls not learned from'] if count else []
 
 
 def _shown_return(curve: learning_curve.LearningCurve) -> list[str]:

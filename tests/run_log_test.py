@@ -557,6 +557,7 @@ def test_plain_lines_when_no_terminal(logdir, clock):
         clock.now += 10
         write(log, 250, 1)
         log.message('hello')
+        log.record_discarded_unrolls(3)
         clock.now += 1
         write(log, 251, 2)
     lines = stream.getvalue().splitlines()
@@ -564,6 +565,7 @@ def test_plain_lines_when_no_terminal(logdir, clock):
         '1,000 of 4,000 frames (25.0%), 100 frames/s, 25 steps/s, return -19.5, loss 12, 00:30 left'
     )
     assert lines[1] == 'hello'
+    assert 'return -19.5, 3 unrolls not learned from' in lines[2]
     assert len(lines) == 3 and '\r' not in stream.getvalue()
 
 
@@ -582,6 +584,7 @@ def test_bar_on_a_terminal(logdir, clock, columns):
         with os.fdopen(writer, 'w') as stream:
             with create(logdir, clock, stream) as log:
                 record(log, [18.5])
+                log.record_discarded_unrolls(3)
                 clock.now += 10
                 write(log, 250, 1)
                 log.message('hello')
@@ -596,7 +599,7 @@ def test_bar_on_a_terminal(logdir, clock, columns):
         assert '%|' not in text and '1,000 of 4,000 frames (25.0%)' in text
         return
     assert '\r' in text and '100%|' in text and '4.00k/4.00k frames' in text
-    assert 'return 18.5' in text and 'left' in text
+    assert 'return 18.5, 3 unrolls not learned from' in text and 'left' in text
     assert 'hello\r\n' in text
     assert 'frames (25.0%)' not in text
 
