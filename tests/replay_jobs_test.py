@@ -30,6 +30,7 @@ from experiment_test import (
 from several_learners_test import free_ports
 
 from dynamic_batching.exchange import Component, WeightsBoard
+from impala import remote_replay as remote_replay_module
 from impala import replay_job
 from impala.learner import LearnerConfig
 from impala.remote import ReplayConnection, ReplayServer
@@ -174,7 +175,10 @@ def assert_uniform(draws, numbers):
     assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom), chi_square
 
 
-def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addresses):
+def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addresses, monkeypatch):
+    # On a busy machine a shard may be late, and is not drawn from until it has caught up.
+    for limit in ('_PROMPT_SECONDS', '_PATIENCE_SECONDS'):
+        monkeypatch.setattr(remote_replay_module, limit, PATIENCE_SECONDS)
     said = []
     capacity = '--replay_capacity=60'
     with contextlib.ExitStack() as stack:
