@@ -70,9 +70,10 @@ def run_case(
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in case.files.items():
         (folder / name).write_bytes(content)
-    if case.damage is not None:
+    if case.is_finished:
         assert template is not None
         shutil.copytree(template, folder / 'run')
+    if case.damage is not None:
         _damage(folder / 'run', case.damage)
     flags = [flag.replace('{folder}', str(folder)) for flag in case.flags]
     with _one_at_a_time:
