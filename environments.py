@@ -676,7 +676,7 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
             f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
         )
     # Which imports this module.
-    from impala import own_environment
+    from impala.environments import checks as own_environment
 
     own_environment.check_callable(level_name, make)
     try:
@@ -848,8 +848,9 @@ class GymnasiumEnvironment(Environment):
       the picture shows too: it is turned the agent's way. Where a wrapper or a subclass makes an
       observation of its own, that is taken as it is, and pictures are not resized.
 
-    Observations are compared with their space (see `impala.observation_spaces`); rewards must be
-    numbers, and ends of episodes True or False.
+    Observations are compared with their space (see
+    `impala.environments.observation_spaces`); rewards must be numbers, and
+    ends of episodes True or False.
     """
 
     def __init__(
@@ -906,7 +907,7 @@ class GymnasiumEnvironment(Environment):
     def _spec_of_spaces(self, repeats: int, size: tuple[int, int] | None) -> None:
         from gymnasium import spaces
 
-        from impala import observation_spaces
+        from impala.environments import observation_spaces
 
         action_space = self._env.action_space
         if not isinstance(action_space, spaces.Discrete):
@@ -950,7 +951,7 @@ class GymnasiumEnvironment(Environment):
         self.spec = EnvironmentSpec(observation, int(action_space.n), repeats)
 
     def _unsupported_observation(self) -> LevelError:
-        from impala import observation_spaces
+        from impala.environments import observation_spaces
 
         hint = ''
         if _is_minigrid(self._env):

@@ -23,10 +23,10 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from impala import flag_file
-from impala.output import outlive_readers
-from impala.stop_signal import INTERRUPTED, INTERRUPTED_EXIT_CODE
-from impala.tensorflow_start import starting_tensorflow
+from impala.runs import flag_file
+from impala.runs.output import outlive_readers
+from impala.runs.stop_signal import INTERRUPTED, INTERRUPTED_EXIT_CODE
+from impala.runs.tensorflow_start import starting_tensorflow
 
 FLAGS = flags.FLAGS
 
@@ -489,14 +489,16 @@ def main(unused_argv: list[str]) -> int:
         if not (trains and (FLAGS.learner_devices or is_one_of_several)):
             tf.config.list_logical_devices()
     from environments import LevelError
-    from impala import checkpoint, learner_devices, run_files
-    from impala.actor_job import ActorJobError, LearnerLost
-    from impala.actor_pool import UnrollsLostError
-    from impala.learner_group import LearnerGroupError
-    from impala.remote import ServerError
-    from impala.run_config import ConfigError
+    from impala.acting.actor_pool import UnrollsLostError
+    from impala.acting.actor_processes import ActorError
+    from impala.cluster.actor_job import ActorJobError, LearnerLost
+    from impala.cluster.learner_group import LearnerGroupError
+    from impala.cluster.transport import ServerError
+    from impala.config import ConfigError
+    from impala.learning import devices as learner_devices
+    from impala.runs import checkpoint
+    from impala.runs import files as run_files
     from impala.training import TrainingError
-    from impala.workplace import ActorError
 
     try:
         if is_actor:
@@ -635,7 +637,8 @@ def _serve_replay() -> int:
 
         tf.config.set_visible_devices([], 'GPU')
         tf.config.list_logical_devices()
-    from impala import remote, replay_job
+    from impala.cluster import replay_job
+    from impala.cluster import transport as remote
 
     config = replay_job.ReplayJobConfig(
         task=FLAGS.task,
@@ -676,7 +679,7 @@ def _interruptible_start() -> None:
 
 
 def _train() -> int:
-    from impala import checkpoint
+    from impala.runs import checkpoint
 
     def accept() -> None:
         if checkpoint.checkpoint_paths(FLAGS.logdir):
@@ -694,7 +697,7 @@ def _train() -> int:
 
 def _print_end(path: str) -> None:
     """Says how far a run has come; `path` is that of its last checkpoint."""
-    from impala import run_log
+    from impala.runs import log as run_log
 
     summary = run_log.read_summary(FLAGS.logdir)
     print(run_log.describe_summary(summary))
@@ -716,8 +719,9 @@ def _train_with_first() -> int:
 
 def _learn(on_accepted: Callable[[], None]) -> str | None:
     """Trains; see `training.train`."""
-    from impala import remote, training
-    from impala.learner_group import Member
+    from impala import training
+    from impala.cluster import transport as remote
+    from impala.cluster.learner_group import Member
 
     member, address = None, None
     if FLAGS.task >= 0:
@@ -797,8 +801,8 @@ def _own_address() -> str:
 
 
 def _act() -> int:
-    from impala import actor_job
-    from impala.run_config import environment_settings
+    from impala.cluster import actor_job
+    from impala.config import environment_settings
 
     config = dataclasses.replace(_config(), num_actors=FLAGS.envs_per_actor)
     shaping = {
@@ -829,7 +833,8 @@ def _act() -> int:
 
 
 def _test() -> int:
-    from impala import evaluation, test_report
+    from impala.evaluation import report as test_report
+    from impala.evaluation import test_mode as evaluation
 
     path = FLAGS.checkpoint.removesuffix('.index')
     if path and not FLAGS['logdir'].present:
@@ -862,9 +867,9 @@ def _config() -> Any:
     """Returns the `TrainingConfig` that the flags describe."""
     from environments import EnvironmentConfig
     from impala import suites
-    from impala.learner import LearnerConfig
-    from impala.run_config import TrainingConfig, with_common_actions
-    from impala.silence import SilenceLimits
+    from impala.acting.silence import SilenceLimits
+    from impala.config import TrainingConfig, with_common_actions
+    from impala.learning.learner import LearnerConfig
 
     if FLAGS.level_name.endswith('.csv'):
         # The run may be resumed and tested from another folder.
@@ -968,7 +973,7 @@ def _flags_text() -> str:
 
 def _await_run() -> None:
     """Waits until --logdir is the folder of a training run."""
-    from impala import run_files
+    from impala.runs import files as run_files
 
     path = os.path.join(FLAGS.logdir, run_files.FLAG_FILE)
     if not os.path.exists(path):
@@ -979,7 +984,7 @@ def _await_run() -> None:
 
 def _restore_flags() -> None:
     """Takes the flags of the run in --logdir, but for those on the command line."""
-    from impala import checkpoint
+    from impala.runs import checkpoint
 
     path = os.path.join(FLAGS.logdir, checkpoint.FLAG_FILE)
     if not os.path.isfile(path):

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
@@ -46,7 +46,7 @@ setup(
     version='0.1.0',
     description='Scalable distributed deep RL with importance-weighted actor-learner architectures',
     python_requires='>=3.10,<3.14',
-    packages=['impala', 'impala.suites', 'dynamic_batching'],
+    packages=[*find_packages(include=['impala', 'impala.*']), 'dynamic_batching'],
     package_data={'impala.suites': ['*.csv']},
     py_modules=['experiment', 'vtrace', 'environments'],
     ext_modules=[

@@ -31,7 +31,7 @@ import numpy as np
 import tabulate
 
 from benchmarks import learning, machine
-from impala import plot
+from impala.tools import plot
 
 RANDOM_EPISODES = 100
 _CURVE = ('agent_steps', 'minutes', 'mean_return')

@@ -28,7 +28,7 @@ import tqdm
 
 from benchmarks import machine
 from impala import suites
-from impala.run_files import read_metrics
+from impala.runs.files import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, 'docs', 'results')

@@ -31,7 +31,7 @@ import tabulate
 
 from benchmarks import machine, numbered_level, stages
 from benchmarks.memory import resident
-from impala.run_files import read_metrics
+from impala.runs.files import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BATCH_SIZE = 8

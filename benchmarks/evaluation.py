@@ -30,7 +30,7 @@ import numpy as np
 import tabulate
 
 from environments import EnvironmentConfig
-from impala.episode_series import (
+from impala.acting.episode_series import (
     Episode,
     EpisodeQueues,
     EpisodeSeries,
@@ -100,11 +100,11 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
     import tensorflow as tf
 
     from benchmarks.infrastructure import TinyAgent
-    from impala import evaluation
-    from impala.learner import LearnerConfig
-    from impala.local_actors import LocalActors
-    from impala.run_config import TrainingConfig
-    from impala.workplace import Workplace
+    from impala.acting.actor_processes import Workplace
+    from impala.acting.local_actors import LocalActors
+    from impala.config import TrainingConfig
+    from impala.evaluation import test_mode as evaluation
+    from impala.learning.learner import LearnerConfig
 
     # As experiment.py does.
     tf.config.threading.set_inter_op_parallelism_threads(1)

@@ -23,10 +23,10 @@ import tensorflow as tf
 
 from benchmarks import machine, stages
 from environments import EnvironmentConfig
-from impala.acting import BehaviourPolicy, UnrollSource
-from impala.actor_pool import ActorPool
+from impala.acting.actor_pool import ActorPool
+from impala.acting.actor_processes import Workplace
+from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.trajectory import AgentOutput
-from impala.workplace import Workplace
 
 LEVEL = 'benchmarks.fixed_frame:make'
 

@@ -32,8 +32,8 @@ import tensorflow as tf
 
 from benchmarks import machine, stages
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
-from impala.agent import Agent, AgentConfig
-from impala.remote import LearnerConnection, LearnerServer
+from impala.cluster.transport import LearnerConnection, LearnerServer
+from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
 FRAME = (72, 96, 3)

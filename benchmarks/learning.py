@@ -29,9 +29,10 @@ import tabulate
 
 from benchmarks import machine
 from environments import EnvironmentConfig, create_environment
-from impala import plot, suites
-from impala.run_files import read_metrics
-from impala.scores import mean_interval
+from impala import suites
+from impala.runs.files import read_metrics
+from impala.suites.scores import mean_interval
+from impala.tools import plot
 from impala.trajectory import EpisodeEnd
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -76,7 +76,9 @@ def watch(pid: int, minutes: float, interval: float) -> list[tuple[float, float,
     while time.monotonic() - started < minutes * 60 and learner.is_running():
         try:
             actors = [
-                resident(child) for child in learner.children() if 'impala.actor' in child.cmdline()
+                resident(child)
+                for child in learner.children()
+                if 'impala.acting.actor' in child.cmdline()
             ]
             samples.append(
                 (

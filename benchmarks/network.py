@@ -25,7 +25,7 @@ import tabulate
 
 from benchmarks import machine, stages
 from benchmarks.namespaces import Network, Unavailable
-from impala.run_files import read_metrics
+from impala.runs.files import read_metrics
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 

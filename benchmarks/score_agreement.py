@@ -29,8 +29,8 @@ import numpy as np
 import tabulate
 
 from benchmarks import machine, stages
-from impala import scores
-from impala.run_files import read_episodes
+from impala.runs.files import read_episodes
+from impala.suites import scores
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PAGE = os.path.join(ROOT, 'docs', 'results', 'score_agreement.md')

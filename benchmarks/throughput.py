@@ -36,15 +36,15 @@ import numpy as np
 import tabulate
 
 from benchmarks import machine, stages
-from impala.tensorflow_start import starting_tensorflow
+from impala.runs.tensorflow_start import starting_tensorflow
 
 with starting_tensorflow():
     import tensorflow as tf
 
 from environments import EnvironmentConfig, create_environment
-from impala.agent import Agent, AgentConfig
-from impala.learner import Learner, LearnerConfig
-from impala.run_config import has_fast_bfloat16
+from impala.config import has_fast_bfloat16
+from impala.learning.learner import Learner, LearnerConfig
+from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,

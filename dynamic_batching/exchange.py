@@ -1,8 +1,9 @@
 """The learner's side of what it exchanges with actor jobs: unrolls come in, weights are on show.
 
 Both objects belong to the process and have a name, by which the graphs that other machines send to
-the `tf.distribute.Server` of this process find them; `impala.remote` has those graphs. Tensors pass
-by reference: an unroll is copied once, into its batch, and weights are not copied at all.
+the `tf.distribute.Server` of this process find them; `impala.cluster.transport` has those graphs.
+Tensors pass by reference: an unroll is copied once, into its batch, and weights are not copied at
+all.
 """
 
 import dataclasses

@@ -10,20 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from impala import decoder, memory_needs, run_files
-from impala.acting import UnrollBatch
-from impala.actor_pool import UnrollsLostError
-from impala.agent import Agent, AgentConfig
-from impala.checkpoint import (
-    Checkpointer,
-    LogdirError,
-    check_same_network,
-    check_same_run,
-    report_to_stderr,
-    store_settings,
-)
-from impala.learner import Learner
-from impala.learner_group import (
+from impala.acting.actor_pool import UnrollsLostError
+from impala.acting.actor_processes import Workplace, require_files
+from impala.acting.behaviour_policy import UnrollBatch
+from impala.acting.local_actors import LocalActors
+from impala.cluster.learner_group import (
     FollowerLog,
     LearnerGroup,
     Log,
@@ -32,14 +23,10 @@ from impala.learner_group import (
     strategy_of_devices,
     strategy_of_learners,
 )
-from impala.loading import Loading, default_loaders
-from impala.local_actors import LocalActors
-from impala.remote import warn_of_network
-from impala.remote_actors import RemoteActors, run_settings, unroll_components
-from impala.remote_replay import RemoteReplay, check_replay_jobs
-from impala.replay import Replay
-from impala.replay_mixer import ReplayMixer
-from impala.run_config import (
+from impala.cluster.remote_actors import RemoteActors, run_settings, unroll_components
+from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
+from impala.cluster.transport import warn_of_network
+from impala.config import (
     LATER_SETTINGS,
     ConfigError,
     TrainingConfig,
@@ -53,13 +40,28 @@ from impala.run_config import (
     learner_settings,
     network_settings,
 )
-from impala.run_log import WAIT_STAGE, RunLog
-from impala.sample_reuse import reused
+from impala.experience.loading import Loading, default_loaders
+from impala.experience.mixture import ReplayMixer
+from impala.experience.replay import Replay
+from impala.experience.sample_reuse import reused
+from impala.learning import memory_needs
+from impala.learning.learner import Learner
+from impala.networks import decoder
+from impala.networks.agent import Agent, AgentConfig
+from impala.runs import files as run_files
+from impala.runs.checkpoint import (
+    Checkpointer,
+    LogdirError,
+    check_same_network,
+    check_same_run,
+    report_to_stderr,
+    store_settings,
+)
+from impala.runs.log import WAIT_STAGE, RunLog
+from impala.runs.start_progress import starting
+from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed
-from impala.start_progress import starting
-from impala.stop_signal import StopSignal
 from impala.trajectory import EnvironmentSpec
-from impala.workplace import Workplace, require_files
 
 
 class TrainingError(Exception):

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
-from impala.remote import LearnerConnection, LearnerServer
+from impala.cluster.transport import LearnerConnection, LearnerServer
 
 COMPONENTS = [
     Component('version', (), 'int64', time_major=False, low=0),

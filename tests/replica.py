@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 import tensorflow as tf
-from learner_test import (
+from agents import (
     EmbeddingAgent,
     batch_of,
     batch_of_images,
@@ -21,8 +21,10 @@ from learner_test import (
     mlp_agent,
 )
 
-from impala import learner_devices, learner_group, loading
-from impala.learner import Learner, LearnerConfig
+from impala.cluster import learner_group
+from impala.experience import loading
+from impala.learning import devices as learner_devices
+from impala.learning.learner import Learner, LearnerConfig
 
 BATCH_SIZE = 4
 UPDATES = 4

@@ -20,15 +20,16 @@ import traceback
 import numpy as np
 import tensorflow as tf
 from replica import agents, create_learner, train
-from run_config_test import config
 from tensorflow.python.framework import kernels
 
+from configs import config
 from dynamic_batching import batch_fn
-from impala import evaluation, training
-from impala.acting import BehaviourPolicy, UnrollSource
-from impala.agent import Agent, AgentConfig
-from impala.decoder import Decoder
-from impala.learner import Learner, LearnerConfig
+from impala import training
+from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
+from impala.evaluation import test_mode as evaluation
+from impala.learning.learner import Learner, LearnerConfig
+from impala.networks.agent import Agent, AgentConfig
+from impala.networks.decoder import Decoder
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,

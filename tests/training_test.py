@@ -11,26 +11,23 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from experiment_test import PATIENCE_SECONDS, WarmRun
-from run_config_test import config
-from several_learners_test import free_ports
+from command_line import PATIENCE_SECONDS, WarmRun
+from ports import free_ports
 from warm_process import context
 
 import environments
-from impala import (
-    checkpoint,
-    learner_devices,
-    remote_replay,
-    run_config,
-    run_files,
-    run_log,
-    stop_signal,
-    training,
-)
-from impala.learner import LearnerConfig
-from impala.learner_group import Member
+from configs import config
+from impala import config as run_config
+from impala import training
+from impala.acting.actor_processes import ActorError
+from impala.cluster import remote_replay
+from impala.cluster.learner_group import Member
+from impala.learning import devices as learner_devices
+from impala.learning.learner import LearnerConfig
+from impala.runs import checkpoint, stop_signal
+from impala.runs import files as run_files
+from impala.runs import log as run_log
 from impala.trajectory import ArraySpec, EnvironmentSpec
-from impala.workplace import ActorError
 
 
 def test_stage_timer_adds_up_also_when_a_stage_fails():

@@ -1,6 +1,6 @@
 """Imports what is made with TensorFlow, as experiment.py does; see `warm_process`."""
 
-from impala.tensorflow_start import starting_tensorflow
+from impala.runs.tensorflow_start import starting_tensorflow
 
 with starting_tensorflow():
     import sonnet  # noqa: F401

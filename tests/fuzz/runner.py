@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-from experiment_test import WarmRun
+from command_line import WarmRun
 
 import experiment
 from fuzz import grammar

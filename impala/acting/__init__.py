@@ -1,0 +1,1 @@
+"""Acting: actor processes, and the behaviour policy that answers them."""

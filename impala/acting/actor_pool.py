@@ -1,0 +1,409 @@
+"""Starts the actor processes, restarts those that die, and ends them all."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import selectors
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import IO, Any
+
+from dynamic_batching.unroll_batcher import Activity, ActorState, UnrollBatcher
+from environments import LevelError
+from impala.acting import actor_processes as places
+from impala.acting.actor import BAD_INPUT_EXIT_CODE, STACK_SIGNAL, sentence_of
+from impala.acting.actor_processes import ActorError, LinePipe, Workplace
+from impala.acting.crash_log import CrashLog
+from impala.acting.episode_series import Episodes, Schedule
+from impala.acting.silence import SilenceWatch, since
+from impala.config import ConfigError
+from impala.runs.start_progress import StartProgress
+from impala.seeds import derived_seed
+
+# Of what an actor prints not much more is kept until it dies.
+MAX_PRINTED_BYTES = 1_000_000
+# A sentence may be longer than what is shown of other output.
+_SENTENCE_BYTES = 100_000
+
+
+class UnrollsLostError(Exception):
+    """Actors kept dying, and most of their unrolls were lost; the text is one sentence.
+
+    Attributes:
+      checkpoint: path of the last checkpoint, None where there is none.
+    """
+
+    checkpoint: str | None = None
+
+
+@dataclasses.dataclass
+class _ActorProcess:
+    actors: Sequence[int]
+    process: subprocess.Popen
+    errors: IO[bytes]
+    descriptor: int  # Readable when the process has ended.
+    num_episodes: int  # That it was given.
+    restarts_in_a_row: int = 0
+    is_up: bool = False  # All its environments have been made and reset.
+    silent_seconds: float = 0.0  # For which it was silent when it was given up.
+
+
+class ActorPool:
+    """Keeps the actor processes of a batcher alive. A context manager."""
+
+    def __init__(
+        self,
+        workplace: Workplace,
+        batcher: UnrollBatcher,
+        level_names: Sequence[str],
+        seed: int,
+        max_restarts: int,
+        report: Callable[[str], None],
+        envs_per_process: int = 1,
+        schedule: Schedule | None = None,
+    ):
+        """Prepares; processes start with the `with` block.
+
+        Args:
+          workplace: where they run.
+          batcher: what they connect to; closed when the pool gives up or ends.
+          level_names: of each actor.
+          seed: of the run; every actor and every restart has one of its own that follows from it.
+          max_restarts: of one process without a full unroll in between, or, with a schedule, an
+            episode, before the pool gives up.
+          report: told, in a few lines, of every process that died, and once of what environments
+            warn of.
+          envs_per_process: consecutive actors that share a process, and its fate.
+          schedule: of the episodes to be played, told of their results on another thread; None for
+            actors that play until the batcher is closed.
+        """
+        self._workplace = workplace
+        self._batcher = batcher
+        self._level_names = level_names
+        self._seed = seed
+        self._max_restarts = max_restarts
+        self._report = report
+        self._schedule = schedule
+        self._failure: Exception | None = None
+        self._crashes = CrashLog()
+        self._silence = SilenceWatch(workplace.limits, places.LONGEST_GAP_SECONDS)
+        self._start_progress: StartProgress | None = None
+        self._looked_at = 0.0
+        self._unrolls_completed, self._unrolls_lost = 0, 0  # Of processes that have died.
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe()
+        self._results = LinePipe()
+        self._warnings = LinePipe()
+        # No actor waits for a pool that is not listening any more.
+        os.set_blocking(self._warnings.write_end, False)
+        self._reported_warnings: set[bytes] = set()
+        actors = range(len(level_names))
+        self._groups = [
+            actors[first : first + envs_per_process]
+            for first in range(0, len(actors), envs_per_process)
+        ]
+        self._processes: dict[int, _ActorProcess] = {}
+        self._supervisor = threading.Thread(target=self._supervise, name='actor pool', daemon=True)
+        self.restarts = 0
+
+    def __enter__(self) -> 'ActorPool':
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._selector.register(
+            self._warnings.read_end, selectors.EVENT_READ, self._pass_warnings_on
+        )
+        self._selector.register(self._results.read_end, selectors.EVENT_READ, self._record_results)
+        self._start_progress = StartProgress(
+            self._report,
+            lambda: f'{self._num_up()} of {len(self._groups)} actor processes are up',
+        )
+        self._supervisor.start()
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        os.write(self._wake_write, b'.')
+        self._supervisor.join()
+        self._batcher.close()
+        self._end_processes()
+        self._selector.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._warnings.close()
+        self._results.close()
+        summary = self._crashes.summary()
+        if summary is not None and self._failure is None:
+            self._report(summary)
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the actors, in their order; one that is being replaced is left out."""
+        processes = self._processes.copy()  # At once: the supervisor may be replacing one.
+        return [processes[index].process.pid for index in sorted(processes)]
+
+    def check(self) -> None:
+        """Raises the error that made the pool give up, if it has.
+
+        Raises:
+          LevelError: an environment cannot be played as asked.
+          ConfigError: the system permits no more processes.
+          ActorError: an actor died more than `max_restarts` times in a row.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def check_losses(self) -> None:
+        """Raises an error if most unrolls were lost.
+
+        An unroll is lost if it was not full when the process of its actor died.
+
+        Raises:
+          UnrollsLostError: processes died more than once, and fewer than half of the unrolls that
+            were begun, but for those under way now, were completed.
+        """
+        completed = self._unrolls_completed + sum(self._batcher.statistics().completed_unrolls)
+        if self.restarts > 1 and completed < self._unrolls_lost:
+            raise UnrollsLostError(
+                f'Actors kept dying: {completed:,} unrolls were completed, and '
+                f'{self._unrolls_lost:,} were lost when the processes that played them died '
+                f'({self.restarts:,} times).'
+            )
+
+    def _start(self, index: int, restarts_in_a_row: int) -> None:
+        actors = self._groups[index]
+        settings: dict[str, Any] = {
+            'level_names': [self._level_names[actor] for actor in actors],
+            'segment': self._batcher.fd,
+            'actors': list(actors),
+            'warnings': self._warnings.write_end,
+        }
+        descriptors = [self._batcher.fd, self._warnings.write_end]
+        episodes = self._episodes(index)
+        if self._schedule is None:
+            # The same episodes again might well end in the same crash.
+            settings['seeds'] = [derived_seed(self._seed, self.restarts, actor) for actor in actors]
+        else:
+            settings |= {
+                'episodes': [each.to_json() for each in episodes],
+                'results': self._results.write_end,
+                'series': self._schedule.series_settings,
+            }
+            descriptors.append(self._results.write_end)
+        with places.limits_in_words(), contextlib.ExitStack() as stack:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            # What is printed after a cut goes to the new end.
+            fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
+            process = self._workplace.start(settings, descriptors, errors)
+            stack.callback(self._workplace.end, process)
+            descriptor = os.pidfd_open(process.pid)
+            self._processes[index] = _ActorProcess(
+                actors, process, errors, descriptor, sum(map(len, episodes)), restarts_in_a_row
+            )
+            stack.pop_all()  # All of it is the process's now.
+        self._selector.register(descriptor, selectors.EVENT_READ, index)
+
+    def _episodes(self, index: int) -> list[Episodes]:
+        """Returns those without a result, of each actor of a process; none without a schedule."""
+        if self._schedule is None:
+            return []
+        return [self._schedule.episodes_of(actor) for actor in self._groups[index]]
+
+    def _supervise(self) -> None:
+        try:
+            for index in range(len(self._groups)):
+                if self._batcher.activity().closed:
+                    break
+                self._start(index, restarts_in_a_row=0)
+                if not self._attend(0.0):
+                    return
+            while self._attend(places.WATCH_SECONDS):
+                pass
+        except Exception as error:  # Raised again where the training loop looks.
+            self._failure = error
+            self._batcher.close()
+
+    def _attend(self, seconds: float) -> bool:
+        """Waits for events and acts on them; returns False when the pool is to end."""
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                return False
+            if callable(key.data):
+                key.data()
+            else:
+                self._replace(key.data)
+        now = time.monotonic()
+        if now - self._looked_at >= places.WATCH_SECONDS:
+            self._looked_at = now
+            self._cut_output()
+            self._watch(now)
+        return True
+
+    def _cut_output(self) -> None:
+        for each in self._processes.values():
+            if os.fstat(each.errors.fileno()).st_size > MAX_PRINTED_BYTES:
+                end = places.tail(each.errors).encode()
+                os.ftruncate(each.errors.fileno(), 0)
+                os.write(each.errors.fileno(), end + b'\n')
+
+    def _watch(self, now: float) -> None:
+        """Looks for signs of life: reports processes that show none, and kills them in the end."""
+        activity = self._batcher.activity()
+        if activity.closed:
+            return
+        signs: dict[int, Hashable] = {}
+        for index, each in self._processes.items():
+            states = [activity.states[actor] for actor in each.actors]
+            each.is_up = each.is_up or ActorState.IDLE not in states
+            # Who sleeps waits for the policy or the learner, who take what time they need. A
+            # process does so for one of its actors, while others may have been answered.
+            is_waiting = ActorState.SLEEPING in states
+            progress = [activity.progress[actor] for actor in each.actors]
+            signs[index] = None if is_waiting else (each.process.pid, *states, *progress)
+        if self._start_progress is not None:
+            if len(signs) == len(self._groups) == self._num_up():
+                if self._start_progress.has_reported:
+                    self._start_progress.tell()
+                self._start_progress = None
+            else:
+                self._start_progress.look(now)
+        silences = self._silence.look(now, signs)
+        if silences.due:
+            self._report(self._silence_report(silences.due, activity))
+        for index, seconds in silences.back.items():
+            who = self._who(self._processes[index].actors)
+            self._report(f'A sign of life after {seconds:.0f} s of silence, of {who}')
+        for index, seconds in silences.timed_out.items():
+            each = self._processes[index]
+            if each.silent_seconds:
+                self._workplace.signal(each.process, signal.SIGKILL)
+            else:
+                # Where it hangs is its own error; next time it is killed.
+                os.kill(each.process.pid, STACK_SIGNAL)
+            each.silent_seconds = seconds
+        for index, each in self._processes.items():
+            if index not in silences.timed_out:
+                each.silent_seconds = 0.0
+
+    def _num_up(self) -> int:
+        return sum(each.is_up for each in self._processes.values())
+
+    def _silence_report(self, silent: dict[int, float], activity: Activity) -> str:
+        actors: list[int] = []
+        for index in silent:
+            group = self._processes[index].actors
+            # Of a process only one environment can have the turn, unless all wait for their first.
+            for state in (ActorState.ACTING, ActorState.IDLE, ActorState.ANSWERED):
+                if those := [actor for actor in group if activity.states[actor] == state]:
+                    actors += those
+                    break
+        return (
+            f'No sign of life for {since(max(silent.values()))}, of the environment of '
+            f'{self._who(actors)}'
+            + self._workplace.consequence('its process is killed and restarted')
+        )
+
+    def _pass_warnings_on(self) -> None:
+        for line in self._warnings.read_lines():
+            # All actors have much the same to say.
+            if line not in self._reported_warnings:
+                self._reported_warnings.add(line)
+                self._report(f'WARNING: {line.decode(errors="replace")}')
+
+    def _record_results(self) -> None:
+        for line in self._results.read_lines():
+            assert self._schedule is not None  # Or nobody would have written.
+            self._schedule.record(*json.loads(line))
+
+    def _replace(self, index: int) -> None:
+        ended = self._processes[index]
+        code = self._workplace.end(ended.process)
+        # What it has written before its end counts.
+        self._record_results()
+        num_episodes = sum(map(len, self._episodes(index)))
+        is_over = self._batcher.activity().closed
+        # Soon this pool is closed, too, or the test is over for this one.
+        if is_over or (self._schedule is not None and num_episodes == 0):
+            self._forget(index)
+            return
+        # An exit code alone may be the environment's own.
+        sentence = sentence_of(places.tail(ended.errors, _SENTENCE_BYTES))
+        if code == BAD_INPUT_EXIT_CODE and sentence is not None:
+            raise LevelError(sentence)
+        text = sentence or places.tail(ended.errors)
+        completed = self._batcher.statistics().completed_unrolls
+        num_completed = sum(completed[actor] for actor in ended.actors)
+        if self._schedule is None:
+            has_worked = num_completed > 0
+        else:
+            # Full unrolls prove nothing: an episode that was begun is played again from its start.
+            has_worked = num_episodes < ended.num_episodes
+        in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
+        how = places.how_ended(code)
+        if ended.silent_seconds:
+            how = f'was silent for {ended.silent_seconds:.0f} s (--actor_timeout), was killed'
+        who = self._who(ended.actors)
+        who = who[0].upper() + who[1:]
+        if in_a_row > self._max_restarts:
+            raise ActorError(
+                f'{who} {how}, though restarted {self._max_restarts} times in a row before. The '
+                f'error:\n{text or places.NOTHING}'
+            )
+        shown = self._crashes.take(who, how, text)
+        if shown is not None:
+            self._report(shown)
+        self._forget(index)
+        self.restarts += 1
+        self._unrolls_completed += num_completed
+        self._unrolls_lost += len(ended.actors)
+        for actor in ended.actors:
+            self._batcher.reset_actor(actor)
+        try:
+            self._start(index, in_a_row)
+        except ConfigError as error:  # No mistake in the run's settings, which were good so far.
+            raise ActorError(str(error)) from error
+
+    def _forget(self, index: int) -> None:
+        ended = self._processes.pop(index)
+        self._silence.forget(index)
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(ended.descriptor)
+        os.close(ended.descriptor)
+        ended.errors.close()
+
+    def _end_processes(self) -> None:
+        states = self._batcher.activity().states
+        for each in self._processes.values():
+            # It would not hear of the end before its environments are made.
+            if all(states[actor] == ActorState.IDLE for actor in each.actors):
+                self._workplace.signal(each.process, signal.SIGTERM)
+        places.have_ended(
+            [each.descriptor for each in self._processes.values()], places.GRACE_SECONDS
+        )
+        for each in self._processes.values():
+            self._workplace.signal(each.process, signal.SIGKILL)
+        for index, each in list(self._processes.items()):
+            self._workplace.end(each.process)
+            self._forget(index)
+
+    def _who(self, actors: Sequence[int]) -> str:
+        """Returns actors with their levels, as 'actors 0-3, 7 (Pong), 4 (Breakout)'."""
+        numbers: dict[str, list[int]] = {}
+        for actor in sorted(actors):
+            numbers.setdefault(self._level_names[actor], []).append(actor)
+        parts = [f'{_ranges(those)} ({level})' for level, those in numbers.items()]
+        return f'actor{"" if len(actors) == 1 else "s"} {", ".join(parts)}'
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers, as '0-3, 7'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ', '.join(f'{run[0]}-{run[-1]}' if len(run) > 1 else str(run[0]) for run in runs)

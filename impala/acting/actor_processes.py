@@ -1,0 +1,422 @@
+"""Where actor processes run: how they are started and ended, and what their levels are like."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
+
+from environments import EnvironmentConfig, LevelError
+from impala.acting.actor import STACK_SIGNAL
+from impala.acting.silence import SilenceLimits, SilenceWatch, since
+from impala.config import ConfigError
+from impala.runs.checkpoint import report_to_stderr
+from impala.runs.start_progress import StartProgress
+from impala.trajectory import EnvironmentSpec
+
+# What a process gets to end by itself, in seconds, before it is killed.
+GRACE_SECONDS = 2.0
+# Between two looks whether processes show signs of life, and how much of that time counts at most.
+WATCH_SECONDS = 1.0
+LONGEST_GAP_SECONDS = 5.0
+# Of what an actor prints so much is passed on when it dies.
+ERROR_BYTES = 4000
+# Files that a process of an actor costs, and those that may be opened later by everything else.
+_FILES_PER_PROCESS = 2
+_SPARE_FILES = 64
+_GROUPS_FOLDER = 'process_groups'
+_LIMITS = {
+    errno.EAGAIN: "processes (`ulimit -u`, or a container's limit)",
+    errno.EMFILE: 'open files (`ulimit -n`)',
+    errno.ENFILE: 'open files (`sysctl fs.file-max`)',
+    errno.ENOMEM: 'memory',
+}
+
+
+class ActorError(Exception):
+    """Actors died too often; the text holds the last one's own error."""
+
+
+class Workplace:
+    """What actor processes share: a temporary folder, and a pipe that tells them of our end.
+
+    Both go when the block is left. If this process is killed instead, the pipe is closed by the
+    kernel, whereupon the actors exit and a shell that waited for that kills what they have left
+    behind and removes the folder.
+    """
+
+    def __init__(
+        self,
+        config: EnvironmentConfig,
+        limits: SilenceLimits = SilenceLimits(),  # noqa: B008 (frozen)
+        report: Callable[[str], None] = report_to_stderr,
+    ):
+        """Prepares for actors.
+
+        Args:
+          config: of their environments; its `temp_folder` is replaced.
+          limits: of processes that show no sign of life.
+          report: told, in lines, of levels whose environments take long to be made.
+        """
+        self._lifeline, self._held_end = os.pipe()
+        self._temp_folder = tempfile.mkdtemp(prefix='impala-')
+        self._groups_folder = os.path.join(self._temp_folder, _GROUPS_FOLDER)
+        os.mkdir(self._groups_folder)
+        # A job scheduler's signal to all processes of a run is not for this one. Once more a moment
+        # later: an actor may just have been writing.
+        clean_up = (
+            'trap "" HUP INT TERM; read _; '
+            f'for group in "$0"/{_GROUPS_FOLDER}/*; do kill -KILL "-${{group##*/}}"; done; '
+            'rm -rf -- "$0" || { sleep 1; rm -rf -- "$0"; }'
+        )
+        self._janitor = subprocess.Popen(
+            ['/bin/sh', '-c', clean_up, self._temp_folder],
+            stdin=self._lifeline,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.config = dataclasses.replace(config, temp_folder=self._temp_folder)
+        self.limits = limits
+        self._report = report
+
+    def __enter__(self) -> 'Workplace':
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        os.close(self._held_end)
+        os.close(self._lifeline)
+        self._janitor.wait()
+        # In case somebody killed it.
+        shutil.rmtree(self._temp_folder, ignore_errors=True)
+
+    def start(
+        self, settings: dict[str, Any], descriptors: Sequence[int], errors: IO[bytes]
+    ) -> subprocess.Popen:
+        """Starts an actor process, in a session of its own. It must be ended by `end`.
+
+        Args:
+          settings: for `impala.acting.actor.main`, but for those that all processes have.
+          descriptors: that it inherits, under their own numbers.
+          errors: file for what it prints.
+
+        Raises:
+          ConfigError: the system permits no more processes or open files; one sentence.
+        """
+        settings = settings | {
+            'lifeline': self._lifeline,
+            'process_groups': self._groups_folder,
+            'environment': dataclasses.asdict(self.config),
+        }
+        # One environment per core: threads of its libraries would only take it from the others.
+        threads = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
+        with limits_in_words(), tempfile.TemporaryFile('w+') as settings_file:
+            json.dump(settings, settings_file)
+            settings_file.seek(0)
+            return subprocess.Popen(
+                [sys.executable, '-m', 'impala.acting.actor'],
+                stdin=settings_file,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=(self._lifeline, *descriptors),
+                # What a terminal or a job scheduler sends to all processes of a run is for this
+                # one. And what the environment starts can be ended with it.
+                start_new_session=True,
+                # A level may be a callable of the user's own, found wherever this process finds it.
+                env=os.environ
+                | threads
+                | {'LP_NUM_THREADS': '0', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+            )
+
+    def end(self, process: subprocess.Popen, grace_seconds: float = 0.0) -> int:
+        """Ends a process that was started here, and what its environments have started.
+
+        Nobody else may wait for it or poll it: as long as it is not waited for, the number of its
+        group cannot be another's.
+
+        Args:
+          process: as of `start`.
+          grace_seconds: that it has to end by itself.
+
+        Returns:
+          Its exit code, minus the signal's number if one ended it.
+        """
+        if grace_seconds:
+            with _descriptor(process) as descriptor:
+                have_ended([descriptor], grace_seconds)
+        self.signal(process, signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self._groups_folder, str(process.pid)))
+        return process.wait()
+
+    def signal(self, process: subprocess.Popen, number: int) -> None:
+        """Sends a signal to a process and to all of its group, unless it has been ended."""
+        # By then its number may be that of somebody else's group.
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    def environment_spec(self, level_name: str, seed: int) -> EnvironmentSpec:
+        """Returns the spec of one level; see `common_spec`."""
+        return self.common_spec([level_name], seed)
+
+    def common_spec(self, level_names: Sequence[str], seed: int) -> EnvironmentSpec:
+        """Returns the spec that all levels have, asked of a process that tries each of them.
+
+        Args:
+          level_names: at least one; repetitions do not matter.
+          seed: of the environments that are made for it.
+
+        Raises:
+          LevelError: levels cannot be played, or not by one agent; all of them are named.
+          ActorError: an environment failed, or took too long; the text has its traceback.
+        """
+        names = list(dict.fromkeys(level_names))
+        answers = self._describe(names, seed)
+        errors = {name: answer['error'] for name, answer in answers.items() if 'error' in answer}
+        if len(names) == 1 and errors:
+            raise LevelError(errors[names[0]])
+        if errors:
+            reasons: dict[str, list[str]] = {}
+            for name, reason in errors.items():
+                reasons.setdefault(reason.replace(repr(name), 'this level'), []).append(name)
+            sentences = [
+                f'{", ".join(who)}: {reason if len(who) > 1 else errors[who[0]]}'
+                for reason, who in reasons.items()
+            ]
+            raise LevelError(
+                f'{len(errors)} of the {len(names)} levels cannot be played here. '
+                + ' '.join(sentences)
+            )
+        specs = {
+            name: EnvironmentSpec.from_json(answer['spec']) for name, answer in answers.items()
+        }
+        common = specs[names[0]]
+        for what, value_of in (
+            ('observations', lambda spec: spec.observation),
+            ('actions', lambda spec: spec.num_actions),
+            ('frames per action', lambda spec: spec.num_action_repeats),
+        ):
+            others = [name for name in names if value_of(specs[name]) != value_of(common)]
+            if others:
+                raise LevelError(
+                    f'One agent cannot play levels that differ in their {what}: {names[0]} has '
+                    f'{_shown(value_of(common))}, but '
+                    + ', '.join(f'{name} {_shown(value_of(specs[name]))}' for name in others)
+                    + '.'
+                )
+        return common
+
+    def _describe(self, level_names: list[str], seed: int) -> dict[str, Any]:
+        """Returns level name -> what `impala.acting.actor` tells of it, in a process of its own."""
+        lines: list[bytes] = []
+        with contextlib.ExitStack() as stack:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            pipe = stack.enter_context(contextlib.closing(LinePipe()))
+            process = self.start(
+                {'level_names': level_names, 'seed': seed, 'spec_pipe': pipe.write_end},
+                [pipe.write_end],
+                errors,
+            )
+            try:
+                reason = self._read_descriptions(process, pipe, level_names, lines)
+            except BaseException:
+                self.end(process)
+                raise
+            code = self.end(process, 0.0 if reason else GRACE_SECONDS)
+            if len(lines) < len(level_names):
+                reason = reason or f'It {how_ended(code)}.'
+                raise ActorError(
+                    f'The environment {level_names[len(lines)]} failed. {reason} Its own error:\n'
+                    f'{tail(errors) or NOTHING}'
+                )
+        return dict(zip(level_names, map(json.loads, lines), strict=True))
+
+    def _read_descriptions(
+        self,
+        process: subprocess.Popen,
+        pipe: 'LinePipe',
+        level_names: list[str],
+        lines: list[bytes],
+    ) -> str:
+        """Reads a line for each level, or until the process has ended.
+
+        Not to the end of the pipe, which whatever an environment starts may hold open.
+
+        Returns:
+          A sentence that says why no more are waited for; none if the process has ended or all
+          lines are there.
+        """
+        progress = StartProgress(
+            self._report,
+            lambda: (
+                f'{level_names[len(lines)]} is tried, level {len(lines) + 1} of {len(level_names)}'
+            ),
+        )
+        watch = SilenceWatch(self.limits, LONGEST_GAP_SECONDS)
+        has_asked = False
+        while len(lines) < len(level_names):
+            with _descriptor(process) as descriptor:
+                is_over = have_ended([descriptor], WATCH_SECONDS, pipe.read_end)
+            if new := pipe.read_lines():
+                lines += new
+                continue
+            if is_over:
+                return ''
+            progress.look(time.monotonic())
+            level = level_names[len(lines)]
+            silences = watch.look(time.monotonic(), {0: len(lines)})
+            for seconds in silences.due.values():
+                self._report(
+                    f'The environment {level}, which is tried before the start, has not answered '
+                    f'for {since(seconds)}{self.consequence("the run ends")}'
+                )
+            for seconds in silences.timed_out.values():
+                if has_asked:
+                    return f'It did not answer for {seconds:.0f} seconds (--actor_timeout).'
+                # Where it hangs is its own error.
+                os.kill(process.pid, STACK_SIGNAL)
+                has_asked = True
+        return ''
+
+    def consequence(self, what: str) -> str:
+        """Returns the end of a sentence about silence: what comes of it."""
+        timeout = self.limits.timeout
+        return f': {what} after {timeout:g} s (--actor_timeout)' if timeout else ''
+
+
+class LinePipe:
+    """What actor processes write, line by line."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.read_end, False)
+        self._unfinished = b''
+
+    def read_lines(self) -> list[bytes]:
+        """Returns all lines that have been written."""
+        text = self._unfinished
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.read_end, 65536):
+                text += part
+        *lines, self._unfinished = text.split(b'\n')
+        return lines
+
+    def close(self) -> None:
+        """Closes both ends."""
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
+def require_files(num_processes: int, flag: str, value: int) -> None:
+    """Sees to it that as many actor processes may be started as the flags ask for.
+
+    The limit of open files is raised as far as this process may.
+
+    Args:
+      num_processes: to be started.
+      flag: name of what asks for them.
+      value: that it has.
+
+    Raises:
+      ConfigError: they need more open files than are permitted; one sentence.
+    """
+    taken = len(os.listdir('/proc/self/fd')) + _SPARE_FILES
+    needed = taken + _FILES_PER_PROCESS * num_processes
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard == resource.RLIM_INFINITY or needed <= hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return
+    possible = max(0, hard - taken) // _FILES_PER_PROCESS
+    raise ConfigError(
+        f'--{flag}={value} needs {needed} open files, and this system permits {hard} '
+        f'(`ulimit -n`): raise that, or have no more than {possible} actor processes, by a '
+        f'smaller --{flag} or a larger --envs_per_process.'
+    )
+
+
+def have_ended(descriptors: Sequence[int], seconds: float, wake_up: int | None = None) -> bool:
+    """Waits until all of some processes have ended; returns whether they have.
+
+    Args:
+      descriptors: of the processes, as of `os.pidfd_open`.
+      seconds: at most.
+      wake_up: a descriptor; returns, too, when it can be read.
+    """
+    deadline = time.monotonic() + seconds
+    poll = select.poll()
+    left = set(descriptors)
+    for descriptor in left if wake_up is None else left | {wake_up}:
+        poll.register(descriptor, select.POLLIN)
+    while left:
+        ready = dict(poll.poll(max(0.0, 1000 * (deadline - time.monotonic()))))
+        for descriptor in left & ready.keys():
+            poll.unregister(descriptor)
+        left -= ready.keys()
+        if not ready or wake_up in ready:
+            break
+    return not left
+
+
+@contextlib.contextmanager
+def _descriptor(process: subprocess.Popen) -> Iterator[int]:
+    descriptor = os.pidfd_open(process.pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def how_ended(code: int) -> str:
+    """Returns an exit code in words, as 'ended with signal 9'."""
+    return f'ended with signal {-code}' if code < 0 else f'ended with exit code {code}'
+
+
+# In the place of an error, where there is none.
+NOTHING = '(it printed nothing)'
+
+
+def tail(errors: IO[bytes], num_bytes: int = ERROR_BYTES) -> str:
+    """Returns the end of what a process has printed."""
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, errors.tell() - num_bytes))
+    return errors.read().decode(errors='replace').strip()
+
+
+@contextlib.contextmanager
+def limits_in_words() -> Iterator[None]:
+    """Has a limit of the system that is met in the block be one sentence.
+
+    Raises:
+      ConfigError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _LIMITS:
+            raise
+        raise ConfigError(
+            'Another actor process cannot be started, as the system permits no more '
+            f'{_LIMITS[error.errno]}: have fewer, by a smaller --num_actors or a larger '
+            '--envs_per_process, or raise the limit.'
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return ' and '.join(
+        f'{name} {spec.dtype} {"x".join(map(str, spec.shape))}' for name, spec in value.items()
+    )

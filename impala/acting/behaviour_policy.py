@@ -1,0 +1,359 @@
+"""The behaviour policy: the agent that answers the actors, and the unrolls that come of it.
+
+Espeholt et al. 2018, Figure 1 (left), with dynamic batching as in Table 1: one copy of the weights
+acts for all environments.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from dynamic_batching.unroll_batcher import UnrollBatcher
+from impala.experience.loading import Batch, Loading
+from impala.networks.agent import Agent
+from impala.trajectory import (
+    ActorOutput,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+    StepOutputInfo,
+)
+
+
+class UnrollBatch(NamedTuple):
+    """A batch for the learner, and what only the log wants to know of it.
+
+    Attributes:
+      actor_output: `ActorOutput`, `[T+1, B, ...]`.
+      actors: i32 `[B]`, who acted; -1 of unrolls that are replayed.
+      ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
+      is_replayed: bool `[B]`, the unroll was in a batch of before.
+    """
+
+    actor_output: ActorOutput
+    actors: tf.Tensor
+    ends: tf.Tensor
+    is_replayed: tf.Tensor
+
+
+def batch_components(batch: UnrollBatch) -> list[tf.Tensor]:
+    """Returns what a batch consists of, in the order of `remote_actors.unroll_components`."""
+    output = batch.actor_output
+    env = output.env_outputs
+    return [
+        output.level_id,
+        output.policy_version,
+        *tf.nest.flatten(output.agent_state),
+        env.reward,
+        *env.info,
+        batch.ends,
+        *env.observation.values(),
+        *output.agent_outputs,
+    ]
+
+
+def batch_of_components(
+    components: Sequence[tf.Tensor],
+    actors: tf.Tensor,
+    state_structure: Any,
+    observation_names: Sequence[str],
+    is_replayed: tf.Tensor | None = None,
+) -> UnrollBatch:
+    """Puts a batch together; the inverse of `batch_components`.
+
+    Args:
+      components: in that order.
+      actors: i32 `[B]`.
+      state_structure: nest of the shape of the agent's state.
+      observation_names: in the order of the components.
+      is_replayed: bool `[B]`; None if no unroll is.
+    """
+    level_id, policy_version, *rest = components
+    num_states = len(tf.nest.flatten(state_structure))
+    states, rest = rest[:num_states], rest[num_states:]
+    reward, *info, end = rest[:5]
+    observation = rest[5:-3]
+    return UnrollBatch(
+        ActorOutput(
+            level_id=level_id,
+            policy_version=policy_version,
+            agent_state=tf.nest.pack_sequence_as(state_structure, states),
+            env_outputs=StepOutput(
+                reward=reward,
+                info=StepOutputInfo(*info),
+                done=tf.not_equal(end, 0),
+                observation=dict(zip(observation_names, observation, strict=True)),
+            ),
+            agent_outputs=AgentOutput(*rest[-3:]),
+        ),
+        actors,
+        end,
+        tf.zeros_like(actors, tf.bool) if is_replayed is None else is_replayed,
+    )
+
+
+# Has batches consist of fresh unrolls, of which it asks for some number, and of others.
+Mix = Callable[[Callable[[int], UnrollBatch]], UnrollBatch]
+
+
+class UnrollSource:
+    """The batcher of the actor processes, in terms of the agent and the environment."""
+
+    def __init__(
+        self,
+        spec: EnvironmentSpec,
+        agent: Agent,
+        level_ids: Sequence[int],
+        unroll_length: int,
+        queue_capacity: int,
+        minimum_batch_size: int,
+        timeout_ms: float,
+        max_discarded_in_a_row: int = 0,
+    ):
+        """Makes the batcher; see `UnrollBatcher` for the arguments that are not specs.
+
+        Args:
+          spec: of every actor's environment.
+          agent: whose state the batcher keeps.
+          level_ids: the level of each actor.
+          unroll_length: T, agent steps.
+          queue_capacity: unrolls.
+          minimum_batch_size: rows.
+          timeout_ms: milliseconds.
+          max_discarded_in_a_row: unrolls; 0 for no limit.
+        """
+        self._queue_capacity = queue_capacity
+        self._observation_names = list(spec.observation)
+        self._state_structure = agent.state_spec
+        scalar = ArraySpec((), 'float32')
+        self.batcher = UnrollBatcher(
+            inputs=[
+                scalar,
+                scalar,
+                ArraySpec((), 'int32'),
+                ArraySpec((), 'int32'),
+                ArraySpec((), 'uint8'),
+                *spec.observation.values(),
+            ],
+            outputs=[ArraySpec((), 'int32'), ArraySpec((spec.num_actions,), 'float32'), scalar],
+            states=tf.nest.flatten(agent.state_spec),
+            level_ids=level_ids,
+            unroll_length=unroll_length,
+            queue_capacity=queue_capacity,
+            minimum_batch_size=minimum_batch_size,
+            maximum_batch_size=len(level_ids),
+            timeout_ms=timeout_ms,
+            max_discarded_in_a_row=max_discarded_in_a_row,
+        )
+
+    def answer(self, agent: Agent, policy_version: tf.Tensor) -> None:
+        """Waits for requests, lets the agent act on them, and answers them.
+
+        Raises:
+          tf.errors.CancelledError: the batcher is closed.
+        """
+        requests = self.batcher.get_inputs()
+        outputs, state = agent.step(
+            requests.last_action,
+            self._step_output(requests.inputs),
+            tf.nest.pack_sequence_as(self._state_structure, requests.states),
+        )
+        self.batcher.set_outputs(
+            requests.tickets, policy_version, list(outputs), tf.nest.flatten(state)
+        )
+
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
+        """Returns a function that waits for unrolls and makes a batch of them; see `compiled`.
+
+        Args:
+          batch_size: B, unrolls.
+          mix: has a part of each batch replayed, as `impala.experience.mixture.ReplayMixer.batch`
+            does, and decides how many are waited for.
+        """
+
+        def dequeue(batch_size: int) -> UnrollBatch:
+            unrolls = self.batcher.dequeue(batch_size)
+            return batch_of_components(
+                [
+                    unrolls.level_ids,
+                    unrolls.policy_versions,
+                    *unrolls.states,
+                    *unrolls.inputs,
+                    *unrolls.outputs,
+                ],
+                unrolls.actors,
+                self._state_structure,
+                self._observation_names,
+            )
+
+        return compiled(lambda: mix(dequeue) if mix else dequeue(batch_size))
+
+    def batches(self, batch_size: int, mix: Mix | None = None) -> Iterator[UnrollBatch]:
+        """Yields batches, as of `assembler`, until the batcher is closed, one ahead of use."""
+        return _ahead(self.assembler(batch_size, mix))
+
+    def discard(self) -> None:
+        """Takes unrolls and throws them away, so that actors can go on, until it is closed."""
+        # Half of the queue at a time: the rest of it is room enough meanwhile.
+        batch_size = max(1, self._queue_capacity // 2)
+        # Observations, which are nearly all there is of an unroll, are not touched.
+        take = compiled(lambda: self.batcher.dequeue(batch_size, num_inputs=1).actors)
+        for _ in _ahead(take):
+            pass
+
+    def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
+        reward, *info, end = inputs[:5]
+        observation = inputs[5:]
+        return StepOutput(
+            reward=reward,
+            info=StepOutputInfo(*info),
+            done=tf.not_equal(end, 0),
+            observation=dict(zip(self._observation_names, observation, strict=True)),
+        )
+
+
+class BehaviourPolicy(tf.Module):
+    """Acts with a copy of the weights that is replaced as a whole, between two batches.
+
+    Actors therefore never see weights of which some are new and some old, and nobody waits while
+    the network computes.
+    """
+
+    def __init__(self, agent: Agent, source: UnrollSource):
+        """Wraps an agent.
+
+        Args:
+          agent: of its own variables; nobody else may use it.
+          source: whose requests it answers.
+        """
+        super().__init__()
+        self._agent = agent
+        self._source = source
+        self._version = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self._published = [
+            tf.Variable(weight, trainable=False) for weight in agent.trainable_variables
+        ]
+        self._published_version = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self._lock = tf.CriticalSection()
+        self._failure: BaseException | None = None
+
+    @tf.function(autograph=False)
+    def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
+        """Makes weights available to the actors, from their next batch on.
+
+        Args:
+          weights: of the learner's agent, in the order of its `trainable_variables`. On the CPU
+            their values are shared, not copied.
+          version: i64 scalar, learner updates behind them.
+        """
+        values = [tf.convert_to_tensor(weight) for weight in weights]
+
+        def assign() -> tf.Tensor:
+            assigned = [
+                variable.assign(value, read_value=False)
+                for variable, value in zip(self._published, values, strict=True)
+            ]
+            assigned.append(self._published_version.assign(version, read_value=False))
+            return _after(assigned, version)
+
+        self._lock.execute(assign)
+
+    def _refresh(self) -> tf.Tensor:
+        def assign() -> tf.Tensor:
+            assigned = [
+                weight.assign(published, read_value=False)
+                for weight, published in zip(
+                    self._agent.trainable_variables, self._published, strict=True
+                )
+            ]
+            version = tf.identity(self._published_version)
+            assigned.append(self._version.assign(version, read_value=False))
+            return _after(assigned, version)
+
+        return self._lock.execute(assign)
+
+    @tf.function(autograph=False)
+    def _serve(self) -> None:
+        # One call lasts a whole run: the loop is TensorFlow's, not Python's.
+        def body(batches: tf.Tensor) -> tf.Tensor:
+            tf.cond(
+                tf.equal(self._version, self._published_version),
+                lambda: tf.identity(self._version),
+                self._refresh,
+            )
+            self._source.answer(self._agent, self._version.read_value())
+            return batches + 1
+
+        tf.while_loop(
+            lambda batches: tf.constant(True),
+            lambda batches: (body(batches),),
+            (tf.constant(0, tf.int64),),
+            parallel_iterations=1,
+        )
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Answers actors, on a thread of its own, until the block is left."""
+
+        def run() -> None:
+            try:
+                self._serve()
+            except tf.errors.CancelledError:
+                pass
+            except BaseException as error:  # Raised again where the training loop looks.
+                self._failure = error
+            finally:
+                # Nobody would answer any more: whoever waits must hear of it.
+                self._source.batcher.close()
+
+        thread = threading.Thread(target=run, name='behaviour policy', daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._source.batcher.close()
+            thread.join()
+
+    def check(self) -> None:
+        """Raises what ended the serving thread, if it was an error."""
+        if self._failure is not None:
+            raise self._failure
+
+
+def _ahead(assemble: Callable[[], Batch]) -> Iterator[Batch]:
+    """Yields what is assembled until the source is closed, one ahead of use."""
+    loading = Loading(assemble)
+    try:
+        for (batch,) in loading:
+            yield batch
+    finally:
+        loading.close()
+
+
+def compiled(dequeue: Callable[[], Batch]) -> Callable[[], Batch]:
+    """Returns a function made into a graph on the CPU, which any thread may call.
+
+    Args:
+      dequeue: raises `tf.errors.CancelledError` when there is nothing more.
+    """
+
+    @tf.function(autograph=False)
+    def dequeue_on_cpu() -> Batch:
+        with tf.device('/cpu:0'):
+            return dequeue()
+
+    return dequeue_on_cpu.get_concrete_function()
+
+
+def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:
+    """Returns a value that is there when the operations are done.
+
+    A critical section is left as soon as what it returns is there: operations that this does not
+    depend on would run outside of it.
+    """
+    with tf.control_dependencies(operations):
+        return tf.identity(value)

@@ -1,0 +1,176 @@
+"""The actors of this machine: their processes, the batcher, and the policy that answers them."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from environments import level_cache_statistics
+from impala.acting.actor import describe_non_finite
+from impala.acting.actor_pool import ActorPool
+from impala.acting.actor_processes import ActorError, Workplace
+from impala.acting.behaviour_policy import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
+from impala.acting.episode_series import Schedule
+from impala.cluster.learner_group import Log
+from impala.config import ConfigError, TrainingConfig
+from impala.networks.agent import Agent
+from impala.trajectory import EnvironmentSpec
+
+# Unrolls in a row, of all actors, that are discarded for values that are not finite until the run
+# ends: so many for each actor, and so many at least.
+_DISCARDED_PER_ACTOR = 10
+_MIN_DISCARDED = 100
+
+
+class LocalActors:
+    """Actors that play within the block of this context manager."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        spec: EnvironmentSpec,
+        agent: Agent,
+        workplace: Workplace,
+        report: Callable[[str], None],
+        schedule: Schedule | None = None,
+    ):
+        """Prepares; nothing plays yet.
+
+        Args:
+          config: of the run.
+          spec: of every actor's environment.
+          agent: acts for all of them, with the weights that it has until others are published;
+            nobody else may use it.
+          workplace: where the processes run.
+          report: told, in a few lines, of every process that died.
+          schedule: see `ActorPool`.
+
+        Raises:
+          ConfigError: there is no memory for the unrolls.
+        """
+        # Nobody learns from what a test plays.
+        self._max_discarded = 0
+        if schedule is None:
+            self._max_discarded = max(_MIN_DISCARDED, _DISCARDED_PER_ACTOR * config.num_actors)
+        try:
+            self._source = UnrollSource(
+                spec,
+                agent,
+                config.level_ids,
+                config.learner.unroll_length,
+                config.queue_capacity,
+                config.inference_batch_size or max(1, config.num_actors // 2),
+                config.inference_timeout_ms,
+                self._max_discarded,
+            )
+        except tf.errors.ResourceExhaustedError as error:
+            raise ConfigError(
+                f'There is no memory for the unrolls of {config.num_actors} actors and '
+                f'--queue_capacity={config.queue_capacity}, each of '
+                f'--unroll_length={config.learner.unroll_length} agent steps: give smaller values.'
+            ) from error
+        self._level_names = [config.level_names[level] for level in config.level_ids]
+        self._observation_names = list(spec.observation)
+        self._behaviour = BehaviourPolicy(agent, self._source)
+        self._pool = ActorPool(
+            workplace,
+            self._source.batcher,
+            self._level_names,
+            config.seed,
+            config.max_actor_restarts,
+            report,
+            config.envs_per_process,
+            schedule,
+        )
+        self._temp_folder = str(workplace.config.temp_folder)
+        self._stack = contextlib.ExitStack()
+        self._reported_restarts = 0
+        self._reported_discarded = 0
+
+    def __enter__(self) -> 'LocalActors':
+        with self._stack as stack:
+            stack.enter_context(self._behaviour.serving())
+            stack.enter_context(self._pool)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
+        """Has the actors act with other weights; see `BehaviourPolicy.publish`."""
+        self._behaviour.publish(weights, version)
+
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
+        """Returns what assembles batches until the actors are closed, for `Loading`."""
+        return self._source.assembler(batch_size, mix)
+
+    def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
+        """Yields batches of unrolls until the actors are closed; see `UnrollSource.batches`."""
+        return self._source.batches(batch_size)
+
+    def discard_unrolls(self) -> None:
+        """Has actors play on until they are closed, for nobody; see `UnrollSource.discard`."""
+        self._source.discard()
+
+    def close(self) -> None:
+        """Ends playing, and whoever waits for a batch. From any thread, at any time, repeatedly."""
+        self._source.batcher.close()
+
+    def check(self) -> None:
+        """Raises what ended the actors, if it was not `close`.
+
+        Raises:
+          LevelError: an environment cannot be played as asked.
+          ConfigError: the system permits no more processes.
+          ActorError: an actor died too often, or nothing came any more that can be learned from.
+        """
+        self._behaviour.check()
+        self._pool.check()
+        statistics = self._source.batcher.statistics()
+        if 0 < self._max_discarded <= statistics.discarded_in_a_row:
+            assert statistics.non_finite is not None
+            actor, index, value = statistics.non_finite
+            what = describe_non_finite(
+                self._level_names[actor], self._observation_names, index, value
+            )
+            raise ActorError(
+                f'Nothing comes that can be learned from: {what}, and each of the last '
+                f'{statistics.discarded_in_a_row} unrolls held such a value.'
+            )
+
+    def check_losses(self) -> None:
+        """Raises an error if most unrolls were lost; see `ActorPool.check_losses`."""
+        self._pool.check_losses()
+
+    def finish(self) -> None:
+        """Ends playing when training is complete."""
+        self.close()
+
+    def level_cache(self) -> dict[str, float]:
+        """Returns what the level cache did so far; see `environments.level_cache_statistics`."""
+        return level_cache_statistics(self._temp_folder)
+
+    def discarded_unrolls(self) -> int:
+        """Returns how many unrolls were not learned from, for values that are not finite."""
+        return self._source.batcher.statistics().discarded_unrolls
+
+    def record(self, log: Log) -> dict[str, float]:
+        """Hands what there is to know of the actors to the log.
+
+        Returns:
+          The seconds spent so far in each stage of actors, batcher and queue.
+        """
+        statistics = self._source.batcher.statistics()
+        if statistics.batches:
+            rows = statistics.rows / statistics.batches
+            log.record_update({'inference_batch_size': rows})
+        restarts = self._pool.restarts
+        log.record_actor_restart(restarts - self._reported_restarts)
+        self._reported_restarts = restarts
+        log.record_discarded_unrolls(statistics.discarded_unrolls - self._reported_discarded)
+        self._reported_discarded = statistics.discarded_unrolls
+        cache = self.level_cache()
+        log.record_update({f'level_cache/{name}': value for name, value in cache.items()})
+        return statistics.stage_seconds

@@ -1,0 +1,1 @@
+"""Several machines: actor jobs, replay jobs and several learners."""

@@ -1,0 +1,577 @@
+"""Several learners that train one model together, and one learner on several devices.
+
+TensorFlow's strategies do the arithmetic: gradients are summed over replicas that stay equal. What
+they do not do is done here over a plain connection of every learner to the first one: the roll call
+before training, the news that one of them has ended, and the news of their actors for the log.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context as eager_context
+
+from impala.cluster.transport import ServerError, is_in_use, split_address
+from impala.config import ConfigError
+from impala.runs.checkpoint import report_to_stderr
+from impala.runs.log import RunLog
+from impala.trajectory import EpisodeEnd
+
+# Added to the port of a learner's address, at which its actors find it.
+GRADIENTS_PORT_OFFSET = 1000
+ROLL_CALL_PORT_OFFSET = 2000
+
+# Changes when learners of two versions could misunderstand each other.
+PROTOCOL = 3
+
+_HEARTBEAT_SECONDS = 1.0
+# A learner that has died is noticed at once, as its connection is closed; one whose machine or
+# network has, after so many seconds.
+_SILENCE_SECONDS = 30.0
+_RETRY_SECONDS = 0.5
+# One that ends is noticed by the strategy, too, and this much earlier at most.
+_EXPLANATION_SECONDS = 5.0
+_FINISH_SECONDS = 60.0
+_LONGEST_MESSAGE = 1 << 20
+
+
+class LearnerGroupError(Exception):
+    """The learners cannot go on together; the text is one sentence."""
+
+
+class Member(NamedTuple):
+    """Which of several learners this is.
+
+    Attributes:
+      addresses: `host:port` of all learners, at which their actors find them.
+      task: index of this one.
+    """
+
+    addresses: tuple[str, ...]
+    task: int
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes checkpoints and logs."""
+        return self.task == 0
+
+
+def check_member(member: Member) -> None:
+    """Sees to it that learners can have these addresses and numbers.
+
+    Raises:
+      ConfigError, ServerError: one sentence for the user.
+    """
+    if not 0 <= member.task < len(member.addresses):
+        raise ConfigError(
+            f'--task={member.task}: there are {len(member.addresses)} --learner_addresses, so '
+            f'learners are --task=0 to --task={len(member.addresses) - 1}.'
+        )
+    taken: dict[tuple[str, int], str] = {}
+    for address in member.addresses:
+        host, port = split_address(address)
+        if not 0 < port <= 65535 - ROLL_CALL_PORT_OFFSET:
+            raise ConfigError(
+                f'--learner_addresses: the port of {address} must be from 1 to '
+                f'{65535 - ROLL_CALL_PORT_OFFSET}; port + {ROLL_CALL_PORT_OFFSET} is used, too.'
+            )
+        for offset in (0, GRADIENTS_PORT_OFFSET, ROLL_CALL_PORT_OFFSET):
+            other = taken.setdefault((host, port + offset), address)
+            if other != address or (offset == 0 and member.addresses.count(address) > 1):
+                raise ConfigError(
+                    f'--learner_addresses: {other} and {address} would both use port '
+                    f'{port + offset}; a learner uses its port, and those {GRADIENTS_PORT_OFFSET} '
+                    f'and {ROLL_CALL_PORT_OFFSET} above.'
+                )
+
+
+def strategy_of_devices(devices: Sequence[str]) -> tf.distribute.Strategy:
+    """Returns a strategy with a replica on each of these devices of this machine.
+
+    Args:
+      devices: names as `/gpu:0`.
+    """
+    return tf.distribute.MirroredStrategy(list(devices))
+
+
+def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.Strategy:
+    """Returns a strategy with a replica in each learner, or on each GPU of each.
+
+    Nothing may have been computed in this process before. It waits for the other learners.
+
+    Args:
+      addresses: `host:port` of all learners, at which their actors find them; what is exchanged
+        here goes through other ports.
+      task: index of this learner.
+
+    Raises:
+      ServerError: the port is in use, or the others cannot be reached.
+    """
+    ports = [split_address(address) for address in addresses]
+    workers = [f'{host}:{port + GRADIENTS_PORT_OFFSET}' for host, port in ports]
+    if is_in_use(ports[task][1] + GRADIENTS_PORT_OFFSET):
+        raise ServerError(
+            f'The learner cannot listen on {workers[task]}: another process does; learners use '
+            f'the port of their address + {GRADIENTS_PORT_OFFSET}.'
+        )
+    # The strategy would start TensorFlow's coordination service, which takes SIGTERM for itself and
+    # has a learner hang at its end when the first one is gone. It has no public switch.
+    eager_context.context().configure_coordination_service(service_type='')
+    # Its own health check says in many lines what `LearnerGroup` says in one.
+    tf.get_logger().addFilter(lambda record: not record.getMessage().startswith('Cluster check'))
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(
+            tf.distribute.cluster_resolver.SimpleClusterResolver(
+                tf.train.ClusterSpec({'worker': workers}),
+                task_type='worker',
+                task_id=task,
+                rpc_layer='grpc',
+            )
+        )
+    except tf.errors.OpError as error:
+        raise ServerError(
+            f'The learners cannot reach each other at {", ".join(workers)}: {error.message}.'
+        ) from error
+
+
+class LearnerGroup:
+    """Connects a learner to the others. A context manager.
+
+    The first learner listens, the others connect to it. Messages are lines of JSON. Without
+    `then`, the end of another learner ends this process at once.
+
+    Attributes:
+      run_id: the first learner's, which the others know once they are in.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        settings: dict[str, Any],
+        report: Callable[[str], None],
+        run_id: str = '',
+    ):
+        """Does nothing yet.
+
+        Args:
+          member: which learner this is.
+          settings: flag -> JSON-serialisable value, of those that must be the same everywhere.
+          report: told, in lines, who is waited for.
+          run_id: of the first learner, for the others.
+        """
+        self.run_id = run_id
+        self._member = member
+        self._settings = json.loads(json.dumps(settings))
+        self._report = report
+        host, port = split_address(member.addresses[0])
+        self._roll_call = host, port + ROLL_CALL_PORT_OFFSET
+        # Guards all below.
+        self._changed = threading.Condition()
+        self._lines: dict[int, _Line] = {}
+        self._complete: set[int] = set()
+        self._reason: str | None = None
+        self._stopped = False
+        self._has_begun = False
+        self._finishing = False
+        self._stop: Callable[[], Any] | None = None
+        self._news: list[tuple[int, dict[str, Any]]] = []
+        self._closed = threading.Event()
+        self._listener: socket.socket | None = None
+
+    def __enter__(self) -> 'LearnerGroup':
+        """Waits until all learners are there.
+
+        Raises:
+          ConfigError, ServerError: one sentence for the user.
+        """
+        threading.Thread(target=self._beat, name='learner heartbeat', daemon=True).start()
+        try:
+            if self._member.is_first:
+                self._call_roll()
+            else:
+                self._answer_roll()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        with self._changed:
+            self._finishing = True
+            lines = list(self._lines.values())
+        self._closed.set()
+        if self._listener is not None:
+            self._listener.close()
+        for line in lines:
+            line.close()
+
+    def _call_roll(self) -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection(self._roll_call, timeout=2.0).close()
+            raise ConfigError(
+                f'There is another learner with --task=0 at {self._member.addresses[0]}: each '
+                'needs a number of its own.'
+            )
+        # TensorFlow would listen on all interfaces even then.
+        host = self._roll_call[0] if self._roll_call[0] in ('localhost', '127.0.0.1') else ''
+        try:
+            self._listener = socket.create_server((host, self._roll_call[1]))
+        except OSError as error:
+            raise ServerError(
+                f'The first learner cannot listen on port {self._roll_call[1]} for the others: '
+                f'{error.strerror}.'
+            ) from error
+        threading.Thread(target=self._accept, name='learner roll call', daemon=True).start()
+        everybody = set(range(1, len(self._member.addresses)))
+        reported: set[int] = set()
+        with self._changed:
+            while missing := everybody - self._lines.keys():
+                if missing != reported:
+                    tasks = ', '.join(f'--task={task}' for task in sorted(missing))
+                    self._report(f'Waiting for the learners {tasks} on port {self._roll_call[1]}')
+                    reported = missing
+                self._changed.wait()
+            self._has_begun = True
+        self._send({'begin': True, 'run_id': self.run_id})
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                threading.Thread(
+                    target=self._serve, args=(connection,), name='learner', daemon=True
+                ).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        """The first learner's end of a connection to another one."""
+        with contextlib.suppress(OSError), _Line(connection) as line:
+            hello = line.receive() or {}
+            task, host = hello.get('task'), hello.get('host')
+            if not isinstance(task, int):
+                return  # Somebody who has taken the wrong door.
+            with self._changed:
+                if self._reason is not None or self._finishing:
+                    return  # It comes back when the group is formed anew.
+                refusal = self._refusal(task, hello)
+                if refusal is None:
+                    self._lines[task] = line
+                    self._changed.notify_all()
+            if refusal is not None:
+                self._report(f'Learner {task} on {host} is refused: {refusal}')
+                line.send({'refused': refusal})
+                return
+            self._listen(line, task)
+
+    def _refusal(self, task: int, hello: dict[str, Any]) -> str | None:
+        if hello.get('protocol') != PROTOCOL:
+            return (
+                f'The first learner runs another version of this program (protocol {PROTOCOL}, '
+                f'here {hello.get("protocol")}): install the same one.'
+            )
+        if task in self._lines:
+            return (
+                f'There is another learner with --task={task} at {self._lines[task].peer}: each '
+                'needs a number of its own.'
+            )
+        theirs = hello.get('settings', {})
+        for name in sorted({*self._settings, *theirs}):
+            if self._settings.get(name) != theirs.get(name):
+                return (
+                    f'--{name} is {theirs.get(name)} here and {self._settings.get(name)} at the '
+                    'first learner: give all learners the same.'
+                )
+        return None
+
+    def _answer_roll(self) -> None:
+        host, port = self._roll_call
+        self._report(f'Waiting for the first learner at {host}, port {port}')
+        hello = {
+            'task': self._member.task,
+            'host': socket.gethostname(),
+            'protocol': PROTOCOL,
+            'settings': self._settings,
+        }
+        while True:
+            with contextlib.suppress(OSError):
+                line = _Line(socket.create_connection(self._roll_call, timeout=5.0))
+                line.send(hello)
+                with self._changed:
+                    self._lines[0] = line
+                while (answer := line.receive()) is not None:
+                    if 'refused' in answer:
+                        raise ConfigError(answer['refused'])
+                    if 'begin' in answer:
+                        self.run_id = answer['run_id']
+                        self._has_begun = True
+                        threading.Thread(
+                            target=self._listen, args=(line, 0), name='learner', daemon=True
+                        ).start()
+                        return
+                line.close()
+            time.sleep(_RETRY_SECONDS)
+
+    def _beat(self) -> None:
+        while not self._closed.wait(_HEARTBEAT_SECONDS):
+            self._send({})
+
+    def _listen(self, line: '_Line', task: int) -> None:
+        """Acts on what another learner says until it has ended."""
+        while (message := line.receive()) is not None:
+            if 'lost' in message:
+                self._end(message['lost'])
+            with self._changed:
+                if message.get('complete'):
+                    self._complete.add(task)
+                    self._changed.notify_all()
+                elif {'episodes', 'actors', 'unrolls_of'} & message.keys():
+                    self._news.append((task, message))
+        with self._changed:
+            self._lines.pop(task, None)
+            self._changed.notify_all()
+            # During the roll call, it may come again.
+            is_expected = self._finishing or task in self._complete or not self._has_begun
+        if not is_expected:
+            what = (
+                f'has not been heard of for {_SILENCE_SECONDS:g} seconds'
+                if line.is_silent
+                else 'has ended'
+            )
+            self._end(f'Learner {task} ({self._member.addresses[task]}) {what}.')
+
+    def _end(self, reason: str) -> None:
+        with self._changed:
+            if self._reason is not None or self._finishing or self._stopped:
+                return
+            self._reason = reason
+            stop = self._stop
+            self._changed.notify_all()
+        if self._member.is_first:
+            self._send({'lost': reason})
+        if stop is None:
+            # The main thread may be inside of TensorFlow, waiting for the one that has ended.
+            report_to_stderr(reason)
+            os._exit(1)
+        stop()
+        _abort_collectives()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._changed:
+            lines = list(self._lines.values())
+        for line in lines:
+            with contextlib.suppress(OSError):
+                line.send(message)
+
+    def then(self, stop: Callable[[], Any]) -> None:
+        """From now on, the end of another learner calls a function, and fails `Learner.step`.
+
+        Args:
+          stop: called on another thread, once at most.
+        """
+        with self._changed:
+            self._stop = stop
+            reason = self._reason
+        if reason is not None:
+            stop()
+
+    def stop(self) -> None:
+        """Ends the training of all learners, since this one was told to. From any thread."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self._send({'lost': f'Learner {self._member.task} was stopped.'})
+        _abort_collectives()
+
+    def explain(self, error: tf.errors.OpError) -> None:
+        """Finds out, for `check`, why a step failed: usually, since another learner has ended.
+
+        Args:
+          error: what the step raised.
+        """
+        with self._changed:
+            is_known = self._changed.wait_for(
+                lambda: self._reason is not None or self._stopped, _EXPLANATION_SECONDS
+            )
+        if not is_known:
+            said = (error.message.strip().splitlines() or ['no reason given'])[0].rstrip('.')
+            self._end(f'Learner {self._member.task} failed in an update: {said}.')
+
+    def check(self) -> None:
+        """Raises what ended the training, if it was not `stop`.
+
+        Raises:
+          LearnerGroupError: one sentence.
+        """
+        if self._reason is not None:
+            raise LearnerGroupError(
+                f'{self._reason} Start all learners again: they go on from the last checkpoint.'
+            )
+
+    def finish(self) -> None:
+        """Waits until all learners have taken their last step: none may end before."""
+        if not self._member.is_first:
+            self._send({'complete': True})
+        with self._changed:
+            self._changed.wait_for(lambda: self._lines.keys() <= self._complete, _FINISH_SECONDS)
+            self._finishing = True
+        if self._member.is_first:
+            self._send({'complete': True})
+
+    def tell(self, news: dict[str, Any]) -> None:
+        """Sends the first learner something for its log."""
+        self._send(news)
+
+    def collect(self, log: 'Log') -> None:
+        """Hands what the other learners have told, which only the first one is, to its log."""
+        with self._changed:
+            news, self._news = self._news, []
+        for task, message in news:
+            if 'actors' in message:
+                log.record_actors(message['actors'], task)
+                continue
+            if 'unrolls_of' in message:
+                log.record_agent_steps(np.array(message['unrolls_of'], np.int32), message['steps'])
+                continue
+            level_ids, returns, frames, ends = message['episodes']
+            log.record_episodes(
+                np.array(level_ids, np.int32),
+                np.array(returns, np.float32),
+                np.array(frames, np.int32),
+                np.array(ends, np.uint8),
+            )
+
+
+class FollowerLog:
+    """In the place of a `RunLog`, the log of a learner that is not the first."""
+
+    def __init__(self, group: LearnerGroup, task: int, log_secs: float):
+        """Writes nothing.
+
+        Args:
+          group: takes what the first learner is told.
+          task: of this learner.
+          log_secs: seconds between what is told of actors.
+        """
+        self._group = group
+        self._task = task
+        self._log_secs = log_secs
+        self._started = self._told = time.monotonic()
+
+    def message(self, text: str) -> None:
+        """Shows a line."""
+        report_to_stderr(f'Learner {self._task}: {text}')
+
+    def record_update(self, metrics: Mapping[str, Any]) -> None:
+        """Does nothing: the first learner has the same."""
+
+    def record_actor_restart(self, count: int = 1) -> None:
+        """Does nothing: actor jobs count their own."""
+
+    def record_discarded_unrolls(self, count: int) -> None:
+        """Does nothing: actor jobs count their own."""
+
+    def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Does nothing: the first learner's are in the log."""
+
+    def record_episodes(
+        self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
+    ) -> None:
+        """See `RunLog.record_episodes`."""
+        columns = np.broadcast_arrays(level_ids, returns, frames, ends)
+        is_end = np.isin(columns[3], (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED))
+        if is_end.any():
+            self._group.tell({'episodes': [column[is_end].tolist() for column in columns]})
+
+    def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
+        """See `RunLog.record_agent_steps`."""
+        self._group.tell({'unrolls_of': level_ids.tolist(), 'steps': steps})
+
+    def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
+        """See `RunLog.record_actors`; `learner` is not used."""
+        self._group.tell({'actors': list(rows)})
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds since the log was made."""
+        return time.monotonic() - self._started
+
+    @property
+    def line_is_due(self) -> bool:
+        """See `RunLog`."""
+        return time.monotonic() - self._told >= self._log_secs
+
+    def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
+        """See `RunLog.maybe_write`."""
+        if not self.line_is_due:
+            return False
+        self._told = time.monotonic()
+        return True
+
+
+Log = RunLog | FollowerLog
+
+
+class _Line:
+    """A connection between two learners. A context manager; any thread may send.
+
+    Attributes:
+      peer: network address of the other end.
+      is_silent: whether `receive` has returned None for want of any message.
+    """
+
+    def __init__(self, connection: socket.socket):
+        connection.settimeout(_SILENCE_SECONDS)
+        self._connection = connection
+        self._reader = connection.makefile('rb')
+        self._sending = threading.Lock()
+        self.is_silent = False
+        self.peer = connection.getpeername()[0]
+
+    def __enter__(self) -> '_Line':
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends a message.
+
+        Raises:
+          OSError: the other end is gone.
+        """
+        with self._sending:
+            self._connection.sendall(json.dumps(message).encode() + b'\n')
+
+    def receive(self) -> dict[str, Any] | None:
+        """Returns the next message; None if the other end is gone, silent or no learner."""
+        try:
+            message = json.loads(self._reader.readline(_LONGEST_MESSAGE))
+        except TimeoutError:
+            self.is_silent = True
+            return None
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def close(self) -> None:
+        """Has both ends receive None."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
+
+def _abort_collectives() -> None:
+    """Fails a step that waits for others, and every one to come. There is no public way."""
+    eager_context.context().abort_collective_ops(
+        tf.errors.UNAVAILABLE, 'a learner has ended or was stopped'
+    )

@@ -1,0 +1,285 @@
+"""The learner's end of actors on other machines: what they send, what they are given."""
+
+import contextlib
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dynamic_batching.exchange import ActorStatistics, Component, UnrollInbox, WeightsBoard
+from impala.acting.behaviour_policy import (
+    Mix,
+    UnrollBatch,
+    batch_components,
+    batch_of_components,
+    compiled,
+)
+from impala.cluster.learner_group import Log
+from impala.cluster.transport import LearnerServer
+from impala.config import TrainingConfig, environment_settings
+from impala.networks.agent import Agent
+from impala.trajectory import (
+    INSTRUCTION_BUCKETS,
+    ArraySpec,
+    EnvironmentSpec,
+    EpisodeEnd,
+)
+
+# Changes when a learner and an actor job of two versions could misunderstand each other.
+PROTOCOL = 3
+
+WATCH_SECONDS = 5.0
+# An actor that was not heard of for so many seconds is not counted as connected.
+CONNECTED_SECONDS = 60.0
+# Actors ask whether training has ended this often; the learner waits twice as long before it goes.
+POLL_SECONDS = 3.0
+# An actor job keeps its number for so long after it was last heard of; it is as often as it asks.
+RESERVED_SECONDS = 10.0
+# What a job tells of its level cache, since it was started.
+_CACHE_NAMES = ('hits', 'misses', 'seconds_saved')
+
+
+def unroll_components(
+    spec: EnvironmentSpec, state_spec: Any, unroll_length: int, num_levels: int
+) -> list[Component]:
+    """Returns what an unroll consists of on its way to the learner.
+
+    In order: level id, policy version, recurrent state at the start, the rows of `StepOutput`
+    (reward, episode return, step and frames, end of episode, observation) and of `AgentOutput`.
+
+    Args:
+      spec: of the environments.
+      state_spec: nest of `ArraySpec`, of the agent.
+      unroll_length: T.
+      num_levels: of the run.
+    """
+    rows = unroll_length + 1
+
+    def row(name: str, array: ArraySpec, low: int | None = None, high: int | None = None):
+        return Component(name, (rows, *array.shape), array.dtype, True, low, high)
+
+    highest = {'instruction': INSTRUCTION_BUCKETS - 1}
+    return [
+        Component('level_id', (), 'int32', False, 0, num_levels - 1),
+        Component('policy_version', (), 'int64', False, 0),
+        *[
+            Component(f'state_{i}', state.shape, state.dtype, False)
+            for i, state in enumerate(tf.nest.flatten(state_spec))
+        ],
+        row('reward', ArraySpec((), 'float32')),
+        row('episode_return', ArraySpec((), 'float32')),
+        row('episode_step', ArraySpec((), 'int32'), 0),
+        row('episode_frames', ArraySpec((), 'int32'), 0),
+        row('end', ArraySpec((), 'uint8'), 0, max(EpisodeEnd)),
+        *[
+            row(name, array, 0 if name in highest else None, highest.get(name))
+            for name, array in spec.observation.items()
+        ],
+        row('action', ArraySpec((), 'int32'), 0, spec.num_actions - 1),
+        row('policy_logits', ArraySpec((spec.num_actions,), 'float32')),
+        row('baseline', ArraySpec((), 'float32')),
+    ]
+
+
+def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
+    """Returns one unroll of a batch as arrays, in the order of `unroll_components`."""
+    # Views of the tensors, where `numpy()` would copy.
+    arrays = [np.asarray(component) for component in batch_components(batch)]
+    num_per_unroll = 2 + len(tf.nest.flatten(batch.actor_output.agent_state))
+    return [array[column] for array in arrays[:num_per_unroll]] + [
+        array[:, column] for array in arrays[num_per_unroll:]
+    ]
+
+
+def notes_of_job(level_cache: Mapping[str, float]) -> str:
+    """Returns what an actor job tells of itself with each unroll.
+
+    Args:
+      level_cache: as of `LocalActors.level_cache`.
+    """
+    return json.dumps({'level_cache': dict(level_cache)}) if level_cache else ''
+
+
+def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:
+    """Returns the sums of what actor jobs tell of their level caches; empty if they have none.
+
+    Args:
+      notes: as of `notes_of_job`, from each. What makes no sense is left out: it comes from other
+        machines.
+    """
+    told = []
+    for text in notes:
+        with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            cache = json.loads(text)['level_cache']
+            values = [float(cache[name]) for name in _CACHE_NAMES]
+            if all(0 <= value < math.inf for value in values):
+                told.append(values)
+    if not told:
+        return {}
+    return dict(zip(_CACHE_NAMES, map(sum, zip(*told, strict=True)), strict=True))
+
+
+class RemoteActors:
+    """Actors on other machines, in the place of `LocalActors`. A context manager.
+
+    Attributes:
+      port: on which it listens.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        spec: EnvironmentSpec,
+        agent: Agent,
+        settings: dict[str, Any],
+        address: str,
+        report: Callable[[str], None],
+    ):
+        """Listens.
+
+        Args:
+          config: of the run.
+          spec: of the environments.
+          agent: of the network that learns; tells the shape of its state.
+          settings: JSON-serialisable, for the actor jobs.
+          address: `host:port` to listen on.
+          report: told who comes and goes.
+
+        Raises:
+          ServerError: the address makes no sense or is in use.
+        """
+        self._observation_names = list(spec.observation)
+        self._state_structure = agent.state_spec
+        self._report = report
+        components = unroll_components(
+            spec, agent.state_spec, config.learner.unroll_length, len(config.level_names)
+        )
+        self._inbox = UnrollInbox(config.queue_capacity, components, 'policy_version')
+        self._board = WeightsBoard(json.dumps(settings))
+        self._server = LearnerServer(address)
+        self.port = self._server.port
+        self._rows: list[dict[str, Any]] = []
+        self._known: dict[int, ActorStatistics] = {}
+        self._looked_at = time.monotonic()
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name='actor watch', daemon=True)
+
+    def __enter__(self) -> 'RemoteActors':
+        self._report(f'Waiting for actors on port {self.port}')
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._closed.set()
+        self._watcher.join()
+        self.close()
+        self._board.close()
+
+    @tf.function(autograph=False)
+    def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
+        """Puts weights on show, which actors read when they begin an unroll."""
+        # The version first: an actor may be fast enough to have answered with these weights.
+        with tf.control_dependencies([self._inbox.set_latest_version(version)]):
+            self._board.publish([tf.identity(weight) for weight in weights], version)
+
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
+        """Returns what assembles batches until the queue is closed, for `Loading`."""
+        return compiled(lambda: mix(self._take) if mix else self._take(batch_size))
+
+    def _take(self, batch_size: int) -> UnrollBatch:
+        actors, components = self._inbox.take(batch_size)
+        return batch_of_components(
+            components, actors, self._state_structure, self._observation_names
+        )
+
+    def close(self) -> None:
+        """Ends the waiting for unrolls, here and in the actor jobs. From any thread."""
+        self._inbox.close()
+
+    def finish(self) -> None:
+        """Tells the actor jobs that training is complete, and gives them the time to hear it."""
+        self._board.finish()
+        has_actors = bool(self._inbox.statistics().actors)
+        self._inbox.close()
+        if has_actors:
+            time.sleep(2 * POLL_SECONDS)
+
+    def check(self) -> None:
+        """Does nothing: what befalls an actor job is its own."""
+
+    def record(self, log: Log) -> dict[str, float]:
+        """Hands a row per actor job that was heard of lately, and their level caches, to the log.
+
+        Returns:
+          The seconds spent so far in stages of the queue.
+        """
+        log.record_actors(self._rows)
+        statistics = self._inbox.statistics()
+        cache = level_cache_of_jobs(actor.notes for actor in statistics.actors.values())
+        log.record_update({f'level_cache/{name}': value for name, value in cache.items()})
+        return {'queue/copy': statistics.copy_seconds}
+
+    def _watch(self) -> None:
+        """Every few seconds: counts what came, and reports who comes, goes or is refused."""
+        while True:
+            self._look()
+            if self._closed.wait(WATCH_SECONDS):
+                return
+
+    def _look(self) -> None:
+        actors = self._inbox.statistics().actors
+        version, _ = self._board.version()
+        now = time.monotonic()
+        rows: list[dict[str, Any]] = []
+        for task, actor in sorted(actors.items()):
+            known = self._known.get(task)
+            if actor.rejected and not (known and known.rejected):
+                self._report(
+                    f'WARNING: what actor {task} ({actor.host}) sends is refused: '
+                    f'{actor.last_rejection}'
+                )
+            if actor.seconds_since_seen > CONNECTED_SECONDS:
+                continue
+            accepted = actor.accepted - (known.accepted if known else 0)
+            rows.append(
+                {
+                    'task': task,
+                    'host': actor.host,
+                    'level': actor.level,
+                    'trajectories_per_second': round(accepted / (now - self._looked_at), 3),
+                    'policy_lag': version - actor.last_version,
+                    'seconds_since_seen': round(actor.seconds_since_seen, 1),
+                    'rejected': actor.rejected,
+                    'duplicates': actor.duplicates,
+                }
+            )
+        before, connected = ({row['task'] for row in each} for each in (self._rows, rows))
+        for tasks, what in ((connected - before, 'is there'), (before - connected, 'is gone')):
+            for each in sorted(tasks):
+                self._report(f'Actor {each} ({actors[each].host}) {what}: {len(connected)} in all')
+        self._rows, self._known, self._looked_at = rows, actors, now
+
+
+def run_settings(
+    config: TrainingConfig, network: dict[str, Any], num_action_repeats: int
+) -> dict[str, Any]:
+    """Returns what actor jobs must agree with the learner on, JSON-serialisable.
+
+    Args:
+      config: of the run.
+      network: as of `run_config.network_settings`.
+      num_action_repeats: of the levels, whether a flag says it or not.
+    """
+    return {
+        'protocol': PROTOCOL,
+        'network': network,
+        'unroll_length': config.learner.unroll_length,
+        'level_names': list(config.level_names),
+        'environment': environment_settings(config.environment),
+        'num_action_repeats': num_action_repeats,
+    }

@@ -1,0 +1,627 @@
+"""The learner's end of replay jobs: unrolls that are held elsewhere, in shards.
+
+Letters: T unroll length, K components of an unroll.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from dynamic_batching.exchange import Component
+from impala.cluster.replay_job import (
+    BOARD,
+    PROTOCOL,
+    REQUEST_COMPONENTS,
+    REQUESTS,
+    Answer,
+    Layout,
+    Request,
+    Wish,
+)
+from impala.cluster.transport import (
+    AnyConnection,
+    Connection,
+    Disconnected,
+    Rejected,
+    RemoteError,
+    ReplayConnection,
+    ServerError,
+    Stranger,
+    split_address,
+)
+from impala.config import ConfigError
+from impala.experience.replay import Packing
+from impala.learning.learner import LearnerConfig
+
+# For a batch, the learner waits for all shards together for so many seconds at most.
+_PATIENCE_SECONDS = 1.0
+# A mere limit to each wait would let a shard that is slow again and again slow the learner down:
+# what is longer than this may, for each shard, over time be this part of the time. One that is
+# waited for in vain is left alone until it has delivered.
+_PROMPT_SECONDS = 0.05
+_PATIENCE_SHARE = 0.1
+# A shard to which nothing is sent is asked this often whether it is still there.
+_POLL_SECONDS = 2.0
+_FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 0.25, 5.0
+# A shard's lease is renewed so many times before it ends.
+_RENEWALS_PER_LEASE = 4
+_LEAVE_SECONDS = 2.0
+_DEADLINE_SECONDS = 10.0
+
+
+class RemoteReplay:
+    """Unrolls in shards, in the place of `impala.experience.replay.Replay`. A context manager.
+
+    Each shard has two threads here: one sends it unrolls, in turns with the other shards, and tries
+    to find it when it is not there; one keeps a few drawn ones at hand. Shards draw uniformly among
+    what they hold, and each unroll that is wanted here is of shard i with a probability
+    proportional to what that holds: so all unrolls are drawn equally often, also when a shard that
+    came back holds fewer than others.
+
+    What is here is bounded: of drawn unrolls, twice as many as a batch replays, rounded up for each
+    shard, and those on their way; of unrolls to be sent, two batches. What a shard that is too slow
+    or not there does not take is lost. Nothing here waits for shards for longer than a second, nor
+    again and again for one that is slow; what it delivers too late is used later.
+
+    Attributes:
+      components: of an unroll, as given.
+    """
+
+    def __init__(
+        self,
+        components: Sequence[Component],
+        stack: str | None,
+        level_names: Sequence[str],
+        run_id: str,
+        addresses: Sequence[str],
+        batch_size: int,
+        num_replayed: int,
+        seed: Any,
+        report: Callable[[str], None],
+    ):
+        """Looks for the shards, and asks those that are there whether they can be had.
+
+        Args:
+          components: see `Packing`.
+          stack: see `Packing`.
+          level_names: of the run.
+          run_id: what tells the run from all others, see `impala.runs.files.run_id`.
+          addresses: `host:port` of the shards.
+          batch_size: unrolls of a batch.
+          num_replayed: of them, at most.
+          seed: of the shards that are drawn from; see `numpy.random.default_rng`.
+          report: told, in lines, which shards come and go.
+
+        Raises:
+          ConfigError: a shard cannot hold these unrolls, or holds those of another run that goes
+            on.
+          ServerError: an address that makes no sense.
+        """
+        self.components = list(components)
+        self._packing = Packing(components, stack)
+        self._layout = Layout(tuple(level_names), tuple(self._packing.packed))
+        self._run_id = run_id
+        self._learner = secrets.randbits(62)
+        self._batch_size = batch_size
+        self._num_taken = -(-max(1, num_replayed) // len(addresses))
+        self._random = np.random.default_rng(seed)
+        self._report = report
+        self._shards = [_Shard(task, address) for task, address in enumerate(addresses)]
+        self._packing_lock = threading.Lock()
+        # Guards all below, and the shards.
+        self._changed = threading.Condition()
+        self._closed = False
+        self._connections: set[Connection] = set()
+        self._drawn: list[list[np.ndarray]] = []
+        self._reserved: list[list[np.ndarray]] = []
+        self._next_shard = 0
+        self._num_left_out = 0
+        self._num_lost = 0
+        self._seconds = {'replay/fetch': 0.0, 'replay/send': 0.0}
+        self._threads = [
+            threading.Thread(target=target, args=(shard,), name=f'replay job {shard.task}')
+            for shard in self._shards
+            for target in (self._keep, self._fetch)
+        ]
+        self._for_each(lambda shard: self._tell(shard, Wish.ASK))
+
+    def start(self, begins: bool, report: Callable[[str], None]) -> None:
+        """To be called before the shards are used.
+
+        Args:
+          begins: whether the run begins, so that what shards hold is not of it.
+          report: told from now on which shards come and go.
+        """
+        for shard in self._shards:
+            shard.begins = begins
+        self._report = report
+
+    def __enter__(self) -> 'RemoteReplay':
+        """Takes the shards that are there.
+
+        Raises:
+          ConfigError: as when this was made.
+        """
+        try:
+            self._for_each(lambda shard: self._tell(shard, shard.wish))
+        except ConfigError:
+            self._for_each(self._leave)
+            raise
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with self._changed:
+            self._closed = True
+            there = [shard for shard in self._shards if shard.connection]
+            connections = list(self._connections)
+            self._changed.notify_all()
+        for connection in connections:
+            connection.close()
+        for thread in self._threads:
+            thread.join()
+        self._for_each(self._leave, there)
+
+    @property
+    def description(self) -> str:
+        """What this is, in a sentence for the user."""
+        addresses = ', '.join(shard.address for shard in self._shards)
+        return f'Replay of trajectories of {self._packing.nbytes:,} bytes, held at {addresses}'
+
+    def __len__(self) -> int:
+        with self._changed:
+            return sum(shard.held for shard in self._shards)
+
+    def add(self, unrolls: Sequence[np.ndarray]) -> None:
+        """Has unrolls sent to shards, in turns; does not wait for that.
+
+        Args:
+          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
+        """
+        for unroll in self._packing.columns(unrolls):
+            with self._changed:
+                shard = self._next_with_room()
+                if shard is None:
+                    self._num_lost += 1
+                    continue
+            packed = self._packing.new()
+            with self._packing_lock:
+                is_packed = self._packing.pack(unroll, packed)
+            with self._changed:
+                if not is_packed:
+                    self._num_left_out += 1
+                elif shard.connection is None:
+                    self._num_lost += 1
+                else:
+                    shard.outgoing.append(packed)
+                    self._changed.notify_all()
+
+    def reserve(self, number: int) -> bool:
+        """Draws unrolls for a call of `sample` that must follow.
+
+        Args:
+          number: of unrolls.
+
+        Returns:
+          Whether there are so many; if not, none is reserved.
+        """
+        with self._changed:
+            has_all = self._draw(number, time.monotonic() + _PATIENCE_SECONDS)
+            if has_all:
+                self._reserved += self._drawn[:number]
+                del self._drawn[:number]
+            return has_all
+
+    def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
+        """Writes unrolls that were reserved into columns.
+
+        Args:
+          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
+          first_column: of those that are written; the last one is the last there is.
+        """
+        number = self._packing.num_columns(unrolls) - first_column
+        with self._changed:
+            drawn, self._reserved = self._reserved[:number], self._reserved[number:]
+        for column, packed in enumerate(drawn, first_column):
+            self._packing.unpack(packed, unrolls, column)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what the log is to know, by its name there."""
+        with self._changed:
+            values: dict[str, float] = {
+                'replay_unrolls': sum(shard.held for shard in self._shards),
+                'replay_jobs': sum(shard.connection is not None for shard in self._shards),
+            }
+            if self._num_left_out:
+                values['replay_unrolls_left_out'] = self._num_left_out
+            if self._num_lost:
+                values['replay_unrolls_lost'] = self._num_lost
+        return values
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Returns the seconds so far of stages of all shards' threads."""
+        with self._changed:
+            return dict(self._seconds)
+
+    def _next_with_room(self) -> '_Shard | None':
+        """Returns the shard whose turn it is, of those that are there and not far behind."""
+        num_there = sum(shard.connection is not None for shard in self._shards)
+        for _ in self._shards:
+            shard = self._shards[self._next_shard]
+            self._next_shard = (self._next_shard + 1) % len(self._shards)
+            if shard.connection is not None:
+                most = 2 * -(-self._batch_size // num_there)
+                if len(shard.outgoing) < most:
+                    return shard
+        return None
+
+    def _draw(self, number: int, deadline: float) -> bool:
+        """Draws so many unrolls, of the shards that have them in time; returns whether they do."""
+        while True:
+            # Also if nothing is wanted: as long as there is nothing, that does not count.
+            shards = [shard for shard in self._shards if shard.held and not shard.is_late]
+            if self._closed or not shards:
+                return False
+            if len(self._drawn) >= number:
+                return True
+            held = np.array([shard.held for shard in shards], np.float64)
+            shard = shards[self._random.choice(len(shards), p=held / held.sum())]
+            if self._wait_for(shard, deadline):
+                self._drawn.append(shard.ready.popleft())
+                self._changed.notify_all()
+
+    def _wait_for(self, shard: '_Shard', deadline: float) -> bool:
+        """Waits for a drawn unroll of a shard; returns whether there is one."""
+        started = time.monotonic()
+        grown = shard.patience + _PATIENCE_SHARE * (started - shard.patience_at)
+        patience = min(_PATIENCE_SECONDS, grown)
+        is_settled = self._changed.wait_for(
+            lambda: bool(self._closed or shard.ready or not shard.held),
+            max(0.0, min(_PROMPT_SECONDS + patience, deadline - started)),
+        )
+        shard.is_late = not is_settled
+        shard.patience_at = time.monotonic()
+        excess = max(0.0, shard.patience_at - started - _PROMPT_SECONDS)
+        shard.patience = max(0.0, patience - excess)
+        return bool(shard.ready) and not self._closed
+
+    def _for_each(
+        self, call: Callable[['_Shard'], None], shards: Sequence['_Shard'] | None = None
+    ) -> None:
+        """Calls a function with each shard, all of them if none are given, at the same time."""
+        with concurrent.futures.ThreadPoolExecutor(len(self._shards)) as executor:
+            list(executor.map(call, self._shards if shards is None else shards))
+
+    def _tell(self, shard: '_Shard', wish: Wish) -> None:
+        """Says what is wanted of a shard, if it is there."""
+        try:
+            with self._asking(shard) as asking:
+                self._ask(asking, wish)
+                shard.begins &= wish is Wish.ASK
+        except ConfigError:
+            raise
+        except Exception as error:
+            self._lose(shard, error)
+
+    def _leave(self, shard: '_Shard') -> None:
+        """Lets go of a shard, so that it need not wait to be another run's."""
+        with (
+            contextlib.suppress(RemoteError),
+            ReplayConnection(
+                shard.address, REQUEST_COMPONENTS, (), _LEAVE_SECONDS, REQUESTS, BOARD
+            ) as asking,
+        ):
+            self._send(asking, Wish.LEAVE)
+
+    def _keep(self, shard: '_Shard') -> None:
+        """Sends a shard what is for it, and tries to find it when it is not there."""
+        back_off = _FIRST_BACK_OFF_SECONDS
+        while True:
+            try:
+                with self._asking(shard) as asking:
+                    held, answer = self._ask(asking, shard.wish)
+                    shard.begins = False
+                    with self._connected(shard, answer) as connection:
+                        back_off = _FIRST_BACK_OFF_SECONDS
+                        try:
+                            self._use(shard, asking, answer, connection, held)
+                        except Exception as error:
+                            # Before it is closed, which the other thread would take for the cause.
+                            self._lose(shard, error)
+            # Of any kind: without this thread the shard would be lost for ever.
+            except Exception as error:
+                self._lose(shard, error)
+            with self._changed:
+                if self._changed.wait_for(lambda: self._closed, back_off):
+                    return
+            back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
+
+    def _use(
+        self,
+        shard: '_Shard',
+        asking: Connection,
+        answer: Answer,
+        connection: ReplayConnection,
+        held: int,
+    ) -> None:
+        """Sends until that fails, or all is closed."""
+        renewal_seconds = shard.lease_seconds / _RENEWALS_PER_LEASE
+        pause = min(_POLL_SECONDS, renewal_seconds)
+        renewed_at = time.monotonic()
+        with self._changed:
+            shard.connection, shard.held, shard.is_missed = connection, held, False
+            num_there = sum(each.connection is not None for each in self._shards)
+            self._changed.notify_all()
+        self._report(
+            f'Replay job {shard.task} at {shard.address} is there, with {held:,} of at most '
+            f'{shard.capacity:,} trajectories: {num_there} of {len(self._shards)}'
+        )
+        for sequence in itertools.count(1):
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closed or shard.outgoing or not shard.connection, pause
+                )
+                if self._closed or not shard.connection:
+                    return
+            if time.monotonic() - renewed_at >= renewal_seconds:
+                if self._ask(asking, Wish.TAKE)[1].inbox != answer.inbox:
+                    raise Disconnected(f'The replay job at {shard.address} begins anew.')
+                renewed_at = time.monotonic()
+            with self._changed:
+                unroll = shard.outgoing.popleft() if shard.outgoing else None
+            started = time.perf_counter()
+            try:
+                if unroll is None:
+                    status = connection.status()
+                else:
+                    status = connection.put(unroll, shard.task, '', sequence)
+            except Rejected:
+                with self._changed:
+                    self._num_left_out += 1
+                continue
+            with self._changed:
+                if unroll is not None:
+                    self._seconds['replay/send'] += time.perf_counter() - started
+                if shard.connection:
+                    shard.held = status.version
+                    self._changed.notify_all()
+
+    def _fetch(self, shard: '_Shard') -> None:
+        """Keeps drawn unrolls of a shard at hand."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._has_room(shard))
+                if self._closed:
+                    return
+                connection = shard.connection
+                assert connection is not None
+            started = time.perf_counter()
+            try:
+                arrays = connection.take()
+            except Exception as error:  # As above.
+                with self._changed:
+                    is_news = shard.connection is connection
+                if is_news:
+                    self._lose(shard, error)
+                # So that who waits for an answer to what was sent does not do so in vain.
+                connection.close()
+                continue
+            with self._changed:
+                self._seconds['replay/fetch'] += time.perf_counter() - started
+                if shard.connection is connection:
+                    for i in range(self._num_taken):
+                        shard.ready.append([array[i, ...] for array in arrays])
+                    shard.is_late = False
+                    self._changed.notify_all()
+
+    def _has_room(self, shard: '_Shard') -> bool:
+        """Returns whether there is something to be drawn, and room for it."""
+        has_some = shard.connection is not None and shard.held > 0
+        return has_some and len(shard.ready) <= self._num_taken
+
+    def _lose(self, shard: '_Shard', error: Exception) -> None:
+        """Goes on without a shard; says so once."""
+        with self._changed:
+            is_known = shard.is_missed or self._closed
+            shard.is_missed = True
+            self._num_lost += len(shard.outgoing)
+            shard.connection, shard.held, shard.is_late = None, 0, False
+            shard.ready.clear()
+            shard.outgoing.clear()
+            num_there = sum(each.connection is not None for each in self._shards)
+            self._changed.notify_all()
+        if not is_known:
+            rest = f'{num_there} of the replay jobs' if num_there else 'no replayed trajectories'
+            if not isinstance(error, RemoteError | ConfigError):
+                what = f'{type(error).__name__}: {error}'
+                error = RemoteError(f'The replay job at {shard.address} cannot be used: {what}.')
+            self._report(f'{error} Going on with {rest} until it is back')
+
+    @contextlib.contextmanager
+    def _asking(self, shard: '_Shard') -> Iterator[Connection]:
+        """Gives a connection by which something can be asked of a shard.
+
+        Raises:
+          RemoteError: it is not there.
+          ConfigError: it is of another version, or none.
+        """
+        with self._opened(
+            ReplayConnection(
+                shard.address,
+                REQUEST_COMPONENTS,
+                [tf.TensorSpec([], tf.string)],
+                _DEADLINE_SECONDS,
+                REQUESTS,
+                BOARD,
+            )
+        ) as asking:
+            try:
+                settings = json.loads(asking.settings())
+            except Stranger as error:
+                raise ConfigError(
+                    f'{error} Give the learner the --replay_addresses of its replay jobs.'
+                ) from error
+            if settings['protocol'] != PROTOCOL:
+                raise ConfigError(
+                    f'The replay job at {shard.address} runs another version of this program '
+                    f'(protocol {settings["protocol"]}, here {PROTOCOL}): install the same one.'
+                )
+            shard.capacity = settings['capacity']
+            shard.lease_seconds = settings['lease_seconds']
+            yield asking
+
+    def _connected(
+        self, shard: '_Shard', answer: Answer
+    ) -> contextlib.AbstractContextManager[ReplayConnection]:
+        """Gives a connection to a shard that is this run's."""
+        return self._opened(
+            ReplayConnection(
+                shard.address,
+                self._packing.packed,
+                (),
+                _DEADLINE_SECONDS,
+                answer.inbox,
+                BOARD,
+                outbox=answer.outbox,
+                num_taken=self._num_taken,
+            )
+        )
+
+    def _ask(self, asking: Connection, wish: Wish) -> tuple[int, Answer]:
+        """Says what is wanted; returns how many unrolls there are then, and the answer.
+
+        Raises:
+          RemoteError: there is no answer.
+          ConfigError: it cannot be had.
+        """
+        number = self._send(asking, wish)
+        deadline = time.monotonic() + _DEADLINE_SECONDS
+        while True:
+            held, answer = _read(asking)
+            refusal = answer.outcomes.get(str(number))
+            if refusal:
+                raise ConfigError(f'The replay job at {asking.address} refuses: {refusal}')
+            if refusal is not None and (wish is Wish.ASK or answer.run == self._run_id):
+                return held, answer
+            if time.monotonic() > deadline:
+                raise Disconnected(f'The replay job at {asking.address} does not answer.')
+            time.sleep(0.02)
+
+    def _send(self, asking: Connection, wish: Wish) -> int:
+        """Sends what is wanted; returns the number of the outcome."""
+        number = secrets.randbits(62)
+        request = Request(number, self._run_id, self._learner, self._layout, wish)
+        # The time grows, as a sequence must.
+        asking.put([np.int64(0), request.to_array()], 0, '', time.monotonic_ns())
+        return number
+
+    @contextlib.contextmanager
+    def _opened(self, connection: AnyConnection) -> Iterator[AnyConnection]:
+        """Has a connection closed at the end of the block, or when all is closed."""
+        with connection:
+            with self._changed:
+                self._connections.add(connection)
+                if self._closed:
+                    connection.close()
+            try:
+                yield connection
+            finally:
+                with self._changed:
+                    self._connections.remove(connection)
+
+
+@dataclasses.dataclass(eq=False)
+class _Shard:
+    """A replay job, as far as the learner knows it.
+
+    Attributes:
+      task: its number.
+      address: `host:port`.
+      capacity: unrolls that it has room for, as it said last.
+      lease_seconds: for which it stays with a run that it does not hear of, as it said last.
+      begins: the run begins, and the shard has not been told so.
+      connection: None as long as it is not there.
+      held: unrolls that it holds, as it said last; 0 as long as it is not there.
+      ready: packed unrolls that it has drawn.
+      outgoing: packed unrolls to be sent to it.
+      is_late: it has let the learner wait.
+      patience: seconds beyond the prompt ones for which the learner would have waited for it at
+        `patience_at`.
+      patience_at: time of the monotonic clock.
+      is_missed: that it is not there has been said.
+    """
+
+    task: int
+    address: str
+    capacity: int = 0
+    lease_seconds: float = 0.0
+    begins: bool = False
+    connection: ReplayConnection | None = None
+    held: int = 0
+    ready: collections.deque[list[np.ndarray]] = dataclasses.field(
+        default_factory=collections.deque
+    )
+    outgoing: collections.deque[list[np.ndarray]] = dataclasses.field(
+        default_factory=collections.deque
+    )
+    is_late: bool = False
+    patience: float = _PATIENCE_SECONDS
+    patience_at: float = 0.0
+    is_missed: bool = False
+
+    @property
+    def wish(self) -> Wish:
+        """What is wanted of it when it is found."""
+        return Wish.BEGIN if self.begins else Wish.TAKE
+
+
+def check_replay_jobs(addresses: Sequence[str], learner: LearnerConfig) -> None:
+    """Refuses addresses of replay jobs that make no sense, or settings that do not go with them.
+
+    Args:
+      addresses: `host:port` of each.
+      learner: how much is replayed, and the capacity of a replay that the learner would hold.
+
+    Raises:
+      ConfigError: names the flag.
+    """
+    if addresses and not learner.replay_fraction:
+        raise ConfigError(
+            f'--replay_addresses={",".join(addresses)} would hold trajectories that no one uses '
+            'again: give --replay_fraction=0.5, for instance, too.'
+        )
+    if addresses and learner.replay_capacity != LearnerConfig.replay_capacity:
+        raise ConfigError(
+            f'--replay_capacity={learner.replay_capacity} is for who holds the trajectories: with '
+            '--replay_addresses give it to the replay jobs, and leave it out of the learner.'
+        )
+    for address in addresses:
+        try:
+            split_address(address)
+        except ServerError as error:
+            raise ConfigError(
+                f"'{address}' in --replay_addresses is no address of a replay job, which reads "
+                'host:port.'
+            ) from error
+        if addresses.count(address) > 1:
+            raise ConfigError(
+                f'--replay_addresses has {address} more than once: give each replay job one of '
+                'its own.'
+            )
+
+
+def _read(asking: Connection) -> tuple[int, Answer]:
+    held, (text,) = asking.weights()
+    return held, Answer.from_text(bytes(text))

@@ -1,0 +1,1 @@
+"""The environments behind `environments.create_environment`. No TensorFlow here."""

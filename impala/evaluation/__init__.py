@@ -1,0 +1,1 @@
+"""Test mode, and its report."""

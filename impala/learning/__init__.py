@@ -1,0 +1,1 @@
+"""The learner: losses, optimizers, and the devices it trains on."""

@@ -1,0 +1,52 @@
+"""The devices that a learner trains on, as far as they must be settled before TensorFlow starts."""
+
+import re
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from impala.config import ConfigError
+
+
+def prepare(devices: Sequence[str], are_shared_with_others: bool) -> None:
+    """Has TensorFlow make these devices, and starts it where that is possible already.
+
+    CPUs beyond the first are parts of the same processor, for trying things out.
+
+    Args:
+      devices: names as `/gpu:0`; none leaves the choice to TensorFlow.
+      are_shared_with_others: whether there are other learners, whose strategy takes all devices
+        that TensorFlow sees and must find it not started.
+
+    Raises:
+      ConfigError: there are no such devices, or they cannot be used together.
+    """
+    flag = f'--learner_devices={",".join(devices)}'
+    matches = [re.fullmatch(r'/(cpu|gpu):(\d{1,3})', device) for device in devices]
+    for device, match in zip(devices, matches, strict=True):
+        if match is None:
+            raise ConfigError(f'{flag}: {device!r} is no device; one is /gpu:0 or /cpu:0.')
+    kinds = {match[1].upper() for match in matches if match}
+    indices = [int(match[2]) for match in matches if match]
+    if len(kinds) > 1 or len(set(indices)) < len(indices):
+        raise ConfigError(f'{flag} must be several GPUs, or several CPUs, each once.')
+    if kinds == {'GPU'}:
+        gpus = tf.config.list_physical_devices('GPU')
+        for device, index in zip(devices, indices, strict=True):
+            if index >= len(gpus):
+                raise ConfigError(
+                    f'{flag}: there is no {device}; TensorFlow finds {len(gpus)} GPUs.'
+                )
+        if are_shared_with_others:
+            tf.config.set_visible_devices([gpus[index] for index in indices], 'GPU')
+    elif kinds == {'CPU'}:
+        if are_shared_with_others and indices != [0]:
+            raise ConfigError(f'{flag}: with --learner_addresses, several devices must be GPUs.')
+        if are_shared_with_others:
+            tf.config.set_visible_devices([], 'GPU')
+        (cpu,) = tf.config.list_physical_devices('CPU')
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * (max(indices) + 1)
+        )
+    if not are_shared_with_others:
+        tf.config.list_logical_devices()

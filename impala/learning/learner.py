@@ -1,0 +1,539 @@
+"""The learner: batches of unrolls in, updates of the agent's weights out.
+
+Espeholt et al. 2018, section 4. Letters: T unroll length, B batch size.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import tensorflow as tf
+
+from impala.learning import losses
+from impala.learning.optimizers.adam import Adam
+from impala.learning.optimizers.rmsprop import RMSProp, sum_duplicates
+from impala.networks.decoder import Decoder
+from impala.networks.popart import PopArt
+from impala.trajectory import ActorOutput, AgentOutput, StepOutput
+
+Optimizer = Literal['rmsprop', 'adam']
+
+# Unrolls, and which of them are replayed, bool `[B]`.
+_Part = tuple[ActorOutput, tf.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnerConfig(losses.LossConfig):
+    """What the learner does with a batch, beside the loss.
+
+    Attributes:
+      batch_size: B, unrolls per update; of several learners, each has so many.
+      unroll_length: T, agent steps per unroll.
+      sample_reuse: how often the loop trains on each batch; see `impala.experience.sample_reuse`.
+      reuse_buffer: batches that it holds for that.
+      replay_fraction: of the unrolls of each batch that come from the replay; 0 is without one. See
+        `impala.experience.replay`.
+      replay_capacity: unrolls that the replay holds.
+      target_update_steps: updates between those of the target network of `losses.appo_loss`; 0 for
+        none.
+      total_agent_steps: agent steps over which the learning rate and the entropy cost change.
+      learning_rate: at the start.
+      final_learning_rate: what `learning_rate` turns into, linearly over `total_agent_steps`.
+      final_entropy_cost: what `entropy_cost` turns into, linearly over `total_agent_steps`; None
+        leaves it.
+      optimizer: `'rmsprop'` or `'adam'`.
+      decay: RMSProp's, per update.
+      momentum: RMSProp's.
+      epsilon: RMSProp's, inside the root.
+      adam_beta1: Adam's, of the mean.
+      adam_beta2: Adam's, of the mean square.
+      adam_epsilon: Adam's, beside the root.
+      gradient_clip_norm: gradients are scaled down to this global norm; None leaves them.
+    """
+
+    batch_size: int = 2
+    unroll_length: int = 100
+    sample_reuse: int = 1
+    reuse_buffer: int = 1
+    replay_fraction: float = 0.0
+    replay_capacity: int = 10_000
+    target_update_steps: int = 0
+    total_agent_steps: int = 250_000_000
+    learning_rate: float = 0.00048
+    final_learning_rate: float = 0.0
+    final_entropy_cost: float | None = None
+    optimizer: Optimizer = 'rmsprop'
+    decay: float = 0.99
+    momentum: float = 0.0
+    epsilon: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    gradient_clip_norm: float | None = None
+
+
+class TrainableAgent(Protocol):
+    """What the learner needs of an agent; `impala.networks.agent.Agent` is one."""
+
+    @property
+    def trainable_variables(self) -> Sequence[tf.Variable]:
+        """The weights; all of them, from construction on, in an order that never changes."""
+
+    @property
+    def popart(self) -> PopArt | None:
+        """The last layer of the baseline, if that is normalised per level."""
+
+    def encode(self, frames: tf.Tensor) -> tf.Tensor:
+        """Returns features f32 `[N, F]` of frames `[N, ...]`; called if there is a decoder."""
+
+    def unroll(
+        self,
+        prev_actions: tf.Tensor,
+        env_outputs: StepOutput,
+        state: Any,
+        features: tf.Tensor | None = None,
+    ) -> tuple[AgentOutput, Any]:
+        """Runs over `[T+1, B, ...]`; returns outputs `[T+1, B, ...]` and the last state.
+
+        Where there is a decoder, it is given what `encode` has made of the frames of all rows.
+        """
+
+
+class Learner(tf.Module):
+    """Updates an agent. `tf.train.Checkpoint(learner=learner)` holds all there is to keep.
+
+    Attributes:
+      agent: the agent whose weights are updated in place.
+      config: as given.
+      target_agent: the target network; None if there is none.
+      decoder: of an agent whose torso is an encoder; None if there is none.
+      optimizer: with its slots.
+      updates: i64 variable, updates of the weights so far; skipped ones do not count.
+      agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too but each
+        only once, by all learners together.
+    """
+
+    def __init__(
+        self,
+        agent: TrainableAgent,
+        config: LearnerConfig,
+        strategy: tf.distribute.Strategy | None = None,
+        target_agent: TrainableAgent | None = None,
+        decoder: Decoder | None = None,
+        name: str = 'learner',
+    ):
+        """Makes optimizer and counters.
+
+        Args:
+          agent: has made all its variables.
+          config: of loss and optimizer.
+          strategy: has replicas on several devices, of this process or of several, that stay equal:
+            a `MirroredStrategy` or `MultiWorkerMirroredStrategy`. The agent was made in its scope,
+            and this object is to be. None trains on one device.
+          target_agent: another agent of the same shape, the target network, which takes the weights
+            of `agent` over at the first update; given if there is to be one.
+          decoder: turns what `agent` makes of a frame into that frame; its weights are trained with
+            the agent's, by `losses.autoencoder_loss` alone, while the agent's are trained by all
+            losses. Without `autoencoder_cost` it stays as it is.
+          name: of the module.
+
+        Raises:
+          ValueError: a batch cannot be divided among the devices of this process; or the target
+            network is missing or never updated.
+        """
+        super().__init__(name=name)
+        if (target_agent is None) != (config.target_update_steps == 0):
+            raise ValueError(
+                f'target_update_steps={config.target_update_steps} does not fit target_agent: '
+                'there is to be such an agent if it is updated, and only then'
+            )
+        self.agent = agent
+        self.target_agent = target_agent
+        self.decoder = decoder
+        self.config = config
+        self._strategy = strategy
+        self._num_parts = 1 if strategy is None else len(strategy.extended.worker_devices)
+        self._num_learners = (
+            1 if strategy is None else strategy.num_replicas_in_sync // self._num_parts
+        )
+        if config.batch_size % self._num_parts:
+            raise ValueError(
+                f'a batch of {config.batch_size} unrolls cannot be divided among {self._num_parts} '
+                'devices'
+            )
+        self.optimizer = _create_optimizer(self._parameters, config)
+        self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
+        self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
+        # Tensors, because each number would make a graph of its own.
+        self._steps_per_unroll = tf.constant(config.unroll_length, tf.int64)
+        self._no_steps = tf.constant(0, tf.int64)
+        self._none_replayed = tf.zeros([config.batch_size // self._num_parts], tf.bool)
+
+    @property
+    def devices(self) -> list[str | None]:
+        """Names of the devices of this process, each for a part of every batch; None: the CPU."""
+        if self._strategy is not None:
+            return list(self._strategy.extended.worker_devices)
+        return ['/gpu:0' if tf.config.list_logical_devices('GPU') else None]
+
+    @property
+    def _parameters(self) -> list[tf.Variable]:
+        """All that is trained."""
+        decoders = () if self.decoder is None else self.decoder.trainable_variables
+        return [*self.agent.trainable_variables, *decoders]
+
+    @property
+    def weights(self) -> list[tf.Variable]:
+        """The weights of the agent: those of one replica, which are those of all."""
+        return [self._local(weight) for weight in self.agent.trainable_variables]
+
+    def counts(self) -> tuple[int, int]:
+        """Returns updates and agent steps so far."""
+        return int(self.version), int(self._local(self.agent_steps))
+
+    @property
+    def version(self) -> tf.Variable:
+        """`updates` of one replica."""
+        return self._local(self.updates)
+
+    def synchronize(self) -> None:
+        """Has every learner take all variables from the first one. All must call it."""
+        if self._strategy is not None:
+            self._synchronize()
+
+    @tf.function(autograph=False)
+    def _synchronize(self) -> None:
+        def copy() -> None:
+            context = tf.distribute.get_replica_context()
+            is_first = tf.equal(context.replica_id_in_sync_group, 0)
+            for variable in self.variables:
+                value = tf.where(is_first, variable, tf.zeros_like(variable))
+                value = context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+                tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)
+
+        assert self._strategy is not None
+        self._strategy.run(copy)
+
+    def step(
+        self, batch: ActorOutput, is_fresh: bool = True, is_replayed: tf.Tensor | None = None
+    ) -> dict[str, tf.Tensor]:
+        """Updates the weights once, or not at all where the loss or a gradient is not finite.
+
+        Several replicas do, up to rounding, what one does with all their unrolls in one batch:
+        gradients are summed, as the loss is, before they are clipped, and what is not finite
+        anywhere is not applied anywhere. Statistics of PopArt are of all unrolls, and change after
+        the weights. All learners must call this equally often.
+
+        Args:
+          batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
+            devices.
+          is_fresh: whether its agent steps are new; those of a batch that was given before do not
+            count again.
+          is_replayed: bool `[B]`, unrolls that were in a batch of before, whose agent steps do not
+            count again either; None if none was.
+
+        Returns:
+          Scalar tensors, of all replicas together:
+          `loss/total`, `loss/policy_gradient`, `loss/baseline`, `loss/entropy`: f32, as returned by
+            `losses.vtrace_loss`; or these and `loss/kl`, as by `losses.appo_loss`; with PopArt in
+            units of each level's standard deviation.
+          `loss/autoencoder`: f32, `losses.autoencoder_loss` of rows 0 to T-1, each frame once;
+            only with a decoder and `autoencoder_cost`, and part of the total.
+          `gradient_norm`: f32, global norm before clipping.
+          `learning_rate`: f32, of this update.
+          `entropy_cost`: f32, of this update; only if it changes over the run.
+          `policy_lag_mean` f32, `policy_lag_max` i64: updates between the weights that acted and
+            those being updated, over the unrolls of the batch that are not replayed.
+          `replayed_policy_lag_mean` f32, `replayed_policy_lag_max` i64: of those that are, and
+            `replayed_fraction` f32, their part of all unrolls; only with `replay_fraction`. The
+            lags mean nothing where that part is 0.
+          `skipped`: bool, loss or gradient was not finite; weights and optimizer are as before.
+
+        Raises:
+          ValueError: the batch is not `[T+1, B]`.
+        """
+        self._check_shape(batch, self.config.batch_size)
+        masks = None if is_replayed is None else tf.split(is_replayed, self._num_parts)
+        return self.step_in_parts(_divide(batch, self._num_parts), is_fresh, masks)
+
+    def step_in_parts(
+        self,
+        parts: Sequence[ActorOutput],
+        is_fresh: bool = True,
+        are_replayed: Sequence[tf.Tensor] | None = None,
+    ) -> dict[str, tf.Tensor]:
+        """Does what `step` does, with a batch that is divided already.
+
+        Args:
+          parts: `ActorOutput` of T and B / `len(devices)`, one for each of `devices`, best of
+            tensors that are there.
+          is_fresh: as of `step`.
+          are_replayed: `is_replayed` of `step` of each part.
+
+        Returns:
+          As `step`.
+
+        Raises:
+          ValueError: a part is not `[T+1, B / len(devices)]`.
+        """
+        for part in parts:
+            self._check_shape(part, self.config.batch_size // self._num_parts)
+        new_steps = self._steps_per_unroll if is_fresh else self._no_steps
+        if are_replayed is None:
+            are_replayed = [self._none_replayed] * self._num_parts
+        pairs = iter(list(zip(parts, are_replayed, strict=True)))
+        if self._strategy is None:
+            return self._step(next(pairs), new_steps)
+        return self._step_together(
+            self._strategy.experimental_distribute_values_from_function(lambda _: next(pairs)),
+            new_steps,
+        )
+
+    @tf.function(autograph=False)
+    def _step(self, part: _Part, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        return self._step_replica(part, new_steps)
+
+    @tf.function(autograph=False)
+    def _step_together(self, parts: Any, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        assert self._strategy is not None
+        metrics = self._strategy.run(self._step_replica, args=(parts, new_steps))
+        return {name: self._local(value) for name, value in metrics.items()}
+
+    def _step_replica(self, part: _Part, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
+        batch, is_replayed = part
+        parameters = self._parameters
+        popart, value_stddev = self.agent.popart, None
+        if popart is not None:
+            value_stddev = popart.stddev(batch.level_id)
+        schedules = self._schedules()
+        target_outputs = None
+        if self.target_agent is not None:
+            self._update_target()
+            target_outputs, _ = self.target_agent.unroll(
+                batch.agent_outputs.action, batch.env_outputs, batch.agent_state
+            )
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(parameters)
+            given, reconstruction_loss = {}, None
+            if self.decoder is not None and self.config.autoencoder_cost:
+                given['features'], reconstruction_loss = self._reconstruct(
+                    batch.env_outputs.observation['frame']
+                )
+            learner_outputs, _ = self.agent.unroll(
+                batch.agent_outputs.action, batch.env_outputs, batch.agent_state, **given
+            )
+            if popart is not None:
+                values = popart.values(learner_outputs.baseline, batch.level_id)
+                learner_outputs = learner_outputs._replace(baseline=values)
+            outputs = (batch.agent_outputs, learner_outputs, batch.env_outputs)
+            entropy_cost = schedules.get('entropy_cost')
+            if self.config.loss == 'appo':
+                total, parts, targets = losses.appo_loss(
+                    *outputs,
+                    self.config,
+                    value_stddev,
+                    entropy_cost,
+                    target_outputs,
+                    self._sum_over_replicas,
+                )
+            else:
+                total, parts, targets = losses.vtrace_loss(
+                    *outputs, self.config, value_stddev, entropy_cost
+                )
+            if reconstruction_loss is not None:
+                parts['autoencoder'] = reconstruction_loss
+                total += self.config.autoencoder_cost * reconstruction_loss
+        gradients = tape.gradient(total, parameters)
+        lag = self.updates - batch.policy_version
+        moments = None if popart is None else popart.moments(targets, batch.level_id)
+        if self._strategy is not None:
+            total, parts, gradients, moments = _join(total, parts, gradients, moments)
+            lag, is_replayed = _gather(lag, is_replayed)
+        gradients = [
+            sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
+            for gradient in gradients
+        ]
+        # Once the first weight has changed, nothing may fail for want of another learner.
+        with tf.control_dependencies([lag] if moments is None else [lag, moments]):
+            update = self._update(total, gradients, parameters, schedules['learning_rate'], moments)
+            with tf.control_dependencies([update['skipped']]):
+                num_fresh = tf.math.count_nonzero(tf.logical_not(is_replayed))
+                _add(self.agent_steps, new_steps * num_fresh)
+        return {
+            'loss/total': total,
+            **{f'loss/{name}': part for name, part in parts.items()},
+            **self._lags(lag, is_replayed),
+            **schedules,
+            **update,
+        }
+
+    def _reconstruct(self, frames: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the features of all frames `[T+1, B, ...]`, and the loss of all but the last."""
+        assert self.decoder is not None
+        size = tf.shape(frames)[1]
+        frames = tf.reshape(frames, [-1, *frames.shape[2:]])
+        features = self.agent.encode(frames)
+        # The last row is the first of the unroll to come.
+        loss = losses.autoencoder_loss(frames[:-size], self.decoder(features[:-size]))
+        return features, loss
+
+    @tf.function(autograph=False)
+    def reconstruct(self, frames: tf.Tensor) -> tf.Tensor:
+        """Returns what the decoder makes of frames, with the present weights of one replica.
+
+        Args:
+          frames: uint8 `[N, H, W, C]`.
+
+        Returns:
+          f32 `[N, H, W, C]`, pixels about [0, 1].
+        """
+        assert self.decoder is not None
+        return self.decoder(self.agent.encode(frames))
+
+    def _lags(self, lag: tf.Tensor, is_replayed: tf.Tensor) -> dict[str, tf.Tensor]:
+        """Returns what there is to log of the policy lags i64 `[N]`."""
+
+        def of(prefix: str, chosen: tf.Tensor) -> dict[str, tf.Tensor]:
+            lags = tf.boolean_mask(lag, chosen)
+            return {
+                f'{prefix}policy_lag_mean': tf.reduce_mean(tf.cast(lags, tf.float32)),
+                f'{prefix}policy_lag_max': tf.reduce_max(lags),
+            }
+
+        if not self.config.replay_fraction:
+            return of('', tf.ones_like(is_replayed))
+        return {
+            'replayed_fraction': tf.reduce_mean(tf.cast(is_replayed, tf.float32)),
+            **of('replayed_', is_replayed),
+            **of('', tf.logical_not(is_replayed)),
+        }
+
+    def _update(
+        self,
+        loss: tf.Tensor,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        parameters: Sequence[tf.Variable],
+        learning_rate: tf.Tensor,
+        moments: tf.Tensor | None,
+    ) -> dict[str, tf.Tensor]:
+        """Applies the gradients if they and the loss are finite; returns what there is to log."""
+        # Any NaN or infinity among the gradients is one in their norm too, which is wanted anyway.
+        norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+
+        def apply() -> tf.Tensor:
+            clipped = gradients
+            if self.config.gradient_clip_norm is not None:
+                clipped, _ = tf.clip_by_global_norm(
+                    gradients, self.config.gradient_clip_norm, use_norm=norm
+                )
+            self.optimizer.apply(clipped, parameters, learning_rate)
+            if self.agent.popart is not None:
+                self.agent.popart.update(moments)
+            _add(self.updates, tf.constant(1, tf.int64))
+            return tf.constant(False)
+
+        skipped = tf.cond(finite, apply, lambda: tf.constant(True))
+        return {'gradient_norm': norm, 'skipped': skipped}
+
+    def _update_target(self) -> None:
+        """Has the target network take the weights over every so many updates, from the first on."""
+        assert self.target_agent is not None
+        targets = self.target_agent.trainable_variables
+
+        def copy() -> tf.Tensor:
+            for target, weight in zip(targets, self.agent.trainable_variables, strict=True):
+                tf.raw_ops.AssignVariableOp(resource=target.handle, value=weight.read_value())
+            return tf.constant(True)
+
+        is_due = tf.equal(self.updates % self.config.target_update_steps, 0)
+        tf.cond(is_due, copy, lambda: tf.constant(False))
+
+    def _schedules(self) -> dict[str, tf.Tensor]:
+        """Returns what changes over the run, f32 scalars."""
+        # In float64, as float32 cannot tell the later agent steps of a long run apart.
+        done = tf.cast(self.agent_steps, tf.float64) / self.config.total_agent_steps
+        left = tf.maximum(1.0 - done, 0.0)
+
+        def linear(start: float, end: float) -> tf.Tensor:
+            return end + (start - end) * left
+
+        config = self.config
+        schedules = {'learning_rate': linear(config.learning_rate, config.final_learning_rate)}
+        if config.final_entropy_cost is not None:
+            schedules['entropy_cost'] = linear(config.entropy_cost, config.final_entropy_cost)
+        return {name: tf.cast(value, tf.float32) for name, value in schedules.items()}
+
+    def _sum_over_replicas(self, value: tf.Tensor) -> tf.Tensor:
+        if self._strategy is None:
+            return value
+        context = tf.distribute.get_replica_context()
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(value))
+
+    def _local(self, value: Any) -> Any:
+        """Returns what the first replica of this process has of a value."""
+        if self._strategy is None:
+            return value
+        return self._strategy.experimental_local_results(value)[0]
+
+    def _check_shape(self, batch: ActorOutput, batch_size: int) -> None:
+        expected = [self.config.unroll_length + 1, batch_size]
+        shape = batch.env_outputs.reward.shape
+        if not shape.is_compatible_with(expected):
+            raise ValueError(
+                f'rewards of shape {shape} do not fit unroll_length {self.config.unroll_length} '
+                f'and batch_size {batch_size}, for which they should be {expected}'
+            )
+
+
+def _create_optimizer(parameters: Sequence[tf.Variable], config: LearnerConfig) -> RMSProp | Adam:
+    if config.optimizer == 'adam':
+        return Adam(parameters, config.adam_beta1, config.adam_beta2, config.adam_epsilon)
+    return RMSProp(parameters, decay=config.decay, momentum=config.momentum, epsilon=config.epsilon)
+
+
+def _divide(batch: ActorOutput, num_parts: int) -> list[ActorOutput]:
+    """Returns a batch `[T+1, B, ...]` as `num_parts` of `[T+1, B / num_parts, ...]`."""
+
+    def split(nest: Any, axis: int) -> list[Any]:
+        pieces = [tf.split(tensor, num_parts, axis) for tensor in tf.nest.flatten(nest)]
+        return [
+            tf.nest.pack_sequence_as(nest, [piece[i] for piece in pieces]) for i in range(num_parts)
+        ]
+
+    if num_parts == 1:
+        return [batch]
+    per_unroll = split((batch.level_id, batch.policy_version, batch.agent_state), 0)
+    rows = split((batch.env_outputs, batch.agent_outputs), 1)
+    return [ActorOutput(*per_unroll[i], *rows[i]) for i in range(num_parts)]
+
+
+def _join(
+    loss: tf.Tensor,
+    parts: dict[str, tf.Tensor],
+    gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+    moments: tf.Tensor | None,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor | None]:
+    """Sums losses, gradients and moments over all replicas."""
+    context = tf.distribute.get_replica_context()
+    present = [gradient for gradient in gradients if gradient is not None]
+    loss, parts, present = context.all_reduce(tf.distribute.ReduceOp.SUM, (loss, parts, present))
+    summed = iter(present)
+    gradients = [None if gradient is None else next(summed) for gradient in gradients]
+    if moments is not None:
+        # Not together with the others: what is summed together is of one dtype.
+        moments = context.all_reduce(tf.distribute.ReduceOp.SUM, moments)
+    return loss, parts, gradients, moments
+
+
+def _gather(lag: tf.Tensor, is_replayed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the lags of the unrolls of all replicas, `[N]`, and which of these are replayed."""
+    # In one piece, since each exchange is another wait for all others.
+    pairs = tf.stack([lag, tf.cast(is_replayed, tf.int64)], 1)
+    pairs = tf.distribute.get_replica_context().all_gather(pairs, axis=0)
+    return pairs[:, 0], tf.not_equal(pairs[:, 1], 0)
+
+
+def _add(variable: tf.Variable, amount: tf.Tensor) -> None:
+    """Adds to the variable of the replica that is computing, which `assign_add` would refuse."""
+    tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=amount)

@@ -1,0 +1,391 @@
+"""The losses: IMPALA's V-trace policy gradient, and asynchronous PPO on V-trace advantages.
+
+`vtrace_loss` is that of Espeholt et al. 2018, section 4.2. `appo_loss` has in place of its policy
+gradient the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), equation
+(7), on V-trace advantages, with, if wanted, the target network of IMPACT, Luo et al. 2020
+(https://arxiv.org/abs/1912.00167).
+
+`autoencoder_loss` is added to either by the learner of a network that has a decoder.
+
+All have the sums of IMPALA's experiments: every term is summed over time and batch, not averaged.
+Letters: T unroll length, B batch size, A number of actions, H, W, C frame height, width, channels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import tensorflow as tf
+
+import vtrace
+from impala.trajectory import AgentOutput, StepOutput
+
+Loss = Literal['vtrace', 'appo']
+RewardClipping = Literal['abs_one', 'soft_asymmetric', 'none']
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What shapes the loss.
+
+    Attributes:
+      loss: `'vtrace'` or `'appo'`.
+      discounting: gamma, per agent step.
+      entropy_cost: weight of the negative entropy.
+      baseline_cost: weight of the baseline's squared error.
+      reward_clipping: see `clip_rewards`.
+      clip_rho_threshold: rho-bar of V-trace; None does not clip.
+      clip_c_threshold: c-bar of V-trace; None does not clip.
+      clip_pg_rho_threshold: rho-bar of the policy gradient; None does not clip. Of `vtrace_loss`.
+      lambda_: lambda of V-trace.
+      clip_epsilon: epsilon of the surrogate, as the next three of `appo_loss`.
+      clip_target_rho_threshold: rho of IMPACT, which bounds mu / pi_target; 1 or more.
+      kl_cost: weight of the divergence from the policy that the ratio is taken against.
+      normalize_advantages: whether the surrogate's advantages are brought to mean 0 and standard
+        deviation 1 over the batch.
+      gae_advantages: whether the surrogate's advantages are those of GAE, lambda being `lambda_`.
+      autoencoder_cost: weight of `autoencoder_loss`, where there is a decoder.
+    """
+
+    loss: Loss = 'vtrace'
+    discounting: float = 0.99
+    entropy_cost: float = 0.00025
+    baseline_cost: float = 0.5
+    reward_clipping: RewardClipping = 'abs_one'
+    clip_rho_threshold: float | None = 1.0
+    clip_c_threshold: float | None = 1.0
+    clip_pg_rho_threshold: float | None = 1.0
+    lambda_: float = 1.0
+    clip_epsilon: float = 0.2
+    clip_target_rho_threshold: float = 2.0
+    kl_cost: float = 0.0
+    normalize_advantages: bool = False
+    gae_advantages: bool = False
+    autoencoder_cost: float = 1.0
+
+
+def clip_rewards(rewards: tf.Tensor, clipping: str) -> tf.Tensor:
+    """Clips rewards.
+
+    `'abs_one'` clips to [-1, 1]. `'soft_asymmetric'` is `5 * (0.3 if r < 0 else 1) * tanh(r / 5)`,
+    the form of the paper's released code; the paper's appendix writes
+    `0.3 min(tanh r, 0) + 5 max(tanh r, 0)`. `'none'` leaves them as they are.
+
+    Args:
+      rewards: f32, any shape.
+      clipping: `'abs_one'`, `'soft_asymmetric'` or `'none'`.
+
+    Returns:
+      f32, same shape.
+
+    Raises:
+      ValueError: `clipping` is none of these.
+    """
+    if clipping == 'abs_one':
+        return tf.clip_by_value(rewards, -1.0, 1.0)
+    if clipping == 'soft_asymmetric':
+        squeezed = tf.tanh(rewards / 5.0)
+        return 5.0 * tf.where(rewards < 0.0, 0.3 * squeezed, squeezed)
+    if clipping == 'none':
+        return rewards
+    raise ValueError(
+        f'reward_clipping must be one of {", ".join(get_args(RewardClipping))}, not {clipping!r}'
+    )
+
+
+def policy_gradient_loss(action_log_probs: tf.Tensor, advantages: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of `-advantage * log pi(a|x)`, whose gradient is the policy gradient.
+
+    Args:
+      action_log_probs: f32 `[T, B]`, log pi(a|x) of the actions taken.
+      advantages: f32 `[T, B]`; no gradient flows into them.
+
+    Returns:
+      f32 scalar.
+    """
+    return -tf.reduce_sum(tf.stop_gradient(advantages) * action_log_probs)
+
+
+def baseline_loss(errors: tf.Tensor) -> tf.Tensor:
+    """Returns half the sum of squared errors.
+
+    Args:
+      errors: f32 `[T, B]`, V-trace targets minus baseline.
+
+    Returns:
+      f32 scalar.
+    """
+    return 0.5 * tf.reduce_sum(tf.square(errors))
+
+
+def entropy_loss(policy_logits: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of negative entropies, `pi(a|x) log pi(a|x)`, in nats.
+
+    Args:
+      policy_logits: f32 `[T, B, A]`.
+
+    Returns:
+      f32 scalar.
+    """
+    log_probs = tf.nn.log_softmax(policy_logits)
+    return tf.reduce_sum(tf.exp(log_probs) * log_probs)
+
+
+def autoencoder_loss(frames: tf.Tensor, reconstructions: tf.Tensor) -> tf.Tensor:
+    """Returns the squared error of pixels, averaged over a frame and summed over frames.
+
+    `1/2 sum_n 1/(HWC) sum_i (x_ni / 255 - y_ni)^2`, x being the frames, y what is made of them. As
+    an average over pixels it means the same whatever the size of the frames; as a sum over time and
+    batch it keeps its proportion to the other terms.
+
+    Args:
+      frames: uint8 `[N, H, W, C]`.
+      reconstructions: f32 `[N, H, W, C]`, pixels from 0 to 1.
+
+    Returns:
+      f32 scalar.
+    """
+    errors = tf.cast(frames, tf.float32) / 255.0 - reconstructions
+    return tf.nn.l2_loss(errors) / math.prod(frames.shape[1:])
+
+
+def clipped_surrogate_loss(
+    log_ratios: tf.Tensor, advantages: tf.Tensor, clip_epsilon: float
+) -> tf.Tensor:
+    """Returns the sum of `-min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon) A)`.
+
+    Schulman et al. 2017, equation (7), summed. No gradient flows where the ratio has already left
+    the interval on the side to which the advantage would move it.
+
+    Args:
+      log_ratios: f32 `[T, B]`, log(pi(a|x) / pi_old(a|x)).
+      advantages: f32 `[T, B]`, A; no gradient flows into them.
+      clip_epsilon: positive.
+
+    Returns:
+      f32 scalar.
+    """
+    advantages = tf.stop_gradient(advantages)
+    ratios = tf.exp(log_ratios)
+    clipped = tf.clip_by_value(ratios, 1.0 - clip_epsilon, 1.0 + clip_epsilon)
+    return -tf.reduce_sum(tf.minimum(ratios * advantages, clipped * advantages))
+
+
+def kl_divergence(old_policy_logits: tf.Tensor, policy_logits: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of KL(pi_old || pi), in nats: Schulman et al. 2017, equation (8), summed.
+
+    Args:
+      old_policy_logits: f32 `[T, B, A]`; no gradient flows into them.
+      policy_logits: f32 `[T, B, A]`.
+
+    Returns:
+      f32 scalar.
+    """
+    old_log_probs = tf.stop_gradient(tf.nn.log_softmax(old_policy_logits))
+    log_probs = tf.nn.log_softmax(policy_logits)
+    return tf.reduce_sum(tf.exp(old_log_probs) * (old_log_probs - log_probs))
+
+
+def normalize(
+    values: tf.Tensor, sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+) -> tf.Tensor:
+    """Returns values shifted and scaled to mean 0 and standard deviation 1.
+
+    Args:
+      values: f32, any shape.
+      sum_over_replicas: sums an f32 scalar over all that have a part of the batch.
+
+    Returns:
+      f32, same shape; zeros if all values are equal.
+    """
+    count = sum_over_replicas(tf.cast(tf.size(values), tf.float32))
+    deviations = values - sum_over_replicas(tf.reduce_sum(values)) / count
+    variance = sum_over_replicas(tf.reduce_sum(tf.square(deviations))) / count
+    return deviations / (tf.sqrt(variance) + 1e-8)
+
+
+def vtrace_loss(
+    agent_outputs: AgentOutput,
+    learner_outputs: AgentOutput,
+    env_outputs: StepOutput,
+    config: LossConfig,
+    value_stddev: tf.Tensor | None = None,
+    entropy_cost: tf.Tensor | float | None = None,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
+    """Computes the loss of a batch of unrolls.
+
+    The rows are those of `impala.trajectory`: what is estimated at row t is compared with what was
+    done and received at row t + 1, and the last baseline bootstraps the rest of the return.
+
+    Args:
+      agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
+      learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; `action` is
+        not used.
+      env_outputs: `[T+1, B, ...]`; `reward` and `done` alone are used.
+      config: weights, discount and thresholds.
+      value_stddev: f32 `[B]`, sigma of `impala.networks.popart`: baseline errors and advantages
+        count in this unit. None is 1.
+      entropy_cost: f32 scalar in place of the configured one, where that changes in the run.
+
+    Returns:
+      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`; these
+      three terms, f32 scalars, not weighted, under those names; and the V-trace targets, f32
+      `[T, B]`, in the units of the rewards.
+
+    Raises:
+      ValueError: shapes do not fit together; or an unknown reward clipping.
+    """
+    rewards, discounts = _rewards_and_discounts(env_outputs, config)
+    policy_logits = learner_outputs.policy_logits[:-1]
+    baseline = learner_outputs.baseline[:-1]
+
+    targets = vtrace.from_logits(
+        behaviour_policy_logits=agent_outputs.policy_logits[1:],
+        target_policy_logits=policy_logits,
+        actions=agent_outputs.action[1:],
+        discounts=discounts,
+        rewards=rewards,
+        values=baseline,
+        bootstrap_value=learner_outputs.baseline[-1],
+        clip_rho_threshold=config.clip_rho_threshold,
+        clip_c_threshold=config.clip_c_threshold,
+        clip_pg_rho_threshold=config.clip_pg_rho_threshold,
+        lambda_=config.lambda_,
+    )
+
+    errors, advantages = targets.vs - baseline, targets.pg_advantages
+    if value_stddev is not None:
+        errors, advantages = errors / value_stddev, advantages / value_stddev
+
+    parts = {
+        'policy_gradient': policy_gradient_loss(targets.target_action_log_probs, advantages),
+        'baseline': baseline_loss(errors),
+        'entropy': entropy_loss(policy_logits),
+    }
+    return _weighted(parts, config, entropy_cost), parts, targets.vs
+
+
+def appo_loss(
+    agent_outputs: AgentOutput,
+    learner_outputs: AgentOutput,
+    env_outputs: StepOutput,
+    config: LossConfig,
+    value_stddev: tf.Tensor | None = None,
+    entropy_cost: tf.Tensor | float | None = None,
+    target_outputs: AgentOutput | None = None,
+    sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
+    """Computes the loss of a batch of unrolls by asynchronous PPO; rows are as in `vtrace_loss`.
+
+    The surrogate's advantage is that of V-trace, `r_s + gamma_s v_{s+1} - V(x_s)`, without the
+    weight rho_s, since the ratio stands in its place. Without a target network the ratio is pi/mu,
+    mu the behaviour policy, and V-trace's rho is the same. Where nothing is clipped, the gradient
+    is therefore that of `vtrace_loss` with the same rho. With `gae_advantages` the advantage is
+    `r_s + gamma_s ((1 - lambda) V(x_{s+1}) + lambda v_{s+1}) - V(x_s)`: on-policy, generalized
+    advantage estimation (Schulman et al. 2016, equation (16)), which V-trace's advantage is for
+    lambda = 1 only, as it weights the first step's successor fully.
+
+    With a target network, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the
+    ratio is `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace's
+    advantages and targets are those of pi_target and its baseline.
+
+    Args:
+      agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
+      learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; `action` is
+        not used.
+      env_outputs: `[T+1, B, ...]`; `reward` and `done` alone are used.
+      config: weights, discount and thresholds.
+      value_stddev: as in `vtrace_loss`.
+      entropy_cost: f32 scalar in place of the configured one, where that changes in the run.
+      target_outputs: of the target network on the same rows, `[T+1, B, ...]`; `action` is not used
+        and no gradient flows into them. None without such a network.
+      sum_over_replicas: sums an f32 scalar over all that have a part of the batch.
+
+    Returns:
+      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy
+      + kl_cost * kl`; these four terms, f32 scalars, not weighted, under those names; and the
+      V-trace targets, f32 `[T, B]`, in the units of the rewards. `policy_gradient` is the
+      surrogate; `kl` is that of pi from pi_target, or from mu without it.
+
+    Raises:
+      ValueError: shapes do not fit together; or an unknown reward clipping.
+    """
+    rewards, discounts = _rewards_and_discounts(env_outputs, config)
+    policy_logits = learner_outputs.policy_logits[:-1]
+    behaviour_logits = agent_outputs.policy_logits[1:]
+    old = learner_outputs if target_outputs is None else target_outputs
+    values = tf.stop_gradient(old.baseline[:-1])
+    bootstrap_value = tf.stop_gradient(old.baseline[-1])
+
+    targets = vtrace.from_logits(
+        behaviour_policy_logits=behaviour_logits,
+        target_policy_logits=old.policy_logits[:-1],
+        actions=agent_outputs.action[1:],
+        discounts=discounts,
+        rewards=rewards,
+        values=values,
+        bootstrap_value=bootstrap_value,
+        clip_rho_threshold=config.clip_rho_threshold,
+        clip_c_threshold=config.clip_c_threshold,
+        lambda_=config.lambda_,
+    )
+    later = tf.concat([targets.vs[1:], bootstrap_value[tf.newaxis]], axis=0)
+    if config.gae_advantages:
+        next_values = tf.concat([values[1:], bootstrap_value[tf.newaxis]], axis=0)
+        later = next_values + config.lambda_ * (later - next_values)
+    advantages = rewards + discounts * later - values
+    errors = targets.vs - learner_outputs.baseline[:-1]
+    if value_stddev is not None:
+        errors, advantages = errors / value_stddev, advantages / value_stddev
+    if config.normalize_advantages:
+        advantages = normalize(advantages, sum_over_replicas)
+
+    if target_outputs is None:
+        action_log_probs = targets.target_action_log_probs
+        old_action_log_probs = targets.behaviour_action_log_probs
+        old_policy_logits = behaviour_logits
+    else:
+        action_log_probs = -tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=agent_outputs.action[1:], logits=policy_logits
+        )
+        old_action_log_probs = tf.stop_gradient(
+            tf.maximum(
+                targets.target_action_log_probs,
+                targets.behaviour_action_log_probs - math.log(config.clip_target_rho_threshold),
+            )
+        )
+        old_policy_logits = target_outputs.policy_logits[:-1]
+
+    parts = {
+        'policy_gradient': clipped_surrogate_loss(
+            action_log_probs - old_action_log_probs, advantages, config.clip_epsilon
+        ),
+        'baseline': baseline_loss(errors),
+        'entropy': entropy_loss(policy_logits),
+        'kl': kl_divergence(old_policy_logits, policy_logits),
+    }
+    total = _weighted(parts, config, entropy_cost)
+    # Without a weight, the divergence is to cost no backward pass.
+    if config.kl_cost:
+        total += config.kl_cost * parts['kl']
+    return total, parts, targets.vs
+
+
+def _rewards_and_discounts(
+    env_outputs: StepOutput, config: LossConfig
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns what followed the actions, f32 `[T, B]` each."""
+    rewards = clip_rewards(env_outputs.reward[1:], config.reward_clipping)
+    return rewards, (1.0 - tf.cast(env_outputs.done[1:], tf.float32)) * config.discounting
+
+
+def _weighted(
+    parts: dict[str, tf.Tensor], config: LossConfig, entropy_cost: tf.Tensor | float | None
+) -> tf.Tensor:
+    """Returns the weighted sum of the terms that both losses have."""
+    return (
+        parts['policy_gradient']
+        + config.baseline_cost * parts['baseline']
+        + (config.entropy_cost if entropy_cost is None else entropy_cost) * parts['entropy']
+    )

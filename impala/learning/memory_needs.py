@@ -1,0 +1,126 @@
+"""What a run needs memory for, computed once the environment's spec and the network are known.
+
+All figures are lower bounds: a run that is refused would not have worked.
+"""
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from impala import memory
+from impala.cluster.remote_actors import unroll_components
+from impala.config import ConfigError, TrainingConfig
+from impala.experience.replay import unroll_nbytes
+from impala.memory import Need
+from impala.networks import torsos
+from impala.networks.agent import AgentConfig
+from impala.trajectory import ArraySpec, EnvironmentSpec
+
+# Private memory of an actor process on CartPole is 22 MB; most environments take far more.
+ACTOR_PROCESS_BYTES = 20_000_000
+# A weight is held by the learner, its gradient, the optimizer, what is published, and who acts.
+_COPIES_OF_WEIGHTS = 5
+_WEIGHT_BYTES = 4
+
+
+def check(needs: list[Need]) -> None:
+    """Refuses what there is no room for.
+
+    Raises:
+      ConfigError: names the flags.
+    """
+    text = memory.shortage(needs)
+    if text:
+        raise ConfigError(text)
+
+
+def of_actors(
+    config: TrainingConfig,
+    spec: EnvironmentSpec,
+    network: AgentConfig,
+    flag: str = 'num_actors',
+) -> list[Need]:
+    """Returns what actors on this machine need: shared memory, and their processes.
+
+    Args:
+      config: of the run, or with the number of actors of a test or an actor job.
+      spec: of the environments.
+      network: whose state is stored with every unroll.
+      flag: name of the one that has set `config.num_actors`.
+    """
+    unroll = unroll_nbytes(_components(config, spec, network))
+    unrolls = {flag: config.num_actors, 'queue_capacity': config.queue_capacity}
+    flags = dict(sorted(unrolls.items(), key=lambda flag: -flag[1]))
+    flags['unroll_length'] = config.learner.unroll_length
+    processes = math.ceil(config.num_actors / config.envs_per_process)
+    return [
+        Need('unrolls in shared memory', sum(unrolls.values()) * unroll, flags, unroll),
+        Need(
+            'actor processes',
+            processes * ACTOR_PROCESS_BYTES,
+            {flag: config.num_actors, 'envs_per_process': config.envs_per_process},
+            ACTOR_PROCESS_BYTES / config.envs_per_process,
+        ),
+    ]
+
+
+def of_learner(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConfig) -> list[Need]:
+    """Returns what a learner needs on this machine: batches, weights and replay.
+
+    Args:
+      config: of the run.
+      spec: of the environments.
+      network: that learns.
+
+    Raises:
+      ConfigError: the network cannot serve the environment's frames.
+    """
+    learner = config.learner
+    components = _components(config, spec, network)
+    unroll = unroll_nbytes(components)
+    # Those that are ready on a GPU are not in this memory, nor are those that are held there.
+    on_gpu = bool(tf.config.get_visible_devices('GPU'))
+    held = 0 if on_gpu else learner.reuse_buffer
+    # There is one loader at least where nobody has said how many.
+    batches = max(1, config.loaders) + held
+    flags = {'batch_size': learner.batch_size, 'unroll_length': learner.unroll_length}
+    if held > 1:
+        flags['reuse_buffer'] = learner.reuse_buffer
+    if config.loaders > 1:
+        flags['loaders'] = config.loaders
+    needs = [Need('batches', batches * learner.batch_size * unroll, flags, batches * unroll)]
+
+    frame = spec.observation['frame']
+    try:
+        inputs, outputs = torsos.linear_sizes(network.torso, frame, network.latent_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    copies = 1 if on_gpu else _COPIES_OF_WEIGHTS
+    weights = copies * _WEIGHT_BYTES * inputs * outputs
+    needs.append(_of_weights(config, network, weights))
+    if learner.replay_fraction and not config.replay_addresses:
+        packed = unroll_nbytes(components, stack_of(spec))
+        capacity = learner.replay_capacity
+        needs.append(Need('the replay', capacity * packed, {'replay_capacity': capacity}, packed))
+    return needs
+
+
+def stack_of(spec: EnvironmentSpec) -> str | None:
+    """Returns the name of the observation that stacks the last frames, None if none does."""
+    is_stack = spec.suite == 'atari' and spec.observation['frame'].shape[-1] > 1
+    return 'frame' if is_stack else None
+
+
+def _of_weights(config: TrainingConfig, network: AgentConfig, nbytes: int) -> Need:
+    if network.torso == 'autoencoder' and network.latent_size > config.environment.width:
+        flags = {'latent_size': network.latent_size}
+    else:
+        flags = {'width': config.environment.width, 'height': config.environment.height}
+    return Need('weights of the network', nbytes, flags, nbytes / next(iter(flags.values())))
+
+
+def _components(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConfig) -> list[Any]:
+    core = ArraySpec((network.core_size,), 'float32')
+    state = (core, core) if network.use_lstm else ()
+    return unroll_components(spec, state, config.learner.unroll_length, len(config.level_names))

@@ -1,0 +1,1 @@
+"""The optimizers: RMSProp as TensorFlow 1 computed it, and Adam."""

@@ -1,0 +1,283 @@
+"""The agent: observation, last reward and action in, policy and baseline out (paper, Figure 3).
+
+Letters: T unroll length, B batch size, A number of actions, L instruction length, N rows (merged
+time and batch), V number of levels that have values of their own.
+"""
+
+import dataclasses
+from typing import Any
+
+import sonnet as snt
+import tensorflow as tf
+import tensorflow_probability as tfp
+
+from impala.networks import core as lstm
+from impala.networks import torsos
+from impala.networks.popart import PopArt
+from impala.trajectory import (
+    INSTRUCTION_BUCKETS,
+    AgentOutput,
+    ArraySpec,
+    EnvironmentSpec,
+    StepOutput,
+)
+
+_EMBEDDING_SIZE = 20
+_INSTRUCTION_LSTM_SIZE = 64
+DTYPES = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """What shapes the network.
+
+    Attributes:
+      torso: `'deep'`, `'shallow'`, `'nature'`, `'autoencoder'` (all for images) or `'mlp'` (for
+        vectors).
+      use_lstm: whether a recurrent core follows the torso.
+      core_size: units of that core.
+      compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
+        follows the torso, are float32 either way.
+      max_reward_input: the last reward, as an input, is clipped to plus or minus this.
+      popart_levels: names of the levels, in the order of their ids, whose values PopArt normalises,
+        each for itself; none is without PopArt.
+      latent_size: what the encoder of the auto-encoder makes of a frame; other torsos have sizes of
+        their own.
+    """
+
+    torso: str = 'deep'
+    use_lstm: bool = True
+    core_size: int = 256
+    compute_dtype: str = 'float32'
+    max_reward_input: float = 1.0
+    popart_levels: tuple[str, ...] = ()
+    latent_size: int = torsos.LATENT_SIZE
+
+
+class Agent(snt.Module):
+    """The policy, the baseline and, with `use_lstm`, their memory.
+
+    All variables exist once it is constructed.
+
+    Attributes:
+      popart: the last layer of a baseline that is normalised per level; None without PopArt.
+
+    Args:
+      config: shapes the network.
+      spec: of the environment.
+
+    Raises:
+      ValueError: the configuration is unknown or does not suit the environment's frames.
+    """
+
+    def __init__(self, config: AgentConfig, spec: EnvironmentSpec, name: str = 'agent'):
+        super().__init__(name)
+        if config.compute_dtype not in DTYPES:
+            raise ValueError(
+                f'Unknown compute_dtype {config.compute_dtype!r}; choose one of '
+                f'{", ".join(DTYPES)}.'
+            )
+        self._num_actions = spec.num_actions
+        self._max_reward_input = config.max_reward_input
+        self._torso = torsos.create_torso(
+            config.torso,
+            spec.observation['frame'],
+            DTYPES[config.compute_dtype],
+            config.latent_size,
+        )
+        size = self._torso.output_size + 1 + spec.num_actions
+        self._instruction = None
+        if 'instruction' in spec.observation:
+            self._instruction = InstructionEncoder()
+            size += self._instruction.output_size
+        self._core = None
+        if config.use_lstm:
+            self._core = lstm.LSTM(size, config.core_size, name='core')
+            size = config.core_size
+        self._policy = torsos.Linear(size, spec.num_actions, name='policy')
+        self.popart: PopArt | None = None
+        if config.popart_levels:
+            self.popart = PopArt(size, len(config.popart_levels))
+        else:
+            self._baseline = torsos.Linear(size, 1, name='baseline')
+
+    def initialize_orthogonally(self) -> None:
+        """Gives the layers before the core and the heads orthogonal weights, as PPO's agents have.
+
+        Saxe et al. 2014 (https://arxiv.org/abs/1312.6120): signals keep their size from layer to
+        layer. The torso's gain is sqrt(2), which makes up for what ReLUs cut off; the policy's is
+        .01, so that all actions are about equally probable at first; the baseline's is 1, but that
+        of PopArt stays, as do biases, LSTMs and embeddings.
+        """
+        gains = [(layer.w, 2**0.5) for layer in torsos.layers(self._torso)]
+        gains.append((self._policy.w, 0.01))
+        if self.popart is None:
+            gains.append((self._baseline.w, 1.0))
+        for weights, gain in gains:
+            weights.assign(snt.initializers.Orthogonal(gain)(weights.shape, tf.float32))
+
+    @property
+    def state_spec(self) -> Any:
+        """Nest of `ArraySpec` of the recurrent state of one row; `()` without a core."""
+        if self._core is None:
+            return ()
+        spec = ArraySpec((self._core.hidden_size,), 'float32')
+        return snt.LSTMState(hidden=spec, cell=spec)
+
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
+        """Returns the recurrent state at the start of an episode, a nest of f32 `[B, ...]`."""
+        if self._core is None:
+            return ()
+        return self._core.initial_state(batch_size)
+
+    def step(
+        self, prev_action: tf.Tensor, env_output: StepOutput, state: Any
+    ) -> tuple[AgentOutput, Any]:
+        """Acts once.
+
+        Args:
+          prev_action: i32 `[B]`, the action that led to `env_output`.
+          env_output: `StepOutput` of `[B, ...]`.
+          state: nest of f32 `[B, ...]`, recurrent state before this row; where `env_output.done`
+            the initial state is taken instead.
+
+        Returns:
+          `AgentOutput` of `[B, ...]`, its action sampled from the policy, and the state after it.
+          With PopArt its baseline is 0: who acts does not know the level, and needs the policy
+          only.
+        """
+        x = self._inputs(prev_action, env_output)
+        if self._core is not None:
+            # Selected, as a product would keep a state that is NaN for ever.
+            is_first = env_output.done[:, tf.newaxis]
+            state = tf.nest.map_structure(lambda s: tf.where(is_first, 0.0, s), state)
+            state = self._core.step(self._core.project(x), state)
+            x = state.hidden
+        logits, baseline = self._heads(x)
+        if self.popart is not None:
+            baseline = tf.zeros_like(env_output.reward)
+        return AgentOutput(self.choose_actions(logits, env_output), logits, baseline), state
+
+    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        """Samples actions from the policy.
+
+        Args:
+          logits: f32 `[B, A]`.
+          env_output: `StepOutput` of `[B, ...]` that they are of.
+
+        Returns:
+          i32 `[B]`.
+        """
+        action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
+        # Of logits that are not finite the sample is `num_actions`, which no environment knows. The
+        # learner is the one to see to such logits.
+        return tf.minimum(action, self._num_actions - 1)
+
+    def encode(self, frames: tf.Tensor) -> tf.Tensor:
+        """Returns the torso's features, f32 `[N, F]`, of frames `[N, ...]`."""
+        return self._torso(frames)
+
+    def unroll(
+        self,
+        prev_actions: tf.Tensor,
+        env_outputs: StepOutput,
+        state: Any,
+        features: tf.Tensor | None = None,
+    ) -> tuple[AgentOutput, Any]:
+        """Runs over T+1 rows at once; only the core's own recurrence goes step by step.
+
+        Args:
+          prev_actions: i32 `[T+1, B]`, the actions that led to `env_outputs`.
+          env_outputs: `StepOutput` of `[T+1, B, ...]`.
+          state: nest of f32 `[B, ...]`, recurrent state before row 0; the initial state is taken
+            instead before every row that is `done`.
+          features: f32 `[(T+1) * B, F]`, what `encode` has made of the frames of all rows, if that
+            is there already.
+
+        Returns:
+          `AgentOutput` of `[T+1, B, ...]` and the state after the last row. No action is sampled:
+          `action` is the policy's most probable one, for a learner knows what was done. With
+          PopArt `baseline` is `[T+1, B, V]`, normalised, for each level.
+        """
+        actions, rows = tf.nest.map_structure(_merge, (prev_actions, env_outputs))
+        x = self._inputs(actions, rows, features)
+        if self._core is not None:
+            projected = self._core.project(x)
+            projected = tf.reshape(projected, [*_dims(prev_actions), projected.shape[-1]])
+            x, state = self._core.unroll(projected, env_outputs.done, state)
+            x = tf.reshape(x, [-1, self._core.hidden_size])
+        logits, baseline = self._heads(x)
+        outputs = AgentOutput(
+            action=tf.argmax(logits, -1, tf.int32), policy_logits=logits, baseline=baseline
+        )
+        dims = _dims(prev_actions)
+        return tf.nest.map_structure(lambda t: tf.reshape(t, [*dims, *t.shape[1:]]), outputs), state
+
+    def _inputs(
+        self, prev_action: tf.Tensor, env_output: StepOutput, features: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Returns what core and heads see, f32 `[N, ...]`, of `[N]` rows."""
+        limit = self._max_reward_input
+        if features is None:
+            features = self.encode(env_output.observation['frame'])
+        parts = [
+            features,
+            tf.clip_by_value(env_output.reward, -limit, limit)[:, tf.newaxis],
+            tf.one_hot(prev_action, self._num_actions),
+        ]
+        if self._instruction is not None:
+            parts.append(self._instruction(env_output.observation['instruction']))
+        return tf.concat(parts, -1)
+
+    def _heads(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns policy logits f32 `[N, A]` and baseline f32 `[N]`, or `[N, V]` with PopArt."""
+        if self.popart is not None:
+            return self._policy(x), self.popart(x)
+        return self._policy(x), tf.squeeze(self._baseline(x), -1)
+
+
+class InstructionEncoder(snt.Module):
+    """The paper's instruction channel: an embedding of 20 and an LSTM of 64 over the words."""
+
+    def __init__(self, name: str | None = None):
+        super().__init__(name)
+        self._embedding = snt.Embed(INSTRUCTION_BUCKETS, _EMBEDDING_SIZE)
+        self._lstm = lstm.LSTM(_EMBEDDING_SIZE, _INSTRUCTION_LSTM_SIZE)
+        self.output_size = _INSTRUCTION_LSTM_SIZE
+
+    def __call__(self, instruction: tf.Tensor) -> tf.Tensor:
+        """Encodes instructions.
+
+        Args:
+          instruction: i32 `[N, L]`, words as buckets 1 to 999, then zeros.
+
+        Returns:
+          f32 `[N, 64]`, the LSTM's output at the last word; zeros where there is no word.
+        """
+        # An instruction seldom changes within an episode, so a batch of unrolls holds few different
+        # ones. Only CPUs find equal rows.
+        with tf.device('CPU:0'):
+            instruction, index = tf.raw_ops.UniqueV2(x=instruction, axis=[0])
+        length = tf.math.count_nonzero(instruction, -1, dtype=tf.int32)
+        # One step at least, since the results of none have no shape.
+        words = tf.transpose(instruction)[: tf.maximum(tf.reduce_max(length), 1)]
+        # The reshape is for its gradient, which is a dense tensor, unlike that of a gather.
+        table = tf.reshape(self._embedding.embeddings, [INSTRUCTION_BUCKETS, _EMBEDDING_SIZE])
+        embedded = tf.gather(table, words)
+        projected = self._lstm.project(tf.reshape(embedded, [-1, _EMBEDDING_SIZE]))
+        projected = tf.reshape(projected, [*_dims(words), projected.shape[-1]])
+        state = self._lstm.initial_state(tf.shape(length)[0])
+        outputs, _ = self._lstm.unroll(projected, tf.zeros_like(words, tf.bool), state)
+        outputs = tf.concat([state.hidden[tf.newaxis], outputs], 0)
+        return tf.gather_nd(outputs, tf.stack([tf.gather(length, index), index], 1))
+
+
+def _merge(t: tf.Tensor) -> tf.Tensor:
+    """Returns `[T, B, ...]` as `[T * B, ...]`."""
+    return tf.reshape(t, [-1, *t.shape[2:]])
+
+
+def _dims(t: tf.Tensor) -> list[int | tf.Tensor]:
+    """Returns T and B of `[T, B]`, as numbers where known."""
+    dynamic = tf.shape(t)
+    return [dynamic[i] if d is None else d for i, d in enumerate(t.shape)]

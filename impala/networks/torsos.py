@@ -1,0 +1,448 @@
+"""The networks that turn an observation into features: Figure 3 of the paper, and others.
+
+Espeholt et al., "IMPALA: Scalable Distributed Deep-RL with Importance Weighted Actor-Learner
+Architectures", 2018. Letters: N rows (merged time and batch), H, W, C frame height, width and
+channels.
+
+Every torso is built for one frame spec and makes all its variables, always float32, when it is
+constructed. It computes in `compute_dtype`, casting each variable once per call, and returns
+float32. Weights and biases start as Sonnet's `Linear` and `Conv2D` start theirs.
+
+Bytes are scaled to [0, 1] by scaling the first layer's weights at call time: that is the same
+function, with one pass less over the frames, which are far larger than the weights.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import sonnet as snt
+import tensorflow as tf
+
+from impala.trajectory import ArraySpec
+
+TORSOS = ('deep', 'shallow', 'nature', 'mlp', 'autoencoder')
+LATENT_SIZE = 64
+
+# Channels, kernel and stride of the encoder's convolutions; the decoder mirrors them.
+ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))
+
+_FEATURES = 256
+# Channels, kernel and stride of the convolutions, and the size of the linear layer.
+_UNPADDED = {
+    'shallow': (((16, 8, 4), (32, 4, 2)), _FEATURES),
+    'nature': (((32, 8, 4), (64, 4, 2), (64, 3, 1)), 512),
+}
+_MLP_SIZES = (64, 64)
+_DEEP_SECTIONS = (16, 32, 32)
+_RESIDUAL_BLOCKS = 2
+
+
+class Linear(snt.Module):
+    """A linear layer with bias, computed in the dtype of its inputs."""
+
+    def __init__(self, input_size: int, output_size: int, name: str | None = None):
+        super().__init__(name)
+        self.w = _weights([input_size, output_size])
+        self.b = tf.Variable(tf.zeros([output_size]), name='b')
+
+    def __call__(self, x: tf.Tensor, input_scale: float = 1.0) -> tf.Tensor:
+        """Returns `input_scale * x @ w + b`, `[N, output_size]`, of `x` `[N, input_size]`."""
+        w = _cast(self.w, x.dtype, input_scale)
+        return tf.nn.bias_add(tf.matmul(x, w), _cast(self.b, x.dtype))
+
+
+class Convolution(snt.Module):
+    """A 2-D convolution with bias, computed in the dtype of its inputs.
+
+    Args:
+      in_channels: channels of the input.
+      out_channels: channels of the output.
+      kernel: height and width of the kernel, a multiple of `stride`.
+      stride: stride along height and width.
+      padding: `'SAME'` or `'VALID'`. With `'VALID'` the width of the input must be a multiple of
+        `stride`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int = 1,
+        padding: str = 'SAME',
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self._stride = stride
+        self._padding = padding
+        self.w = _weights([kernel, kernel, in_channels, out_channels])
+        self.b = tf.Variable(tf.zeros([out_channels]), name='b')
+
+    def __call__(self, x: tf.Tensor, input_scale: float = 1.0) -> tf.Tensor:
+        """Returns the convolution of `input_scale * x`, `[N, H', W', out_channels]`."""
+        w = _cast(self.w, x.dtype, input_scale)
+        s = self._stride
+        if s > 1 and self._padding == 'VALID':
+            # `s` neighbouring pixels of a row lie side by side in memory, so they are `s` times as
+            # many channels for free, and the kernel's likewise. The convolution is then over few
+            # wide pixels, which vector units like better than many with 4 channels.
+            _, height, width, channels = x.shape
+            x = tf.reshape(x, [-1, height, width // s, s * channels])
+            kernel, _, _, out_channels = w.shape
+            w = tf.reshape(w, [kernel, kernel // s, s * channels, out_channels])
+            x = tf.nn.conv2d(x, w, [s, 1], 'VALID')
+        else:
+            x = tf.nn.conv2d(x, w, s, self._padding)
+        return tf.nn.bias_add(x, _cast(self.b, x.dtype))
+
+
+class TransposedConvolution(snt.Module):
+    """What turns the shapes of a zero-padded `Convolution` back: the transpose of one, with bias.
+
+    Computed as a convolution that makes blocks of stride x stride pixels, which on CPUs is many
+    times as fast as TensorFlow's transposed one.
+
+    Args:
+      in_channels: channels of the input.
+      out_channels: channels of the output.
+      kernel: height and width of the kernel, a multiple of `stride`.
+      stride: stride along height and width of the output.
+      output_size: height and width of the output; the input has them divided by `stride`, rounded
+        up.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        stride: int,
+        output_size: tuple[int, int],
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        self._stride = stride
+        self._output_size = output_size
+        # A block is made from so many inputs along height and width.
+        self._reach = kernel // stride
+        fan_in = self._reach**2 * in_channels
+        self.w = _weights([kernel, kernel, out_channels, in_channels], fan_in)
+        self.b = tf.Variable(tf.zeros([out_channels]), name='b')
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns the transposed convolution, `[N, *output_size, out_channels]`."""
+        s, reach = self._stride, self._reach
+        _, _, out_channels, in_channels = self.w.shape
+        # Pixel s * i + p of the kernel is pixel p of the block that lies i blocks on: seen from the
+        # block, its input lies i blocks back.
+        w = tf.reshape(self.w, [reach, s, reach, s, out_channels, in_channels])
+        w = tf.reverse(tf.transpose(w, [0, 2, 5, 1, 3, 4]), axis=[0, 1])
+        w = tf.reshape(w, [reach, reach, in_channels, s * s * out_channels])
+        around = [[0, 0], [reach - 1, reach - 1], [reach - 1, reach - 1], [0, 0]]
+        # With the padding left to the convolution, its gradient takes many times as long.
+        x = tf.nn.conv2d(tf.pad(x, around), _cast(w, x.dtype), 1, 'VALID')
+        x = tf.nn.bias_add(x, tf.tile(_cast(self.b, x.dtype), [s * s]))
+        x = tf.nn.depth_to_space(x, s) if s > 1 else x
+        # What the convolution would have seen of its padding.
+        height, width = self._output_size
+        top, left = (
+            max((-(-size // s) - 1) * s + reach * s - size, 0) // 2 for size in (height, width)
+        )
+        if x.shape[1:3] == [height, width]:
+            return x
+        # A Python slice has a gradient that takes longer than the convolution's.
+        return tf.slice(x, [0, top, left, 0], [-1, height, width, out_channels])
+
+
+class UnpaddedTorso(snt.Module):
+    """Convolutions without padding and a linear layer: the shallow network and DQN's.
+
+    Shallow is the paper's (Figure 3, left); with padding it has 1.5M parameters instead of the
+    paper's 1.2M. That of Mnih et al. 2015 (Nature 518, "Model architecture") has one convolution
+    more, and two to four times as many of everything.
+
+    Args:
+      name: `'shallow'` or `'nature'`.
+      frame: uint8 `[H, W, C]`, at least 20x20 or 36x36.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+
+    Raises:
+      ValueError: the frame is too small or is no image.
+    """
+
+    def __init__(self, name: str, frame: ArraySpec, compute_dtype: tf.DType):
+        super().__init__(f'{name}_torso')
+        *size, channels = _image_shape(frame, name)
+        layers, features = _UNPADDED[name]
+        smallest = _input_size(1, layers)
+        if min(size) < smallest:
+            raise ValueError(
+                f'The {name} torso needs frames of at least {smallest}x{smallest} pixels, got '
+                f'{size[0]}x{size[1]}; use the deep torso.'
+            )
+        self._dtype = compute_dtype
+        convolutions = []
+        outputs = list(size)
+        for layer, (out_channels, kernel, stride) in enumerate(layers, 1):
+            convolution = Convolution(
+                channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}'
+            )
+            # Attributes of these names are what checkpoints know them by.
+            setattr(self, f'_conv_{layer}', convolution)
+            convolutions.append(convolution)
+            outputs = [(pixels - kernel) // stride + 1 for pixels in outputs]
+            channels = out_channels
+        self._convolutions = convolutions
+        # Pixels at the far edges that no output depends on are cut off before they cost anything.
+        self._used = [_input_size(pixels, layers) for pixels in outputs]
+        self._crop = size != self._used
+        self._flat_size = math.prod(outputs) * channels
+        self._linear = Linear(self._flat_size, features, name='linear')
+        self.output_size = features
+
+    def __call__(self, frame: tf.Tensor) -> tf.Tensor:
+        """Returns features, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
+        if self._crop:
+            height, width = self._used
+            frame = frame[:, :height, :width]
+        x = tf.cast(frame, self._dtype)
+        scale = 1 / 255
+        for convolution in self._convolutions:
+            x = tf.nn.relu(convolution(x, scale))
+            scale = 1.0
+        x = tf.reshape(x, [-1, self._flat_size])
+        x = tf.nn.relu(self._linear(x))
+        return tf.cast(x, tf.float32)
+
+
+class DeepTorso(snt.Module):
+    """The paper's deep residual network with 15 convolutions (Figure 3, right).
+
+    Three sections of a convolution, a max pool that halves the frame, and two residual blocks; all
+    zero-padded, so frames of any size will do.
+
+    Args:
+      frame: uint8 `[H, W, C]`.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+
+    Raises:
+      ValueError: the frame is no image.
+    """
+
+    def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
+        super().__init__(name)
+        height, width, channels = _image_shape(frame, 'deep')
+        self._dtype = compute_dtype
+        self._sections = []
+        for section, out_channels in enumerate(_DEEP_SECTIONS):
+            downscale = Convolution(channels, out_channels, 3, name=f'section_{section}')
+            blocks = [
+                [
+                    Convolution(out_channels, out_channels, 3, name=f'block_{section}_{block}_{i}')
+                    for i in range(2)
+                ]
+                for block in range(_RESIDUAL_BLOCKS)
+            ]
+            self._sections.append((downscale, blocks))
+            channels = out_channels
+            height, width = -(-height // 2), -(-width // 2)
+        self._flat_size = height * width * channels
+        self._linear = Linear(self._flat_size, _FEATURES, name='linear')
+        self.output_size = _FEATURES
+
+    def __call__(self, frame: tf.Tensor) -> tf.Tensor:
+        """Returns features, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
+        x = tf.cast(frame, self._dtype)
+        scale = 1 / 255
+        for downscale, blocks in self._sections:
+            x = downscale(x, scale)
+            scale = 1.0
+            x = tf.nn.max_pool2d(x, 3, 2, 'SAME')
+            for conv_1, conv_2 in blocks:
+                x += conv_2(tf.nn.relu(conv_1(tf.nn.relu(x))))
+        x = tf.reshape(tf.nn.relu(x), [-1, self._flat_size])
+        x = tf.nn.relu(self._linear(x))
+        return tf.cast(x, tf.float32)
+
+
+class MLPTorso(snt.Module):
+    """Two linear layers of 64 for observations that are vectors.
+
+    Args:
+      frame: any shape, float32, or uint8 that is scaled to [0, 1].
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+    """
+
+    def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
+        super().__init__(name)
+        self._dtype = compute_dtype
+        self._scale = 1 / 255 if frame.dtype == 'uint8' else 1.0
+        self._flat_size = math.prod(frame.shape)
+        sizes = (self._flat_size, *_MLP_SIZES)
+        self._layers = [
+            Linear(inputs, outputs, name=f'linear_{i}')
+            for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True))
+        ]
+        self.output_size = sizes[-1]
+
+    def __call__(self, frame: tf.Tensor) -> tf.Tensor:
+        """Returns features, f32 `[N, output_size]`, of frames `[N, ...]`."""
+        x = tf.reshape(tf.cast(frame, self._dtype), [-1, self._flat_size])
+        scale = self._scale
+        for layer in self._layers:
+            x = tf.nn.relu(layer(x, scale))
+            scale = 1.0
+        return tf.cast(x, tf.float32)
+
+
+class EncoderTorso(snt.Module):
+    """Three convolutions and a linear layer: the encoder of an auto-encoder.
+
+    All that follows sees a frame as `latent_size` numbers. `impala.networks.decoder` tells, while
+    training, what frame they stand for. Convolutions are zero-padded and each output of a
+    stride s stands for s x s inputs, so frames of any size will do.
+
+    Args:
+      frame: uint8 `[H, W, C]`.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+      latent_size: features.
+
+    Raises:
+      ValueError: the frame is no image.
+    """
+
+    def __init__(
+        self,
+        frame: ArraySpec,
+        compute_dtype: tf.DType,
+        latent_size: int = LATENT_SIZE,
+        name: str | None = None,
+    ):
+        super().__init__(name)
+        height, width, channels = _image_shape(frame, 'autoencoder')
+        self._dtype = compute_dtype
+        self._convolutions = []
+        for layer, (out_channels, kernel, stride) in enumerate(ENCODER_LAYERS):
+            self._convolutions.append(
+                Convolution(channels, out_channels, kernel, stride, name=f'conv_{layer}')
+            )
+            channels = out_channels
+        height, width = encoded_sizes(height, width)[-1]
+        self._flat_size = height * width * channels
+        self._linear = Linear(self._flat_size, latent_size, name='linear')
+        self.output_size = latent_size
+
+    def __call__(self, frame: tf.Tensor) -> tf.Tensor:
+        """Returns latents, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
+        x = tf.cast(frame, self._dtype)
+        scale = 1 / 255
+        for convolution in self._convolutions:
+            x = tf.nn.relu(convolution(x, scale))
+            scale = 1.0
+        x = tf.nn.relu(self._linear(tf.reshape(x, [-1, self._flat_size])))
+        return tf.cast(x, tf.float32)
+
+
+def encoded_sizes(height: int, width: int) -> list[tuple[int, int]]:
+    """Returns height and width of a frame before and after each convolution of the encoder."""
+    sizes = [(height, width)]
+    for _, _, stride in ENCODER_LAYERS:
+        height, width = -(-height // stride), -(-width // stride)
+        sizes.append((height, width))
+    return sizes
+
+
+def create_torso(
+    name: str, frame: ArraySpec, compute_dtype: tf.DType, latent_size: int = LATENT_SIZE
+) -> snt.Module:
+    """Returns the torso called `name`, one of `TORSOS`, for frames of that spec.
+
+    Args:
+      name: of the torso.
+      frame: `[H, W, C]`, or a vector.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+      latent_size: features of the encoder; the others have sizes of their own.
+
+    Raises:
+      ValueError: there is no such torso, or it cannot serve such frames.
+    """
+    if name in _UNPADDED:
+        return UnpaddedTorso(name, frame, compute_dtype)
+    if name == 'deep':
+        return DeepTorso(frame, compute_dtype)
+    if name == 'mlp':
+        return MLPTorso(frame, compute_dtype)
+    if name == 'autoencoder':
+        return EncoderTorso(frame, compute_dtype, latent_size)
+    raise ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
+
+
+def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) -> tuple[int, int]:
+    """Returns the inputs and outputs of a torso's linear layer, where nearly all weights are.
+
+    Nothing is made, so that this can be asked of frames of any size.
+
+    Args:
+      name: of the torso.
+      frame: as of `create_torso`, as are the next.
+      latent_size: see `frame`.
+
+    Raises:
+      ValueError: the torso cannot serve such frames.
+    """
+    if name == 'mlp':
+        return math.prod(frame.shape), _MLP_SIZES[0]
+    height, width, _ = _image_shape(frame, name)
+    size = [height, width]
+    if name in _UNPADDED:
+        layers, features = _UNPADDED[name]
+        channels = layers[-1][0]
+        for _, kernel, stride in layers:
+            size = [max(0, (pixels - kernel) // stride + 1) for pixels in size]
+    elif name == 'autoencoder':
+        size, features = [*encoded_sizes(height, width)[-1]], latent_size
+        channels = ENCODER_LAYERS[-1][0]
+    else:
+        features, channels = _FEATURES, _DEEP_SECTIONS[-1]
+        for _ in _DEEP_SECTIONS:
+            size = [-(-pixels // 2) for pixels in size]
+    return math.prod(size) * channels, features
+
+
+def layers(torso: snt.Module) -> list[Linear | Convolution]:
+    """Returns the layers of a torso."""
+    return [module for module in torso.submodules if isinstance(module, (Linear, Convolution))]
+
+
+def _input_size(output_size: int, layers: Sequence[tuple[int, int, int]]) -> int:
+    """Returns the height or width of which unpadded convolutions make another."""
+    for _, kernel, stride in reversed(layers):
+        output_size = (output_size - 1) * stride + kernel
+    return output_size
+
+
+def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
+    if len(frame.shape) != 3 or frame.dtype != 'uint8':
+        raise ValueError(
+            f'The {torso} torso needs uint8 frames [height, width, channels], got {frame.dtype} '
+            f'{list(frame.shape)}; use the mlp torso.'
+        )
+    height, width, channels = frame.shape
+    return height, width, channels
+
+
+def _weights(shape: list[int], fan_in: int | None = None) -> tf.Variable:
+    """Weights as Sonnet initialises those of a layer whose last dimension is its output.
+
+    Args:
+      shape: of the weights.
+      fan_in: inputs of an output, where the layer is another one.
+    """
+    stddev = 1 / np.sqrt(math.prod(shape[:-1]) if fan_in is None else fan_in)
+    return tf.Variable(snt.initializers.TruncatedNormal(stddev=stddev)(shape, tf.float32), name='w')
+
+
+def _cast(variable: tf.Variable, dtype: tf.DType, scale: float = 1.0) -> tf.Tensor:
+    # Scaled in float32, before the rounding to a shorter type.
+    return tf.cast(variable * scale if scale != 1.0 else variable, dtype)

@@ -1,0 +1,441 @@
+"""What survives a run in its `--logdir`: checkpoints, the flag file and the shape of the network.
+
+Everything here fails with a `LogdirError`, whose text is one sentence for the user.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import tensorflow as tf
+import tqdm
+
+from impala.runs.files import (
+    CHECKPOINT_FOLDER,
+    CHECKPOINT_PREFIX,
+    FLAG_FILE,
+    NETWORK_FILE,
+    LogdirError,
+    checkpoint_number,
+    checkpoint_paths,
+    write_atomically,
+)
+
+# In the file of the network's settings, what `check_same_run` compares.
+_COUNTED_BY = 'counted_by'
+
+
+class NoIntactCheckpointError(LogdirError):
+    """All checkpoints, or the one asked for, are damaged, or not written to their end yet."""
+
+
+def report_to_stderr(text: str) -> None:
+    """Prints a line to stderr without tearing a progress bar that stands there."""
+    with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, file=sys.stderr)
+
+
+def write_flags(logdir: str, text: str) -> str:
+    """Writes the flag file that restores the run.
+
+    Args:
+      logdir: the log directory; created if missing.
+      text: what absl's `flags_into_string` returns.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      LogdirError: if it cannot be written; a file from before is left as it was.
+    """
+    path = os.path.join(logdir, FLAG_FILE)
+    write_atomically(path, text)
+    return path
+
+
+def network_settings(logdir: str) -> dict[str, Any] | None:
+    """Returns the settings of the network that `store_settings` stored, None if there are none.
+
+    Raises:
+      LogdirError: if the file cannot be read.
+    """
+    stored = _stored(logdir)
+    return stored and {name: value for name, value in stored.items() if name != _COUNTED_BY}
+
+
+def store_settings(logdir: str, network: dict[str, Any], counted_by: dict[str, Any]) -> None:
+    """Stores what must not change from now on, or only if the user says so.
+
+    Args:
+      logdir: the log directory; created if missing.
+      network: flag name -> JSON-serialisable value, for `check_same_network`.
+      counted_by: as of `run_config.counted_by`, for `check_same_run`.
+
+    Raises:
+      LogdirError: if the file cannot be written.
+    """
+    settings = network | {_COUNTED_BY: counted_by}
+    text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
+    write_atomically(os.path.join(logdir, NETWORK_FILE), text)
+
+
+def check_same_network(logdir: str, settings: dict[str, Any], later: Collection[str] = ()) -> None:
+    """Compares the settings that shape the network with those of the run before.
+
+    As long as there is no checkpoint nothing depends on them, and any will do.
+
+    Args:
+      logdir: the log directory.
+      settings: flag name -> JSON-serialisable value.
+      later: names of settings that are not compared if none was stored: the run may be from before
+        they were.
+
+    Raises:
+      LogdirError: if the run was started with other values; names each flag with both. Also if
+        the file cannot be read.
+    """
+    settings = json.loads(json.dumps(settings))
+    stored = network_settings(logdir) if checkpoint_paths(logdir) else None
+    if stored is None:
+        return
+    stored = {name: settings[name] for name in later if name in settings} | stored
+    different = [
+        f'--{name} was {_shown(stored, name)} and is now {_shown(settings, name)}'
+        for name in sorted({*stored, *settings})
+        if name not in stored or name not in settings or stored[name] != settings[name]
+    ]
+    if different:
+        raise LogdirError(
+            f'The run in {logdir} has another network or optimizer: {", ".join(different)}; '
+            'set them back, or give another --logdir.'
+        )
+
+
+def check_same_run(logdir: str, counted_by: dict[str, Any], allow_level_change: bool) -> None:
+    """Refuses what would give the run's counters or logs another meaning half-way.
+
+    Args:
+      logdir: the log directory.
+      counted_by: as of `run_config.counted_by`; a run from before it was stored is not compared.
+      allow_level_change: whether the levels may be others.
+
+    Raises:
+      LogdirError: if they were others; names the flag. Also if the file cannot be read.
+    """
+    stored = (_stored(logdir) or {}).get(_COUNTED_BY) if checkpoint_paths(logdir) else None
+    if stored is None:
+        return
+    if not isinstance(stored, dict):
+        raise _damaged(logdir, f'{_COUNTED_BY} is {json.dumps(stored)}')
+    repeats = counted_by['num_action_repeats']
+    if stored.get('num_action_repeats', repeats) != repeats:
+        raise LogdirError(
+            f'The run in {logdir} counts frames by another number of repeats: '
+            f'--num_action_repeats was {_shown(stored, "num_action_repeats")} and is now '
+            f'{repeats}; set it back, or give another --logdir.'
+        )
+    levels = stored.get('levels', counted_by['levels'])
+    if not isinstance(levels, list) or not all(isinstance(level, str) for level in levels):
+        raise _damaged(logdir, f'levels is {json.dumps(levels)}')
+    if {*levels} != {*counted_by['levels']} and not allow_level_change:
+        raise LogdirError(
+            f'The run in {logdir} has other levels: --level_name was {_few(levels)} and is now '
+            f'{_few(counted_by["levels"])}; set it back, give another --logdir, or '
+            '--allow_level_change to go on with other levels, after which its logs are of both.'
+        )
+
+
+def _stored(logdir: str) -> dict[str, Any] | None:
+    """Returns all that `store_settings` stored; see `network_settings`."""
+    path = os.path.join(logdir, NETWORK_FILE)
+    try:
+        with open(path, encoding='utf-8') as file:
+            settings = json.load(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LogdirError(f'Cannot read {path}: {error.strerror}.') from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(logdir, str(error)) from error
+    if not isinstance(settings, dict):
+        raise _damaged(logdir, 'it has no settings')
+    return settings
+
+
+def _damaged(logdir: str, what: str) -> LogdirError:
+    path = os.path.join(logdir, NETWORK_FILE)
+    return LogdirError(
+        f'{path} is damaged ({what}): remove it if the flags are those the run was started with.'
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    if len(names) <= 3:
+        return ','.join(names)
+    return f'{names[0]},{names[1]},... ({len(names)} levels)'
+
+
+class Checkpointer:
+    """Saves and restores a learner under `<logdir>/checkpoints`.
+
+    A checkpoint holds all variables of the learner (weights, optimizer, counters of updates and
+    agent steps) and the seconds spent training. Checkpoints are found by their files, not by
+    TensorFlow's state file, so that a lost or damaged state file does not make a run start anew.
+    """
+
+    def __init__(
+        self,
+        logdir: str,
+        learner: tf.Module,
+        save_secs: float = 600.0,
+        max_to_keep: int = 3,
+        report: Callable[[str], None] = report_to_stderr,
+    ):
+        """Makes nothing on disk.
+
+        Args:
+          logdir: the log directory.
+          learner: what is saved; its variables exist already. To restore an agent alone, give a
+            module that has it under the learner's attribute name.
+          save_secs: seconds of training between checkpoints of `maybe_save`.
+          max_to_keep: how many checkpoints stay; at least 2, so that there is one to fall back to.
+          report: takes a line for the user about what went wrong without ending the run.
+
+        Raises:
+          LogdirError: if TensorFlow cannot restore from a directory of this name.
+        """
+        if max_to_keep < 2:
+            raise ValueError(f'max_to_keep must be at least 2, not {max_to_keep}.')
+        if re.search(r'[][*?\\]', logdir):
+            # TensorFlow would save there, but takes the path for a pattern when it restores.
+            raise LogdirError(
+                f'{logdir} cannot be a log directory: none of *, ?, [, ] and \\ may be in it.'
+            )
+        self._logdir = logdir
+        self._folder = os.path.join(logdir, CHECKPOINT_FOLDER)
+        self._save_secs = save_secs
+        self._max_to_keep = max_to_keep
+        self._report = report
+        with tf.device('/cpu:0'):
+            self._wall_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
+        self._checkpoint = tf.train.Checkpoint(learner=learner, wall_seconds=self._wall_seconds)
+        # Made on first use; one that is missing while restoring leads to warnings of TensorFlow.
+        self._save_counter = self._checkpoint.save_counter
+        self._manager: tf.train.CheckpointManager | None = None
+        self._last_attempt = 0.0
+        self._latest: str | None = None
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of training behind the checkpoint saved or restored last; 0 if there is none."""
+        return float(self._wall_seconds.numpy())
+
+    @property
+    def latest(self) -> str | None:
+        """Path of the checkpoint saved or restored last, without file extension."""
+        return self._latest
+
+    def restore(self, path: str | None = None) -> bool:
+        """Restores the newest intact checkpoint, or a given one.
+
+        Damaged newer ones are reported and passed over: at most some minutes of training are
+        lost, where refusing would stop a run that restarts unattended. Another process may be
+        writing and removing checkpoints all the while.
+
+        Args:
+          path: of the checkpoint, without file extension; None for the newest.
+
+        Returns:
+          Whether there was a checkpoint.
+
+        Raises:
+          NoIntactCheckpointError: if there are checkpoints and all are damaged, or the given one
+            is or is not there.
+          LogdirError: if the one restored does not fit the learner.
+        """
+        if path is not None:
+            self._restore_given(path)
+            return True
+        while True:
+            paths = checkpoint_paths(self._logdir)
+            try:
+                return self._restore_newest(paths)
+            except LogdirError:
+                if checkpoint_paths(self._logdir) == paths:
+                    raise
+
+    def _restore_given(self, path: str) -> None:
+        fault = _fault(path)
+        if not fault:
+            try:
+                self._read(path)
+                return
+            except LogdirError:
+                # Or it has just been removed.
+                fault = _fault(path)
+                if not fault:
+                    raise
+        raise NoIntactCheckpointError(f'The checkpoint {path} cannot be used: {fault}.')
+
+    def _restore_newest(self, paths: list[str]) -> bool:
+        damaged = []
+        for path in reversed(paths):
+            fault = _fault(path)
+            if fault:
+                damaged.append(f'{path} ({fault})')
+                continue
+            if damaged:
+                self._report(
+                    f'WARNING: damaged checkpoint {", ".join(damaged)}: going on from the newest '
+                    f'intact one, {path}.'
+                )
+            self._read(path)
+            return True
+        if damaged:
+            raise NoIntactCheckpointError(
+                f'No checkpoint in {self._folder} is intact: {", ".join(damaged)}; put an intact '
+                'copy there, or remove the folder to start the training anew.'
+            )
+        return False
+
+    def maybe_save(self, wall_seconds: float) -> bool:
+        """Saves if `save_secs` of training have passed since the last attempt.
+
+        A failure is reported, and tried again after the next `save_secs`.
+
+        Args:
+          wall_seconds: seconds of training so far, over all resumptions.
+
+        Returns:
+          Whether a checkpoint was written.
+        """
+        if wall_seconds - self._last_attempt < self._save_secs:
+            return False
+        try:
+            self.save(wall_seconds)
+        except LogdirError as error:
+            self._report(
+                f'WARNING: {error} Training goes on, next attempt in {self._save_secs:.0f} s.'
+            )
+            return False
+        return True
+
+    def save(self, wall_seconds: float) -> str:
+        """Saves now.
+
+        Args:
+          wall_seconds: seconds of training so far, over all resumptions.
+
+        Returns:
+          The path of the checkpoint, without file extension.
+
+        Raises:
+          LogdirError: if it cannot be written; the checkpoints from before are untouched and
+            nothing of the new one stays.
+        """
+        self._last_attempt = wall_seconds
+        before = checkpoint_paths(self._logdir)
+        number = checkpoint_number(before[-1]) if before else 0
+        path = os.path.join(self._folder, f'{CHECKPOINT_PREFIX}-{number + 1}')
+        self._wall_seconds.assign(wall_seconds)
+        try:
+            if self._manager is None:
+                self._manager = self._create_manager(before)
+            # A failed attempt has counted already.
+            self._save_counter.assign(number)
+            self._manager.save()
+        except (OSError, tf.errors.OpError) as error:
+            # The last thing written is TensorFlow's state file, which nothing depends on.
+            if _fault(path):
+                _remove_checkpoint(path)
+                raise LogdirError(
+                    f'Cannot save a checkpoint in {self._folder}: {_reason(error)}; '
+                    + (f'the previous one is {before[-1]}.' if before else 'there is none yet.')
+                ) from error
+        self._latest = path
+        return path
+
+    def _create_manager(self, paths: list[str]) -> tf.train.CheckpointManager:
+        os.makedirs(self._folder, exist_ok=True)
+        for leftover in glob.glob(f'{glob.escape(self._folder)}/{CHECKPOINT_PREFIX}-*_temp'):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if paths:
+            # The manager deletes old checkpoints by the state file, which may be lost or damaged.
+            # It takes only those into its care that are newer than what it has preserved for good.
+            tf.compat.v1.train.update_checkpoint_state(
+                self._folder,
+                paths[-1],
+                list(paths),
+                all_model_checkpoint_timestamps=[1.0] * len(paths),
+                last_preserved_timestamp=0.0,
+            )
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self._folder, 'checkpoint'))
+        return tf.train.CheckpointManager(
+            self._checkpoint, self._folder, self._max_to_keep, checkpoint_name=CHECKPOINT_PREFIX
+        )
+
+    def _read(self, path: str) -> None:
+        try:
+            status = self._checkpoint.restore(path).expect_partial()
+            status.assert_existing_objects_matched()
+        except (AssertionError, ValueError, tf.errors.OpError) as error:
+            first_line = (str(error).strip().splitlines() or [''])[0].rstrip('.')
+            raise LogdirError(
+                f'The checkpoint {path} does not fit the network of this run ({first_line}): '
+                'use the flags it was trained with, or another --logdir.'
+            ) from error
+        self._last_attempt = self.wall_seconds
+        self._latest = path
+
+
+def _fault(path: str) -> str:
+    """Reads all of a checkpoint; returns what is wrong with it, '' if nothing is.
+
+    TensorFlow keeps a checksum of every block of the index and of every tensor, and compares it
+    only when that tensor is read.
+    """
+    if not os.path.exists(f'{path}.index'):
+        return 'its .index file is missing'
+    try:
+        reader = tf.train.load_checkpoint(path)
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)
+    except Exception as error:
+        # Which type of exception comes depends on where the damage lies; IndexError is among them.
+        return _reason(error)
+    return ''
+
+
+def _reason(error: Exception) -> str:
+    """Returns the operating system's or TensorFlow's reason without names of ops and devices."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = getattr(error, 'message', None) or str(error)
+    text = (text.strip().splitlines() or [type(error).__name__])[0]
+    text = re.sub(r'^(\{\{.*?\}\}\s*)+', '', text)
+    text = re.sub(r'^TensorBundle at .* shard \d+ \(\d+ bytes\): ', '', text)
+    text = re.sub(r'\s*\[Op:\w+\].*$', '', text)
+    return text.rpartition('; ')[2].rstrip('.')
+
+
+def _remove_checkpoint(path: str) -> None:
+    for name in glob.glob(f'{glob.escape(path)}.*'):
+        with contextlib.suppress(OSError):
+            os.remove(name)
+    shutil.rmtree(f'{path}_temp', ignore_errors=True)
+    state = os.path.join(glob.escape(os.path.dirname(path)), 'checkpoint.tmp*')
+    for name in glob.glob(state):
+        with contextlib.suppress(OSError):
+            os.remove(name)
+
+
+def _shown(settings: dict[str, Any], name: str) -> str:
+    return json.dumps(settings[name]) if name in settings else 'not set'

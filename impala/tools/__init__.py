@@ -1,0 +1,1 @@
+"""Programs that work on finished or running runs: plot, export, sweep."""

@@ -1,0 +1,178 @@
+"""Writes a trained agent as a SavedModel, which acts without this project's code.
+
+    python -m impala.tools.export runs/pong [--output=FOLDER] [--checkpoint=PATH]
+
+Its signatures, of any batch size B:
+
+* `initial_state(batch_size i32 [])`: `state_0`, `state_1`, f32 `[B, H]`; an agent without memory
+  has `no_state`, f32 `[B, 0]`.
+* `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)` and,
+  where the environment speaks, `instruction i32 [B, 32]`: `action` i32 `[B]`, sampled,
+  `greedy_action` i32 `[B]`, `policy_logits` f32 `[B, A]`, `baseline` f32 `[B]`, and the state after
+  it. An agent trained with `--popart` has no `baseline`, whose values belong to its levels. Give
+  `done=True` with the first observation of an episode.
+"""
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from environments import INSTRUCTION_LENGTH
+from impala.runs.tensorflow_start import starting_tensorflow
+
+with starting_tensorflow():
+    import tensorflow as tf
+
+from impala.config import ConfigError, frame_dtype, latent_size, popart_levels
+from impala.networks.agent import Agent, AgentConfig
+from impala.runs.checkpoint import Checkpointer, LogdirError, network_settings
+from impala.runs.output import outlive_readers
+from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
+
+FOLDER = 'saved_model'
+
+
+class _Exported(tf.Module):
+    def __init__(self, agent: Agent):
+        super().__init__()
+        # Under this name the checkpoint has the agent.
+        self.agent = agent
+
+
+def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
+    """Returns the network of a run and what its environment looks like to it.
+
+    Raises:
+      LogdirError: there is no run there.
+    """
+    settings = network_settings(logdir)
+    if settings is None:
+        raise LogdirError(f'{logdir} is not the folder of a training run: it has no network.json.')
+
+    def value(name: str, kind: type) -> Any:
+        found = {key: settings[key] for key in settings if name in key}
+        if len(found) != 1:
+            raise LogdirError(f'The network.json in {logdir} is damaged: it has no {name!r}.')
+        ((key, setting),) = found.items()
+        if type(setting) is not kind:
+            raise LogdirError(f'The network.json in {logdir} is damaged: {key!r} is {setting!r}.')
+        return setting
+
+    shape = tuple(value('shape of the frames', list))
+    if not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise LogdirError(f'The network.json in {logdir} is damaged: frames cannot be {shape}.')
+    observation = {'frame': ArraySpec(shape, frame_dtype(settings, shape))}
+    if value('whether it has instructions', bool):
+        observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
+    network = AgentConfig(
+        torso=value('torso', str),
+        use_lstm=value('use_lstm', bool),
+        popart_levels=popart_levels(settings),
+        latent_size=latent_size(settings),
+    )
+    return network, EnvironmentSpec(observation, value('number of actions', int), 1)
+
+
+def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
+    """Writes the SavedModel of a run.
+
+    Args:
+      logdir: of the run.
+      output: folder to write; whatever SavedModel is there is replaced.
+      checkpoint: path without file extension; None for the newest.
+
+    Returns:
+      The path of the checkpoint that was exported.
+
+    Raises:
+      LogdirError: there is no such run or checkpoint, or the folder cannot be written.
+    """
+    network, spec = spec_of_run(logdir)
+    agent = Agent(network, spec)
+    exported = _Exported(agent)
+    checkpointer = Checkpointer(logdir, exported)
+    if not checkpointer.restore(checkpoint):
+        raise LogdirError(f'There is no checkpoint in {logdir}.')
+    states = tf.nest.flatten(agent.state_spec)
+    state_names = [f'state_{index}' for index in range(len(states))]
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec([], tf.int32, 'batch_size')])
+    def initial_state(batch_size: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.nest.flatten(agent.initial_state(batch_size))
+        if not values:
+            return {'no_state': tf.zeros([batch_size, 0])}
+        return dict(zip(state_names, values, strict=True))
+
+    signature = {
+        'prev_action': tf.TensorSpec([None], tf.int32),
+        'reward': tf.TensorSpec([None], tf.float32),
+        'done': tf.TensorSpec([None], tf.bool),
+    }
+    for name, array in spec.observation.items():
+        signature[name] = tf.TensorSpec([None, *array.shape], array.dtype)
+    for name, array in zip(state_names, states, strict=True):
+        signature[name] = tf.TensorSpec([None, *array.shape], array.dtype)
+
+    @tf.function(autograph=False)
+    def step(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
+        # The network looks at the last reward, and not at what has become of the episode.
+        nothing = tf.zeros_like(inputs['reward'])
+        output, state = agent.step(
+            inputs['prev_action'],
+            StepOutput(
+                reward=inputs['reward'],
+                info=StepOutputInfo(nothing, *2 * [tf.cast(nothing, tf.int32)]),
+                done=inputs['done'],
+                observation={name: inputs[name] for name in spec.observation},
+            ),
+            tf.nest.pack_sequence_as(agent.state_spec, [inputs[name] for name in state_names]),
+        )
+        outputs = {
+            'action': output.action,
+            'greedy_action': tf.argmax(output.policy_logits, -1, tf.int32),
+            'policy_logits': output.policy_logits,
+            **dict(zip(state_names, tf.nest.flatten(state), strict=True)),
+        }
+        if agent.popart is None:
+            outputs['baseline'] = output.baseline
+        return outputs
+
+    signatures = {
+        'initial_state': initial_state,
+        'step': step.get_concrete_function(
+            **{name: tf.TensorSpec(s.shape, s.dtype, name) for name, s in signature.items()}
+        ),
+    }
+    try:
+        tf.saved_model.save(exported, output, signatures=signatures)
+    except (OSError, tf.errors.OpError) as error:
+        raise LogdirError(f'Cannot write {output}: {error}.') from error
+    return str(checkpointer.latest)
+
+
+def main(argv: list[str]) -> int:
+    """Exports what the command line says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m impala.tools.export', description='Writes a trained agent as a SavedModel.'
+    )
+    parser.add_argument('logdir', help='folder of a training run')
+    # In `--output=~/folder` a shell leaves the ~ to us.
+    path = os.path.expanduser
+    parser.add_argument('--output', type=path, help=f'folder to write; LOGDIR/{FOLDER} by default')
+    parser.add_argument('--checkpoint', type=path, help='another than the newest one')
+    arguments = parser.parse_args(argv)
+    output = arguments.output or os.path.join(arguments.logdir, FOLDER)
+    checkpoint = arguments.checkpoint and arguments.checkpoint.removesuffix('.index')
+    try:
+        exported = export(arguments.logdir, output, checkpoint)
+    except (LogdirError, ConfigError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f'Written {exported} to {output}')
+    return 0
+
+
+if __name__ == '__main__':
+    outlive_readers()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,450 @@
+"""Draws runs: learning curves, where the time went, and how old the policies were.
+
+    python -m impala.tools.plot runs/pong_1 runs/pong_2 [--output=FOLDER] [--over=frames]
+
+Runs whose flags differ in nothing but seed and folder are one line, their mean, with the spread
+between the lowest and the highest. Every picture is written as PNG and as SVG.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from environments import LevelError
+from impala import suites
+from impala.runs import flag_file
+from impala.runs.files import LogdirError, read_episodes, read_metrics
+from impala.runs.learning_curve import STYLE as CURVE_STYLE
+from impala.runs.output import outlive_readers
+
+WINDOW = 100
+POINTS = 200
+_OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall time (h)'}
+# Runs that are all shorter are drawn over minutes; hours.
+_SHORT_RUN = 2.0
+# Of the scores of others; points.
+_KNOWN_COLOR = '0.35'
+_KNOWN_FONT_SIZE = 6.5
+_PUBLISHED_STYLE = (0, (8, 2, 1, 2))
+# How far beyond all else, in multiples of its range, a published score still is on the scale.
+_KNOWN_REACH = 2.0
+# What tells runs of one kind apart.
+_OF_ONE_RUN = ('seed', 'learner_address', 'task', *flag_file.NOT_OF_THE_RUN, 'nowatch')
+STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is left of a run.
+
+    Attributes:
+      logdir: its folder.
+      flags: name -> text of the value.
+      episodes: level name -> f64 `[N, 4]`: frames, agent steps, hours, return.
+      metrics: lines of `metrics.jsonl`.
+      not_finite: episodes whose return is not finite, which are left out of `episodes`.
+    """
+
+    logdir: str
+    flags: Mapping[str, str]
+    episodes: Mapping[str, np.ndarray]
+    metrics: Sequence[Mapping[str, Any]]
+    not_finite: int = 0
+
+
+def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
+    """Reads a run's files.
+
+    Args:
+      logdir: folder of the run.
+      report: told of damaged lines, in a sentence for each file.
+
+    Raises:
+      LogdirError: there is no run there.
+    """
+    rows: dict[str, list[tuple[float, float, float, float]]] = {}
+    not_finite = 0
+    for row in read_episodes(logdir, report):
+        if not math.isfinite(row['return']):
+            not_finite += 1
+        else:
+            rows.setdefault(row['level'], []).append(
+                (row['frames'], row['agent_steps'], row['wall_seconds'] / 3600, row['return'])
+            )
+    flags = {}
+    try:
+        metrics = read_metrics(logdir, report)
+        path = os.path.join(logdir, flag_file.FLAG_FILE)
+        if os.path.exists(path):
+            for argument in flag_file.read(path):
+                flags[argument.name] = argument.text.partition('=')[2]
+    except flag_file.FlagFileError as error:
+        raise LogdirError(str(error)) from error
+    except OSError as error:
+        raise LogdirError(f'Cannot read the run in {logdir}: {error.strerror}.') from error
+    return Run(
+        logdir,
+        flags,
+        {name: np.array(values) for name, values in rows.items()},
+        metrics,
+        not_finite,
+    )
+
+
+def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Puts runs that differ in their seeds only together; returns name -> runs.
+
+    A name is that of the run's folder, without the number at its end if there are several.
+    """
+    kinds: dict[Any, list[Run]] = {}
+    for run in runs:
+        flags = {name: value for name, value in run.flags.items() if name not in _OF_ONE_RUN}
+        # Without flags nothing is known of what a run has in common with others.
+        kind = tuple(sorted(flags.items())) if flags else run.logdir
+        kinds.setdefault(kind, []).append(run)
+    named: dict[str, list[Run]] = {}
+    for members in kinds.values():
+        names = [os.path.basename(os.path.normpath(run.logdir)) for run in members]
+        name = names[0]
+        if len(members) > 1:
+            name = os.path.commonprefix(names).rstrip('_-. ') or names[0]
+            name = f'{name} ({len(members)} seeds)'
+        while name in named:
+            name += "'"
+        named[name] = members
+    return named
+
+
+def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
+    """Returns the mean of the last `window` values, of fewer at the start, f64 `[N]`."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def spread(
+    curves: Sequence[tuple[np.ndarray, np.ndarray]], points: int = POINTS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns x, mean, lowest and highest of curves, where all of them are there, f64 `[points]`.
+
+    Args:
+      curves: x (rising) and y of each, f64 `[N]`.
+      points: number of x.
+    """
+    first = max(x[0] for x, _ in curves)
+    last = min(x[-1] for x, _ in curves)
+    x = np.linspace(first, max(first, last), points)
+    y = np.array([np.interp(x, *curve) for curve in curves])
+    return x, y.mean(0), y.min(0), y.max(0)
+
+
+def learning_curves(
+    kinds: Mapping[str, Sequence[Run]], over: str = 'frames', window: int = WINDOW
+) -> Any:
+    """Returns a figure with the returns of each level, with random, human and published lines.
+
+    Args:
+      kinds: as of `group`.
+      over: `'frames'`, `'agent_steps'` or `'wall_time'`.
+      window: how many returns to average; 1 where they are such averages already.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    levels = list(
+        dict.fromkeys(name for runs in kinds.values() for r in runs for name in r.episodes)
+    )
+    columns = min(4, math.ceil(math.sqrt(max(1, len(levels)))))
+    rows = max(1, math.ceil(len(levels) / columns))
+    size = (6.0, 3.6) if len(levels) <= 1 else (3.3 * columns, 2.3 * rows)
+    figure: Any = Figure(figsize=(size[0], size[1] + 0.3), dpi=200, layout='constrained')
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    column = list(_OVER).index(over)
+    label, scale = _OVER[over], 1.0
+    if over == 'wall_time' and all(
+        episodes[-1, column] < _SHORT_RUN
+        for runs in kinds.values() for run in runs for episodes in run.episodes.values()
+    ):  # fmt: skip
+        label, scale = 'wall time (min)', 60.0
+    known_levels = _known_levels(kinds)
+    for axes, name in zip(grid, levels, strict=False):
+        for color, (kind, runs) in enumerate(kinds.items()):
+            played = [run.episodes[name] for run in runs if name in run.episodes]
+            curves = [
+                (scale * episodes[:, column], running_mean(episodes[:, 3], window))
+                for episodes in played
+            ]
+            if not curves:
+                continue
+            x, mean, low, high = spread(curves)
+            axes.plot(x, mean, color=f'C{color}', linewidth=1.5, label=kind)
+            if len(curves) > 1:
+                axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+        _draw_known_scores(axes, known_levels.get(name) or suites.known_level(name))
+        axes.set_title(name, fontsize=8)
+        if over != 'wall_time':
+            axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+        axes.set_xlim(left=0)
+    for axes in grid[len(levels) :]:
+        axes.set_visible(False)
+    # Not as the label of the whole figure, which the legend would be drawn over.
+    for axes in grid[max(0, len(levels) - columns) : max(1, len(levels))]:
+        axes.set_xlabel(label)
+    figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
+    if levels:
+        handles: dict[str, Any] = {}
+        for axes in grid[: len(levels)]:
+            drawn = axes.get_legend_handles_labels()
+            drawn_runs = zip(drawn[1], drawn[0], strict=True)
+            handles |= {label: handle for label, handle in drawn_runs if label in kinds}
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc='outside lower center',
+            ncols=min(3, len(handles)),
+            fontsize=8,
+        )
+        figure.draw_without_rendering()
+        for axes in grid[: len(levels)]:
+            _name_known_scores(axes)
+    else:
+        grid[0].text(0.5, 0.5, 'no episode has ended', ha='center', transform=grid[0].transAxes)
+    return figure
+
+
+def _known_levels(kinds: Mapping[str, Sequence[Run]]) -> dict[str, suites.Level]:
+    """Returns the levels of the suites that were played, which may be the user's own."""
+    played = {run.flags.get('level_name', '') for runs in kinds.values() for run in runs} - {''}
+    levels: dict[str, suites.Level] = {}
+    for level_name in sorted(played):
+        try:
+            suite = suites.load(level_name)
+        except LevelError as error:
+            # The file may have been moved since; the curves are there all the same.
+            print(f'{error} There are no lines for its random and human scores.', file=sys.stderr)
+            continue
+        for level in suite.levels:
+            levels.setdefault(level.name, level)
+    return levels
+
+
+def _draw_known_scores(axes: Any, level: suites.Level) -> None:
+    def draw(name: str, value: float, style: Any) -> None:
+        axes.axhline(value, color=_KNOWN_COLOR, linewidth=0.8, linestyle=style, label=name)
+
+    if level.random is not None:
+        draw('random', level.random, (0, (1, 1)))
+    if level.human is not None:
+        draw('human', level.human, (0, (4, 2)))
+    published = sorted(level.published.items(), key=lambda item: item[1])
+    low, high = axes.dataLim.intervaly
+    reach = _KNOWN_REACH * (high - low)
+    # Of scores far beyond all else there would be nothing else to be seen: those are off the scale.
+    for name, value in published:
+        if low - reach <= value <= high + reach:
+            draw(f'paper: {name}', value, _PUBLISHED_STYLE)
+    limits = axes.get_ylim()
+    for name, value in published:
+        if not low - reach <= value <= high + reach:
+            draw(f'paper: {name}', value, _PUBLISHED_STYLE)
+    axes.set_ylim(limits)
+
+
+def _name_known_scores(axes: Any) -> None:
+    """Names the lines of known scores where they end: there are more than styles tell apart.
+
+    To be called when the layout has been made once.
+    """
+    lines = [line for line in axes.get_lines() if line.get_color() == _KNOWN_COLOR]
+    lines.sort(key=lambda line: line.get_ydata()[0])
+    low, high = axes.get_ylim()
+    ends, labels = [], []
+    for line in lines:
+        value = line.get_ydata()[0]
+        off = f' {value:g} \N{UPWARDS ARROW}' if value > high else ''
+        off = off or (f' {value:g} \N{DOWNWARDS ARROW}' if value < low else '')
+        labels.append(line.get_label() + off)
+        ends.append(min(max((value - low) / (high - low), 0.0), 1.0))
+    height = 72 * axes.bbox.height / axes.figure.dpi
+    distance = 1.15 * _KNOWN_FONT_SIZE / height
+    places = [
+        # Above are titles.
+        min(place, 1 - distance * (len(ends) - 1 - index))
+        for index, place in enumerate(spread_out(ends, distance))
+    ]
+    for label, end, place in zip(labels, ends, places, strict=True):
+        axes.annotate(
+            label,
+            xy=(1, end),
+            xytext=(1 + 10 / (72 * axes.bbox.width / axes.figure.dpi), place),
+            xycoords='axes fraction',
+            textcoords='axes fraction',
+            va='center',
+            fontsize=_KNOWN_FONT_SIZE,
+            color=_KNOWN_COLOR,
+            annotation_clip=False,
+            arrowprops={
+                'arrowstyle': '-',
+                'color': _KNOWN_COLOR,
+                'linewidth': 0.5,
+                'shrinkA': 1,
+                'shrinkB': 0,
+                'relpos': (0, 0.5),
+            },
+        )
+
+
+def spread_out(places: Sequence[float], distance: float) -> list[float]:
+    """Returns places that are at least so far apart and together as close as can be to the given.
+
+    Args:
+      places: rising.
+      distance: between neighbours.
+    """
+    # Neighbours that would overlap stand together, around the mean of where they should be.
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and (
+            np.mean(groups[-1]) - np.mean(groups[-2])
+            < distance * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [
+        float(np.mean(group) + distance * (index - (len(group) - 1) / 2))
+        for group in groups
+        for index in range(len(group))
+    ]
+
+
+def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:
+    """Returns a figure with the share of the time that each stage of each clock took."""
+    from matplotlib.figure import Figure
+
+    totals: dict[str, dict[str, float]] = {}
+    for kind, runs in kinds.items():
+        for run in runs:
+            for line in run.metrics:
+                for name, value in line.items():
+                    if name.startswith('stage_seconds/'):
+                        stage = name.partition('/')[2]
+                        of_kind = totals.setdefault(kind, {})
+                        of_kind[stage] = of_kind.get(stage, 0.0) + value
+    stages = list(dict.fromkeys(s for kind in totals.values() for s in kind))
+    clocks = list(dict.fromkeys(stage.partition('/')[0] + '/' for stage in stages))
+    height = 0.9 + 0.32 * max(1, len(totals)) * max(1, len(clocks))
+    figure: Any = Figure(figsize=(6.5, height + 0.8), dpi=200, layout='constrained')
+    axes = figure.subplots()
+    labels = []
+    for clock in clocks:
+        for kind, seconds in totals.items():
+            total = sum(value for stage, value in seconds.items() if stage.startswith(clock))
+            left = 0.0
+            labels.append(f'{kind}: {clock[:-1]}' if len(totals) > 1 else clock[:-1])
+            for stage, value in seconds.items():
+                if stage.startswith(clock) and total > 0:
+                    color = f'C{stages.index(stage) % 10}'
+                    hatch = '///' if stage.endswith('wait') else None
+                    axes.barh(
+                        len(labels) - 1, 100 * value / total, left=left, height=0.75, label=stage,
+                        color='0.85' if hatch else color, hatch=hatch, edgecolor='white',
+                    )  # fmt: skip
+                    left += 100 * value / total
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xlabel('% of its time (hatched: waiting)')
+    drawn = axes.get_legend_handles_labels()
+    handles = dict(zip(drawn[1], drawn[0], strict=True))
+    if handles:
+        figure.legend(
+            handles.values(), handles.keys(), loc='outside lower center', ncols=4, fontsize=7
+        )
+    return figure
+
+
+def policy_lag(kinds: Mapping[str, Sequence[Run]]) -> Any:
+    """Returns a figure with the updates between the weights that acted and those that learned."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure: Any = Figure(figsize=(6.0, 3.2), dpi=200, layout='constrained')
+    axes = figure.subplots()
+    for color, (kind, runs) in enumerate(kinds.items()):
+        for number, run in enumerate(runs):
+            lines = [line for line in run.metrics if 'policy_lag_mean' in line]
+            x = [line['agent_steps'] for line in lines]
+            label = {'label': kind} if number == 0 else {}
+            axes.plot(x, [line['policy_lag_mean'] for line in lines], f'C{color}', **label)
+            highest = [line.get('policy_lag_max', math.nan) for line in lines]
+            axes.plot(x, highest, f'C{color}', linewidth=0.6, alpha=0.6)
+    axes.set_xlabel('agent steps')
+    axes.set_ylabel('policy lag (updates; thin: largest)')
+    axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main(argv: list[str]) -> int:
+    """Draws what the command line says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m impala.tools.plot', description='Draws training runs as PNG and SVG.'
+    )
+    parser.add_argument('logdirs', nargs='+', metavar='LOGDIR', help='folder of a training run')
+    # In `--output=~/folder` a shell leaves the ~ to us.
+    parser.add_argument(
+        '--output',
+        type=os.path.expanduser,
+        default='.',
+        help='folder of the pictures; . by default',
+    )
+    parser.add_argument('--over', choices=list(_OVER), default='frames', help='horizontal axis')
+    arguments = parser.parse_args(argv)
+
+    import matplotlib
+
+    def report(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    drawings: dict[str, Callable[[], Any]] = {
+        'learning_curves': lambda: learning_curves(kinds, arguments.over),
+        'stage_times': lambda: stage_times(kinds),
+        'policy_lag': lambda: policy_lag(kinds),
+    }
+    try:
+        runs = [read_run(logdir, report) for logdir in arguments.logdirs]
+        for run in runs:
+            if run.not_finite:
+                print(
+                    f'{run.logdir}: {run.not_finite:,} episodes whose return is not finite are '
+                    'left out.',
+                    file=sys.stderr,
+                )
+        kinds = group(runs)
+        os.makedirs(arguments.output, exist_ok=True)
+        with matplotlib.rc_context(STYLE):
+            for name, draw in drawings.items():
+                figure = draw()
+                for form in ('png', 'svg'):
+                    path = os.path.join(arguments.output, f'{name}.{form}')
+                    figure.savefig(path)
+                    print(path)
+    except (LogdirError, LevelError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f'Cannot write to {arguments.output}: {error.strerror}.', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    outlive_readers()
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Sweeps: random search and population based training."""

@@ -1,0 +1,148 @@
+"""What a sweep remembers, in one JSON file of its folder."""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+from impala.runs.files import LogdirError, write_atomically
+from impala.tools.sweep.config import SweepConfig
+
+STATE_FILE = 'sweep.json'
+
+
+@dataclasses.dataclass
+class Member:
+    """Where a member stands.
+
+    Attributes:
+      name: of its folder.
+      values: its hyper-parameters now.
+      trained: whether it is done with the present round.
+      frames: trained for.
+      fitness: after the last round that it finished; None before, or if too few episodes have ended
+        in it, or after a failure.
+      episodes: that have ended.
+      error: why it could not finish the present round, '' if nothing is wrong.
+    """
+
+    name: str
+    values: dict[str, Any]
+    trained: bool = False
+    frames: int = 0
+    fitness: float | None = None
+    episodes: int = 0
+    error: str = ''
+
+
+@dataclasses.dataclass
+class State:
+    """All that a sweep remembers.
+
+    Attributes:
+      identity: of its `SweepConfig`.
+      round: the present one, from 0.
+      members: of the sweep.
+      copies: checkpoints that are still to be copied, target -> source.
+      history: of every member at the end of every round: `round`, `member`, `frames`, `fitness`,
+        `error`, the `values` that it had, and `copied_from`, the member whose weights and values it
+        took over then, None if it kept its own.
+    """
+
+    identity: dict[str, Any]
+    round: int
+    members: list[Member]
+    copies: dict[str, str]
+    history: list[dict[str, Any]]
+
+    def save(self, logdir: str) -> None:
+        """Replaces the file in a sweep's folder.
+
+        Raises:
+          LogdirError: it cannot be written; the one from before is left as it was.
+        """
+        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + '\n'
+        write_atomically(os.path.join(logdir, STATE_FILE), text)
+
+    def lineage(self, name: str) -> list[str]:
+        """Returns whose weights a member's go back to, by rounds from the first to the present."""
+        sources = {(row['round'], row['member']): row['copied_from'] for row in self.history}
+        last = max((row['round'] for row in self.history), default=0)
+        names = [name]
+        for number in range(last - 1, -1, -1):
+            names.append(sources[number, names[-1]] or names[-1])
+        return names[::-1]
+
+
+def _check_types(state: State) -> None:
+    """Raises TypeError or ValueError if a value is not what a sweep writes."""
+    rows: list[tuple[Any, Any]] = [
+        (state.identity, dict),
+        (state.round, int),
+        (state.copies, dict),
+        (state.history, list),
+        *((text, str) for copy in state.copies.items() for text in copy),
+        *((row, dict) for row in state.history),
+    ]
+    for member in state.members:
+        rows += [(member.name, str), (member.values, dict), (member.trained, bool)]
+        rows += [(member.frames, int), (member.episodes, int), (member.error, str)]
+        if member.fitness is not None:
+            rows.append((member.fitness, (int, float)))
+    for row in state.history:
+        rows += [(row['round'], int), (row['member'], str), (row['values'], dict)]
+        rows += [(row['frames'], int), (row['error'], str)]
+        rows.append((row['copied_from'], (str, type(None))))
+        rows.append((row['fitness'], (int, float, type(None))))
+    for values in [*(member.values for member in state.members),
+                   *(row['values'] for row in state.history)]:  # fmt: skip
+        rows += [(value, (int, float, str, bool)) for value in values.values()]
+    for value, types in rows:
+        if not isinstance(value, types):
+            raise TypeError(f'{value!r} is no {types}')
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f'{value} is not finite')
+    if state.round < 0 or not state.members:
+        raise ValueError('no round or no members')
+
+
+def load(logdir: str, config: SweepConfig) -> State:
+    """Returns the state of the sweep in a folder, or that of a new one.
+
+    Raises:
+      LogdirError: another sweep is there, or something that cannot be read.
+    """
+    path = os.path.join(logdir, STATE_FILE)
+    identity = json.loads(json.dumps(config.identity))
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        members = [Member(**member) for member in content.pop('members')]
+        state = State(members=members, **content)
+        _check_types(state)
+        stored = state.identity
+    except FileNotFoundError:
+        width = max(2, len(str(config.members - 1)))
+        return State(
+            identity=identity,
+            round=0,
+            members=[
+                Member(f'{index:0{width}}', config.sample(index)) for index in range(config.members)
+            ],
+            copies={},
+            history=[],
+        )
+    except OSError as error:
+        raise LogdirError(f'Cannot read {path}: {error.strerror}.') from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise LogdirError(
+            f'{path} is not the state of a sweep: give another --logdir, or remove the folder.'
+        ) from error
+    different = sorted(key for key in {*identity, *stored} if identity.get(key) != stored.get(key))
+    if different:
+        raise LogdirError(
+            f'The sweep in {logdir} was started with another value of {", ".join(different)}: set '
+            'it back, or give another --logdir.'
+        )
+    return state

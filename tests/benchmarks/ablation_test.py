@@ -1,0 +1,172 @@
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import ablation
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def test_all_have_their_first_seed_before_any_has_its_second():
+    plan = {
+        'levels': {'a': {'learned': 1}, 'b': {'learned': 2, 'seeds': 1}},
+        'settings': {
+            'x': {'seeds': 2, 'flags': []},
+            'y': {'seeds': 1, 'flags': []},
+            'z': {'seeds': 2, 'flags': [], 'levels': ['b']},
+        },
+    }
+    assert list(ablation.plan_runs(plan)) == [
+        (1, 'a', 'x'),
+        (1, 'a', 'y'),
+        (1, 'b', 'x'),
+        (1, 'b', 'y'),
+        (1, 'b', 'z'),
+        (2, 'a', 'x'),
+    ]
+
+
+@pytest.mark.parametrize('name', ['ablation', 'generality'])
+def test_plans_have_runs_in_folders_of_their_own_and_flag_files_that_exist(name):
+    plan = json.loads((ROOT / 'configs' / f'{name}.json').read_text(encoding='utf-8'))
+    runs = list(ablation.plan_runs(plan))
+    folders = {ablation.folder(name, setting, level, seed, []) for seed, level, setting in runs}
+    assert len(folders) == len(runs) > 8
+    # What was trained with other flags is not taken for a run of the plan.
+    assert ablation.folder(name, 'a', 'b', 1, ['--c']) != ablation.folder(name, 'a', 'b', 1, [])
+    for setting in plan['settings'].values():
+        (path,) = (flag for flag in setting['flags'] if flag.startswith('--flagfile='))
+        assert (ROOT / path.partition('=')[2]).exists()
+
+
+def episode(steps, episode_return):
+    return {
+        'agent_steps': str(steps),
+        'wall_seconds': str(steps * 6),
+        'episode_return': str(episode_return),
+    }
+
+
+def test_curves_are_means_of_the_last_100_returns_at_some_of_the_steps():
+    # Returns 0, 1, 2, ...: the mean of those from n - 99 to n is n - 49.5.
+    curve = ablation.thin_curve([episode(10 * i, i) for i in range(1000)])
+    assert curve.shape == (200, 3)
+    steps, minutes, means = curve.T
+    assert steps[0] == 0 and steps[-1] == 9990 and (steps[1:] > steps[:-1]).all()
+    assert minutes == pytest.approx(steps / 10)
+    assert means[-1] == 949.5 and means[0] == 0
+    assert len(ablation.thin_curve([episode(1, 2), episode(3, 4)])) == 2
+
+
+def test_runs_are_filed_until_the_plan_has_other_flags_for_them(tmp_path):
+    plan = {
+        'frames': 100, 'levels': {'ALE/Pong-v5': {'learned': 1}, 'CartPole-v1': {'learned': 2}},
+        'settings': {'x': {'seeds': 2, 'flags': ['--a=1']}, 'y': {'seeds': 1, 'flags': []}},
+    }  # fmt: skip
+    runs = []
+    for seed, level_name, setting in ablation.plan_runs(plan):
+        row = {
+            'seed': seed,
+            'level': level_name,
+            'threshold': plan['levels'][level_name]['learned'],
+        }
+        flags = ablation.flags_of(plan, setting, level_name)
+        curve = np.array([[1, 0.5, seed], [2, 1.0, len(runs)]])
+        runs.append(ablation.FiledRun(setting, flags, row, curve))
+    random = {'ALE/Pong-v5': [-20.0, -21.0, -19.0]}
+    assert ablation.read_filed(tmp_path, 'plan', plan) == ablation.Filed()
+    ablation.write_filed(tmp_path, 'plan', ablation.Filed(runs, random))
+
+    filed = ablation.read_filed(tmp_path, 'plan', plan)
+    assert filed.random == random and len(filed.runs) == 6
+    for read, written in zip(filed.runs, runs, strict=True):
+        assert (read.settings, read.flags, read.row) == (
+            written.settings,
+            written.flags,
+            written.row,
+        )
+        np.testing.assert_array_equal(read.curve, written.curve)
+
+    def kept():
+        return [
+            (r.row['level'], r.settings) for r in ablation.read_filed(tmp_path, 'plan', plan).runs
+        ]
+
+    plan['settings']['x']['flags'] = ['--a=2']
+    assert kept() == [('ALE/Pong-v5', 'y'), ('CartPole-v1', 'y')]
+    plan['levels']['CartPole-v1']['learned'] = 3
+    assert kept() == [('ALE/Pong-v5', 'y')]
+    plan['frames'] = 200
+    assert kept() == []
+
+
+def run(*args):
+    command = [sys.executable, '-m', 'benchmarks.ablation', *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize('text', [None, '{'])
+def test_a_plan_that_cannot_be_read_is_one_sentence(tmp_path, text):
+    path = tmp_path / 'plan.json'
+    if text is not None:
+        path.write_text(text)
+    result = run(path)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert f'{path} is not a plan' in result.stderr.splitlines()[-1]
+
+
+def test_a_setting_that_is_refused_ends_it_with_that_sentence(tmp_path):
+    plan = {
+        'title': 'None', 'frames': 100, 'levels': {'CartPole-v1': {'learned': 1}},
+        'settings': {'x': {'seeds': 1, 'flags': ['--sample_reuse=0']}},
+    }  # fmt: skip
+    path = tmp_path / 'plan.json'
+    path.write_text(json.dumps(plan))
+    result = run(path)
+    assert result.returncode == 2 and 'Traceback' not in result.stderr
+    assert '--sample_reuse=0' in result.stderr
+
+
+TRAIN_AND_TEST = """
+import sys
+from benchmarks import learning
+learning.train_and_test(sys.argv[1], sys.argv[2:], seed=1, test_episodes=2)
+"""
+
+
+def test_ctrl_c_leaves_training_the_time_to_save(tmp_path):
+    logdir = tmp_path / 'run'
+    flags = ['--level_name=CartPole-v1', '--num_actors=2', '--log_secs=1']
+    process = subprocess.Popen(
+        [sys.executable, '-c', TRAIN_AND_TEST, logdir, *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A terminal's Ctrl-C goes to all that runs in it.
+        start_new_session=True,
+    )
+    try:
+        metrics = logdir / 'metrics.jsonl'
+        deadline = time.monotonic() + 60
+        while not metrics.exists() or not metrics.stat().st_size:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == 1 and 'Traceback' not in errors
+    last_line = errors.strip().splitlines()[-1]
+    assert last_line == f'{logdir} is not complete; the same command goes on with it.'
+    assert list((logdir / 'checkpoints').glob('ckpt-*.index'))

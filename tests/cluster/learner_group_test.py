@@ -1,0 +1,160 @@
+"""Tests of impala/cluster/learner_group.py within one process, without strategies."""
+
+import concurrent.futures
+import socket
+
+import numpy as np
+import pytest
+from ports import free_ports
+
+from impala.cluster import learner_group
+from impala.cluster.learner_group import FollowerLog, LearnerGroup, Member
+from impala.cluster.transport import ServerError
+from impala.config import ConfigError
+from impala.trajectory import EpisodeEnd
+
+PATIENCE_SECONDS = 60
+SETTINGS = {'batch_size': 2, 'vtrace_lambda': 1.0, 'gradient_clip_norm': None}
+
+
+@pytest.fixture
+def addresses():
+    """Of three learners on the loopback interface."""
+    return tuple(f'localhost:{port}' for port in free_ports(3))
+
+
+@pytest.fixture
+def threads():
+    """Runs functions that wait for each other."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        yield pool
+
+
+class Log:
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.episodes, self.actors, self.unrolls = [], {}, []
+
+    def record_episodes(self, *columns):
+        assert [column.dtype for column in columns] == ['int32', 'float32', 'int32', 'uint8']
+        self.episodes += zip(*columns, strict=True)
+
+    def record_agent_steps(self, level_ids, steps):
+        self.unrolls.append((level_ids.tolist(), steps))
+
+    def record_actors(self, rows, learner):
+        self.actors[learner] = rows
+
+
+def group(addresses, task, settings=SETTINGS, reports=None):
+    return LearnerGroup(
+        Member(addresses, task), settings, (reports if reports is not None else []).append
+    )
+
+
+def test_the_first_hears_of_the_others_until_all_are_done(addresses, threads):
+    log = Log()
+
+    def first():
+        with group(addresses, 0) as it:
+            it.finish()
+            # What was told before the others were done is there.
+            it.collect(log)
+            it.check()
+
+    def follower(task):
+        with group(addresses, task) as it:
+            follower_log = FollowerLog(it, task, log_secs=0)
+            ends = np.zeros((3, 2), np.uint8)
+            ends[1] = EpisodeEnd.LIFE_LOST, EpisodeEnd.TRUNCATED
+            ends[2] = EpisodeEnd.TERMINATED, EpisodeEnd.NOT_ENDED
+            returns = np.float32(task) + np.arange(6, dtype=np.float32).reshape(3, 2) / 10
+            follower_log.record_episodes(
+                np.array([7, 8], np.int32), returns, np.full((3, 2), 5, np.int32), ends
+            )
+            follower_log.record_agent_steps(np.array([7, 8], np.int32), 10 * task)
+            assert follower_log.line_is_due
+            follower_log.record_actors([{'task': task}])
+            it.finish()
+            it.check()
+
+    waiting = [
+        threads.submit(first),
+        threads.submit(follower, 2),
+        threads.submit(follower, 1),
+    ]
+    for each in waiting:
+        each.result(PATIENCE_SECONDS)
+    assert sorted(log.episodes) == sorted(
+        (level, np.float32(task) + np.float32(more), 5, end)
+        for task in (1, 2)
+        for level, more, end in (
+            (8, 0.3, EpisodeEnd.TRUNCATED),
+            (7, 0.4, EpisodeEnd.TERMINATED),
+        )
+    )
+    assert sorted(log.unrolls) == [([7, 8], 10), ([7, 8], 20)]
+    assert log.actors == {1: [{'task': 1}], 2: [{'task': 2}]}
+
+
+def test_who_does_not_belong_is_refused_and_the_others_go_on(addresses, threads):
+    reports = []
+
+    def member(task, **kwargs):
+        with group(addresses, task, **kwargs) as it:
+            it.finish()
+
+    first = threads.submit(member, 0, reports=reports)
+    with pytest.raises(ConfigError, match='--batch_size is 4 here and 2 at the first learner'):
+        member(1, settings=SETTINGS | {'batch_size': 4})
+    host, port = addresses[0].split(':')
+    roll_call = host, int(port) + learner_group.ROLL_CALL_PORT_OFFSET
+    for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'[]\n', b'{"task": "x"}\n', b'\xff\n'):
+        with socket.create_connection(roll_call) as stranger:
+            stranger.sendall(junk)
+    with socket.create_connection(roll_call) as older, older.makefile() as answers:
+        older.sendall(b'{"task": 1, "protocol": 0}\n')
+        assert any('runs another version of this program' in answer for answer in answers)
+    with pytest.raises(ConfigError, match='another learner with --task=0 at localhost'):
+        member(0)
+    second = threads.submit(member, 1)
+    while not any(line == f'Waiting for the learners --task=2 on port {roll_call[1]}'
+                  for line in reports):  # fmt: skip
+        assert not first.done()
+    with pytest.raises(ConfigError, match='another learner with --task=1 at 127.0.0.1'):
+        member(1)
+    third = threads.submit(member, 2)
+    for each in (first, second, third):
+        each.result(PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize(
+    ('addresses', 'task', 'error', 'sentence'),
+    [
+        (('a:8000', 'b:8000'), 2, ConfigError, 'there are 2 --learner_addresses'),
+        (('a:8000', 'a:8000'), 0, ConfigError, 'a:8000 and a:8000 would both use port 8000'),
+        (('a:8000', 'a:9000'), 0, ConfigError, 'a:8000 and a:9000 would both use port 9000'),
+        (('a:9000', 'b:1', 'a:8000'), 0, ConfigError, 'would both use port 9000'),
+        (('a:8000', 'b:65000'), 0, ConfigError, 'port of b:65000 must be from 1 to 63535'),
+        (('a:0', 'b:1'), 0, ConfigError, 'port of a:0 must be from 1 to 63535'),
+        (('a:8000', 'b'), 0, ServerError, "'b' is no address"),
+    ],
+)
+def test_addresses_that_cannot_be(addresses, task, error, sentence):
+    with pytest.raises(error, match=sentence):
+        learner_group.check_member(Member(addresses, task))
+
+
+def test_addresses_that_can_be():
+    learner_group.check_member(Member(('a:8000', 'b:8000', 'b:8001', 'c:63535'), 3))
+
+
+def test_all_have_the_run_id_of_the_first(addresses, threads):
+    def member(task, run_id):
+        with LearnerGroup(Member(addresses, task), SETTINGS, lambda text: None, run_id) as it:
+            it.finish()
+            return it.run_id
+
+    waiting = [threads.submit(member, task, run_id) for task, run_id in enumerate(['x', '', ''])]
+    assert [each.result(PATIENCE_SECONDS) for each in waiting] == ['x', 'x', 'x']

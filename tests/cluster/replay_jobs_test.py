@@ -1,0 +1,745 @@
+"""Tests of replay_job.py and remote_replay.py of impala/cluster: jobs, killed and restarted."""
+
+import asyncio
+import collections
+import contextlib
+import functools
+import itertools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from command_line import CARTPOLE, PACED, PROGRAM, TESTS, Run, WarmRun, assert_one_sentence, metrics
+from ports import free_ports
+
+from dynamic_batching.exchange import Component, WeightsBoard
+from impala.cluster import remote_replay as remote_replay_module
+from impala.cluster import replay_job
+from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
+from impala.cluster.transport import ReplayConnection, ReplayServer
+from impala.config import ConfigError
+from impala.learning.learner import LearnerConfig
+
+PATIENCE_SECONDS = 120
+BATCH = 50
+ROWS, HEIGHT, WIDTH, STACKED = 6, 3, 5, 4
+ENDLESS = '--total_environment_frames=1000000000'
+# Fresh and replayed unrolls of a batch of CARTPOLE, with this part of it.
+FRACTION, NUM_FRESH = 0.3, 8 * 0.7
+COMPONENTS = [
+    Component('level_id', (), 'int32', False, 0, 2),
+    Component('policy_version', (), 'int64', False, 0),
+    Component('state_0', (2, 3), 'float32', False),
+    Component('end', (ROWS,), 'uint8', True, 0, 3),
+    Component('frame', (ROWS, HEIGHT, WIDTH, STACKED), 'uint8'),
+    Component('flag', (ROWS, 2), 'bool'),
+    Component('reward', (ROWS,), 'float64'),
+]
+
+
+@pytest.fixture
+def addresses():
+    """Of two replay jobs on the loopback interface."""
+    return [f'localhost:{port}' for port in free_ports(2)]
+
+
+def job(folder, task, addresses, *flags, **options):
+    kind = Run if 'prefix' in options else WarmRun
+    return kind(folder, '--job_name=replay', f'--task={task}', '--trusted_network',
+                f'--replay_addresses={",".join(addresses)}', *flags, **options)  # fmt: skip
+
+
+def changed_job(folder, task, addresses, change):
+    """A replay job for which Python's lines in `change` are run before."""
+    program = folder / 'program.py'
+    program.parent.mkdir(parents=True)
+    program.write_text(
+        'import runpy\n'
+        'from impala.runs.tensorflow_start import starting_tensorflow\n'
+        'with starting_tensorflow():\n'
+        '    import impala.cluster.replay_job\n'
+        f'{change}\n'
+        f'runpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
+    )
+    return job(folder, task, addresses, program=program, pythonpath=[TESTS.parent])
+
+
+def learner(folder, logdir, addresses, *flags):
+    return WarmRun(folder, *CARTPOLE, f'--logdir={logdir}', f'--replay_fraction={FRACTION}',
+                   f'--replay_addresses={",".join(addresses)}', *flags)  # fmt: skip
+
+
+def kill(run):
+    os.kill(run.id, signal.SIGKILL)
+    run.process.wait()
+
+
+@functools.lru_cache(1000)
+def unroll(number):
+    """Arrays that follow from a number, with episodes of stacks that begin here and there."""
+    random = np.random.default_rng(number)
+    stack = random.integers(256, size=(HEIGHT, WIDTH, STACKED), dtype=np.uint8)
+    stacks = [stack]
+    for _ in range(ROWS - 1):
+        frame = random.integers(256, size=(HEIGHT, WIDTH, 1), dtype=np.uint8)
+        is_first = random.random() < 0.3
+        stack = np.repeat(frame, 4, 2) if is_first else np.concatenate([stack[..., 1:], frame], 2)
+        stacks.append(stack)
+    return [
+        np.int32(number % 3),
+        np.int64(number),
+        random.normal(size=(2, 3)).astype(np.float32),
+        random.integers(4, size=ROWS, dtype=np.uint8),
+        np.stack(stacks),
+        random.random((ROWS, 2)) < 0.5,
+        random.normal(size=ROWS),
+    ]
+
+
+def batch_of(numbers):
+    unrolls = zip(*map(unroll, numbers), strict=True)
+    return [
+        np.stack(arrays, int(component.time_major))
+        for component, arrays in zip(COMPONENTS, unrolls, strict=True)
+    ]
+
+
+def wait_until(happened):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.01)
+
+
+def draw(replay):
+    """Draws a batch; returns the numbers of its unrolls, which are all of one piece."""
+    wait_until(lambda: replay.reserve(BATCH))
+    unrolls = [
+        np.random.default_rng(1).integers(0, 2, array.shape).astype(array.dtype)
+        for array in batch_of(range(BATCH))
+    ]
+    replay.sample(unrolls)
+    for array, expected in zip(unrolls, batch_of(unrolls[1].tolist()), strict=True):
+        np.testing.assert_array_equal(array, expected)
+    return unrolls[1]
+
+
+def draw_many(replay, number):
+    # What was drawn before the last ones came is on its way for a while.
+    for _ in range(6):
+        draw(replay)
+    return np.concatenate([draw(replay) for _ in range(number // BATCH)])
+
+
+def remote_replay(addresses, report=lambda text: None, **changes):
+    arguments = {
+        'level_names': ['a', 'b', 'c'],
+        'run_id': 'a run',
+        'components': COMPONENTS,
+    } | changes
+    return RemoteReplay(
+        stack='frame',
+        addresses=addresses,
+        batch_size=BATCH,
+        num_replayed=BATCH,
+        seed=0,
+        report=report,
+        **arguments,
+    )
+
+
+def assert_uniform(draws, numbers):
+    counts = np.bincount(draws, minlength=max(numbers) + 1)
+    assert counts.sum() == counts[numbers].sum()
+    expected = len(draws) / len(numbers)
+    chi_square = np.sum(np.square(counts[numbers] - expected) / expected)
+    # A normal distribution is near enough to it for as many; 4 deviations.
+    freedom = len(numbers) - 1
+    assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom), chi_square
+
+
+def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addresses, monkeypatch):
+    # On a busy machine a shard may be late, and is not drawn from until it has caught up.
+    for limit in ('_PROMPT_SECONDS', '_PATIENCE_SECONDS'):
+        monkeypatch.setattr(remote_replay_module, limit, PATIENCE_SECONDS)
+    said = []
+    capacity = '--replay_capacity=60'
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            stack.enter_context(job(tmp_path / str(task), task, addresses, capacity))
+            for task in range(2)
+        ]
+        for each in jobs:
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        replay = remote_replay(addresses, said.append)
+        assert not said
+        replay.start(True, said.append)
+        stack.enter_context(replay)
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        assert not replay.reserve(1)
+        assert not replay.reserve(0)
+        for first in (0, 50):
+            replay.add(batch_of(range(first, first + 50)))
+            wait_until(lambda: len(replay) >= 50)
+        replay.add(batch_of([100, 101]))
+        assert len(replay) <= 60
+        wait_until(lambda: {100, 101} <= set(draw(replay)))
+        # Of each shard the last 30 of those that were given out in turns.
+        assert_uniform(draw_many(replay, 6_000), range(42, 102))
+        assert len(replay) == 60
+        assert replay.metrics() == {'replay_unrolls': 60, 'replay_jobs': 2}
+
+        # A shard that came back holds fewer than the other.
+        kill(jobs[1])
+        wait_until(lambda: len(replay) == 30)
+        assert set(draw(replay)) <= set(range(42, 102, 2))
+        wait_until(lambda: len(said) == 3)
+        assert re.search(
+            rf'replay job at {addresses[1]} \S* .*Going on with 1 of the replay', said[2]
+        )
+        with job(tmp_path / 'again', 1, addresses, capacity):
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+            replay.add(batch_of(range(102, 112)))
+            wait_until(lambda: len(replay) == 35)
+            wait_until(lambda: {103, 111} <= set(draw(replay)))
+            expected = [*range(52, 112, 2), *range(103, 112, 2)]
+            assert_uniform(draw_many(replay, 6_000), expected)
+            assert len(said) == 4
+            assert f'Replay job 1 at {addresses[1]} is there, with 0 of at most 30' in said[3]
+
+
+def test_a_shard_that_hangs_is_not_waited_for(tmp_path, addresses):
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            stack.enter_context(job(tmp_path / str(task), task, addresses)) for task in range(2)
+        ]
+        for each in jobs:
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        replay = stack.enter_context(remote_replay(addresses))
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        replay.add(batch_of(range(BATCH)))
+        wait_until(lambda: len(replay) == BATCH)
+        wait_until(lambda: len(set(draw(replay) % 2)) == 2)
+        os.kill(jobs[1].id, signal.SIGSTOP)
+        slowest = 0.0
+        for i in range(40):
+            started = time.monotonic()
+            if replay.reserve(BATCH):
+                replay.sample(batch_of(range(BATCH)))
+            replay.add(batch_of(range(100 + i * BATCH, 100 + (i + 1) * BATCH)))
+            slowest = max(slowest, time.monotonic() - started)
+        # A call to it fails after 10 seconds.
+        assert slowest < 5
+        # Nor is the other one held up.
+        newest = 100 + 40 * BATCH
+
+        def arrives():
+            replay.add(batch_of([newest]))
+            return newest in draw(replay)
+
+        wait_until(arrives)
+        os.kill(jobs[1].id, signal.SIGCONT)
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        draw_many(replay, 500)
+
+
+class SlowLine:
+    """Passes on what comes to an address of its own, and the answers after a delay.
+
+    A context manager.
+
+    Attributes:
+      address: `host:port`.
+      delay: seconds, of what comes from now on.
+    """
+
+    def __init__(self, address):
+        self.delay = 0.0
+        self._port = int(address.partition(':')[2])
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self):
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, 'localhost', 0))
+        self.address = f'localhost:{server.sockets[0].getsockname()[1]}'
+        self._thread.start()
+        return self
+
+    def __exit__(self, *unused):
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _serve(self, reader, writer):
+        there_reader, there_writer = await asyncio.open_connection('localhost', self._port)
+        await asyncio.gather(
+            self._pass(reader, there_writer, lambda: 0.0),
+            self._pass(there_reader, writer, lambda: self.delay),
+        )
+
+    async def _pass(self, reader, writer, delay):
+        waiting = collections.deque()
+        data = True
+        while data:
+            try:
+                data = await reader.read(1 << 16)
+            except OSError:
+                data = b''
+            waiting.append(data)
+            self._loop.call_later(delay(), lambda: self._write(writer, waiting.popleft()))
+
+    def _write(self, writer, data):
+        if data:
+            writer.write(data)
+        else:
+            writer.close()
+
+
+def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
+    with contextlib.ExitStack() as stack:
+        jobs = [
+            stack.enter_context(job(tmp_path / str(task), task, addresses)) for task in range(2)
+        ]
+        for each in jobs:
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        line = stack.enter_context(SlowLine(addresses[1]))
+        replay = stack.enter_context(remote_replay([addresses[0], line.address]))
+        wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
+        replay.add(batch_of(range(BATCH)))
+        wait_until(lambda: len(replay) == BATCH)
+        wait_until(lambda: len(set(draw(replay) % 2)) == 2)
+        # It delivers what a batch needs of it just before the learner would give it up.
+        line.delay = 0.9
+        waited, num_slow = 0.0, 0
+        for _ in range(60):
+            started = time.monotonic()
+            assert replay.reserve(BATCH)
+            waited += time.monotonic() - started
+            unrolls = batch_of(range(BATCH))
+            replay.sample(unrolls)
+            num_slow += int((unrolls[1] % 2).sum())
+            # An update.
+            time.sleep(0.05)
+        # Of 3 seconds; waiting for each delivery would take 50 and more.
+        assert waited < 6
+        assert replay.metrics()['replay_jobs'] == 2
+        # What it delivers is used.
+        assert num_slow > 2 * BATCH
+        line.delay = 0.0
+        draw_many(replay, 500)
+
+
+def test_what_cannot_be_kept_is_left_out(tmp_path, addresses):
+    with job(tmp_path, 0, addresses[:1]) as only:
+        only.wait_until(lambda: 'waiting for it on port' in only.stderr)
+        with remote_replay(addresses[:1]) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            unrolls = batch_of(range(10))
+            unrolls[4][3, 4, 0, 0, 1] ^= 1  # No stack of frames.
+            unrolls[6][2, 5] = np.nan
+            unrolls[0][6] = 3  # There is no such level.
+            replay.add(unrolls)
+            wait_until(lambda: replay.metrics().get('replay_unrolls_left_out') == 3)
+            wait_until(lambda: len(replay) == 7)
+            wait_until(lambda: {0, 9} <= set(draw(replay)))
+            assert set(draw_many(replay, 500)) == {0, 1, 2, 3, 7, 8, 9}
+
+
+def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
+    logdir = tmp_path / 'run'
+    capacity = '--replay_capacity=400'
+
+    def latest(name):
+        lines = metrics(logdir)
+        return lines[-1].get(name) if lines else None
+
+    def assert_exact(first, last):
+        """Between these lines the fraction was exact, as far as a fraction of unrolls goes."""
+        updates = last['updates'] - first['updates']
+        fresh = (last['frames'] - first['frames']) / 20
+        assert updates > 20
+        assert abs(fresh - NUM_FRESH * updates) < 1
+
+    def wait_for_lines(run, number):
+        length = len(metrics(logdir))
+
+        def new():
+            return metrics(logdir)[length:]
+
+        # On a busy machine there are few updates in a line.
+        run.wait_until(
+            lambda: len(new()) >= number and new()[-1]['updates'] - new()[0]['updates'] > 20
+        )
+        return new()
+
+    with (
+        job(tmp_path / 'job0', 0, addresses, capacity) as first,
+        learner(tmp_path / 'learner', logdir, addresses, ENDLESS, PACED) as run,
+    ):
+        # One that comes late.
+        first.wait_until(lambda: latest('replay_unrolls') == 200)
+        assert run.stderr.count('Going on with') == 1
+        with job(tmp_path / 'job1', 1, addresses, capacity) as second:
+            run.wait_until(lambda: latest('replay_unrolls') == 400)
+            lines = wait_for_lines(run, 4)
+            assert_exact(lines[0], lines[-1])
+            assert lines[-1]['replay_jobs'] == 2
+            assert lines[-1]['replayed_policy_lag_mean'] > lines[-1]['policy_lag_mean']
+            kill(second)
+        run.wait_until(lambda: latest('replay_unrolls') == 200)
+        assert latest('replay_jobs') == 1
+        lines = wait_for_lines(run, 4)
+        assert_exact(lines[0], lines[-1])
+        run.wait_until(lambda: run.stderr.count('Going on with') == 2)
+        with job(tmp_path / 'job1_again', 1, addresses, capacity) as second:
+            run.wait_until(lambda: latest('replay_unrolls') == 400)
+            # Now both: training goes on with what is new alone.
+            kill(first)
+            second.send(signal.SIGTERM)
+            assert second.wait() == 0
+            assert second.stdout == 'Stopped; the 200 trajectories held here are gone.\n'
+        run.wait_until(lambda: latest('replay_jobs') == latest('replay_unrolls') == 0)
+        lines = wait_for_lines(run, 3)
+        assert lines[-1]['replayed_fraction'] == 0
+        run.wait_until(lambda: run.stderr.count('Going on with') == 4)
+        assert run.stderr.count('Going on with no replayed trajectories until it is back') == 2
+        run.send(signal.SIGTERM)
+        assert run.wait() == 0
+    assert 'Traceback' not in run.stderr + first.stderr + second.stderr
+
+
+def test_shards_outlive_their_learner(tmp_path, addresses):
+    logdir = tmp_path / 'run'
+    devices = '--learner_devices=/cpu:0,/cpu:1'
+    one = addresses[:1]
+    importing = ('/usr/bin/env', 'PYTHONPROFILEIMPORTTIME=1')
+    with job(tmp_path / 'job', 0, one, prefix=importing) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        for i, total in enumerate((4000, 8000)):
+            frames = f'--total_environment_frames={total}'
+            with learner(tmp_path / f'learner{i}', logdir, one, frames, devices) as run:
+                assert run.wait() == 0, run.stderr
+            assert 'Another run' not in shard.stderr
+            assert metrics(logdir)[-1]['frames'] >= total
+        assert re.search(
+            r'is there, with [1-9]\d+ of at most 10,000 trajectories: 1 of 1', run.stderr
+        )
+        resumed = next(line for line in metrics(logdir) if line['frames'] > 4200)
+        assert resumed['replayed_fraction'] > 0
+
+        frames = '--total_environment_frames=4000'
+        with learner(tmp_path / 'new', tmp_path / 'new_run', one, frames) as run:
+            assert run.wait() == 0, run.stderr
+        assert re.search(r'Another run begins; the [1-9]\d+ trajectories of before', shard.stderr)
+        assert 'is there, with 0 of' in run.stderr
+
+        # Of another shape.
+        flags = (frames, '--unroll_length=10')
+        with learner(tmp_path / 'odd', tmp_path / 'other', one, *flags) as run:
+            assert run.wait() == 0, run.stderr
+        assert len(re.findall('Another run begins; the ', shard.stderr)) == 2
+        assert 'is there, with 0 of' in run.stderr
+
+        # What holds it now stays as it is.
+        with remote_replay(one) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(10)))
+            wait_until(lambda: len(replay) == 10)
+            with learner(tmp_path / 'refused', tmp_path / 'refused_run', one) as run:
+                assert_one_sentence(
+                    run,
+                    2,
+                    rf'job at {one[0]} refuses: another run, of a, b, c, uses it and was heard of '
+                    r'\d+ seconds ago: give this one other --replay_addresses, or end that one',
+                )
+            assert not (tmp_path / 'refused_run' / 'flags.txt').exists()
+            assert len(replay) == 10
+            assert replay.metrics()['replay_jobs'] == 1
+        shard.send(signal.SIGINT)
+        assert shard.wait() == 0
+    imported = set(re.findall(r'\| +([\w.]+)$', shard.stderr, re.MULTILINE))
+    assert 'impala.cluster.replay_job' in imported
+    assert not {'environments', 'gymnasium', 'ale_py', 'sonnet', 'impala.networks.agent'} & imported
+
+
+def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
+    one, lease = addresses[:1], 3.0
+    change = f'from impala import replay_job\nreplay_job.LEASE_SECONDS = {lease}'
+
+    def is_refused(run_id):
+        try:
+            remote_replay(one, run_id=run_id)
+        except ConfigError as error:
+            assert re.search('another run, of a, b, c, uses it and was heard of', str(error))
+            return True
+        return False
+
+    with changed_job(tmp_path / 'job', 0, one, change) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        with remote_replay(one) as first:
+            wait_until(lambda: first.metrics()['replay_jobs'] == 1)
+            # It has a learner that has nothing to send.
+            begun = time.monotonic()
+            while time.monotonic() - begun < 2.5 * lease:
+                assert is_refused('another')
+            first.add(batch_of(range(10)))
+            wait_until(lambda: len(first) == 10)
+            with remote_replay(one) as second:
+                wait_until(lambda: len(second) == 10)
+                assert set(draw(second)) <= set(range(10))
+            # One of two learners has left.
+            assert is_refused('another')
+            monkeypatch.setattr(first, '_leave', lambda shard: None)
+        # Gone without a word, as those are that were killed.
+        assert is_refused('another')
+        with remote_replay(one) as again:
+            wait_until(lambda: len(again) == 10)
+            monkeypatch.setattr(again, '_leave', lambda shard: None)
+        left_at = time.monotonic()
+        wait_until(lambda: not is_refused('another'))
+        assert time.monotonic() - left_at > lease / 2
+        # To ask has changed nothing.
+        with remote_replay(one) as again:
+            wait_until(lambda: len(again) == 10)
+        with remote_replay(one, run_id='another') as other:
+            wait_until(lambda: other.metrics()['replay_jobs'] == 1)
+            other.add(batch_of(range(10, 15)))
+            wait_until(lambda: other.metrics() == {'replay_jobs': 1, 'replay_unrolls': 5})
+            assert set(draw(other)) <= set(range(10, 15))
+            assert is_refused('a run')
+        assert 'Another run begins; the 10 trajectories of before are gone' in shard.stderr
+        begins = remote_replay(one, run_id='another')
+        begins.start(True, lambda text: None)
+        with begins:
+            wait_until(lambda: begins.metrics() == {'replay_jobs': 1, 'replay_unrolls': 0})
+        assert 'The run begins anew; the 5 trajectories of before are gone' in shard.stderr
+
+
+@pytest.mark.parametrize('method', ['add', 'sample'])
+def test_a_job_that_cannot_store_or_draw_ends(tmp_path, addresses, method):
+    change = (
+        'from impala import replay\n'
+        f'actual = replay.Replay.{method}\n'
+        'def fail_later(self, *arguments):\n'
+        '    if len(self) >= 5: raise OSError("the shelf is broken")\n'
+        '    return actual(self, *arguments)\n'
+        f'replay.Replay.{method} = fail_later'
+    )
+    with changed_job(tmp_path / 'job', 0, addresses[:1], change) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        with remote_replay(addresses[:1]) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(20)))
+            assert shard.wait() == 1
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 0)
+    sentence = 'Replay job 0 cannot go on: OSError: the shelf is broken; the'
+    assert shard.stderr.splitlines()[-1].startswith(sentence)
+
+
+def test_an_unexpected_error_is_told_and_the_shard_used_again(tmp_path, addresses, monkeypatch):
+    said, faults = [], []
+
+    def fails_once(function, number):
+        calls = itertools.count()
+
+        def call(*arguments):
+            if next(calls) == number:
+                faults.append(function.__name__)
+                raise ZeroDivisionError(f'by {function.__name__}')
+            return function(*arguments)
+
+        return call
+
+    def close_slowly(connection, *error):
+        connection.close()
+        time.sleep(0.3)
+
+    # Meanwhile the other thread finds it closed, which is not what is to be told.
+    monkeypatch.setattr(ReplayConnection, '__exit__', close_slowly)
+    with job(tmp_path / 'job', 0, addresses[:1]) as shard:
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        with remote_replay(addresses[:1]) as replay:
+            replay.start(False, said.append)
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+
+            def is_told_when_used(text):
+                replay.add(batch_of(range(5)))
+                if replay.reserve(BATCH):
+                    replay.sample(batch_of(range(BATCH)))
+                return text in ' '.join(said)
+
+            # One after the other: of a job that is missed already nothing more is told.
+            for name, number in (('take', 2), ('put', 40)):
+                function = getattr(ReplayConnection, name)
+                monkeypatch.setattr(ReplayConnection, name, fails_once(function, number))
+                told = f'{addresses[0]} cannot be used: ZeroDivisionError: by {name}. Going on'
+                wait_until(lambda told=told: is_told_when_used(told))
+                wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            draw_many(replay, 500)
+    assert faults == ['take', 'put']
+
+
+def test_learners_and_actor_jobs_share_the_shards(tmp_path):
+    ports = [f'localhost:{port}' for port in free_ports(3)]
+    shared = f'--learner_addresses={",".join(ports[:2])}'
+    logdir = tmp_path / 'run'
+    with contextlib.ExitStack() as stack:
+        shard = stack.enter_context(job(tmp_path / 'job', 0, ports[2:]))
+        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        runs = [
+            stack.enter_context(
+                learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
+                        '--trusted_network', '--total_environment_frames=8000')
+            )
+            for task in range(2)
+        ] + [
+            stack.enter_context(
+                WarmRun(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
+                        '--envs_per_actor=4')
+            )
+            for task in range(2)
+        ]  # fmt: skip
+        for run in runs:
+            assert run.wait() == 0, run.stderr
+        shard.send(signal.SIGTERM)
+        assert shard.wait() == 0
+    held = int(re.search(r'the (\d+) trajectories held here', shard.stdout).group(1))
+    # What both have sent, but for what was on its way at the end.
+    assert abs(held - metrics(logdir)[-1]['frames'] / 20) < 40
+    assert metrics(logdir)[-1]['replayed_fraction'] > 0
+
+
+def test_unrolls_that_do_not_fit(tmp_path, addresses):
+    one, other = [addresses[0]], [addresses[1]]
+    with (
+        job(tmp_path / 'job', 0, one, '--replay_capacity=1000000000') as vast,
+        job(tmp_path / 'other', 0, other) as shard,
+    ):
+        for each in (vast, shard):
+            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+        with pytest.raises(ConfigError, match=f'at {one[0]} refuses: .* than there is room for'):
+            remote_replay(one)
+        with remote_replay(other) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(10)))
+            wait_until(lambda: len(replay) == 10)
+        # The run goes on with others; nothing of before is drawn with them.
+        with remote_replay(other, components=COMPONENTS[:-1]) as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(5))[:-1])
+            wait_until(lambda: len(replay) == 5)
+        assert 'The run begins anew; the 10 trajectories of before are gone' in shard.stderr
+        for each in (vast, shard):
+            each.send(signal.SIGTERM)
+            assert each.wait() == 0
+
+
+def test_a_job_of_another_kind_or_version():
+    server = ReplayServer('localhost:0')
+    with pytest.raises(ConfigError, match='is no replay job of this program. Give the learner the'):
+        remote_replay([f'localhost:{server.port}'])
+    board = WeightsBoard(f'{{"protocol": {replay_job.PROTOCOL + 1}}}', replay_job.BOARD)
+    board.publish([tf.constant('')], 0)
+    try:
+        with pytest.raises(ConfigError, match='runs another version of this program'):
+            remote_replay([f'localhost:{server.port}'])
+    finally:
+        board.close()
+
+
+def test_a_port_that_is_in_use(tmp_path, addresses):
+    with (
+        socket.create_server(('', int(addresses[1].partition(':')[2]))),
+        job(tmp_path, 1, addresses, '--notrusted_network') as second,
+    ):
+        assert_one_sentence(
+            second, 2, f'The replay job cannot listen on {addresses[1]}: another process does'
+        )
+        assert 'WARNING' not in second.stderr
+
+
+@pytest.mark.parametrize(
+    ('flags', 'sentence'),
+    [
+        (['--job_name=replay', '--task=0'], '^--job_name=replay needs --replay_addresses='),
+        (
+            ['--job_name=replay', '--task=2', '--replay_addresses=a:1,b:2'],
+            '^--job_name=replay needs a number of its own, --task=0 to 1',
+        ),
+        (['--job_name=replay', '--replay_addresses=a:1'], 'needs a number of its own, --task=0'),
+        (
+            ['--job_name=replay', '--task=0', '--replay_addresses=nowhere'],
+            "^'nowhere' is no address of a job, which reads host:port",
+        ),
+        (
+            ['--job_name=replay', '--task=0', '--replay_addresses=a:1,b:2', '--replay_capacity=1'],
+            '^--replay_capacity=1 leaves nothing for some of 2 replay jobs',
+        ),
+        (
+            ['--job_name=actor', '--task=0', '--replay_addresses=a:1'],
+            '^--replay_addresses is for the learner and for replay jobs',
+        ),
+        (
+            [*CARTPOLE, '--replay_addresses=a:1'],
+            '^--replay_addresses=a:1 would hold .* no one uses',
+        ),
+        (
+            [
+                *CARTPOLE,
+                '--replay_addresses=a:1',
+                '--replay_fraction=0.5',
+                '--replay_capacity=200',
+            ],
+            '^--replay_capacity=200 is for who holds .* --replay_addresses give it to the replay j',
+        ),
+    ],
+)
+def test_bad_flags(tmp_path, flags, sentence):
+    with WarmRun(tmp_path, f'--logdir={tmp_path}/run', *flags) as run:
+        assert_one_sentence(run, 2, sentence)
+
+
+@pytest.mark.parametrize(
+    ('addresses', 'learner_flags', 'sentence'),
+    [
+        (['a:1'], {}, '^--replay_addresses=a:1 would hold trajectories that no one uses again'),
+        (
+            ['a:1'],
+            {'replay_fraction': 0.5, 'replay_capacity': 9999},
+            '^--replay_capacity=9999 is for who holds the trajectories',
+        ),
+        (
+            ['a:1', 'b'],
+            {'replay_fraction': 0.5},
+            "^'b' in --replay_addresses is no address of a replay job",
+        ),
+        (['a:1', 'a:1'], {'replay_fraction': 0.5}, '^--replay_addresses has a:1 more than once'),
+    ],
+)
+def test_bad_addresses(addresses, learner_flags, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        check_replay_jobs(addresses, LearnerConfig(**learner_flags))
+
+
+def test_a_replay_job_needs_no_environments():
+    program = 'import sys, impala.cluster.replay_job; print(*sys.modules)'
+    modules = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=TESTS.parent,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split()
+    assert 'impala.cluster.replay_job' in modules
+    assert 'environments' not in modules

@@ -1,0 +1,209 @@
+"""Runs of the real command, for the tests of it."""
+
+import contextlib
+import csv
+import json
+import os
+import pathlib
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+from warm_process import WarmProcess
+
+TESTS = pathlib.Path(__file__).resolve().parent
+
+PROGRAM = TESTS.parent / 'experiment.py'
+
+PATIENCE_SECONDS = 180
+
+NOISE = re.compile(r'oneDNN|cuda|absl::InitializeLog|TF-TRT|WARNING:tensorflow|rebuild TensorFlow')
+
+# CartPole-v1 is the cheapest end-to-end truth: a random policy's mean return is 22.
+CARTPOLE = (
+    '--level_name=CartPole-v1',
+    '--num_actors=8',
+    '--batch_size=8',
+    '--unroll_length=20',
+    '--learning_rate=0.003',
+    '--epsilon=0.01',
+    '--entropy_cost=0.01',
+    '--gradient_clip_norm=40',
+    '--log_secs=1',
+    '--save_checkpoint_secs=2',
+)
+
+# For runs in which something else is waited for: it leaves the processor to that.
+PACED = '--level_name=levels:paced'
+
+
+class Run:
+    """A run of experiment.py in a session of its own, with a folder for its temporary files.
+
+    A context manager that ends the whole session, whatever happened. What `prefix` holds is put
+    before the command and must become it by exec; `program` is one that runs experiment.py.
+    """
+
+    def __init__(self, folder, *flags, pythonpath=(), file_bytes=None, prefix=(), program=PROGRAM):
+        self.temp_folder = folder / 'tmp'
+        self.temp_folder.mkdir(parents=True)
+        self.output_paths = folder / 'stdout', folder / 'stderr'
+        environment = {k: v for k, v in os.environ.items() if k != 'TF_CPP_MIN_LOG_LEVEL'} | {
+            'TMPDIR': str(self.temp_folder),
+            'PYTHONPATH': os.pathsep.join(map(str, [*pythonpath, TESTS])),
+        }
+        self.process = self._start(program, flags, environment, folder, file_bytes, prefix)
+        self.id = self.process.pid
+
+    def _start(self, program, flags, environment, folder, file_bytes, prefix):
+        def prepare():
+            if file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+        with open(self.output_paths[0], 'wb') as stdout, open(self.output_paths[1], 'wb') as stderr:
+            return subprocess.Popen(
+                [*prefix, sys.executable, str(program), *map(str, flags)],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=environment,
+                cwd=folder,
+                start_new_session=True,
+                preexec_fn=prepare,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *unused):
+        for process_id in [*self.children(), self.id]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def stdout(self):
+        return self.output_paths[0].read_text()
+
+    @property
+    def stderr(self):
+        return self.output_paths[1].read_text()
+
+    def children(self):
+        """Ids of the other living processes, in whatever session: they share the TMPDIR."""
+        mark = f'TMPDIR={self.temp_folder}\0'.encode()
+        ids = []
+        for entry in os.listdir('/proc'):
+            if entry.isdigit() and int(entry) != self.id:
+                # What has ended but is not waited for has no environment any more.
+                with contextlib.suppress(OSError):
+                    if mark in pathlib.Path('/proc', entry, 'environ').read_bytes():
+                        ids.append(int(entry))
+        return ids
+
+    def actors(self):
+        """Ids of the actor processes."""
+        ids = []
+        for process_id in self.children():
+            with contextlib.suppress(OSError):
+                if (
+                    b'impala.acting.actor'
+                    in pathlib.Path(f'/proc/{process_id}/cmdline').read_bytes()
+                ):
+                    ids.append(process_id)
+        return ids
+
+    def wait_until(self, happened):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not happened():
+            assert self.process.poll() is None, f'the run ended: {self.stdout}{self.stderr}'
+            assert time.monotonic() < deadline, f'waited in vain: {self.stdout}{self.stderr}'
+            time.sleep(0.05)
+
+    def send(self, number):
+        """Sends a signal to the whole session, as a terminal does."""
+        os.killpg(self.id, number)
+
+    def wait(self):
+        """Waits for the end; returns the exit code. Nothing may be left, nor any noise printed."""
+        code = self.process.wait(PATIENCE_SECONDS)
+        assert not NOISE.search(self.stdout + self.stderr), self.stderr
+        assert 'Exception ignored' not in self.stderr
+        self.assert_nothing_left()
+        return code
+
+    def assert_nothing_left(self):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.children() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not self.children()
+        folders = [path for path in self.temp_folder.iterdir() if path.is_dir()]
+        assert not folders
+
+
+class WarmRun(Run):
+    """A run that need not import TensorFlow any more, for tests of anything but how runs start."""
+
+    def _start(self, program, flags, environment, folder, file_bytes, prefix):
+        assert not prefix
+        return WarmProcess(program, flags, environment, folder, self.output_paths, file_bytes)
+
+
+def metrics(logdir):
+    """The lines of metrics.jsonl; NaN and infinity are no JSON and not allowed in."""
+
+    def refuse(constant):
+        raise AssertionError(f'{constant} in metrics.jsonl')
+
+    path = logdir / 'metrics.jsonl'
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line, parse_constant=refuse) for line in lines if line.endswith('\n')]
+
+
+def episodes(logdir):
+    with open(logdir / 'episodes.csv', newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def frames(logdir):
+    lines = metrics(logdir)
+    return lines[-1]['frames'] if lines else 0
+
+
+def checkpoints(logdir):
+    """Numbers of the checkpoints, ascending."""
+    return sorted(int(path.stem[5:]) for path in (logdir / 'checkpoints').glob('ckpt-*.index'))
+
+
+def sockets(process_id):
+    found = []
+    for path in pathlib.Path(f'/proc/{process_id}/fd').iterdir():
+        with contextlib.suppress(OSError):
+            target = os.readlink(path)
+            if target.startswith('socket:'):
+                found.append(target[len('socket:[') : -1])
+    return found
+
+
+def internet_sockets(process_id):
+    """Inodes of the TCP and UDP sockets that a process holds."""
+    inodes = set()
+    for name in ('tcp', 'tcp6', 'udp', 'udp6'):
+        path = pathlib.Path('/proc/net', name)
+        if path.exists():
+            inodes |= {line.split()[9] for line in path.read_text().splitlines()[1:]}
+    return inodes & set(sockets(process_id))
+
+
+def assert_one_sentence(run, code, pattern):
+    assert run.wait() == code, run.stdout + run.stderr
+    # What a start that takes long says on the way is none of it.
+    said = re.sub('^Starting: .*\n', '', run.stderr, flags=re.MULTILINE)
+    assert re.search(pattern, said), run.stderr
+    assert 'Traceback' not in run.stderr
+    assert run.stdout == ''
+    # A second line may say where to read on.
+    assert len(said.strip().splitlines()) <= 2

@@ -1,0 +1,254 @@
+"""Tests of environments of one's own, each with a mistake that its author could make."""
+
+import json
+import pathlib
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from environments import (
+    DeclarationError,
+    Environment,
+    EnvironmentConfig,
+    LevelError,
+    create_environment,
+)
+from impala.acting import actor
+from impala.environments import checks as own_environment
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+FRAME = ArraySpec((2,), 'float32')
+WORDS = ArraySpec((3,), 'int32')
+
+
+class Own(Environment):
+    """Right in every way; tests put mistakes in."""
+
+    spec = EnvironmentSpec({'frame': FRAME}, 2, 1)
+    answer = (1.0, EpisodeEnd.NOT_ENDED, {'frame': np.ones(2, np.float32)})
+    first = {'frame': np.zeros(2, np.float32)}
+
+    def reset(self):
+        return self.first
+
+    def step(self, action):
+        return self.answer
+
+
+@pytest.fixture
+def create(monkeypatch):
+    """Makes an environment by what stands in the place of a module's attribute."""
+    module = types.ModuleType('own_environment_mistakes')
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def create_one(make):
+        module.make = make
+        return create_environment('own_environment_mistakes:make', 7, EnvironmentConfig(width=4))
+
+    return create_one
+
+
+def returning(**members):
+    """A callable that makes an environment with other members."""
+    return lambda seed, config: type('Mistaken', (Own,), members)()
+
+
+def sentence(error):
+    """The text of an error that must be one sentence, which names the level."""
+    text = str(error.value)
+    assert 'own_environment_mistakes:make' in text
+    assert text.endswith('.') and '\n' not in text
+    return text
+
+
+def spec_of(observation=None, **values):
+    arguments = {'num_actions': 2, 'num_action_repeats': 1} | values
+    return EnvironmentSpec({'frame': FRAME} if observation is None else observation, **arguments)
+
+
+@pytest.mark.parametrize(
+    ('spec', 'text'),
+    [
+        (None, "attribute 'spec' is None, not an impala.trajectory.EnvironmentSpec"),
+        ({'frame': FRAME}, "attribute 'spec' is a dict"),
+        (spec_of(num_actions=0), 'has num_actions=0, and it must be an integer of at least 1'),
+        (spec_of(num_actions=2.0), 'has num_actions=2.0'),
+        (spec_of(num_action_repeats=0), 'has num_action_repeats=0'),
+        (spec_of({}), "declares nothing, but no observation 'frame'"),
+        (spec_of({'image': FRAME}), "declares 'image', but no observation 'frame'"),
+        (spec_of({'frame': (2,)}), 'must have a dict of name -> impala.trajectory.ArraySpec'),
+        (spec_of([FRAME]), 'must have a dict of name'),
+        (spec_of({'frame': ArraySpec((2,), 'flaot32')}), "'frame' as flaot32, and it may be one"),
+        (spec_of({'frame': ArraySpec((2,), 'float64')}), "'frame' as float64, and it may be one"),
+        (spec_of({'frame': ArraySpec((2, 0), 'uint8')}), 'with the shape (2, 0), and it must'),
+        (spec_of({'frame': ArraySpec((-1,), 'uint8')}), 'with the shape (-1,)'),
+        (spec_of({'frame': ArraySpec(2, 'uint8')}), 'with the shape 2, and it must be a tuple'),
+        (spec_of({'frame': ArraySpec((2, 2, 2, 2), 'uint8')}), 'three dimensions at most'),
+        (spec_of({'frame': FRAME, 'instruction': FRAME}), "'instruction' as float32 [2], and"),
+        (
+            spec_of({'frame': FRAME} | {f'more_{i}': FRAME for i in range(12)}),
+            'declares 13 observations, and there may be 12',
+        ),
+        (spec_of(suite='procgen'), "suite='procgen'"),
+        (spec_of(suite='atari'), "'frame' as float32 [2], and it must be uint8"),
+    ],
+)
+def test_specs_that_no_agent_can_be_made_for(create, spec, text):
+    with pytest.raises(LevelError) as error:
+        create(returning(spec=spec))
+    assert text in sentence(error)
+
+
+def _raise(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ('make', 'text'),
+    [
+        (lambda seed, config: None, 'returned None, which is no environments.Environment'),
+        (lambda seed, config: {'a': 1}, 'returned a dict'),
+        (lambda seed: Own(), 'must be a callable that takes (seed, config): too many'),
+        (3, 'is an int, not a callable'),
+        (lambda seed, config: Environment(), 'cannot be made: TypeError: Can'),
+    ],
+)
+def test_callables_that_make_no_environment(create, make, text):
+    with pytest.raises(LevelError) as error:
+        create(make)
+    assert text in sentence(error)
+
+
+@pytest.mark.parametrize(
+    ('make', 'text'),
+    [
+        (lambda seed, config: _raise(ValueError('no\nmap')), 'cannot be made: ValueError: no map'),
+        (lambda seed, config: _raise(SystemExit(5)), 'cannot be made: SystemExit: 5'),
+        (lambda seed, config: {}['map'], "KeyError: 'map' (own_environment_test.py, line "),
+    ],
+)
+def test_what_fails_before_anything_starts_is_a_sentence(create, make, text):
+    """In an actor, later, it may be a failure of chance."""
+    with pytest.raises((ValueError, SystemExit, KeyError)):
+        create(make)
+    described = actor._describe('own_environment_mistakes:make', 7, EnvironmentConfig())
+    assert text in json.loads(described)['error']
+
+
+ANSWER = Own.answer[2]
+STEPS = [
+    ((*Own.answer, {}), 'returned a tuple of 4 from step, which must return three values'),
+    (None, 'returned None from step'),
+    ((None, *Own.answer[1:]), 'returned None as its reward, which must be a number'),
+    (('one', *Own.answer[1:]), 'returned a str as its reward'),
+    ((1j, *Own.answer[1:]), 'returned a complex as its reward'),
+    ((np.ones(2), *Own.answer[1:]), 'returned an array float64 [2] as its reward'),
+    ((np.ones(1), *Own.answer[1:]), 'returned an array float64 [1] as its reward'),
+    ((1.0, 7, ANSWER), 'returned 7, an int, as the end of the episode, which must be one of'),
+    ((1.0, True, ANSWER), 'returned True, a bool, as the end of the episode'),
+    ((1.0, 'done', ANSWER), "returned 'done', a str, as the end of the episode"),
+]
+OBSERVATIONS = [
+    (None, "returned None as its observation, which must be a dict with 'frame'"),
+    (np.zeros(2, np.float32), 'returned an array float32 [2] as its observation'),
+    ({}, "an observation without 'frame', which its spec declares"),
+    ({'frame': [0.0, 1.0]}, "'frame' as a list of 2, but its spec declares float32 [2]"),
+    ({'frame': np.zeros(3, np.float32)}, "'frame' as float32 [3], but its spec declares"),
+    ({'frame': np.zeros(2)}, "'frame' as float64 [2], but its spec declares float32 [2]"),
+]
+
+
+@pytest.mark.parametrize(('answer', 'text'), STEPS)
+def test_steps_that_return_something_else(create, answer, text):
+    environment = create(returning(answer=answer))
+    environment.reset()
+    for find in (lambda: environment.step(0), environment.check):
+        with pytest.raises(DeclarationError) as error:
+            find()
+        assert text in sentence(error)
+
+
+@pytest.mark.parametrize(('observation', 'text'), OBSERVATIONS)
+def test_observations_that_are_not_as_declared(create, observation, text):
+    environment = create(returning(first=observation))
+    for find in (environment.reset, environment.check):
+        with pytest.raises(DeclarationError) as error:
+            find()
+        assert text in sentence(error)
+    # The first step is tried, too, before anything is played.
+    with pytest.raises(DeclarationError) as error:
+        create(returning(answer=(*Own.answer[:2], observation))).check()
+    assert text in sentence(error)
+
+
+@pytest.mark.parametrize('word', [-1, 1000])
+def test_words_outside_of_the_hashed_ones(create, word):
+    spec = EnvironmentSpec({'frame': FRAME, 'instruction': WORDS}, 2, 1)
+    good = Own.first | {'instruction': np.array([999, 1, 0], np.int32)}
+    bad = Own.first | {'instruction': np.array([999, word, 0], np.int32)}
+    create(returning(spec=spec, first=good, answer=(*Own.answer[:2], good))).check()
+    with pytest.raises(DeclarationError) as error:
+        create(returning(spec=spec, first=bad)).reset()
+    assert "'instruction' with numbers outside of 0 to 999" in sentence(error)
+    with pytest.raises(DeclarationError):
+        create(returning(spec=spec, first=good, answer=(*Own.answer[:2], bad))).step(0)
+
+
+@pytest.mark.parametrize(
+    'reward', [1, 1.0, True, np.float32(1), np.float64(1), np.int8(1), np.array(1.0), np.bool_(1)]
+)
+def test_all_kinds_of_numbers_are_rewards(create, reward):
+    environment = create(returning(answer=(reward, *Own.answer[1:])))
+    assert environment.step(0)[0] == 1.0
+    assert isinstance(environment.step(0)[0], float)
+
+
+def test_numpys_numbers_in_a_spec_become_pythons(create):
+    """They come of `np.shape` and of Gymnasium's `Discrete.n`."""
+    spec = EnvironmentSpec({'frame': ArraySpec([np.int64(2)], np.float32)}, np.int64(2), np.int8(1))
+    environment = create(returning(spec=spec))
+    assert environment.spec == Own.spec
+    assert json.loads(json.dumps(environment.spec.to_json()))['num_actions'] == 2
+    environment.check()
+
+
+def test_a_failure_in_the_trial_is_left_to_the_actors(create):
+    """It may be one of chance; they are started again, and show the traceback."""
+    environment = create(returning(step=lambda self, action: 1 / 0))
+    environment.check()
+    with pytest.raises(ZeroDivisionError):
+        environment.step(0)
+
+
+def test_frames_of_the_last_action_come_through(create):
+    environment = create(lambda seed, config: Own())
+    assert environment.last_action_frames is None
+    environment = create(returning(last_action_frames=3))
+    assert environment.last_action_frames == 3
+
+
+def test_all_else_is_the_environments_own(create):
+    calls = []
+    members = {
+        name: lambda self, *arguments, name=name: calls.append((name, *arguments)) or name
+        for name in ('seed_next', 'render', 'check', 'close')
+    }
+    members['frames_per_second'] = 25.0
+    environment = create(returning(**members))
+    assert environment.seed_next(3) == 'seed_next' and environment.render() == 'render'
+    assert environment.frames_per_second == 25
+    environment.check()
+    environment.close()
+    assert calls == [('seed_next', 3), ('render',), ('check',), ('close',)]
+
+
+def test_what_the_module_says_is_what_the_segment_holds():
+    folder = pathlib.Path(__file__).resolve().parents[2] / 'dynamic_batching' / 'cc'
+    source = (folder / 'shared_segment.h').read_text(encoding='utf-8')
+    fields = int(re.search(r'kMaxFields = (\d+)', source)[1])
+    fixed = re.search(r'enum FixedField : int \{(.*?)\}', source, re.DOTALL)[1]
+    first = fixed.partition('kFirstObservation')[0].count(',')
+    assert fields - first == own_environment.MAX_OBSERVATIONS

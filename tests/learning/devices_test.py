@@ -1,0 +1,22 @@
+"""Tests of impala/learning/devices.py; what it makes is used in several_learners_test."""
+
+import pytest
+
+from impala.config import ConfigError
+from impala.learning import devices as learner_devices
+
+
+@pytest.mark.parametrize(
+    ('devices', 'are_shared', 'sentence'),
+    [
+        (['gpu0'], False, "--learner_devices=gpu0: 'gpu0' is no device; one is /gpu:0"),
+        (['/cpu:0', ''], False, "'' is no device"),
+        (['/cpu:1', '/cpu:1'], False, 'several GPUs, or several CPUs, each once'),
+        (['/cpu:0', '/gpu:0'], False, 'several GPUs, or several CPUs, each once'),
+        (['/gpu:99'], False, r'there is no /gpu:99; TensorFlow finds \d+ GPUs'),
+        (['/cpu:0', '/cpu:1'], True, 'with --learner_addresses, several devices must be GPUs'),
+    ],
+)
+def test_devices_that_cannot_be(devices, are_shared, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        learner_devices.prepare(devices, are_shared)

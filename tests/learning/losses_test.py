@@ -1,0 +1,473 @@
+"""Tests of impala/learning/losses.py."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from impala.learning import losses
+from impala.trajectory import AgentOutput, StepOutput, StepOutputInfo
+
+
+def _softmax(logits):
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    return exp / exp.sum(-1, keepdims=True)
+
+
+def _unrolls(length=4, batch=3, num_actions=5, seed=0):
+    """Returns agent, learner and environment outputs of `length + 1` random rows."""
+    rng = np.random.default_rng(seed)
+    rows = (length + 1, batch)
+
+    def outputs():
+        return AgentOutput(
+            action=rng.integers(num_actions, size=rows, dtype=np.int32),
+            policy_logits=rng.normal(size=(*rows, num_actions)).astype(np.float32),
+            baseline=rng.normal(size=rows).astype(np.float32),
+        )
+
+    env_outputs = StepOutput(
+        reward=rng.normal(scale=2.0, size=rows).astype(np.float32),
+        info=StepOutputInfo(np.zeros(rows, np.float32), *2 * [np.zeros(rows, np.int32)]),
+        done=rng.random(rows) < 0.3,
+        observation={},
+    )
+    return outputs(), outputs(), env_outputs
+
+
+def _slow_loss(agent_outputs, learner_outputs, env_outputs, config):
+    """Section 4.2 in float64 and loops, thresholds 1, rewards clipped to [-1, 1]."""
+    pi = _softmax(np.float64(learner_outputs.policy_logits))
+    mu = _softmax(np.float64(agent_outputs.policy_logits))
+    value = np.float64(learner_outputs.baseline)
+    length, batch = value.shape[0] - 1, value.shape[1]
+    parts = dict.fromkeys(('policy_gradient', 'baseline', 'entropy'), 0.0)
+    for b in range(batch):
+        later_v = value[length, b]
+        for t in reversed(range(length)):
+            # The action chosen in row t and its consequences stand in row t + 1.
+            action = agent_outputs.action[t + 1, b]
+            reward = min(max(env_outputs.reward[t + 1, b], -1.0), 1.0)
+            gamma = 0.0 if env_outputs.done[t + 1, b] else config.discounting
+            rho = min(1.0, pi[t, b, action] / mu[t + 1, b, action])
+            delta = rho * (reward + gamma * value[t + 1, b] - value[t, b])
+            v = value[t, b] + delta + gamma * rho * (later_v - value[t + 1, b])
+            advantage = rho * (reward + gamma * later_v - value[t, b])
+            parts['policy_gradient'] -= advantage * np.log(pi[t, b, action])
+            parts['baseline'] += 0.5 * (v - value[t, b]) ** 2
+            parts['entropy'] += np.sum(pi[t, b] * np.log(pi[t, b]))
+            later_v = v
+    return parts
+
+
+def test_vtrace_loss_equals_the_slow_one():
+    config = losses.LossConfig(discounting=0.9, entropy_cost=0.07, baseline_cost=0.3)
+    unrolls = _unrolls()
+    total, parts, _ = losses.vtrace_loss(*unrolls, config)
+    expected = _slow_loss(*unrolls, config)
+    assert set(parts) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(
+        total,
+        expected['policy_gradient'] + 0.3 * expected['baseline'] + 0.07 * expected['entropy'],
+        rtol=1e-4,
+    )
+
+
+def test_rewards_in_another_unit_do_not_matter_if_it_is_given():
+    config = losses.LossConfig(reward_clipping='none', discounting=0.9)
+    agent_outputs, learner_outputs, env_outputs = _unrolls()
+    factors = np.array([1000.0, 1.0, 0.01], np.float32)
+    normalised = tf.constant(learner_outputs.baseline)
+
+    def loss(factors, value_stddev):
+        with tf.GradientTape() as tape:
+            tape.watch(normalised)
+            total, parts, targets = losses.vtrace_loss(
+                agent_outputs,
+                learner_outputs._replace(baseline=factors * normalised),
+                env_outputs._replace(reward=factors * env_outputs.reward),
+                config,
+                value_stddev,
+            )
+        return parts, targets, tape.gradient(total, normalised)
+
+    plain, plain_targets, plain_gradient = loss(np.float32(1.0), None)
+    parts, targets, gradient = loss(factors, tf.constant(factors))
+    for name, value in plain.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(targets, factors * plain_targets, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradient, plain_gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_is_that_of_section_4_2():
+    config = losses.LossConfig(discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
+    agent_outputs, learner_outputs, env_outputs = _unrolls(length=1, batch=2)
+    agent_outputs = agent_outputs._replace(policy_logits=learner_outputs.policy_logits[[1, 0]])
+    logits = tf.constant(learner_outputs.policy_logits)
+    baseline = tf.constant(learner_outputs.baseline)
+    with tf.GradientTape() as tape:
+        tape.watch([logits, baseline])
+        total, _, _ = losses.vtrace_loss(
+            agent_outputs,
+            AgentOutput(action=learner_outputs.action, policy_logits=logits, baseline=baseline),
+            env_outputs,
+            config,
+        )
+    logits_gradient, baseline_gradient = tape.gradient(total, [logits, baseline])
+
+    # On-policy, one step: v - V = advantage = r + gamma V' - V, seen as a constant.
+    value = np.float64(learner_outputs.baseline)
+    rewards = np.clip(env_outputs.reward[1], -1.0, 1.0)
+    advantage = rewards + 0.9 * ~env_outputs.done[1] * value[1] - value[0]
+    one_hot = np.eye(5)[agent_outputs.action[1]]
+    pi = _softmax(np.float64(learner_outputs.policy_logits[0]))
+    np.testing.assert_allclose(logits_gradient[0], advantage[:, None] * (pi - one_hot), rtol=1e-4)
+    np.testing.assert_array_equal(logits_gradient[1], np.zeros_like(pi))
+    np.testing.assert_allclose(baseline_gradient[0], -0.3 * advantage, rtol=1e-4)
+    np.testing.assert_array_equal(baseline_gradient[1], [0.0, 0.0])
+
+
+def test_policy_gradient_does_not_flow_into_the_advantages():
+    log_probs, advantages = tf.constant([[-1.0, -2.0]]), tf.constant([[3.0, 5.0]])
+    with tf.GradientTape() as tape:
+        tape.watch([log_probs, advantages])
+        loss = losses.policy_gradient_loss(log_probs, advantages)
+    assert loss == 13.0
+    gradients = tape.gradient(loss, [log_probs, advantages])
+    np.testing.assert_array_equal(gradients[0], [[-3.0, -5.0]])
+    assert gradients[1] is None
+
+
+def test_terms_are_summed_over_time_and_batch():
+    config = losses.LossConfig()
+    agent_outputs, learner_outputs, env_outputs = _unrolls()
+    twice = tf.nest.map_structure(
+        lambda x: np.concatenate([x, x], axis=1), (agent_outputs, learner_outputs, env_outputs)
+    )
+    total, _, _ = losses.vtrace_loss(agent_outputs, learner_outputs, env_outputs, config)
+    total_twice, _, _ = losses.vtrace_loss(*twice, config)
+    np.testing.assert_allclose(total_twice, 2 * total, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'clip_rho_threshold': 0.3},
+        {'clip_c_threshold': 0.3},
+        {'clip_pg_rho_threshold': 0.3},
+        {'lambda_': 0.3},
+        {'reward_clipping': 'none'},
+        {'reward_clipping': 'soft_asymmetric'},
+    ],
+)
+def test_config_reaches_the_loss(change):
+    unrolls = _unrolls()
+    plain, _, _ = losses.vtrace_loss(*unrolls, losses.LossConfig())
+    changed, _, _ = losses.vtrace_loss(*unrolls, losses.LossConfig(**change))
+    assert abs(float(plain) - float(changed)) > 1e-3
+
+
+def _appo_gradient(config, agent_outputs, learner_outputs, env_outputs, **kwargs):
+    """Returns total, terms, and the gradients by logits and baseline."""
+    logits = tf.constant(learner_outputs.policy_logits)
+    baseline = tf.constant(learner_outputs.baseline)
+    with tf.GradientTape() as tape:
+        tape.watch([logits, baseline])
+        loss = losses.appo_loss if config.loss == 'appo' else losses.vtrace_loss
+        outputs = AgentOutput(learner_outputs.action, logits, baseline)
+        total, parts, _ = loss(agent_outputs, outputs, env_outputs, config, **kwargs)
+    return total, parts, tape.gradient(total, [logits, baseline])
+
+
+def _near(agent_outputs, learner_outputs):
+    """Returns learner outputs whose policy is close to the behaviour policy, row by row."""
+    near = np.roll(agent_outputs.policy_logits, -1, axis=0)
+    return learner_outputs._replace(policy_logits=near + 0.02 * learner_outputs.policy_logits)
+
+
+@pytest.mark.parametrize('lambda_', [1.0, 0.9])
+def test_where_nothing_is_clipped_appo_has_the_gradient_of_vtrace(lambda_):
+    agent_outputs, learner_outputs, env_outputs = _unrolls(length=6, batch=4)
+    unrolls = (agent_outputs, _near(agent_outputs, learner_outputs), env_outputs)
+    common = {
+        'entropy_cost': 0.01,
+        'lambda_': lambda_,
+        'clip_rho_threshold': None,
+        'clip_c_threshold': None,
+        'clip_pg_rho_threshold': None,
+    }
+    _, _, expected = _appo_gradient(losses.LossConfig(**common), *unrolls)
+    config = losses.LossConfig(loss='appo', clip_epsilon=0.5, **common)
+    _, _, actual = _appo_gradient(config, *unrolls)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert np.abs(expected[0]).max() > 0.1
+    # Where the policy is the one that acted, V-trace does not clip either: with its defaults.
+    on_policy = learner_outputs._replace(
+        policy_logits=np.roll(agent_outputs.policy_logits, -1, axis=0)
+    )
+    unrolls = (agent_outputs, on_policy, env_outputs)
+    _, _, expected = _appo_gradient(losses.LossConfig(), *unrolls)
+    _, _, actual = _appo_gradient(losses.LossConfig(loss='appo'), *unrolls)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('ratio', 'advantage', 'loss', 'slope'),
+    [
+        # Inside the interval [.8, 1.2] nothing is clipped; the slope is ratio times advantage.
+        (1.1, 2.0, -2.2, -2.2),
+        (0.9, -2.0, 1.8, 1.8),
+        # Already moved where the advantage points to: clipped.
+        (1.5, 2.0, -2.4, 0.0),
+        (0.5, -2.0, 1.6, 0.0),
+        # Moved to the wrong side: the gradient stays.
+        (1.5, -2.0, 3.0, 3.0),
+        (0.5, 2.0, -1.0, -1.0),
+    ],
+)
+def test_each_side_of_the_clip_by_hand(ratio, advantage, loss, slope):
+    log_ratio, advantages = tf.constant([[np.log(ratio)]], tf.float32), tf.constant([[advantage]])
+    with tf.GradientTape() as tape:
+        tape.watch([log_ratio, advantages])
+        value = losses.clipped_surrogate_loss(log_ratio, advantages, clip_epsilon=0.2)
+    gradients = tape.gradient(value, [log_ratio, advantages])
+    np.testing.assert_allclose(value, loss, rtol=1e-6)
+    np.testing.assert_allclose(gradients[0], [[slope]], rtol=1e-6)
+    assert gradients[1] is None
+
+
+def _slow_appo(agent_outputs, learner_outputs, env_outputs, target_outputs, config):
+    """`appo_loss` in float64 and loops, rho-bar and c-bar 1, rewards clipped to [-1, 1]."""
+    pi = _softmax(np.float64(learner_outputs.policy_logits))
+    mu = _softmax(np.float64(agent_outputs.policy_logits))
+    old = learner_outputs if target_outputs is None else target_outputs
+    old_pi = _softmax(np.float64(old.policy_logits))
+    value = np.float64(old.baseline)
+    length, batch = value.shape[0] - 1, value.shape[1]
+    parts = dict.fromkeys(('baseline', 'entropy', 'kl'), 0.0)
+    advantages, ratios = np.zeros((length, batch)), np.zeros((length, batch))
+    for b in range(batch):
+        later_v = value[length, b]
+        for t in reversed(range(length)):
+            action = agent_outputs.action[t + 1, b]
+            reward = min(max(env_outputs.reward[t + 1, b], -1.0), 1.0)
+            gamma = 0.0 if env_outputs.done[t + 1, b] else config.discounting
+            m = mu[t + 1, b, action]
+            rho = min(1.0, old_pi[t, b, action] / m)
+            delta = rho * (reward + gamma * value[t + 1, b] - value[t, b])
+            v = value[t, b] + delta + gamma * config.lambda_ * rho * (later_v - value[t + 1, b])
+            weight = config.lambda_ if config.gae_advantages else 1.0
+            later = (1 - weight) * value[t + 1, b] + weight * later_v
+            advantages[t, b] = reward + gamma * later - value[t, b]
+            if target_outputs is None:
+                ratios[t, b] = pi[t, b, action] / m
+                reference = mu[t + 1, b]
+            else:
+                bounded = min(m / old_pi[t, b, action], config.clip_target_rho_threshold)
+                ratios[t, b] = bounded * pi[t, b, action] / m
+                reference = old_pi[t, b]
+            parts['baseline'] += 0.5 * (v - learner_outputs.baseline[t, b]) ** 2
+            parts['entropy'] += np.sum(pi[t, b] * np.log(pi[t, b]))
+            parts['kl'] += np.sum(reference * np.log(reference / pi[t, b]))
+            later_v = v
+    if config.normalize_advantages:
+        advantages = (advantages - advantages.mean()) / advantages.std()
+    clipped = np.clip(ratios, 1 - config.clip_epsilon, 1 + config.clip_epsilon)
+    objective = np.minimum(ratios * advantages, clipped * advantages)
+    return parts | {'policy_gradient': -objective.sum()}, ratios
+
+
+@pytest.mark.parametrize('normalize, gae', [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize('has_target', [False, True])
+def test_appo_loss_equals_the_slow_one(has_target, normalize, gae):
+    config = losses.LossConfig(
+        loss='appo',
+        discounting=0.9,
+        entropy_cost=0.07,
+        baseline_cost=0.3,
+        lambda_=0.8,
+        clip_epsilon=0.3,
+        clip_target_rho_threshold=1.5,
+        kl_cost=0.2,
+        normalize_advantages=normalize,
+        gae_advantages=gae,
+    )
+    unrolls = _unrolls(length=5, batch=6)
+    target = _unrolls(length=5, batch=6, seed=1)[1] if has_target else None
+    expected, ratios = _slow_appo(*unrolls, target, config)
+    # All cases occur.
+    assert ratios.min() < 0.7 and ratios.max() > 1.3 and np.any(abs(ratios - 1) < 0.3)
+    total, parts, _ = _appo_gradient(config, *unrolls, target_outputs=target)
+    assert set(parts) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-4, err_msg=name)
+    np.testing.assert_allclose(
+        total,
+        expected['policy_gradient']
+        + 0.3 * expected['baseline']
+        + 0.07 * expected['entropy']
+        + 0.2 * expected['kl'],
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize('lambda_', [0.0, 0.5, 0.95, 1.0])
+def test_on_policy_advantages_of_gae(lambda_):
+    """Against the sum of equation (16) of Schulman et al. 2016; the ratios are 1."""
+    agent_outputs, learner_outputs, env_outputs = _unrolls(length=6, batch=4)
+    behaviour = np.concatenate(
+        [agent_outputs.policy_logits[:1], learner_outputs.policy_logits[:-1]]
+    )
+    agent_outputs = agent_outputs._replace(policy_logits=behaviour)
+    config = losses.LossConfig(
+        loss='appo', discounting=0.9, lambda_=lambda_, gae_advantages=True, entropy_cost=0.0,
+        baseline_cost=0.0,
+    )  # fmt: skip
+    _, parts, (by_logits, _) = _appo_gradient(config, agent_outputs, learner_outputs, env_outputs)
+    value = np.float64(learner_outputs.baseline)
+    rewards = np.clip(np.float64(env_outputs.reward[1:]), -1.0, 1.0)
+    gammas = 0.9 * ~env_outputs.done[1:]
+    deltas = rewards + gammas * value[1:] - value[:-1]
+    advantages = np.zeros_like(deltas)
+    for start in range(6):
+        weight = np.ones(4)
+        for step in range(start, 6):
+            advantages[start] += weight * deltas[step]
+            weight = weight * gammas[step] * lambda_
+    assert env_outputs.done[1:].any() and not env_outputs.done[1:].all()
+    np.testing.assert_allclose(parts['policy_gradient'], -advantages.sum(), rtol=1e-4)
+    one_hot = np.eye(5)[agent_outputs.action[1:]]
+    pi = _softmax(np.float64(learner_outputs.policy_logits[:-1]))
+    expected = advantages[..., None] * (pi - one_hot)
+    np.testing.assert_allclose(by_logits[:-1], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_target_network_that_is_the_learner_gives_the_ratio_its_slope_only():
+    """Then pi / pi_target is 1: the loss is the sum of advantages, the slope that of log pi."""
+    agent_outputs, learner_outputs, env_outputs = _unrolls(length=1, batch=2)
+    agent_outputs = agent_outputs._replace(policy_logits=learner_outputs.policy_logits[[1, 0]])
+    config = losses.LossConfig(loss='appo', discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
+    _, parts, (by_logits, by_baseline) = _appo_gradient(
+        config, agent_outputs, learner_outputs, env_outputs, target_outputs=learner_outputs
+    )
+    value = np.float64(learner_outputs.baseline)
+    rewards = np.clip(env_outputs.reward[1], -1.0, 1.0)
+    advantage = rewards + 0.9 * ~env_outputs.done[1] * value[1] - value[0]
+    one_hot = np.eye(5)[agent_outputs.action[1]]
+    pi = _softmax(np.float64(learner_outputs.policy_logits[0]))
+    np.testing.assert_allclose(parts['policy_gradient'], -advantage.sum(), rtol=1e-5)
+    np.testing.assert_allclose(by_logits[0], advantage[:, None] * (pi - one_hot), rtol=1e-4)
+    np.testing.assert_allclose(by_baseline[0], -0.3 * advantage, rtol=1e-4)
+    assert parts['kl'] == 0.0
+
+
+def test_appo_counts_values_in_the_unit_of_their_level():
+    """Errors and advantages of a unit of 2 are halves; the targets stay in units of the rewards."""
+    unrolls = _unrolls()
+    config = losses.LossConfig(loss='appo')
+    _, plain, targets = losses.appo_loss(*unrolls, config)
+    _, parts, same = losses.appo_loss(*unrolls, config, value_stddev=tf.fill([3], 2.0))
+    np.testing.assert_allclose(parts['policy_gradient'], plain['policy_gradient'] / 2, rtol=1e-5)
+    np.testing.assert_allclose(parts['baseline'], plain['baseline'] / 4, rtol=1e-5)
+    np.testing.assert_array_equal(same, targets)
+    _, _, of_vtrace = losses.vtrace_loss(*unrolls, losses.LossConfig())
+    np.testing.assert_allclose(targets, of_vtrace, rtol=1e-5)
+
+
+def test_gradient_of_the_divergence_pulls_back():
+    """The gradient of KL(pi_old || pi) by the logits of pi is pi - pi_old."""
+    rng = np.random.default_rng(0)
+    old, new = (tf.constant(rng.normal(size=(2, 3, 4)), tf.float32) for _ in range(2))
+    with tf.GradientTape() as tape:
+        tape.watch([old, new])
+        loss = losses.kl_divergence(old, new)
+    gradients = tape.gradient(loss, [old, new])
+    assert gradients[0] is None
+    np.testing.assert_allclose(
+        gradients[1], _softmax(new.numpy()) - _softmax(old.numpy()), atol=1e-6
+    )
+    assert float(loss) > 0 and losses.kl_divergence(old, old) == 0
+
+
+def test_normalized_values_have_mean_0_and_deviation_1():
+    values = losses.normalize(tf.constant([[1e4 + 1.0, 1e4 + 3.0], [1e4 + 1.0, 1e4 + 3.0]]))
+    np.testing.assert_allclose(values, [[-1.0, 1.0], [-1.0, 1.0]], rtol=1e-5)
+    np.testing.assert_array_equal(losses.normalize(tf.fill([2, 2], 3.0)), np.zeros((2, 2)))
+
+
+def test_autoencoder_loss_by_hand():
+    frames = tf.constant([[[[255]], [[0]]], [[[51]], [[102]]]], tf.uint8)
+    made = tf.constant([[[[0.5]], [[0.0]]], [[[0.0]], [[1.0]]]])
+    # Two frames of two pixels each: errors 0.5, 0 and 0.2, -0.6.
+    expected = 0.5 * (0.25 + 0.0) / 2 + 0.5 * (0.04 + 0.36) / 2
+    np.testing.assert_allclose(losses.autoencoder_loss(frames, made), expected, rtol=1e-6)
+
+
+def test_autoencoder_loss_equals_the_slow_one_and_is_summed_over_frames_not_pixels():
+    rng = np.random.default_rng(0)
+    frames = rng.integers(256, size=(3, 5, 7, 4), dtype=np.uint8)
+    made = rng.normal(0.5, 1.0, frames.shape).astype(np.float32)
+    expected = sum(
+        0.5 * np.mean((np.float64(x) / 255 - y) ** 2) for x, y in zip(frames, made, strict=True)
+    )
+    loss = losses.autoencoder_loss(tf.constant(frames), tf.constant(made))
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+    def repeated(axis):
+        return losses.autoencoder_loss(
+            *(tf.repeat(tf.constant(x), 2, axis) for x in (frames, made))
+        )
+
+    np.testing.assert_allclose(repeated(0), 2 * expected, rtol=1e-5)
+    np.testing.assert_allclose(repeated(1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('loss', ['vtrace', 'appo'])
+def test_entropy_cost_of_the_moment_counts(loss):
+    unrolls = _unrolls()
+    config = losses.LossConfig(loss=loss, entropy_cost=0.25)
+    total, parts, _ = _appo_gradient(config, *unrolls)
+    later, _, _ = _appo_gradient(config, *unrolls, entropy_cost=tf.constant(0.0))
+    np.testing.assert_allclose(total - later, 0.25 * parts['entropy'], rtol=1e-4)
+
+
+def test_entropy_of_a_uniform_policy_is_its_maximum():
+    uniform = losses.entropy_loss(tf.zeros([2, 3, 7]))
+    np.testing.assert_allclose(uniform, -6 * np.log(7), rtol=1e-6)
+    assert losses.entropy_loss(tf.random.stateless_normal([2, 3, 7], [1, 2])) > uniform
+
+
+def test_entropy_gradient_is_finite_for_a_certain_policy():
+    logits = tf.constant([[[0.0, 200.0, -200.0]]])
+    with tf.GradientTape() as tape:
+        tape.watch(logits)
+        loss = losses.entropy_loss(logits)
+    assert loss == 0.0
+    assert np.all(np.isfinite(tape.gradient(loss, logits)))
+
+
+@pytest.mark.parametrize(
+    ('clipping', 'rewards', 'expected'),
+    [
+        ('abs_one', [-7.0, -0.5, 0.0, 0.5, 7.0], [-1.0, -0.5, 0.0, 0.5, 1.0]),
+        ('none', [-7.0, -0.5, 0.0, 0.5, 7.0], [-7.0, -0.5, 0.0, 0.5, 7.0]),
+        # tanh(1) = .76159416, tanh(.2) = .19737532
+        (
+            'soft_asymmetric',
+            [-5.0, -1.0, 0.0, 1.0, 5.0, 1000.0, -1000.0],
+            [-1.1423912, -0.29606298, 0.0, 0.9868766, 3.8079708, 5.0, -1.5],
+        ),
+    ],
+)
+def test_clip_rewards(clipping, rewards, expected):
+    np.testing.assert_allclose(
+        losses.clip_rewards(tf.constant(rewards), clipping), expected, rtol=1e-6
+    )
+
+
+def test_unknown_clipping_is_refused_by_name():
+    with pytest.raises(ValueError, match="abs_one, soft_asymmetric, none, not 'abs_two'"):
+        losses.clip_rewards(tf.constant([1.0]), 'abs_two')

@@ -1,0 +1,136 @@
+"""Tests of impala/learning/memory_needs.py: against what is really made, and worked out by hand."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import resource
+
+import pytest
+import tensorflow as tf
+
+from configs import IMAGE, STACK, VECTOR, config
+from impala import config as run_config
+from impala.acting.behaviour_policy import UnrollSource
+from impala.acting.local_actors import LocalActors
+from impala.learning import memory_needs
+from impala.learning.learner import LearnerConfig
+from impala.networks.agent import Agent
+from impala.trajectory import ArraySpec
+
+
+def network_of(run, spec):
+    return run_config.choose_network(run, spec)
+
+
+def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):
+    run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', use_lstm=True)
+    network = network_of(run, IMAGE)
+    unrolls, processes = memory_needs.of_actors(run, IMAGE, network)
+    source = UnrollSource(IMAGE, Agent(network, IMAGE), run.level_ids, run.learner.unroll_length,
+                          run.queue_capacity, 1, 1.0)  # fmt: skip
+    made = os.fstat(source.batcher.fd).st_size
+    source.batcher.close()
+    # Outputs and states are in memory of their own.
+    own = (run.learner.unroll_length + 1) * 4 * (2 + IMAGE.num_actions) + 2 * 256 * 4 + 12
+    assert unrolls.nbytes == pytest.approx(made + 7 * own, rel=0.01)
+    assert list(unrolls.flags.items())[0] == ('queue_capacity', 4)
+    assert processes.nbytes == 3 * memory_needs.ACTOR_PROCESS_BYTES
+    shared = dataclasses.replace(run, envs_per_process=2)
+    _, processes = memory_needs.of_actors(shared, IMAGE, network, 'envs_per_actor')
+    assert processes.nbytes == 2 * memory_needs.ACTOR_PROCESS_BYTES
+    assert processes.flags == {'envs_per_actor': 3, 'envs_per_process': 2}
+
+
+def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
+    learner = LearnerConfig(
+        batch_size=4,
+        unroll_length=9,
+        sample_reuse=2,
+        reuse_buffer=3,
+        replay_fraction=0.5,
+        replay_capacity=100,
+    )
+    run = config(tmp_path, learner=learner, loaders=2)
+    network = network_of(run, STACK)
+    batches, weights, replay = memory_needs.of_learner(run, STACK, network)
+    pixels = math.prod(STACK.observation['frame'].shape)
+    # Of three that are held and two in the making.
+    assert batches.nbytes == pytest.approx(5 * 4 * 10 * pixels, rel=0.01)
+    assert batches.flags == {
+        'batch_size': 4, 'unroll_length': 9, 'reuse_buffer': 3, 'loaders': 2,
+    }  # fmt: skip
+    # One that is held and one in the making, which is what nobody has said.
+    single = dataclasses.replace(run, learner=dataclasses.replace(learner, reuse_buffer=1))
+    for loaders in (0, 1):
+        batches, *_ = memory_needs.of_learner(
+            dataclasses.replace(single, loaders=loaders), STACK, network
+        )
+        assert batches.nbytes == pytest.approx(2 * 4 * 10 * pixels, rel=0.01)
+    # Of each stack of 4 one frame is kept, and three more.
+    assert replay.nbytes == pytest.approx(100 * 13 * pixels / 4, rel=0.01)
+    agent = Agent(network, STACK)
+    made = 4 * sum(int(tf.size(weight)) for weight in agent.trainable_variables)
+    assert 0.9 * 5 * made < weights.nbytes < 5 * made
+
+
+@pytest.mark.parametrize('torso', ['deep', 'shallow', 'nature', 'mlp', 'autoencoder'])
+@pytest.mark.parametrize('size', [(84, 84), (36, 101)])
+def test_nearly_all_weights_are_in_the_linear_layer(tmp_path, torso, size):
+    frame = ArraySpec((*size, 3), 'uint8')
+    spec = dataclasses.replace(IMAGE, observation={'frame': frame})
+    run = config(tmp_path, torso=torso, latent_size=256, use_lstm=False)
+    network = network_of(run, spec)
+    made = [weight.shape for weight in Agent(network, spec).trainable_variables]
+    largest = max(math.prod(shape) for shape in made)
+    _, weights = memory_needs.of_learner(run, spec, network)
+    assert weights.nbytes == 5 * 4 * largest
+
+
+def test_a_network_of_a_frame_that_is_too_large_is_refused_unmade(tmp_path):
+    frame = ArraySpec((4096, 4096, 4), 'uint8')
+    spec = dataclasses.replace(STACK, observation={'frame': frame})
+    run = config(tmp_path, torso='shallow')
+    run = dataclasses.replace(
+        run, environment=dataclasses.replace(run.environment, width=4096, height=4096)
+    )
+    needs = memory_needs.of_learner(run, spec, network_of(run, spec))
+    huge = [need for need in needs if need.what == 'weights of the network']
+    # 32 channels of 510 x 510, 256 outputs, of 4 bytes, 5 times.
+    assert huge[0].nbytes == 32 * 510 * 510 * 256 * 4 * 5
+    with pytest.raises(run_config.ConfigError, match='--width=4096, --height=4096'):
+        memory_needs.check([dataclasses.replace(huge[0], nbytes=10**15)])
+    memory_needs.check([dataclasses.replace(huge[0], nbytes=10**6)])
+
+
+def test_a_torso_that_cannot_serve_the_frames_is_refused(tmp_path):
+    run = config(tmp_path, torso='autoencoder')
+    with pytest.raises(run_config.ConfigError, match='autoencoder torso needs uint8 frames'):
+        memory_needs.of_learner(run, VECTOR, network_of(run, VECTOR))
+
+
+@contextlib.contextmanager
+def little_memory(nbytes):
+    """Lets this process allocate no more than so much; memory that is shared does not count."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with open('/proc/self/status') as file:
+        used = 1024 * int(re.search(r'VmData:\s+(\d+)', file.read())[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (used + nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+@pytest.mark.parametrize(('queue_capacity', 'unroll_length'), [(2**31 - 9, 10_000), (10**8, 1)])
+def test_unrolls_that_cannot_be_allocated_are_refused(tmp_path, queue_capacity, unroll_length):
+    """Should an estimate be wrong: more than can be addressed, and more than is given out."""
+    run = config(tmp_path, queue_capacity=queue_capacity)
+    learner = dataclasses.replace(run.learner, unroll_length=unroll_length)
+    run = dataclasses.replace(run, learner=learner)
+    network = network_of(run, VECTOR)
+    agent = Agent(network, VECTOR)
+    sentence = f'no memory .* --queue_capacity={queue_capacity}'
+    with little_memory(10**9), pytest.raises(run_config.ConfigError, match=sentence):
+        LocalActors(run, VECTOR, agent, None, print)

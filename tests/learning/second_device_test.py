@@ -1,0 +1,77 @@
+"""What is for GPUs, on a second device that stands in for one; see `second_device`."""
+
+import json
+import math
+import os
+import pathlib
+
+import pytest
+import tensorflow as tf
+from second_device import DEVICE, LEARNERS
+from warm_process import WarmProcess
+
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+PATIENCE_SECONDS = 300
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory):
+    """What `second_device` writes."""
+    folder = tmp_path_factory.mktemp('second_device')
+    environment = os.environ | {
+        'TF_XLA_FLAGS': '--tf_xla_enable_xla_devices',
+        'PYTHONPATH': f'{TESTS.parent}',
+    }
+    process = WarmProcess(
+        TESTS / 'second_device.py', [folder / 'found', folder / 'run'], environment, folder,
+        [folder / 'stdout', folder / 'stderr'],
+    )  # fmt: skip
+    try:
+        assert process.wait(PATIENCE_SECONDS) == 0, (folder / 'stderr').read_text()
+    finally:
+        process.kill()
+    return json.loads((folder / 'found').read_text())
+
+
+def result(found, check):
+    assert 'error' not in found[check], found[check]['error']
+    return found[check]['result']
+
+
+def test_batched_functions_use_variables_of_another_device(found):
+    """3 times the variable; in the graph it is added, too."""
+    assert result(found, 'batched function') == [[6, 8, 6], [15, 20, 15]]
+
+
+def test_sparse_gradients_change_there_what_they_change_on_the_cpu(found):
+    assert result(found, 'sparse gradients') < 1e-6
+
+
+@pytest.mark.parametrize('name', LEARNERS)
+def test_learners_learn_there(found, name):
+    first, second = result(found, name)['updates']
+    assert {first['skipped'], second['skipped']} == {0}
+    assert all(map(math.isfinite, [*first.values(), *second.values()]))
+    assert first['loss/total'] != second['loss/total']
+    assert (first['policy_lag_mean'], second['policy_lag_mean']) == (0, 1)
+
+
+def test_a_run_trains_goes_on_and_is_tested_there(found):
+    run = result(found, 'whole run')
+    assert [device.endswith(DEVICE) for device in run['batches']] == [True]
+    assert [device.endswith(DEVICE) for device in run['variables']] == [True]
+    # Batches of 2 unrolls of 10 steps, of one frame each: 100 frames in all.
+    assert run['updates'] == 5
+    # An episode's length is its return.
+    assert run['returns'] == {'levels:short': [5, 5], 'levels:long': [20, 20]}
+
+
+@pytest.mark.skipif(
+    not tf.sysconfig.get_build_info()['is_cuda_build'], reason='lists no kernels for GPUs'
+)
+@pytest.mark.parametrize('name', LEARNERS)
+def test_every_operation_has_a_kernel_for_gpus_or_stands_on_the_cpu_on_purpose(found, name):
+    kernels = result(found, name)
+    assert not kernels['missing']
+    # The serving loop's have none, nor has the one that finds equal instructions.
+    assert {'UnrollBatcherGet', 'UnrollBatcherSet', 'UniqueV2'} <= kernels['pinned'].keys()

@@ -1,0 +1,322 @@
+"""Tests of the torsos against the same networks written with Sonnet's own layers."""
+
+import math
+
+import numpy as np
+import pytest
+import sonnet as snt
+import tensorflow as tf
+
+from impala.networks import torsos
+from impala.trajectory import ArraySpec
+
+
+class SonnetShallow(snt.Module):
+    """The paper's shallow network in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [
+            snt.Conv2D(16, 8, 4, padding='VALID'),
+            snt.Conv2D(32, 4, 2, padding='VALID'),
+            snt.Linear(256),
+        ]
+
+    def __call__(self, x):
+        conv_1, conv_2, linear = self.layers
+        x = tf.nn.relu(conv_2(tf.nn.relu(conv_1(x))))
+        return tf.nn.relu(linear(snt.Flatten()(x)))
+
+
+class SonnetNature(snt.Module):
+    """DQN's network in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [
+            snt.Conv2D(32, 8, 4, padding='VALID'),
+            snt.Conv2D(64, 4, 2, padding='VALID'),
+            snt.Conv2D(64, 3, 1, padding='VALID'),
+            snt.Linear(512),
+        ]
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = tf.nn.relu(layer(x))
+        return tf.nn.relu(self.layers[-1](snt.Flatten()(x)))
+
+
+class SonnetDeep(snt.Module):
+    """The paper's deep network in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [snt.Conv2D(c, 3) for c in (16, 32, 32) for _ in range(5)]
+        self.layers.append(snt.Linear(256))
+
+    def __call__(self, x):
+        for section in range(3):
+            first, *residual = self.layers[5 * section : 5 * section + 5]
+            x = tf.nn.max_pool2d(first(x), 3, 2, 'SAME')
+            for block in range(2):
+                y = residual[2 * block](tf.nn.relu(x))
+                x += residual[2 * block + 1](tf.nn.relu(y))
+        return tf.nn.relu(self.layers[-1](snt.Flatten()(tf.nn.relu(x))))
+
+
+class SonnetEncoder(snt.Module):
+    """The encoder in Sonnet's layers, on floats in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [snt.Conv2D(16, 4, 4), snt.Conv2D(16, 4, 2), snt.Conv2D(32, 4, 2)]
+        self.layers.append(snt.Linear(64))
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = tf.nn.relu(layer(x))
+        return tf.nn.relu(self.layers[-1](snt.Flatten()(x)))
+
+
+class SonnetMLP(snt.Module):
+    """Two linear layers of 64."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [snt.Linear(64), snt.Linear(64)]
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = tf.nn.relu(layer(x))
+        return x
+
+
+REFERENCES = {
+    'shallow': SonnetShallow,
+    'nature': SonnetNature,
+    'deep': SonnetDeep,
+    'mlp': SonnetMLP,
+    'autoencoder': SonnetEncoder,
+}
+
+
+def random_frames(shape, rows=3, dtype='uint8'):
+    rng = np.random.default_rng(1)
+    if dtype == 'uint8':
+        return tf.constant(rng.integers(0, 256, (rows, *shape), dtype=np.uint8))
+    return tf.constant(rng.normal(size=(rows, *shape)).astype(np.float32))
+
+
+def torso_and_reference(name, shape, dtype='uint8', compute_dtype=tf.float32):
+    """Returns a torso with random biases and Sonnet's version of it with the same weights."""
+    tf.random.set_seed(1)
+    torso = torsos.create_torso(name, ArraySpec(shape, dtype), compute_dtype)
+    reference_dtype = tf.float64 if compute_dtype == tf.float64 else tf.float32
+    reference = REFERENCES[name]()
+    reference(tf.zeros([1, *shape], reference_dtype))
+    # Variables of equal shape occur in the same order in both, by name and by construction.
+    own = [v for layer in own_layers(torso) for v in (layer.w, layer.b)]
+    theirs = [v for layer in reference.layers for v in (layer.w, layer.b)]
+    assert [v.shape for v in own] == [v.shape for v in theirs]
+    for mine, other in zip(own, theirs, strict=True):
+        if mine.shape.rank == 1:
+            mine.assign(tf.random.stateless_uniform(mine.shape, [1, 2], -0.1, 0.1))
+        other.assign(tf.cast(mine, other.dtype))
+    return torso, reference, own, theirs
+
+
+def own_layers(torso):
+    layers = [m for m in torso.submodules if isinstance(m, torsos.Convolution | torsos.Linear)]
+    # A torso applies its layers in the order of their names, but for a section's first convolution.
+    order = {'section': 0, 'block': 1}
+
+    def key(layer):
+        words = layer.name.split('_')
+        if words[0] in order:
+            return ('a', words[1], order[words[0]], *words[2:])
+        return ('conv' if words[0] == 'conv' else 'linear', *words[1:])
+
+    return sorted(layers, key=key)
+
+
+CASES = [
+    ('shallow', (84, 84, 4), 'uint8'),
+    ('shallow', (72, 96, 3), 'uint8'),
+    ('shallow', (56, 56, 3), 'uint8'),
+    ('shallow', (37, 50, 1), 'uint8'),
+    ('shallow', (20, 20, 3), 'uint8'),
+    ('nature', (84, 84, 4), 'uint8'),
+    ('nature', (72, 99, 3), 'uint8'),
+    ('nature', (36, 36, 1), 'uint8'),
+    ('deep', (72, 96, 3), 'uint8'),
+    ('deep', (56, 56, 3), 'uint8'),
+    ('deep', (7, 5, 3), 'uint8'),
+    ('autoencoder', (84, 84, 4), 'uint8'),
+    ('autoencoder', (72, 96, 3), 'uint8'),
+    ('autoencoder', (21, 35, 3), 'uint8'),
+    ('autoencoder', (1, 1, 1), 'uint8'),
+    ('mlp', (4,), 'float32'),
+    ('mlp', (16,), 'uint8'),
+]
+
+
+@pytest.mark.parametrize(('name', 'shape', 'dtype'), CASES)
+@pytest.mark.parametrize('compute_dtype', [tf.float32, tf.float64])
+def test_equals_the_same_network_of_sonnet_layers(name, shape, dtype, compute_dtype):
+    torso, reference, own, theirs = torso_and_reference(name, shape, dtype, compute_dtype)
+    frames = random_frames(shape, dtype=dtype)
+    scaled = tf.cast(frames, compute_dtype) / (255 if dtype == 'uint8' else 1)
+
+    @tf.function
+    def features_and_gradients(network, inputs, variables):
+        with tf.GradientTape() as tape:
+            features = network(inputs)
+            loss = tf.reduce_sum(tf.sin(features))
+        return features, tape.gradient(loss, variables)
+
+    features, gradients = features_and_gradients(torso, frames, own)
+    expected, expected_gradients = features_and_gradients(reference, scaled, theirs)
+    assert features.dtype == tf.float32
+    assert features.shape == (3, torso.output_size)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        scale = np.abs(expected_gradient).max()
+        assert scale > 0
+        # In float32, close calls of max pools and ReLUs send single gradients another way.
+        close = 1e-4 if compute_dtype == tf.float64 else 1e-2
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=close * scale)
+
+
+@pytest.mark.parametrize('name', ['shallow', 'deep', 'nature', 'autoencoder'])
+def test_bfloat16_is_close_to_float32_with_float32_variables(name):
+    shape = (56, 56, 3)
+    torso, reference, own, theirs = torso_and_reference(name, shape, compute_dtype=tf.bfloat16)
+    assert {v.dtype for v in own} == {tf.float32}
+    frames = random_frames(shape, rows=8)
+    with tf.GradientTape(persistent=True) as tape:
+        features = torso(frames)
+        expected = reference(tf.cast(frames, tf.float32) / 255)
+        loss, expected_loss = tf.reduce_sum(features**2), tf.reduce_sum(expected**2)
+    assert features.dtype == tf.float32
+    # Equality would mean that nothing was computed in bfloat16.
+    error = np.linalg.norm(features - expected) / np.linalg.norm(expected)
+    assert 1e-5 < error < 0.03
+    gradients = tape.gradient(loss, own)
+    expected_gradients = tape.gradient(expected_loss, theirs)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == tf.float32
+        cosine = np.vdot(gradient, expected_gradient) / (
+            np.linalg.norm(gradient) * np.linalg.norm(expected_gradient)
+        )
+        # Rounding decides close calls of max pools and ReLUs anew: single gradients change route.
+        assert cosine > 0.9
+
+
+def test_initial_weights_are_distributed_as_sonnets():
+    torso = torsos.create_torso('deep', ArraySpec((24, 24, 3), 'uint8'), tf.float32)
+    for layer in own_layers(torso):
+        fan_in = math.prod(layer.w.shape[:-1])
+        # Cut off at two deviations, a normal distribution's own deviation is .88 of what it was.
+        assert np.std(layer.w) == pytest.approx(0.88 / math.sqrt(fan_in), rel=0.15)
+        assert np.abs(layer.w).max() <= 2 / math.sqrt(fan_in)
+        assert not np.any(layer.b)
+
+
+@pytest.mark.parametrize(
+    ('name', 'convolutions'), [('shallow', 2), ('nature', 3), ('deep', 15), ('autoencoder', 3)]
+)
+def test_no_gradient_of_the_frames_is_computed(name, convolutions):
+    shape = (36, 36, 3)
+    torso = torsos.create_torso(name, ArraySpec(shape, 'uint8'), tf.float32)
+
+    @tf.function
+    def gradients(frames):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(torso(frames))
+        return tape.gradient(loss, torso.trainable_variables)
+
+    graph = gradients.get_concrete_function(tf.TensorSpec([None, *shape], tf.uint8)).graph
+    needed = {op.name for op in reachable(graph.outputs)}
+    kinds = [op.type for op in graph.get_operations() if op.name in needed]
+    assert kinds.count('Conv2D') == convolutions
+    assert kinds.count('Conv2DBackpropFilter') == convolutions
+    assert kinds.count('Conv2DBackpropInput') == convolutions - 1
+
+
+def reachable(outputs):
+    """Returns the operations that `outputs` depend on: what is left of a graph after pruning."""
+    todo, seen = [t.op for t in outputs], set()
+    while todo:
+        op = todo.pop()
+        if op not in seen:
+            seen.add(op)
+            todo += [t.op for t in op.inputs] + list(op.control_inputs)
+    return seen
+
+
+@pytest.mark.parametrize('name', ['shallow', 'deep', 'nature', 'autoencoder'])
+def test_frames_that_are_no_images_are_refused(name):
+    with pytest.raises(ValueError, match=rf'{name} torso needs uint8 frames .* float32 \[4\]'):
+        torsos.create_torso(name, ArraySpec((4,), 'float32'), tf.float32)
+
+
+@pytest.mark.parametrize('latent_size', [1, 7])
+def test_the_latent_has_the_size_asked_for(latent_size):
+    frame = ArraySpec((20, 20, 3), 'uint8')
+    torso = torsos.create_torso('autoencoder', frame, tf.float32, latent_size)
+    assert torso.output_size == latent_size
+    assert torso(random_frames(frame.shape)).shape == (3, latent_size)
+
+
+def multiply_adds(torso, shape):
+    """Counts them for one frame by the shapes of TensorFlow's graph."""
+    graph = tf.function(torso).get_concrete_function(tf.TensorSpec([1, *shape], tf.uint8)).graph
+    count = 0
+    for op in graph.get_operations():
+        if op.type in ('Conv2D', 'MatMul'):
+            output, weights = op.outputs[0].shape, op.inputs[1].shape
+            count += math.prod(output) * math.prod(weights[:-1])
+    return count
+
+
+@pytest.mark.parametrize('shape', [(84, 84, 4), (72, 96, 3)])
+def test_the_encoder_costs_less_than_half_of_the_shallow_network(shape):
+    count = {
+        name: multiply_adds(torsos.create_torso(name, ArraySpec(shape, 'uint8'), tf.float32), shape)
+        for name in ('shallow', 'autoencoder')
+    }
+    if shape == (84, 84, 4):
+        assert count['shallow'] == (
+            20 * 20 * 16 * 8 * 8 * 4 + 9 * 9 * 32 * 4 * 4 * 16 + 9 * 9 * 32 * 256
+        )
+        assert count['autoencoder'] == (
+            21 * 21 * 16 * 4 * 4 * 4
+            + 11 * 11 * 16 * 4 * 4 * 16
+            + 6 * 6 * 32 * 4 * 4 * 16
+            + 6 * 6 * 32 * 64
+        )
+    assert count['autoencoder'] < 0.5 * count['shallow']
+
+
+@pytest.mark.parametrize(('name', 'pixels'), [('shallow', 20), ('nature', 36)])
+def test_too_small_frames_are_refused(name, pixels):
+    pattern = f'{name} torso .* at least {pixels}x{pixels} pixels, got {pixels}x{pixels - 1}'
+    with pytest.raises(ValueError, match=pattern):
+        torsos.create_torso(name, ArraySpec((pixels, pixels - 1, 3), 'uint8'), tf.float32)
+
+
+def test_checkpoints_of_shallow_torsos_of_before_fit(tmp_path):
+    torso = torsos.create_torso('shallow', ArraySpec((84, 84, 4), 'uint8'), tf.float32)
+    before = tf.train.Checkpoint()
+    for number, layer in enumerate(own_layers(torso)):
+        name = ('_conv_1', '_conv_2', '_linear')[number]
+        weights = tf.Variable(tf.fill(layer.w.shape, float(number)))
+        setattr(before, name, tf.train.Checkpoint(w=weights, b=tf.Variable(layer.b)))
+    path = before.write(str(tmp_path / 'before'))
+    tf.train.Checkpoint(torso).read(path).assert_existing_objects_matched()
+    assert [np.unique(layer.w).tolist() for layer in own_layers(torso)] == [[0], [1], [2]]
+
+
+def test_an_unknown_torso_is_refused():
+    with pytest.raises(ValueError, match="Unknown torso 'wide'.*deep, shallow, nature, mlp"):
+        torsos.create_torso('wide', ArraySpec((4,), 'float32'), tf.float32)

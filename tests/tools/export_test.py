@@ -1,0 +1,198 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from configs import config
+from impala import training
+from impala.config import POPART_LEVELS
+from impala.networks.agent import Agent, AgentConfig
+from impala.tools import export
+from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
+
+# What somebody has who knows TensorFlow only. One row's inputs are JSON on stdin.
+STRANGER = """
+import json, os, sys
+import numpy as np, tensorflow as tf
+assert not [path for path in sys.path if os.path.exists(os.path.join(path, 'vtrace.py'))]
+model = tf.saved_model.load(sys.argv[1])
+step = model.signatures['step']
+state = model.signatures['initial_state'](batch_size=tf.constant(2))
+state = {name: value for name, value in state.items() if name != 'no_state'}
+specs = step.structured_input_signature[1]
+rows = []
+for inputs in json.load(sys.stdin):
+    tensors = {name: tf.constant(value, specs[name].dtype) for name, value in inputs.items()}
+    outputs = step(**tensors, **state)
+    state = {name: outputs[name] for name in state}
+    rows.append({name: value.numpy().tolist() for name, value in outputs.items()})
+print(json.dumps(rows))
+"""
+
+
+@pytest.mark.parametrize(('use_lstm', 'popart'), [(True, False), (False, False), (False, True)])
+def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
+    logdir = tmp_path / 'run'
+    training.train(config(logdir, use_lstm=use_lstm, popart=popart, total_environment_frames=20))
+    output = tmp_path / 'model'
+    assert export.main([str(logdir), f'--output={output}']) == 0
+
+    random = np.random.default_rng(1)
+    inputs = [
+        {
+            'prev_action': random.integers(2, size=2).tolist(),
+            'reward': random.normal(size=2).tolist(),
+            'done': [step == 0, step == 2],
+            'frame': random.normal(size=(2, 2)).tolist(),
+        }
+        for step in range(4)
+    ]
+    result = subprocess.run(
+        [sys.executable, '-I', '-c', STRANGER, str(output)],
+        input=json.dumps(inputs),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = json.loads(result.stdout)
+
+    network, spec = export.spec_of_run(str(logdir))
+    assert network.use_lstm == use_lstm
+    agent = Agent(network, spec)
+    restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
+    restored.restore(str(logdir / 'checkpoints' / 'ckpt-1')).expect_partial()
+    state = agent.initial_state(2)
+    for row, values in zip(rows, inputs, strict=True):
+        reward = tf.constant(values['reward'])
+        env_output = StepOutput(
+            reward,
+            StepOutputInfo(reward, *2 * [tf.zeros(2, tf.int32)]),
+            tf.constant(values['done']),
+            {'frame': tf.constant(values['frame'])},
+        )
+        expected, state = agent.step(tf.constant(values['prev_action']), env_output, state)
+        np.testing.assert_allclose(row['policy_logits'], expected.policy_logits, atol=1e-5)
+        if popart:
+            assert 'baseline' not in row
+        else:
+            np.testing.assert_allclose(row['baseline'], expected.baseline, atol=1e-5)
+        assert row['greedy_action'] == np.argmax(expected.policy_logits, 1).tolist()
+        assert set(row['action']) <= {0, 1}
+
+
+def test_an_autoencoder_is_exported_without_its_decoder(tmp_path, monkeypatch):
+    logdir = tmp_path / 'run'
+    run = config(logdir, level_names=('levels:picture',), torso='autoencoder', latent_size=5)
+    training.train(run)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    options = ['--output=~/model', '--checkpoint=~/run/checkpoints/ckpt-1']
+    assert export.main([str(logdir), *options]) == 0
+    saved = tf.train.load_checkpoint(str(tmp_path / 'model' / 'variables' / 'variables'))
+    weights = {k: v for k, v in saved.get_variable_to_shape_map().items() if 'VARIABLE_VALUE' in k}
+    network, spec = export.spec_of_run(str(logdir))
+    agent = Agent(network, spec)
+    assert sorted(map(tuple, weights.values())) == sorted(tuple(v.shape) for v in agent.variables)
+    step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']
+    kinds = [op.type for op in step.graph.get_operations()]
+    for function in step.graph.as_graph_def().library.function:
+        kinds += [node.op for node in function.node_def]
+    assert kinds.count('Conv2D') == 3
+    assert 'DepthToSpace' not in kinds
+
+
+@pytest.mark.parametrize(
+    ('level', 'shape', 'dtype', 'guess'),
+    [
+        ('levels:float_picture', (4, 5, 3), 'float32', 'uint8'),
+        ('levels:byte_vector', (3,), 'uint8', 'float32'),
+    ],
+)
+def test_observations_keep_their_type(tmp_path, level, shape, dtype, guess):
+    """Bytes are scaled and floats are not, so the same numbers are others to the network."""
+    logdir = tmp_path / 'run'
+    run = config(logdir, level_names=(level,), torso='mlp', use_lstm=False)
+    training.train(run)
+    assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
+    agent = Agent(
+        AgentConfig(torso='mlp', use_lstm=False),
+        EnvironmentSpec({'frame': ArraySpec(shape, dtype)}, 2, 1),
+    )
+    restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
+    restored.restore(str(logdir / 'checkpoints' / 'ckpt-1')).expect_partial()
+    inputs = {
+        'prev_action': tf.constant([0]),
+        'reward': tf.constant([0.0]),
+        'done': tf.constant([True]),
+        'frame': tf.cast(tf.fill((1, *shape), 200), dtype),
+    }
+    info = StepOutputInfo(tf.zeros(1), *2 * [tf.zeros(1, tf.int32)])
+    env_output = StepOutput(inputs['reward'], info, inputs['done'], {'frame': inputs['frame']})
+    expected, _ = agent.step(inputs['prev_action'], env_output, ())
+    step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']
+    np.testing.assert_allclose(step(**inputs)['baseline'], expected.baseline, rtol=1e-5)
+
+    # A run from before types were stored goes on, and is exported as it would have been then.
+    path = logdir / 'network.json'
+    settings = json.loads(path.read_text())
+    (name,) = (key for key in settings if 'dtype of the frames' in key)
+    assert settings.pop(name) == dtype
+    path.write_text(json.dumps(settings))
+    _, spec = export.spec_of_run(str(logdir))
+    assert spec.observation['frame'] == ArraySpec(shape, guess)
+    training.train(dataclasses.replace(run, total_environment_frames=120))
+    assert (logdir / 'checkpoints' / 'ckpt-2.index').exists()
+
+
+def test_the_terminal_has_what_was_written_and_nothing_else(tmp_path):
+    logdir = tmp_path / 'run'
+    training.train(config(logdir, total_environment_frames=20))
+    environment = os.environ.copy()
+    environment.pop('TF_CPP_MIN_LOG_LEVEL', None)
+    result = subprocess.run(
+        [sys.executable, '-m', 'impala.tools.export', str(logdir)],
+        env=environment | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f'Written {logdir}/checkpoints/ckpt-1 to {logdir}/saved_model\n'
+    # A busy machine may take long.
+    assert result.stderr.replace('Starting: TensorFlow is loaded\n', '') == ''
+
+
+def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):
+    assert export.main([str(tmp_path)]) == 2
+    assert 'is not the folder of a training run' in capsys.readouterr().err
+    settings = {
+        'torso': 'mlp',
+        'use_lstm': False,
+        'level_name or --full_action_set (number of actions)': 2,
+        'level_name, --width, --height or --frame_stack (shape of the frames)': [2],
+        'level_name (whether it has instructions)': False,
+    }
+    (tmp_path / 'network.json').write_text(json.dumps(settings))
+    assert export.main([str(tmp_path)]) == 2
+    assert 'There is no checkpoint in' in capsys.readouterr().err
+    actions, shape, instructions = list(settings)[2:]
+    for change, sentence in (
+        ({'torso': 3}, "'torso' is 3."),
+        ({'use_lstm': 'no'}, "'use_lstm' is 'no'."),
+        ({actions: True}, f'{actions!r} is True.'),
+        ({instructions: 0}, f'{instructions!r} is 0.'),
+        ({'another torso': 'mlp'}, "it has no 'torso'."),
+        ({shape: 4}, f'{shape!r} is 4.'),
+        ({shape: [4, 'x']}, "frames cannot be (4, 'x')."),
+        ({shape: [4, 0]}, 'frames cannot be (4, 0).'),
+        ({shape: [2**31]}, 'frames cannot be (2147483648,).'),
+        ({POPART_LEVELS: 3}, 'is 3.'),
+    ):
+        (tmp_path / 'network.json').write_text(json.dumps(settings | change))
+        assert export.main([str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert 'damaged: ' in error and error.endswith(f'{sentence}\n'), error
