@@ -37,9 +37,13 @@ import tensorflow as tf
 
 from benchmarks import machine, stages
 from dynamic_batching.exchange import UnrollInbox
-from impala.acting.behaviour_policy import UnrollBatch, batch_of_components, compiled
-from impala.cluster.remote_actors import unroll_components
 from impala.config import has_fast_bfloat16
+from impala.experience.batch import (
+    UnrollBatch,
+    batch_of_components,
+    compiled,
+    unroll_components,
+)
 from impala.experience.loading import Loading, move
 from impala.learning.learner import Learner, LearnerConfig
 from impala.networks.agent import Agent, AgentConfig

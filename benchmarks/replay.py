@@ -34,8 +34,8 @@ import tabulate
 from benchmarks import machine, stages
 from benchmarks.ingest import SEND_BYTES
 from dynamic_batching.exchange import Component
-from impala.cluster.remote_actors import unroll_components
 from impala.cluster.remote_replay import RemoteReplay
+from impala.experience.batch import unroll_components
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay, unroll_nbytes
 from impala.trajectory import ArraySpec, EnvironmentSpec

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 from impala.acting.actor_pool import UnrollsLostError
 from impala.acting.actor_processes import Workplace, require_files
-from impala.acting.behaviour_policy import UnrollBatch
 from impala.acting.local_actors import LocalActors
 from impala.cluster.learner_group import (
     FollowerLog,
@@ -23,7 +22,7 @@ from impala.cluster.learner_group import (
     strategy_of_devices,
     strategy_of_learners,
 )
-from impala.cluster.remote_actors import RemoteActors, run_settings, unroll_components
+from impala.cluster.remote_actors import RemoteActors, run_settings
 from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
 from impala.cluster.transport import warn_of_network
 from impala.config import (
@@ -40,6 +39,7 @@ from impala.config import (
     learner_settings,
     network_settings,
 )
+from impala.experience.batch import UnrollBatch, unroll_components
 from impala.experience.loading import Loading, default_loaders
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay

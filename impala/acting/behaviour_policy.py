@@ -7,97 +7,19 @@ acts for all environments.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from dynamic_batching.unroll_batcher import UnrollBatcher
+from impala.experience.batch import Mix, UnrollBatch, batch_of_components, compiled
 from impala.experience.loading import Batch, Loading
 from impala.networks.agent import Agent
 from impala.trajectory import (
-    ActorOutput,
-    AgentOutput,
     ArraySpec,
     EnvironmentSpec,
     StepOutput,
     StepOutputInfo,
 )
-
-
-class UnrollBatch(NamedTuple):
-    """A batch for the learner, and what only the log wants to know of it.
-
-    Attributes:
-      actor_output: `ActorOutput`, `[T+1, B, ...]`.
-      actors: i32 `[B]`, who acted; -1 of unrolls that are replayed.
-      ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
-      is_replayed: bool `[B]`, the unroll was in a batch of before.
-    """
-
-    actor_output: ActorOutput
-    actors: tf.Tensor
-    ends: tf.Tensor
-    is_replayed: tf.Tensor
-
-
-def batch_components(batch: UnrollBatch) -> list[tf.Tensor]:
-    """Returns what a batch consists of, in the order of `remote_actors.unroll_components`."""
-    output = batch.actor_output
-    env = output.env_outputs
-    return [
-        output.level_id,
-        output.policy_version,
-        *tf.nest.flatten(output.agent_state),
-        env.reward,
-        *env.info,
-        batch.ends,
-        *env.observation.values(),
-        *output.agent_outputs,
-    ]
-
-
-def batch_of_components(
-    components: Sequence[tf.Tensor],
-    actors: tf.Tensor,
-    state_structure: Any,
-    observation_names: Sequence[str],
-    is_replayed: tf.Tensor | None = None,
-) -> UnrollBatch:
-    """Puts a batch together; the inverse of `batch_components`.
-
-    Args:
-      components: in that order.
-      actors: i32 `[B]`.
-      state_structure: nest of the shape of the agent's state.
-      observation_names: in the order of the components.
-      is_replayed: bool `[B]`; None if no unroll is.
-    """
-    level_id, policy_version, *rest = components
-    num_states = len(tf.nest.flatten(state_structure))
-    states, rest = rest[:num_states], rest[num_states:]
-    reward, *info, end = rest[:5]
-    observation = rest[5:-3]
-    return UnrollBatch(
-        ActorOutput(
-            level_id=level_id,
-            policy_version=policy_version,
-            agent_state=tf.nest.pack_sequence_as(state_structure, states),
-            env_outputs=StepOutput(
-                reward=reward,
-                info=StepOutputInfo(*info),
-                done=tf.not_equal(end, 0),
-                observation=dict(zip(observation_names, observation, strict=True)),
-            ),
-            agent_outputs=AgentOutput(*rest[-3:]),
-        ),
-        actors,
-        end,
-        tf.zeros_like(actors, tf.bool) if is_replayed is None else is_replayed,
-    )
-
-
-# Has batches consist of fresh unrolls, of which it asks for some number, and of others.
-Mix = Callable[[Callable[[int], UnrollBatch]], UnrollBatch]
 
 
 class UnrollSource:
@@ -332,21 +254,6 @@ def _ahead(assemble: Callable[[], Batch]) -> Iterator[Batch]:
             yield batch
     finally:
         loading.close()
-
-
-def compiled(dequeue: Callable[[], Batch]) -> Callable[[], Batch]:
-    """Returns a function made into a graph on the CPU, which any thread may call.
-
-    Args:
-      dequeue: raises `tf.errors.CancelledError` when there is nothing more.
-    """
-
-    @tf.function(autograph=False)
-    def dequeue_on_cpu() -> Batch:
-        with tf.device('/cpu:0'):
-            return dequeue()
-
-    return dequeue_on_cpu.get_concrete_function()
 
 
 def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:

@@ -10,10 +10,11 @@ from environments import level_cache_statistics
 from impala.acting.actor import describe_non_finite
 from impala.acting.actor_pool import ActorPool
 from impala.acting.actor_processes import ActorError, Workplace
-from impala.acting.behaviour_policy import BehaviourPolicy, Mix, UnrollBatch, UnrollSource
+from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.acting.episode_series import Schedule
 from impala.cluster.learner_group import Log
 from impala.config import ConfigError, TrainingConfig
+from impala.experience.batch import Mix, UnrollBatch
 from impala.networks.agent import Agent
 from impala.trajectory import EnvironmentSpec
 

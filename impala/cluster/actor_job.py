@@ -24,6 +24,7 @@ from impala.config import (
     popart_levels,
     with_common_actions,
 )
+from impala.experience.batch import flatten_unroll, unroll_components
 from impala.learning import memory_needs
 from impala.networks.agent import Agent, AgentConfig
 from impala.runs.stop_signal import StopSignal
@@ -123,7 +124,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         connection = stack.enter_context(
             LearnerConnection(
                 job.learner_address,
-                remote_actors.unroll_components(
+                unroll_components(
                     spec,
                     agent.state_spec,
                     config.learner.unroll_length,
@@ -185,7 +186,7 @@ def _play(
     """Sends unrolls until there are no more, or nobody wants them."""
     rejected_in_a_row = 0
     for sequence, batch in enumerate(actors.batches(1), 1):
-        unroll = remote_actors.flatten_unroll(batch, 0)
+        unroll = flatten_unroll(batch, 0)
         level = config.level_names[int(unroll[0])]
         # The learner counts the levels of the whole run.
         unroll[0] = unroll[0].dtype.type(level_names.index(level))

@@ -8,27 +8,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import ActorStatistics, Component, UnrollInbox, WeightsBoard
-from impala.acting.behaviour_policy import (
-    Mix,
-    UnrollBatch,
-    batch_components,
-    batch_of_components,
-    compiled,
-)
+from dynamic_batching.exchange import ActorStatistics, UnrollInbox, WeightsBoard
 from impala.cluster.learner_group import Log
 from impala.cluster.transport import LearnerServer
 from impala.config import TrainingConfig, environment_settings
-from impala.networks.agent import Agent
-from impala.trajectory import (
-    INSTRUCTION_BUCKETS,
-    ArraySpec,
-    EnvironmentSpec,
-    EpisodeEnd,
+from impala.experience.batch import (
+    Mix,
+    UnrollBatch,
+    batch_of_components,
+    compiled,
+    unroll_components,
 )
+from impala.networks.agent import Agent
+from impala.trajectory import EnvironmentSpec
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
 PROTOCOL = 3
@@ -42,58 +36,6 @@ POLL_SECONDS = 3.0
 RESERVED_SECONDS = 10.0
 # What a job tells of its level cache, since it was started.
 _CACHE_NAMES = ('hits', 'misses', 'seconds_saved')
-
-
-def unroll_components(
-    spec: EnvironmentSpec, state_spec: Any, unroll_length: int, num_levels: int
-) -> list[Component]:
-    """Returns what an unroll consists of on its way to the learner.
-
-    In order: level id, policy version, recurrent state at the start, the rows of `StepOutput`
-    (reward, episode return, step and frames, end of episode, observation) and of `AgentOutput`.
-
-    Args:
-      spec: of the environments.
-      state_spec: nest of `ArraySpec`, of the agent.
-      unroll_length: T.
-      num_levels: of the run.
-    """
-    rows = unroll_length + 1
-
-    def row(name: str, array: ArraySpec, low: int | None = None, high: int | None = None):
-        return Component(name, (rows, *array.shape), array.dtype, True, low, high)
-
-    highest = {'instruction': INSTRUCTION_BUCKETS - 1}
-    return [
-        Component('level_id', (), 'int32', False, 0, num_levels - 1),
-        Component('policy_version', (), 'int64', False, 0),
-        *[
-            Component(f'state_{i}', state.shape, state.dtype, False)
-            for i, state in enumerate(tf.nest.flatten(state_spec))
-        ],
-        row('reward', ArraySpec((), 'float32')),
-        row('episode_return', ArraySpec((), 'float32')),
-        row('episode_step', ArraySpec((), 'int32'), 0),
-        row('episode_frames', ArraySpec((), 'int32'), 0),
-        row('end', ArraySpec((), 'uint8'), 0, max(EpisodeEnd)),
-        *[
-            row(name, array, 0 if name in highest else None, highest.get(name))
-            for name, array in spec.observation.items()
-        ],
-        row('action', ArraySpec((), 'int32'), 0, spec.num_actions - 1),
-        row('policy_logits', ArraySpec((spec.num_actions,), 'float32')),
-        row('baseline', ArraySpec((), 'float32')),
-    ]
-
-
-def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
-    """Returns one unroll of a batch as arrays, in the order of `unroll_components`."""
-    # Views of the tensors, where `numpy()` would copy.
-    arrays = [np.asarray(component) for component in batch_components(batch)]
-    num_per_unroll = 2 + len(tf.nest.flatten(batch.actor_output.agent_state))
-    return [array[column] for array in arrays[:num_per_unroll]] + [
-        array[:, column] for array in arrays[num_per_unroll:]
-    ]
 
 
 def notes_of_job(level_cache: Mapping[str, float]) -> str:

@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import Component
-from impala.acting.behaviour_policy import UnrollBatch, batch_components, batch_of_components
 from impala.cluster.learner_group import Log
+from impala.experience.batch import UnrollBatch, batch_components, batch_of_components
 from impala.experience.replay import aligned
 
 

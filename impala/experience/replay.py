@@ -39,7 +39,7 @@ class Packing:
         """Finds out what is to be kept.
 
         Args:
-          components: of an unroll, as of `impala.cluster.remote_actors.unroll_components`.
+          components: of an unroll, as of `impala.experience.batch.unroll_components`.
           stack: name of the component, uint8 `[T+1, H, W, C]`, that is a stack of frames.
         """
         self.components = list(components)

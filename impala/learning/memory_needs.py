@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from impala import memory
-from impala.cluster.remote_actors import unroll_components
 from impala.config import ConfigError, TrainingConfig
+from impala.experience.batch import unroll_components
 from impala.experience.replay import unroll_nbytes
 from impala.memory import Need
 from impala.networks import torsos

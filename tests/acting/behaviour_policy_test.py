@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from dynamic_batching.actor_client import ClosedError
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
-from impala.cluster.remote_actors import unroll_components
+from impala.experience.batch import unroll_components
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay
 from impala.networks.agent import Agent, AgentConfig

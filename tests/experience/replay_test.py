@@ -10,8 +10,12 @@ import tensorflow as tf
 
 from dynamic_batching.exchange import Component
 from environments import EnvironmentConfig, create_environment
-from impala.acting.behaviour_policy import batch_components, batch_of_components, compiled
-from impala.cluster.remote_actors import unroll_components
+from impala.experience.batch import (
+    batch_components,
+    batch_of_components,
+    compiled,
+    unroll_components,
+)
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay, unroll_nbytes
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
