@@ -488,13 +488,13 @@ def main(unused_argv: list[str]) -> int:
         trains = not is_actor and FLAGS.mode == 'train'
         if not (trains and (FLAGS.learner_devices or is_one_of_several)):
             tf.config.list_logical_devices()
-    from environments import LevelError
     from impala.acting.actor_pool import UnrollsLostError
     from impala.acting.actor_processes import ActorError
     from impala.cluster.actor_job import ActorJobError, LearnerLost
     from impala.cluster.learner_group import LearnerGroupError
     from impala.cluster.transport import ServerError
     from impala.config import ConfigError
+    from impala.errors import LevelError
     from impala.learning import devices as learner_devices
     from impala.runs import checkpoint
     from impala.runs import files as run_files
@@ -865,10 +865,10 @@ def _test() -> int:
 
 def _config() -> Any:
     """Returns the `TrainingConfig` that the flags describe."""
-    from environments import EnvironmentConfig
     from impala import suites
     from impala.acting.silence import SilenceLimits
     from impala.config import TrainingConfig, with_common_actions
+    from impala.environments import EnvironmentConfig
     from impala.learning.learner import LearnerConfig
 
     if FLAGS.level_name.endswith('.csv'):

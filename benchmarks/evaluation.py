@@ -29,7 +29,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tabulate
 
-from environments import EnvironmentConfig
 from impala.acting.episode_series import (
     Episode,
     EpisodeQueues,
@@ -37,6 +36,7 @@ from impala.acting.episode_series import (
     Schedule,
     with_action_noise,
 )
+from impala.environments import EnvironmentConfig
 
 GAMES = ('Pong', 'Breakout', 'Boxing', 'Freeway', 'Qbert', 'Seaquest', 'SpaceInvaders', 'Enduro')
 LEVELS = tuple(f'ALE/{game}-v5' for game in GAMES)

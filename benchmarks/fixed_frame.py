@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from environments import Environment, EnvironmentConfig
+from impala.environments import Environment, EnvironmentConfig
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 EPISODE_STEPS = 1000

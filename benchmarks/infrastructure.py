@@ -22,10 +22,10 @@ import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
-from environments import EnvironmentConfig
 from impala.acting.actor_pool import ActorPool
 from impala.acting.actor_processes import Workplace
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
+from impala.environments import EnvironmentConfig
 from impala.trajectory import AgentOutput
 
 LEVEL = 'benchmarks.fixed_frame:make'

@@ -28,8 +28,8 @@ import numpy as np
 import tabulate
 
 from benchmarks import machine
-from environments import EnvironmentConfig, create_environment
 from impala import suites
+from impala.environments import EnvironmentConfig, create_environment
 from impala.runs.files import read_metrics
 from impala.suites.scores import mean_interval
 from impala.tools import plot

@@ -32,7 +32,7 @@ MB = 2**20
 
 BARE_ENVIRONMENTS = """
 import sys
-from environments import EnvironmentConfig, create_environment
+from impala.environments import EnvironmentConfig, create_environment
 environments = [
     create_environment(sys.argv[1], seed, EnvironmentConfig()) for seed in range(int(sys.argv[2]))
 ]

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from environments import Environment, EnvironmentConfig, create_environment
+from impala.environments import Environment, EnvironmentConfig, create_environment
 from impala.trajectory import EpisodeEnd
 
 FOLDER_VARIABLE = 'NUMBERED_LEVEL_FOLDER'

@@ -41,8 +41,8 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
-from environments import EnvironmentConfig, create_environment
 from impala.config import has_fast_bfloat16
+from impala.environments import EnvironmentConfig, create_environment
 from impala.learning.learner import Learner, LearnerConfig
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import (
@@ -60,7 +60,7 @@ PARTS = ('environment', 'inference', 'learning')
 ENVIRONMENT_LOOP = """
 import sys, time
 import numpy as np
-from environments import EnvironmentConfig, create_environment
+from impala.environments import EnvironmentConfig, create_environment
 environment = create_environment(sys.argv[1], int(sys.argv[2]), EnvironmentConfig())
 actions = np.random.RandomState(0).randint(environment.spec.num_actions, size=1000).tolist()
 environment.reset()

@@ -7,8 +7,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from environments import EnvironmentConfig
 from impala.acting.silence import SilenceLimits
+from impala.environments import EnvironmentConfig
 from impala.learning.learner import LearnerConfig
 from impala.networks.agent import DTYPES, Agent, AgentConfig
 from impala.networks.decoder import Decoder

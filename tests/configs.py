@@ -1,7 +1,7 @@
 """Settings of small runs, and specs of small environments."""
 
-import environments
 from impala import config as run_config
+from impala import environments
 from impala.learning.learner import LearnerConfig
 from impala.trajectory import ArraySpec, EnvironmentSpec
 

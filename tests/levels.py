@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import environments
+from impala.environments import INSTRUCTION_LENGTH
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 LIVES = 3
@@ -184,7 +185,7 @@ class _Picture(_Level):
         self.spec = EnvironmentSpec(
             {
                 'frame': ArraySpec((21, 35, 3), 'uint8'),
-                'instruction': ArraySpec((environments.INSTRUCTION_LENGTH,), 'int32'),
+                'instruction': ArraySpec((INSTRUCTION_LENGTH,), 'int32'),
             },
             2,
             1,
@@ -201,7 +202,7 @@ class _Picture(_Level):
     def _observation(self) -> dict[str, np.ndarray]:
         frame = np.full((21, 35, 3), 60, np.uint8)
         frame[8:12, 3 * self.steps : 3 * self.steps + 4] = 255
-        instruction = np.zeros(environments.INSTRUCTION_LENGTH, np.int32)
+        instruction = np.zeros(INSTRUCTION_LENGTH, np.int32)
         instruction[:2] = 17, 4
         return {'frame': frame, 'instruction': instruction}
 

@@ -15,13 +15,13 @@ from command_line import PATIENCE_SECONDS, WarmRun
 from ports import free_ports
 from warm_process import context
 
-import environments
 from configs import config
 from impala import config as run_config
-from impala import training
+from impala import environments, training
 from impala.acting.actor_processes import ActorError
 from impala.cluster import remote_replay
 from impala.cluster.learner_group import Member
+from impala.errors import LevelError
 from impala.learning import devices as learner_devices
 from impala.learning.learner import LearnerConfig
 from impala.runs import checkpoint, stop_signal
@@ -232,7 +232,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, flags, sentence):
 
 def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
     accepted = []
-    with pytest.raises(environments.LevelError, match='lacks'):
+    with pytest.raises(LevelError, match='lacks'):
         training.train(
             config(tmp_path, level_names=('levels:none',)),
             on_accepted=lambda: accepted.append(1),

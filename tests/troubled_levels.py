@@ -9,6 +9,7 @@ import time
 import numpy as np
 
 import environments
+from impala.environments.level_cache import LevelCache
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 
@@ -154,7 +155,7 @@ def breaks_its_declaration(seed, config):
 
 def warns(seed, config):
     """Has something to say, but goes on."""
-    environments.LevelCache('/dev/null/cache').write('key', '/dev/null')
+    LevelCache('/dev/null/cache').write('key', '/dev/null')
     return Level()
 
 

@@ -22,10 +22,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import environments
 from dynamic_batching.actor_client import ActorClient, ClosedError
+from impala import environments
 from impala.acting.episode_series import EpisodeQueues, Episodes, EpisodeSeries
 from impala.environments.checks import check_observation
+from impala.environments.user_code import describe_failure
+from impala.errors import LevelError
 from impala.trajectory import EnvironmentSpec, EpisodeEnd
 
 # Codes with which no environment's own library ends the process.
@@ -185,17 +187,17 @@ def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig
     try:
         try:
             environment = environments.create_environment(level_name, seed, config)
-        except environments.LevelError:
+        except LevelError:
             raise
         except (Exception, SystemExit) as error:
             # What fails at once is to be mended. Of an actor it may be a failure of chance.
-            raise environments.LevelError(
-                f'{level_name!r} cannot be made: {environments.describe_failure(error)}.'
+            raise LevelError(
+                f'{level_name!r} cannot be made: {describe_failure(error)}.'
             ) from error
         with contextlib.closing(environment):
             environment.check()
             return json.dumps({'spec': environment.spec.to_json()})
-    except environments.LevelError as error:
+    except LevelError as error:
         return json.dumps({'error': str(error)})
 
 
@@ -256,7 +258,7 @@ def main(settings: dict[str, Any]) -> int:
                 )
             except ClosedError:
                 return CLOSED_EXIT_CODE
-    except environments.LevelError as error:
+    except LevelError as error:
         say(error)
         return BAD_INPUT_EXIT_CODE
     except ContractError as error:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import IO, Any
 
 from dynamic_batching.unroll_batcher import Activity, ActorState, UnrollBatcher
-from environments import LevelError
 from impala.acting import actor_processes as places
 from impala.acting.actor import BAD_INPUT_EXIT_CODE, STACK_SIGNAL, sentence_of
 from impala.acting.actor_processes import ActorError, LinePipe, Workplace
@@ -23,6 +22,7 @@ from impala.acting.crash_log import CrashLog
 from impala.acting.episode_series import Episodes, Schedule
 from impala.acting.silence import SilenceWatch, since
 from impala.config import ConfigError
+from impala.errors import LevelError
 from impala.runs.start_progress import StartProgress
 from impala.seeds import derived_seed
 

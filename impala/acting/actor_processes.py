@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
-from environments import EnvironmentConfig, LevelError
 from impala.acting.actor import STACK_SIGNAL
 from impala.acting.silence import SilenceLimits, SilenceWatch, since
 from impala.config import ConfigError
+from impala.environments import EnvironmentConfig
+from impala.errors import LevelError
 from impala.runs.checkpoint import report_to_stderr
 from impala.runs.start_progress import StartProgress
 from impala.trajectory import EnvironmentSpec

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import environments
+from impala import environments
+from impala.errors import LevelError
 from impala.seeds import derived_seed
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
@@ -438,7 +439,7 @@ class _Film:
                 f'{self._path}_{kind}.mp4', cv2.VideoWriter.fourcc(*'mp4v'), self._rate, size
             )
             if not self._writers[kind].isOpened():
-                raise environments.LevelError(
+                raise LevelError(
                     f'--save_video: cannot write {self._path}_{kind}.mp4: the folder must be '
                     'writable, and OpenCV able to encode mp4v.'
                 )

@@ -6,7 +6,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from environments import level_cache_statistics
 from impala.acting.actor import describe_non_finite
 from impala.acting.actor_pool import ActorPool
 from impala.acting.actor_processes import ActorError, Workplace
@@ -14,6 +13,7 @@ from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.acting.episode_series import Schedule
 from impala.cluster.learner_group import Log
 from impala.config import ConfigError, TrainingConfig
+from impala.environments.level_cache import level_cache_statistics
 from impala.experience.batch import Mix, UnrollBatch
 from impala.networks.agent import Agent
 from impala.trajectory import EnvironmentSpec
@@ -150,7 +150,7 @@ class LocalActors:
         self.close()
 
     def level_cache(self) -> dict[str, float]:
-        """Returns what the level cache did so far; see `environments.level_cache_statistics`."""
+        """Returns what the level cache did so far; see `level_cache.level_cache_statistics`."""
         return level_cache_statistics(self._temp_folder)
 
     def discarded_unrolls(self) -> int:

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-import environments
-from environments import DeclarationError, LevelError
+from impala.environments.environment import DeclarationError, Environment, Observation
+from impala.errors import LevelError
 from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 # As many as the shared segment has fields for: kMaxFields - kFirstObservation.
@@ -46,7 +46,7 @@ def check_callable(level_name: str, make: Any) -> None:
         ) from error
 
 
-def checked(level_name: str, environment: Any) -> environments.Environment:
+def checked(level_name: str, environment: Any) -> Environment:
     """Returns an environment that checks what it returns against its spec.
 
     Args:
@@ -56,7 +56,7 @@ def checked(level_name: str, environment: Any) -> environments.Environment:
     Raises:
       LevelError: it is no environment, or has a spec that no agent can be made for.
     """
-    if not isinstance(environment, environments.Environment):
+    if not isinstance(environment, Environment):
         raise LevelError(
             f'{level_name!r} returned {_a(environment)}, which is no environments.Environment.'
         )
@@ -99,10 +99,10 @@ def check_observation(level_name: str, spec: EnvironmentSpec, observation: Any) 
             _check_instruction(level_name, array)
 
 
-class _Checked(environments.Environment):
+class _Checked(Environment):
     """Another environment, of which the spec is checked once and the rest as it comes."""
 
-    def __init__(self, level_name: str, environment: environments.Environment) -> None:
+    def __init__(self, level_name: str, environment: Environment) -> None:
         self._level_name = level_name
         self._environment = environment
         self._step = environment.step
@@ -121,12 +121,12 @@ class _Checked(environments.Environment):
     def last_action_frames(self) -> int | None:  # type: ignore[override]
         return self._environment.last_action_frames
 
-    def reset(self) -> environments.Observation:
+    def reset(self) -> Observation:
         observation = self._environment.reset()
         check_observation(self._level_name, self.spec, observation)
         return observation
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, environments.Observation]:
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
         result: Any = self._step(action)
         try:
             reward, end, observation = result

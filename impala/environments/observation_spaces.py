@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-import environments
+from impala.environments.environment import DeclarationError
 from impala.trajectory import ArraySpec
 
 # Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
@@ -79,8 +79,8 @@ class Frame(abc.ABC):
           DeclarationError: the value is not in the space.
         """
 
-    def _error(self, came: str) -> environments.DeclarationError:
-        return environments.DeclarationError(
+    def _error(self, came: str) -> DeclarationError:
+        return DeclarationError(
             f'{self._level_name!r} declares {self._declared} as {self._subject}, but returned '
             f'{came}.'
         )
@@ -130,7 +130,7 @@ class _BoxFrame(Frame):
     def _refuse_outside(self, value: np.ndarray, tolerance: float) -> None:
         position = self._first_outside(value, tolerance)
         if position is not None:
-            raise environments.DeclarationError(f'{self._range_text(position)} {value[position]}.')
+            raise DeclarationError(f'{self._range_text(position)} {value[position]}.')
 
 
 class _Image(_BoxFrame):
@@ -217,7 +217,7 @@ class _Numbers(_BoxFrame):
         self._is_checked = False
         size = 'smaller' if value[position] < self._space.low[position] else 'larger'
         # Without the number, so that all actors say the same and one of them is heard.
-        logging.getLogger(environments.__name__).warning(
+        logging.getLogger(__name__).warning(
             '%s a %s one in mid-episode: the agent is given it as it is.',
             self._range_text(position),
             size,

@@ -19,7 +19,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from environments import ATARI_MAX_EPISODE_FRAMES
 from impala.acting.actor_processes import Workplace, require_files
 from impala.acting.episode_series import ACTION_NOISE, Schedule, with_action_noise
 from impala.acting.local_actors import LocalActors
@@ -33,6 +32,7 @@ from impala.config import (
     network_settings,
     popart_levels,
 )
+from impala.environments.atari import ATARI_MAX_EPISODE_FRAMES
 from impala.evaluation import report as test_report
 from impala.evaluation.report import CheckpointScores
 from impala.learning import memory_needs

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 
-from environments import LevelError
+from impala.errors import LevelError
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _COLUMNS = ('level', 'test_level', 'random', 'human')

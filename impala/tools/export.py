@@ -18,7 +18,7 @@ import os
 import sys
 from typing import Any
 
-from environments import INSTRUCTION_LENGTH
+from impala.environments import INSTRUCTION_LENGTH
 from impala.runs.tensorflow_start import starting_tensorflow
 
 with starting_tensorflow():

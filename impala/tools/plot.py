@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from environments import LevelError
 from impala import suites
+from impala.errors import LevelError
 from impala.runs import flag_file
 from impala.runs.files import LogdirError, read_episodes, read_metrics
 from impala.runs.learning_curve import STYLE as CURVE_STYLE

@@ -17,13 +17,14 @@ import troubled_levels
 from processes import TIMEOUT, is_running, janitor, wait_until
 
 from dynamic_batching.unroll_batcher import ActorState, UnrollBatcher
-from environments import EnvironmentConfig, LevelError
 from impala.acting import actor_pool
 from impala.acting import actor_processes as workplace
 from impala.acting.actor import NICENESS
 from impala.acting.actor_pool import ActorPool, UnrollsLostError
 from impala.acting.actor_processes import ActorError, Workplace
 from impala.acting.silence import SilenceLimits
+from impala.environments import EnvironmentConfig
+from impala.errors import LevelError
 from impala.runs import start_progress
 from impala.trajectory import ArraySpec
 

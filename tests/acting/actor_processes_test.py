@@ -12,11 +12,12 @@ import pytest
 import troubled_levels
 from processes import is_running, janitor, wait_until
 
-from environments import EnvironmentConfig, LevelError
 from impala.acting import actor_processes as workplace
 from impala.acting.actor_processes import ActorError, Workplace
 from impala.acting.silence import SilenceLimits
 from impala.config import ConfigError, with_common_actions
+from impala.environments import EnvironmentConfig
+from impala.errors import LevelError
 from impala.runs import start_progress
 
 

@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from dynamic_batching.actor_client import ActorClient, ClosedError
 from dynamic_batching.unroll_batcher import UnrollBatcher
-from environments import DeclarationError, Environment
 from impala.acting import actor
+from impala.environments import DeclarationError, Environment
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import environments
+from impala import environments
 from impala.acting import episode_series
 from impala.acting.episode_series import Episode, EpisodeQueues, Episodes, Schedule, episode_seed
 from impala.trajectory import EpisodeEnd

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import numbered_level
-from environments import EnvironmentConfig
+from impala.environments import EnvironmentConfig
 from impala.trajectory import EpisodeEnd
 
 

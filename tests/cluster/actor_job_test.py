@@ -13,12 +13,12 @@ from learner_process import Learner
 
 from configs import config
 from dynamic_batching.exchange import WeightsBoard
-from environments import EnvironmentConfig
 from impala.cluster import actor_job
 from impala.cluster.actor_job import ActorJobConfig, _agreed, _Learner, _Patience
 from impala.cluster.remote_actors import run_settings
 from impala.cluster.transport import LearnerServer, Rejected
 from impala.config import ConfigError
+from impala.environments import EnvironmentConfig
 from impala.runs.stop_signal import StopSignal
 
 

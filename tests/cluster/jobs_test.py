@@ -21,11 +21,11 @@ from command_line import (
 
 from benchmarks import numbered_level
 from dynamic_batching.exchange import WeightsBoard
-from environments import EnvironmentConfig
 from impala.cluster import remote_actors
 from impala.cluster.remote_actors import PROTOCOL
 from impala.cluster.transport import LearnerServer
 from impala.config import environment_settings, network_settings
+from impala.environments import EnvironmentConfig
 from impala.networks.agent import AgentConfig
 from impala.trajectory import ArraySpec, EnvironmentSpec
 

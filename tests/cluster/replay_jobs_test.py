@@ -470,7 +470,10 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
         assert shard.wait() == 0
     imported = set(re.findall(r'\| +([\w.]+)$', shard.stderr, re.MULTILINE))
     assert 'impala.cluster.replay_job' in imported
-    assert not {'environments', 'gymnasium', 'ale_py', 'sonnet', 'impala.networks.agent'} & imported
+    assert (
+        not {'impala.environments', 'gymnasium', 'ale_py', 'sonnet', 'impala.networks.agent'}
+        & imported
+    )
 
 
 def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 
-from environments import DeclarationError
-from impala.environments import observation_spaces
+from impala.environments import DeclarationError, observation_spaces
 from impala.environments.observation_spaces import make_frame
 from impala.trajectory import ArraySpec
 

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import environments
 from configs import VECTOR, config
 from impala import config as run_config
-from impala import suites, training
+from impala import environments, suites, training
 from impala.acting.actor_processes import ActorError
 from impala.acting.episode_series import Schedule, episode_seed, with_action_noise
 from impala.evaluation import test_mode as evaluation

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from dynamic_batching.exchange import Component
-from environments import EnvironmentConfig, create_environment
+from impala.environments import EnvironmentConfig, create_environment
 from impala.experience.batch import (
     batch_components,
     batch_of_components,

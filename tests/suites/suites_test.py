@@ -4,16 +4,17 @@ import re
 
 import pytest
 
-import environments
-from environments import LevelError
 from impala import suites
+from impala.environments.atari import atari_games
+from impala.environments.level_names import DMLAB30_LEVELS
+from impala.errors import LevelError
 
 
 def test_atari57():
     suite = suites.load('atari57')
     assert suite.name == 'atari57' and suite.has_scores
     assert len(suite.levels) == 57
-    games = environments._atari_games()
+    games = atari_games()
     assert {name.removeprefix('ALE/').removesuffix('-v5') for name in suite.level_names} <= {*games}
     pong = next(level for level in suite.levels if level.name == 'ALE/Pong-v5')
     assert (pong.random, pong.human) == (-20.7, 14.6)
@@ -25,7 +26,7 @@ def test_dmlab30():
     suite = suites.load('dmlab30')
     assert len(suite.levels) == 30
     played = {*suite.level_names, *suite.for_testing().level_names}
-    assert played == environments.DMLAB30_LEVELS
+    assert played == DMLAB30_LEVELS
     # Lab refuses to train on the two hold-out levels.
     assert not [name for name in suite.level_names if name.endswith('_test')]
     assert sum(name.endswith('_test') for name in suite.for_testing().level_names) == 2

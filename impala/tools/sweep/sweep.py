@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 import experiment
-from environments import LevelError
 from impala import suites
+from impala.errors import LevelError
 from impala.runs.files import (
     CHECKPOINT_FOLDER,
     CHECKPOINT_PREFIX,

@@ -1,0 +1,245 @@
+"""Atari games with the preprocessing of the paper (Table G.1)."""
+
+import difflib
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from impala.environments.environment import (
+    DEFAULT_SIZE,
+    SUITE_FRAMES_PER_SECOND,
+    Environment,
+    EnvironmentConfig,
+    Observation,
+)
+from impala.errors import LevelError
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+# Width and height, of the paper's Table G.1.
+_DEFAULT_ATARI_SIZE = (84, 84)
+ATARI_MAX_EPISODE_FRAMES = 108_000
+ATARI_NUM_ACTIONS = 18
+# The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
+ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
+
+
+class AtariEnvironment(Environment):
+    """An Atari game, straight through the Arcade Learning Environment and OpenCV.
+
+    Frames, rewards and no-ops are those of Gymnasium's `AtariPreprocessing` and
+    `FrameStackObservation` for the same seed, at about half their cost. The stack of a new episode
+    holds its first frame `frame_stack` times. FIRE is not pressed for the agent at a reset: the
+    paper does not do it.
+    """
+
+    def __init__(
+        self,
+        game: str,
+        seed: int,
+        config: EnvironmentConfig,
+        mode: int | None = None,
+        difficulty: int | None = None,
+        max_episode_frames: int | None = None,
+    ) -> None:
+        """Loads a game.
+
+        Args:
+          game: file name of the ROM without its ending, for instance `space_invaders`.
+          seed: see `create_environment`.
+          config: see `EnvironmentConfig`.
+          mode: of the game, see Machado et al. (2018); None for its default.
+          difficulty: see `mode`.
+          max_episode_frames: an episode is truncated there; 0 for no limit, None for
+            `ATARI_MAX_EPISODE_FRAMES`.
+
+        Raises:
+          LevelError: the game has no such mode or difficulty.
+        """
+        import cv2
+
+        # With one environment a process there are more processes than cores already.
+        cv2.setNumThreads(1)
+        self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
+
+        library, rom_folder = load_ale()
+        library.ALEInterface.setLoggerMode(library.LoggerMode.Error)
+        ale = library.ALEInterface()
+        if max_episode_frames is None:
+            max_episode_frames = ATARI_MAX_EPISODE_FRAMES
+        ale.setInt('max_num_frames_per_episode', max_episode_frames)
+        ale.setFloat('repeat_action_probability', config.sticky_actions)
+        self._ale = ale
+        self._rom = os.path.join(rom_folder, game + '.bin')
+        self._mode, self._difficulty = mode, difficulty
+        self._load(seed)
+        self._next_seed: int | None = None
+
+        # All 18 also where a game (Skiing) has no use for some: it takes those for no-ops.
+        self._actions = list(range(ATARI_NUM_ACTIONS))
+        if not config.full_action_set:
+            self._actions = [action.value for action in ale.getMinimalActionSet()]
+        self._max_noops = config.max_noops
+        self._frames_per_noop = config.frames_per_noop
+        self._lives_count = config.end_episode_on_life_loss
+        self._lives = 0
+
+        screen_shape = ale.getScreenDims()
+        self._screen = np.zeros(screen_shape, np.uint8)
+        self._previous_screen = np.zeros(screen_shape, np.uint8)
+        self._size = (config.width, config.height)
+        if self._size == DEFAULT_SIZE:
+            self._size = _DEFAULT_ATARI_SIZE
+        width, height = self._size
+        self._small = np.zeros((height, width), np.uint8)
+        self._stack = np.zeros((height, width, config.frame_stack), np.uint8)
+        self._newest = self._stack[..., -1]
+        # Moving the whole stack one byte forward moves each channel of each pixel to the channel
+        # before. Only the newest channel is wrong then, and that is the one to be written.
+        self._shifted_from = self._stack.reshape(-1)[1:]
+        self._shifted_to = self._stack.reshape(-1)[:-1]
+        self._observation = {'frame': self._stack}
+
+        repeats = config.num_action_repeats or 4
+        self._unseen_frames = range(max(repeats - 2, 0))
+        self._pool_two_frames = repeats > 1
+        self.spec = EnvironmentSpec(
+            {'frame': ArraySpec((height, width, config.frame_stack), 'uint8')},
+            len(self._actions),
+            repeats,
+            'atari',
+        )
+
+    def _load(self, seed: int) -> None:
+        # The derivation of both seeds is that of ale_py's own Gymnasium environment.
+        noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
+        self._noop_random = np.random.default_rng(int(noop_seed))
+        self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
+        self._ale.loadROM(self._rom)
+        ale = self._ale
+        for name, value, set_value, available in (
+            ('mode', self._mode, ale.setMode, ale.getAvailableModes),
+            ('difficulty', self._difficulty, ale.setDifficulty, ale.getAvailableDifficulties),
+        ):
+            if value is not None:
+                if value not in available():
+                    raise LevelError(
+                        f'{os.path.basename(self._rom)[:-4]!r} has no {name} {value!r}, but '
+                        f'{", ".join(map(str, available()))}.'
+                    )
+                set_value(value)
+
+    def seed_next(self, seed: int) -> bool:
+        self._next_seed = seed
+        return True
+
+    @property
+    def frames_per_second(self) -> float | None:
+        return SUITE_FRAMES_PER_SECOND
+
+    def render(self) -> np.ndarray | None:
+        return self._ale.getScreenRGB()
+
+    def reset(self) -> Observation:
+        ale = self._ale
+        if self._next_seed is not None:
+            self._load(self._next_seed)
+            self._next_seed = None
+        ale.reset_game()
+        if self._max_noops:
+            noops = self._noop_random.integers(1, self._max_noops + 1)
+            for _ in range(noops * self._frames_per_noop):
+                ale.act(0)
+                if ale.game_over():
+                    ale.reset_game()
+        self._lives = ale.lives()
+        ale.getScreenGrayscale(self._screen)
+        self._shrink_screen()
+        self._stack[...] = self._small[..., np.newaxis]
+        return self._observation
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        ale = self._ale
+        act = ale.act
+        action = self._actions[action]
+        reward = 0
+        first_frame = ale.getEpisodeFrameNumber()
+        # A game that is over ignores actions and gives no reward, so one look at the end is enough.
+        for _ in self._unseen_frames:
+            reward += act(action)
+        if self._pool_two_frames:
+            reward += act(action)
+            ale.getScreenGrayscale(self._previous_screen)
+        reward += act(action)
+
+        if ale.game_over():
+            end = EpisodeEnd.TRUNCATED if ale.game_truncated() else EpisodeEnd.TERMINATED
+            self.last_action_frames = ale.getEpisodeFrameNumber() - first_frame
+            return float(reward), end, self.reset()
+
+        ale.getScreenGrayscale(self._screen)
+        if self._pool_two_frames:
+            np.maximum(self._screen, self._previous_screen, out=self._screen)
+        self._shrink_screen()
+        self._shifted_to[...] = self._shifted_from
+        self._newest[...] = self._small
+
+        end = EpisodeEnd.NOT_ENDED
+        if self._lives_count:
+            lives = ale.lives()
+            if lives < self._lives:
+                end = EpisodeEnd.LIFE_LOST
+            self._lives = lives
+        return float(reward), end, self._observation
+
+    def _shrink_screen(self) -> None:
+        self._resize(self._screen, self._size, self._small)
+
+
+def load_ale() -> tuple[Any, str]:
+    """Returns ale_py's extension module and the folder of its ROMs.
+
+    Importing the package itself would import Gymnasium and register hundreds of ids, which costs an
+    actor memory and time and is of no use to it.
+    """
+    package = importlib.util.find_spec('ale_py')
+    if package is None or not package.submodule_search_locations:
+        raise LevelError('Atari games need the package ale_py: pip install ale-py.')
+    folder = package.submodule_search_locations[0]
+    name = 'ale_py._ale_py'
+    if name not in sys.modules:
+        spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+        if spec is None or spec.loader is None:
+            raise LevelError(
+                f'The package ale_py in {folder} has no extension module: reinstall it.'
+            )
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        # An extension module cannot be loaded twice, should someone import the package later.
+        sys.modules[name] = module
+    return sys.modules[name], os.path.join(folder, 'roms')
+
+
+def atari_games() -> dict[str, str]:
+    """Returns name in a Gymnasium id -> ROM, for instance 'SpaceInvaders' -> 'space_invaders'."""
+    _, folder = load_ale()
+    roms = sorted(file[:-4] for file in os.listdir(folder) if file.endswith('.bin'))
+    return {rom.title().replace('_', ''): rom for rom in roms if rom not in ATARI_MULTI_PLAYER_ONLY}
+
+
+def atari_game(level_name: str) -> str:
+    games = atari_games()
+    match = re.fullmatch(r'ALE/(.+)-v5', level_name)
+    if match and match[1] in games:
+        return games[match[1]]
+    wanted = level_name.removeprefix('ALE/').split('-')[0]
+    close = difflib.get_close_matches(wanted, games, n=3, cutoff=0.6)
+    known = ', '.join(f'ALE/{game}-v5' for game in close or ('Pong', 'Breakout', 'SpaceInvaders'))
+    raise LevelError(
+        f'There is no Atari game {level_name!r}: {len(games)} games are known, such as {known}.'
+    )

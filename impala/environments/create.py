@@ -1,0 +1,137 @@
+"""Level name -> environment."""
+
+import sys
+from typing import Any
+
+from impala.environments import checks
+from impala.environments.atari import AtariEnvironment, atari_game
+from impala.environments.deepmind_lab import DeepMindLabEnvironment
+from impala.environments.environment import Environment, EnvironmentConfig
+from impala.environments.gymnasium import GymnasiumEnvironment
+from impala.environments.level_names import (
+    import_registrations,
+    is_gymnasium_id,
+    suggestion,
+)
+from impala.environments.registered_atari import (
+    create_registered_atari_environment,
+    is_atari,
+    is_registered_by_ale_py,
+)
+from impala.environments.user_code import (
+    HOW_TO_NAME_ONES_OWN,
+    MISTAKES,
+    describe_failure,
+    import_module,
+    one_line,
+)
+from impala.environments.vizdoom import VizdoomEnvironment
+from impala.errors import LevelError
+
+
+def create_environment(
+    level_name: str, seed: int, config: EnvironmentConfig | None = None
+) -> Environment:
+    """Makes the environment of a level.
+
+    Args:
+      level_name: see the top-level module `environments`.
+      seed: in `[0, 2**31)`. It decides everything random in the environment: with the same actions,
+        two environments made with one seed play the same episodes.
+      config: None for the defaults.
+
+    Raises:
+      LevelError: the level is unknown, its package is not installed, or its observation or action
+        space is one that the agent cannot be given.
+      ValueError: the seed is out of range.
+    """
+    config = config or EnvironmentConfig()
+    if not 0 <= seed < 2**31:
+        raise ValueError(f'The seed must be in [0, 2**31), not {seed}.')
+    if level_name.startswith('ALE/'):
+        return AtariEnvironment(atari_game(level_name), seed, config)
+    if is_gymnasium_id(level_name):
+        return _create_gymnasium_environment(level_name, seed, config)
+    if ':' in level_name:
+        return _create_by_callable(level_name, seed, config)
+    return DeepMindLabEnvironment(level_name, seed, config)
+
+
+def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
+    module_name, _, attribute = level_name.partition(':')
+    if not attribute:
+        raise LevelError(f'{level_name!r} names nothing behind its colon: {HOW_TO_NAME_ONES_OWN}.')
+    make: Any = getattr(import_module(level_name, module_name), attribute, None)
+    gymnasium = sys.modules.get('gymnasium')
+    is_env = gymnasium is not None and isinstance(make, type) and issubclass(make, gymnasium.Env)
+    if make is None or is_env:
+        registry = gymnasium.registry if gymnasium else {}
+        if attribute in registry:
+            return _create_gymnasium_environment(level_name, seed, config)
+        versions = [each for each in registry if each.rpartition('-v')[0] == attribute]
+        if versions:
+            raise LevelError(
+                f'{level_name!r} lacks the version of a Gymnasium id: did you mean '
+                f"'{module_name}:{versions[-1]}'?"
+            )
+        if is_env:
+            raise LevelError(
+                f'{level_name!r} is a gymnasium.Env, which is played by an id that it is '
+                f"registered with, for instance '{module_name}:{attribute}-v0'."
+            )
+        raise LevelError(
+            f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
+        )
+    checks.check_callable(level_name, make)
+    try:
+        environment = make(seed, config)
+    except MISTAKES as error:
+        raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
+    return checks.checked(level_name, environment)
+
+
+def _create_gymnasium_environment(
+    level_name: str, seed: int, config: EnvironmentConfig
+) -> Environment:
+    import gymnasium
+
+    module, colon, plain_id = level_name.rpartition(':')
+    if colon:
+        import_module(level_name, module)
+    elif plain_id not in gymnasium.registry:
+        import_registrations(plain_id)
+    if plain_id not in gymnasium.registry:
+        raise LevelError(
+            f'Gymnasium has no {plain_id!r}.{suggestion(plain_id, f"{module}:" if module else "")}'
+        )
+
+    registered = gymnasium.registry[plain_id]
+    entry_point = str(registered.entry_point)
+    if is_atari(registered.entry_point):
+        if is_registered_by_ale_py(registered):
+            return AtariEnvironment(registered.kwargs['game'], seed, config)
+        return create_registered_atari_environment(level_name, registered, seed, config)
+
+    is_vizdoom = entry_point.startswith('vizdoom.')
+    default_repeats = registered.kwargs.get('frame_skip', 4) if is_vizdoom else 1
+    repeats = config.num_action_repeats or default_repeats
+    # VizDoom repeats by itself and renders the last frame only.
+    options: dict[str, Any] = {'frame_skip': repeats} if is_vizdoom else {}
+    if config.render:
+        options['render_mode'] = 'rgb_array'
+    try:
+        try:
+            env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+        except TypeError:
+            if not config.render:
+                raise
+            # It cannot draw, and takes no such argument.
+            del options['render_mode']
+            env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+    except gymnasium.error.Error as error:
+        raise LevelError(f'{level_name!r} cannot be made: {one_line(error)}') from error
+    except MISTAKES as error:
+        raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
+    if is_vizdoom:
+        return VizdoomEnvironment(level_name, env, repeats, seed, config)
+    return GymnasiumEnvironment(level_name, env, repeats, seed, config)

@@ -1,0 +1,246 @@
+"""DeepMind Lab with the actions of the paper's released agent."""
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from impala.environments.environment import (
+    SUITE_FRAMES_PER_SECOND,
+    Environment,
+    EnvironmentConfig,
+    Observation,
+)
+from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
+from impala.environments.level_cache import LevelCache
+from impala.environments.level_names import DMLAB30_LEVELS, suggestion
+from impala.environments.user_code import one_line
+from impala.errors import LevelError
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+# They show the Brady-Konkle-Oliva images, which do not come with DeepMind Lab.
+DMLAB_IMAGE_LEVELS = frozenset(
+    {'psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'}
+)
+DMLAB_IMAGE_FOLDER = 'brady_konkle_oliva2008'
+# The seed with which the paper's released agent was tested, unlike those of training.
+DEEPMIND_LAB_TEST_MIXER_SEED = 0x600D5EED
+# Look left-right and down-up (pixels per frame), strafe left-right, move back-forward, fire, jump,
+# crouch.
+DEEPMIND_LAB_ACTIONS = (
+    (0, 0, 0, 1, 0, 0, 0),  # forward
+    (0, 0, 0, -1, 0, 0, 0),  # backward
+    (0, 0, -1, 0, 0, 0, 0),  # strafe left
+    (0, 0, 1, 0, 0, 0, 0),  # strafe right
+    (-20, 0, 0, 0, 0, 0, 0),  # look left
+    (20, 0, 0, 0, 0, 0, 0),  # look right
+    (-20, 0, 0, 1, 0, 0, 0),  # look left and forward
+    (20, 0, 0, 1, 0, 0, 0),  # look right and forward
+    (0, 0, 0, 0, 1, 0, 0),  # fire
+)
+DEEPMIND_LAB_BUILD_GUIDE = 'https://github.com/google-deepmind/lab/blob/master/docs/users/build.md'
+
+
+class DeepMindLabEnvironment(Environment):
+    """A DeepMind Lab level with the nine actions of the paper's released agent.
+
+    The instruction is part of the observation on every level, as in the released agent; it is all
+    zeros where the level does not speak. The end of an episode is always TERMINATED: the length of
+    an episode is one of the rules of a level, and Lab does not say which of them ended it. Nor does
+    it say how many frames the last action lasted: an episode may be up to `num_action_repeats - 1`
+    frames shorter than its actions make it.
+    """
+
+    def __init__(self, level_name: str, seed: int, config: EnvironmentConfig) -> None:
+        """Makes the Lab. The map is compiled by the first reset, which may take many seconds.
+
+        Args:
+          level_name: a DMLab-30 level by its bare name, or any name that Lab knows.
+          seed: see `create_environment`.
+          config: see `EnvironmentConfig`.
+
+        Raises:
+          LevelError: Lab is not installed or does not know the level, the level is a hold-out one
+            and this is not a test, the width is not one that Lab can render, or the images that the
+            level shows are not there.
+        """
+        # Mesa renders with threads of its own otherwise: more threads than cores, and a process
+        # that can no longer fork.
+        os.environ.setdefault('LP_NUM_THREADS', '0')
+        try:
+            deepmind_lab: Any = importlib.import_module('deepmind_lab')
+        except ImportError as error:
+            what = 'is a DeepMind Lab level'
+            if level_name not in DMLAB30_LEVELS:
+                what = (
+                    "has no version at its end, as Gymnasium's ids have (CartPole-v1, "
+                    'my_module:MyGame-v0), so it must be a DeepMind Lab level'
+                )
+            raise LevelError(
+                f'{level_name!r} {what}, but the module deepmind_lab cannot be imported '
+                f'({error}): build its wheel as {DEEPMIND_LAB_BUILD_GUIDE} says and install it, or '
+                "choose a level that runs without it, for instance 'ALE/Pong-v5'."
+                f'{suggestion(level_name)}'
+            ) from error
+        if config.width % 4:
+            raise LevelError(
+                f'DeepMind Lab renders widths that are multiples of 4 only, not {config.width}.'
+            )
+        if level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
+            _require_images(level_name, config.dataset_path)
+
+        self._level_name = level_name
+        is_dmlab30 = level_name in DMLAB30_LEVELS
+        path = f'contributed/dmlab30/{level_name}' if is_dmlab30 else level_name
+        settings = {
+            'width': str(config.width),
+            'height': str(config.height),
+            # Lab's log lines go to stdout, among those that the user is to read.
+            'logLevel': 'NEVER',
+        }
+        if config.dataset_path:
+            settings['datasetPath'] = config.dataset_path
+        if config.is_test:
+            settings['allowHoldOutLevels'] = 'true'
+            settings['mixerSeed'] = str(DEEPMIND_LAB_TEST_MIXER_SEED)
+        cache = None
+        if config.level_cache_dir:
+            cache = LevelCache(
+                config.level_cache_dir, 1e9 * config.level_cache_gb, config.temp_folder
+            )
+
+        self._folder = tempfile.mkdtemp(prefix='deepmind_lab_', dir=config.temp_folder)
+        self._lab: Any = None
+        try:
+            self._lab = deepmind_lab.Lab(
+                path,
+                ['RGB_INTERLEAVED', 'INSTR'],
+                settings,
+                level_cache=cache,
+                temp_folder=self._folder,
+            )
+        except BaseException as error:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if not isinstance(error, RuntimeError):
+                raise
+            if level_name.endswith('_test') and not config.is_test:
+                reason = 'it is a hold-out level, which is for testing only'
+            else:
+                reason = one_line(error)
+            raise LevelError(
+                f'DeepMind Lab cannot make the level {level_name!r}: {reason}.'
+                f'{"" if is_dmlab30 else suggestion(level_name)}'
+            ) from error
+
+        self._actions = [np.array(action, np.intc) for action in DEEPMIND_LAB_ACTIONS]
+        self._episode_seeds = np.random.RandomState(seed)
+        self._fresh = True
+        self._instruction = ''
+        self._hashed_instruction = hash_instruction('')
+        self.spec = EnvironmentSpec(
+            {
+                'frame': ArraySpec((config.height, config.width, 3), 'uint8'),
+                'instruction': ArraySpec((INSTRUCTION_LENGTH,), 'int32'),
+            },
+            len(self._actions),
+            config.num_action_repeats or 4,
+            'dmlab',
+        )
+
+    def reset(self) -> Observation:
+        """Starts an episode and returns its first observation.
+
+        Raises:
+          LevelError: the level needs the Brady-Konkle-Oliva images and Lab does not find them.
+          RuntimeError: the environment is closed.
+        """
+        lab = self._open_lab()
+        seed = int(self._episode_seeds.randint(2**31, dtype=np.int64))
+        try:
+            if self._fresh:
+                # The first reset of a Lab plays differently from all later ones with that seed.
+                # With a cache the map is compiled once all the same.
+                lab.reset(seed=seed)
+                self._fresh = False
+            lab.reset(seed=seed)
+        except RuntimeError as error:
+            if DMLAB_IMAGE_FOLDER not in str(error):
+                raise
+            raise LevelError(
+                f'{self._level_name!r} needs the Brady-Konkle-Oliva images, and Lab does not find '
+                f'them in --dataset_path: {one_line(error)}.'
+            ) from error
+        return self._observe(lab)
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        lab = self._open_lab()
+        reward = lab.step(self._actions[action], num_steps=self.spec.num_action_repeats)
+        if lab.is_running():
+            return reward, EpisodeEnd.NOT_ENDED, self._observe(lab)
+        return reward, EpisodeEnd.TERMINATED, self.reset()
+
+    @property
+    def frames_per_second(self) -> float | None:
+        return SUITE_FRAMES_PER_SECOND
+
+    def seed_next(self, seed: int) -> bool:
+        self._episode_seeds = np.random.RandomState(seed)
+        return True
+
+    def check(self) -> None:
+        # Lab says so at the first reset only, which is too dear to try with every level.
+        if self._level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
+            self.reset()
+
+    def close(self) -> None:
+        if self._lab is not None:
+            self._lab.close()
+            self._lab = None
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _open_lab(self) -> Any:
+        # A closed Lab takes the whole process down when it is reset.
+        if self._lab is None:
+            raise RuntimeError('The environment is closed.')
+        return self._lab
+
+    def _observe(self, lab: Any) -> Observation:
+        observations = lab.observations()
+        if observations['INSTR'] != self._instruction:
+            self._instruction = observations['INSTR']
+            self._hashed_instruction = hash_instruction(self._instruction)
+        return {
+            'frame': observations['RGB_INTERLEAVED'],
+            'instruction': self._hashed_instruction,
+        }
+
+
+def _require_images(level_name: str, dataset_path: str) -> None:
+    """Raises a `LevelError` unless the folder of the Brady-Konkle-Oliva images has some.
+
+    Lab reads one only when it shows it, and ends the process in mid-episode when it is not there.
+    How many there must be, how many digits their numbers have and of which format they are depends
+    on how the data set was prepared, so that all that is asked for is a numbered picture that is
+    not empty.
+    """
+    folder = os.path.join(dataset_path, DMLAB_IMAGE_FOLDER)
+    wrong = f'the folder {folder} has no numbered pictures (0001.jpg, 0002.jpg, ...)'
+    if not dataset_path:
+        wrong = 'there is no --dataset_path'
+    elif not os.path.isdir(folder):
+        wrong = f'there is no folder {folder}'
+    else:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                is_picture = re.fullmatch(r'\d+\.(jpe?g|png|bmp|gif|tga|tiff?)', entry.name.lower())
+                if is_picture and entry.is_file() and entry.stat().st_size:
+                    return
+    raise LevelError(
+        f'{level_name!r} needs the Brady-Konkle-Oliva images, but {wrong}: give the folder that '
+        f'holds {DMLAB_IMAGE_FOLDER} with its numbered pictures as --dataset_path.'
+    )

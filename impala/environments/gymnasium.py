@@ -1,0 +1,283 @@
+"""Any environment of Gymnasium with discrete actions."""
+
+import contextlib
+import inspect
+import io
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from impala.environments import observation_spaces
+from impala.environments.environment import (
+    DeclarationError,
+    Environment,
+    EnvironmentConfig,
+    Observation,
+)
+from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
+from impala.environments.minigrid import MiniGridPicture, is_minigrid, made_by, observation_maker
+from impala.errors import LevelError
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+
+class GymnasiumEnvironment(Environment):
+    """Any environment of Gymnasium with discrete actions.
+
+    What becomes of its observation:
+
+    * uint8 images with sides of at least 32 pixels are resized to `config.width` x `config.height`;
+    * Box observations of up to two dimensions are flattened to a float32 vector, Discrete ones
+      become a one-hot float32 vector;
+    * of a Dict, `screen` (VizDoom) or `image` is the frame and `mission` is the instruction;
+    * MiniGrid's and BabyAI's 7x7x3 symbols, which are no picture, are replaced by the picture
+      of the same 7x7 cells that the agent sees, 56x56 pixels (8 a cell). What the direction says
+      the picture shows too: it is turned the agent's way. Where a wrapper or a subclass makes an
+      observation of its own, that is taken as it is, and pictures are not resized.
+
+    Observations are compared with their space (see
+    `impala.environments.observation_spaces`); rewards must be numbers, and
+    ends of episodes True or False.
+    """
+
+    def __init__(
+        self, level_name: str, env: Any, repeats: int, seed: int, config: EnvironmentConfig
+    ) -> None:
+        """Takes over a Gymnasium environment.
+
+        Args:
+          level_name: for error messages.
+          env: a `gymnasium.Env`; it is closed if it cannot be served.
+          repeats: frames per agent step.
+          seed: of the first reset; later ones go on from there.
+          config: see `EnvironmentConfig`.
+
+        Raises:
+          LevelError: a space of it is not supported, or it has an older interface.
+        """
+        self._level_name = level_name
+        self._env = env
+        self._repeats = repeats
+        self._seed: int | None = seed
+        self._picture: MiniGridPicture | None = None
+        size: tuple[int, int] | None = (config.width, config.height)
+        try:
+            self._check_interface()
+            if is_minigrid(env):
+                size = None
+                if observation_maker(env) is None:
+                    self._picture = MiniGridPicture(level_name, env)
+            self._spec_of_spaces(repeats, size)
+        except BaseException:
+            env.close()
+            raise
+
+    def _check_interface(self) -> None:
+        import gymnasium
+
+        for name in ('action_space', 'observation_space'):
+            if not isinstance(getattr(self._env, name, None), gymnasium.Space):
+                raise LevelError(f'{self._level_name!r} has no {name} out of gymnasium.spaces.')
+        env = self._env
+        while env is not None:
+            # Methods of extension modules may have no signature to be looked at.
+            with contextlib.suppress(ValueError):
+                try:
+                    inspect.signature(env.reset).bind(seed=0, options=None)
+                except TypeError as error:
+                    raise LevelError(
+                        f'{self._level_name!r} has an older interface than that of Gymnasium: '
+                        f'{type(env).__name__}.reset must take seed and options.'
+                    ) from error
+            env = env.env if isinstance(env, gymnasium.Wrapper) else None
+
+    def _spec_of_spaces(self, repeats: int, size: tuple[int, int] | None) -> None:
+        from gymnasium import spaces
+
+        action_space = self._env.action_space
+        if not isinstance(action_space, spaces.Discrete):
+            raise LevelError(
+                f'{self._level_name!r} has the action space '
+                f'{observation_spaces.space_text(action_space)}, and only Discrete ones can be '
+                'played.'
+            )
+        if action_space.n < 1:
+            raise LevelError(f'{self._level_name!r} has no actions: its space is {action_space}.')
+        self._first_action = int(action_space.start)
+
+        space = self._env.observation_space if self._picture is None else self._picture.space
+        self._frame_key: str | None = None
+        self._speaks = False
+        self._instruction = ''
+        if isinstance(space, spaces.Dict):
+            self._frame_key = next(
+                (key for key in ('screen', 'image') if key in space.spaces), None
+            )
+            self._speaks = 'mission' in space.spaces
+            if self._frame_key is None:
+                raise self._unsupported_observation()
+            if self._speaks and not observation_spaces.is_text(space['mission']):
+                mission = observation_spaces.space_text(space['mission'])
+                raise LevelError(
+                    f"{self._level_name!r} has the space {mission} as 'mission'"
+                    f'{made_by(self._env)}, and only texts can be instructions.'
+                )
+            space = space[self._frame_key]
+        frame = observation_spaces.make_frame(space, size, self._level_name, self._frame_key)
+        if frame is None:
+            raise self._unsupported_observation()
+
+        self._frame = frame
+        self._observation = {'frame': frame.array}
+        observation = {'frame': frame.spec}
+        if self._speaks:
+            observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
+            self._observation['instruction'] = hash_instruction('')
+        self.spec = EnvironmentSpec(observation, int(action_space.n), repeats)
+
+    def _unsupported_observation(self) -> LevelError:
+        hint = ''
+        if is_minigrid(self._env):
+            hint = ': minigrid.wrappers.RGBImgObsWrapper makes a picture'
+        return LevelError(
+            f'{self._level_name!r} has the observation space '
+            f'{observation_spaces.space_text(self._env.observation_space)}{made_by(self._env)}, '
+            f"which is {observation_spaces.FRAME_RULE}, nor a Dict with one of them as 'screen' or "
+            f"'image'{hint}."
+        )
+
+    def reset(self) -> Observation:
+        # MiniGrid prints to stdout when it has to draw a level anew.
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = self._env.reset(seed=self._seed)
+        self._seed = None
+        try:
+            observation, _ = result
+        except (TypeError, ValueError) as error:
+            raise self._wrong_result('reset', '(observation, info)', result) from error
+        return self._convert(observation, is_first=True)
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        action = int(action) + self._first_action
+        total_reward = 0.0
+        for frames in range(1, self._repeats + 1):
+            result = self._env.step(action)
+            try:
+                observation, reward, terminated, truncated, _ = result
+            except (TypeError, ValueError) as error:
+                values = '(observation, reward, terminated, truncated, info)'
+                raise self._wrong_result('step', values, result) from error
+            total_reward += reward if isinstance(reward, float) else self._number(reward)
+            if terminated is not False or truncated is not False:
+                terminated = self._truth('terminated', terminated)
+                truncated = self._truth('truncated', truncated)
+                if terminated or truncated:
+                    self.last_action_frames = frames
+                    return total_reward, self._end(terminated, truncated), self.reset()
+        return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation, is_first=False)
+
+    def seed_next(self, seed: int) -> bool:
+        self._seed = seed
+        return True
+
+    @property
+    def frames_per_second(self) -> float | None:
+        rate = (self._env.metadata or {}).get('render_fps')
+        if isinstance(rate, int | float | np.number) and 0 < rate < math.inf:
+            return float(rate)
+        return None
+
+    def render(self) -> np.ndarray | None:
+        import gymnasium
+
+        try:
+            picture = self._env.render()
+        except (gymnasium.error.Error, ImportError, NotImplementedError):
+            # Some do not draw, or with packages that they do not ask for.
+            return None
+        if not isinstance(picture, np.ndarray) or picture.shape[2:] != (3,):
+            return None
+        return picture
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
+        # An episode that reaches its goal with the last step of its time has reached it.
+        return EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
+
+    def _convert(self, observation: Any, is_first: bool) -> Observation:
+        frame = observation
+        if self._frame_key is not None:
+            keys = (self._frame_key, 'mission')[: 1 + self._speaks]
+            if not isinstance(observation, Mapping) or not all(key in observation for key in keys):
+                raise self._wrong_dict(keys, observation)
+            if self._speaks and observation['mission'] is not self._instruction:
+                self._hear(observation['mission'])
+            if self._picture is not None:
+                frame = self._picture.of(observation)
+            else:
+                frame = observation[self._frame_key]
+        self._frame.take(frame, is_first)
+        return self._observation
+
+    def _hear(self, mission: Any) -> None:
+        # Letters and length are not compared with what a Text space allows: by default it has no
+        # room for a space, and all that becomes of a text is the hash of its words.
+        if not isinstance(mission, str):
+            raise DeclarationError(
+                f"{self._level_name!r} declares a text as 'mission' of its observation, but "
+                f'returned {_short(mission)}.'
+            )
+        if mission != self._instruction:
+            self._observation['instruction'] = hash_instruction(mission)
+        self._instruction = mission
+
+    def _number(self, reward: Any) -> float:
+        array = np.asarray(reward)
+        if array.shape or array.dtype.kind not in 'biuf':
+            raise DeclarationError(
+                f'{self._level_name!r} returned {_short(reward)} as a reward, which is not a '
+                'number.'
+            )
+        return float(array)
+
+    def _truth(self, name: str, value: Any) -> bool:
+        if isinstance(value, bool | np.bool_):
+            return bool(value)
+        array = np.asarray(value)
+        # 0-dimensional arrays are truth values, too, and many environments have 0 and 1.
+        if array.shape or not (array.dtype.kind == 'b' or value in (0, 1)):
+            raise DeclarationError(
+                f'{self._level_name!r} returned {_short(value)} as {name!r}, which is neither True '
+                'nor False.'
+            )
+        return bool(value)
+
+    def _wrong_result(self, method: str, values: str, result: Any) -> DeclarationError:
+        came = f'{len(result)} values' if isinstance(result, tuple) else _short(result)
+        return DeclarationError(
+            f"{self._level_name!r} returned {came} from {method}(), where Gymnasium's interface "
+            f'has {values}.'
+        )
+
+    def _wrong_dict(self, keys: tuple[str, ...], observation: Any) -> DeclarationError:
+        came = _short(observation)
+        if isinstance(observation, Mapping):
+            missing = next(key for key in keys if key not in observation)
+            came = f'one without {missing!r}'
+        return DeclarationError(
+            f'{self._level_name!r} declares a Dict with {" and ".join(map(repr, keys))} as its '
+            f'observation, but returned {came}.'
+        )
+
+
+def _short(value: Any) -> str:
+    """Returns a value in a few words."""
+    if isinstance(value, np.ndarray):
+        return f'{value.dtype} {list(value.shape)}'
+    if isinstance(value, bool | int | float | complex | str | np.generic) or value is None:
+        text = repr(value)
+        return text if len(text) <= 50 else f'{text[:50]}...'
+    return f'a {type(value).__name__}'

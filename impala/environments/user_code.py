@@ -1,0 +1,54 @@
+"""Code of the user's own: its import, and its failures in a sentence."""
+
+import importlib
+import os
+import traceback
+from typing import Any
+
+from impala.errors import LevelError
+
+# Raised by code that is wrong and stays so. Others may come from the machine or from a seed: after
+# these an actor is started again.
+MISTAKES = (ImportError, TypeError, AttributeError, NameError)
+HOW_TO_NAME_ONES_OWN = (
+    'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
+    'registers with Gymnasium'
+)
+
+
+def import_module(level_name: str, module_name: str) -> Any:
+    """Imports the module that a level is in; whatever goes wrong in it is a `LevelError`."""
+    if not module_name:
+        raise LevelError(
+            f'{level_name!r} names no Python module in front of its colon: {HOW_TO_NAME_ONES_OWN}.'
+        )
+    asks = f'{level_name!r} asks for the Python module {module_name!r}, which cannot be'
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + '.').startswith(error.name + '.'):
+            raise LevelError(f'{asks} imported: {describe_failure(error)}.') from error
+        raise LevelError(f'{asks} found.') from error
+    except (Exception, SystemExit) as error:
+        raise LevelError(f'{asks} imported: {describe_failure(error)}.') from error
+
+
+def describe_failure(error: BaseException) -> str:
+    """Returns the kind and the words of an error in somebody else's code, and where it is."""
+    text = f'{type(error).__name__}: {one_line(error).removesuffix(".")}'
+    # Gymnasium raises some anew, with other words.
+    cause = error.__cause__ or error
+    # Those of Python's own import and of this package lead there, and say nothing.
+    places = [
+        f'{os.path.basename(frame.filename)}, line {frame.lineno}'
+        for frame in traceback.extract_tb(cause.__traceback__)
+        if not frame.filename.startswith('<')
+        and frame.filename != importlib.__file__
+        and os.path.dirname(frame.filename) != os.path.dirname(__file__)
+    ]
+    # The text of a syntax error has its place.
+    return f'{text} ({places[-1]})' if places and not isinstance(error, SyntaxError) else text
+
+
+def one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split())

@@ -1,0 +1,77 @@
+"""ViZDoom through Gymnasium, with a process that ends with its actor."""
+
+import contextlib
+import os
+import shlex
+import shutil
+import tempfile
+from typing import Any
+
+from impala.environments.environment import EnvironmentConfig, Observation
+from impala.environments.gymnasium import GymnasiumEnvironment
+from impala.trajectory import EpisodeEnd
+
+
+class VizdoomEnvironment(GymnasiumEnvironment):
+    """A ViZDoom environment of Gymnasium, which plays in a process of its own.
+
+    Left to itself, that process outlives an actor that is killed, as do its shared memory objects,
+    and it writes its settings to the current folder. Here it runs in a temporary folder, ends with
+    the process that started it (where `setpriv` of util-linux is installed) and the names of its
+    shared memory are removed as soon as both sides have it open.
+    """
+
+    def __init__(
+        self, level_name: str, env: Any, repeats: int, seed: int, config: EnvironmentConfig
+    ) -> None:
+        """Takes over a ViZDoom environment made with `frame_skip=repeats`.
+
+        Args, Raises: see `GymnasiumEnvironment`.
+        """
+        super().__init__(level_name, env, repeats, seed, config)
+        self._repeats = 1
+        self._folder = tempfile.mkdtemp(prefix='vizdoom_', dir=config.temp_folder)
+        self._fresh = True
+
+        import vizdoom
+
+        program = os.path.join(os.path.dirname(vizdoom.__file__), 'vizdoom')
+        launcher = os.path.join(self._folder, 'vizdoom')
+        die_with_parent = 'setpriv --pdeathsig KILL' if shutil.which('setpriv') else ''
+        with open(launcher, 'w', encoding='utf-8') as file:
+            # Ctrl-C reaches the whole group of processes, and it is ours to end this one.
+            file.write(
+                f"#!/bin/sh\ntrap '' INT\ncd {shlex.quote(self._folder)} || exit\n"
+                f'exec {die_with_parent} {shlex.quote(program)} "$@"\n'
+            )
+        os.chmod(launcher, 0o700)
+        # The folder may be on a file system from which nothing may be executed.
+        if os.access(program, os.X_OK) and os.access(launcher, os.X_OK):
+            env.unwrapped.game.set_vizdoom_path(launcher)
+
+    def reset(self) -> Observation:
+        observation = super().reset()
+        if self._fresh:
+            self._fresh = False
+            with open('/proc/self/maps', encoding='utf-8') as file:
+                paths = {line.split()[-1] for line in file if '/dev/shm/ViZDoom' in line}
+            for path in paths:
+                # Those of other environments in this process are gone already.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        return observation
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+        self._first_tic = self._env.unwrapped.game.get_episode_time()
+        return super().step(action)
+
+    def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
+        # It repeats by itself; to the interface that is one step.
+        tic = self._env.unwrapped.game.get_episode_time()
+        self.last_action_frames = tic - self._first_tic
+        # ViZDoom calls an episode that ran out of time both.
+        return EpisodeEnd.TRUNCATED if truncated else EpisodeEnd.TERMINATED

@@ -1,0 +1,117 @@
+"""What every environment promises, of each kind of levels."""
+
+import dataclasses
+import json
+
+import gymnasium
+import pytest
+from playing import play, random_actions, same
+
+from impala.environments import (
+    EnvironmentConfig,
+    create_environment,
+)
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+
+
+@pytest.mark.parametrize(
+    'level_name',
+    [
+        'ALE/Pong-v5',
+        'CartPole-v1',
+        'FrozenLake-v1',
+        'VizdoomMyWayHome-v1',
+        'BabyAI-GoToRedBall-v0',
+        'language_select_described_object',
+    ],
+)
+def test_observations_fit_the_spec_and_the_seed_decides_them(level_name, make, deepmind_lab):
+    environment = make(level_name, seed=5)
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(environment.spec.to_json()))) == (
+        environment.spec
+    )
+    actions = random_actions(environment, 60)
+    rows = play(environment, actions)
+    for reward, end, observation in rows:
+        assert isinstance(reward, float)
+        assert isinstance(end, EpisodeEnd)
+        specs = {name: ArraySpec(x.shape, x.dtype.name) for name, x in observation.items()}
+        assert specs == environment.spec.observation
+    for array in environment.step(0)[2].values():
+        assert array.flags.c_contiguous
+
+    assert same(rows, play(make(level_name, seed=5), actions))
+    assert not same(rows, play(make(level_name, seed=6), actions))
+    environment.close()
+    environment.close()
+
+
+def test_config_survives_json_and_refuses_nonsense():
+    config = EnvironmentConfig(width=64, num_action_repeats=2, sticky_actions=0.25)
+    values = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert EnvironmentConfig(**values) == config
+    for wrong in (
+        {'width': 0},
+        {'num_action_repeats': 0},
+        {'sticky_actions': 1.5},
+        {'max_noops': -1},
+        {'frames_per_noop': 0},
+        {'frame_stack': 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            EnvironmentConfig(**wrong)
+    with pytest.raises(ValueError, match='seed'):
+        create_environment('CartPole-v1', -1)
+
+
+@pytest.mark.parametrize(
+    'level_name, config',
+    [
+        ('ALE/Breakout-v5', {'sticky_actions': 0.25}),
+        ('CartPole-v1', {}),
+        ('VizdoomBasic-v1', {}),
+        ('BabyAI-GoToRedBall-v0', {}),
+        ('explore_goal_locations_small', {}),
+    ],
+)
+def test_a_seed_for_the_next_episode(level_name, config, make, deepmind_lab):
+    """It is the episode that an environment of that seed plays first."""
+    environment = make(level_name, seed=5, **config)
+    actions = random_actions(environment, 60)
+    play(environment, actions)
+    assert environment.seed_next(6)
+    assert same(play(environment, actions), play(make(level_name, seed=6, **config), actions))
+
+
+def frames_of_an_episode(environment, act):
+    """Plays an episode; returns the frames that its actions lasted by the environment's account."""
+    environment.reset()
+    frames = 0
+    while True:
+        _, end, _ = environment.step(act())
+        if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
+            return frames + environment.last_action_frames
+        frames += environment.spec.num_action_repeats
+
+
+def test_frames_of_an_action_that_the_end_cuts_short(make, register_atari):
+    pong = {'game': 'pong', 'frameskip': 1, 'max_num_frames_per_episode': 50}
+    name = register_atari('EnvironmentsTest/Own-v0', kwargs=pong)
+    atari = make(name, max_noops=0)
+    # Twelve actions of four frames, and two frames; in the second episode, too.
+    assert [frames_of_an_episode(atari, lambda: 0) for _ in range(2)] == [50, 50]
+
+    cart = make('CartPole-v1', 3, num_action_repeats=7)
+    truth = gymnasium.make('CartPole-v1')
+    truth.reset(seed=3)
+    for _ in range(2):
+        steps, is_over = 0, False
+        while not is_over:
+            is_over = any(truth.step(1)[2:4])
+            steps += 1
+        assert steps % 7, 'this episode shows nothing'
+        assert frames_of_an_episode(cart, lambda: 1) == steps
+        truth.reset()
+
+    # 300 tics, by its configuration.
+    assert frames_of_an_episode(make('VizdoomBasic-v1', num_action_repeats=7), lambda: 0) == 300

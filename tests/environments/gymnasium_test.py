@@ -1,0 +1,330 @@
+"""Gymnasium environments: what becomes of their spaces, and mistakes they make."""
+
+import cv2
+import gymnasium
+import numpy as np
+import pytest
+from playing import random_actions
+
+from impala.environments import (
+    DeclarationError,
+    EnvironmentConfig,
+    create_environment,
+)
+from impala.environments.gymnasium import GymnasiumEnvironment
+from impala.errors import LevelError
+from impala.trajectory import EpisodeEnd
+
+
+class Toy(gymnasium.Env):
+    """Two steps an episode; says at their end what it is told to say."""
+
+    def __init__(self, observation_space, action_space=None, end=(True, False)):
+        self.observation_space = observation_space
+        self.action_space = action_space or gymnasium.spaces.Discrete(3, start=-1)
+        self.end = end
+        self.actions = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.steps = 0
+        self.observation = self.observation_space.sample()
+        return self.observation, {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.actions.append(action)
+        self.steps += 1
+        self.observation = self.observation_space.sample()
+        return self.observation, 1.0, *(self.end if self.steps == 2 else (False, False)), {}
+
+
+@pytest.fixture
+def register_toy():
+    def register(**options):
+        gymnasium.register('EnvironmentsTest/Toy-v0', Toy, kwargs=options)
+        return 'EnvironmentsTest/Toy-v0'
+
+    yield register
+    gymnasium.registry.pop('EnvironmentsTest/Toy-v0', None)
+
+
+def image_space(*shape, dtype=np.uint8):
+    return gymnasium.spaces.Box(0, 255, shape, dtype)
+
+
+def toy_of(environment):
+    return environment._env.unwrapped
+
+
+@pytest.mark.parametrize('level_name, end', [('CartPole-v1', 1), ('MountainCar-v0', 2)])
+def test_gymnasium_vectors_rewards_and_ends(level_name, end, make):
+    environment = make(level_name, 9)
+    truth = gymnasium.make(level_name)
+    expected, _ = truth.reset(seed=9)
+    np.testing.assert_array_equal(environment.reset()['frame'], expected)
+    ends = set()
+    for action in random_actions(environment, 450):
+        reward, ours, observation = environment.step(action)
+        expected, expected_reward, terminated, truncated, _ = truth.step(action)
+        assert reward == expected_reward
+        assert (ours != EpisodeEnd.NOT_ENDED) == (terminated or truncated)
+        ends.add(ours)
+        if terminated or truncated:
+            expected, _ = truth.reset()
+        np.testing.assert_array_equal(observation['frame'], expected)
+    assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd(end)}
+
+
+def test_gymnasium_repeats_stop_where_the_episode_does(register_toy, make):
+    level_name = register_toy(observation_space=image_space(3))
+    environment = make(level_name, num_action_repeats=3)
+    environment.reset()
+    assert environment.spec.num_action_repeats == 3
+    reward, end, _ = environment.step(2)
+    assert (reward, end) == (2.0, EpisodeEnd.TERMINATED)
+    assert toy_of(environment).actions == [1, 1]
+    assert toy_of(environment).steps == 0
+
+
+@pytest.mark.parametrize(
+    'end, expected',
+    [
+        ((True, False), EpisodeEnd.TERMINATED),
+        ((False, True), EpisodeEnd.TRUNCATED),
+        ((True, True), EpisodeEnd.TERMINATED),
+    ],
+)
+def test_gymnasium_ends(end, expected, register_toy, make):
+    environment = make(register_toy(observation_space=image_space(3), end=end))
+    environment.reset()
+    assert environment.step(0)[1] == EpisodeEnd.NOT_ENDED
+    assert environment.step(0)[1] == expected
+
+
+@pytest.mark.parametrize('shape', [(120, 160, 3), (100, 50), (40, 40, 1), (72, 96, 3)])
+def test_gymnasium_images_are_resized(shape, register_toy, make):
+    environment = make(register_toy(observation_space=image_space(*shape)))
+    frame = environment.reset()['frame']
+    expected = cv2.resize(
+        toy_of(environment).observation, (96, 72), interpolation=cv2.INTER_AREA
+    ).reshape(72, 96, -1)
+    np.testing.assert_array_equal(frame, expected)
+
+
+def test_gymnasium_discrete_observations_become_one_hot(register_toy, make):
+    space = gymnasium.spaces.Discrete(5, start=10)
+    environment = make(register_toy(observation_space=space))
+    for _ in range(5):
+        frame = environment.reset()['frame']
+        np.testing.assert_array_equal(frame, np.eye(5)[toy_of(environment).observation - 10])
+
+
+@pytest.mark.parametrize(
+    'spaces',
+    [
+        {'observation_space': gymnasium.spaces.Tuple([image_space(64, 64, 3)])},
+        {'observation_space': gymnasium.spaces.Dict(depth=image_space(64, 64, 1))},
+        {'observation_space': image_space(64, 64, 3, dtype=np.float32)},
+        {'observation_space': image_space(7, 7, 3)},
+        {'observation_space': image_space(3), 'action_space': gymnasium.spaces.MultiBinary(3)},
+        {'observation_space': image_space(3), 'action_space': image_space(2)},
+        {
+            'observation_space': image_space(3),
+            'action_space': gymnasium.spaces.MultiDiscrete([2, 2]),
+        },
+    ],
+    ids=str,
+)
+def test_gymnasium_spaces_that_cannot_be_served_are_named(spaces, register_toy):
+    level_name = register_toy(**spaces)
+    with pytest.raises(LevelError) as error:
+        create_environment(level_name, 1)
+    assert level_name in str(error.value)
+    assert str(list(spaces.values())[-1]) in str(error.value)
+
+
+class Scripted(gymnasium.Env):
+    """Returns what it is told to, whatever its spaces say."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, observation_space, observations, **changes):
+        self.observation_space = observation_space
+        self.observations = observations
+        self.changes = changes
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.changes.get('reset', (self.observations[0], {}))
+
+    def step(self, action):
+        self.steps += 1
+        values = {'reward': 1.0, 'terminated': False, 'truncated': False, 'info': {}}
+        observation = self.observations[min(self.steps, len(self.observations) - 1)]
+        return self.changes.get('step', (observation, *(values | self.changes).values()))
+
+
+@pytest.fixture
+def scripted():
+    def make(*arguments, **changes):
+        env = Scripted(*arguments, **changes)
+        return GymnasiumEnvironment('Scripted-v0', env, 1, 1, EnvironmentConfig())
+
+    return make
+
+
+VECTOR = gymnasium.spaces.Box(-1, 1, (2,))
+
+FINE = np.zeros(2, np.float32)
+
+SPOKEN = gymnasium.spaces.Dict(image=image_space(40, 40, 3), mission=gymnasium.spaces.Text(30))
+
+IMAGE = np.zeros((40, 40, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    'space, good, bad, parts',
+    [
+        (VECTOR, FINE, np.zeros(3, np.float32), ['float32 [2]', 'float32 [3]']),
+        (gymnasium.spaces.Discrete(5), 4, 5, ['Discrete(5)', 'returned 5']),
+        (image_space(40, 40, 3), IMAGE, IMAGE / 255, ['uint8 [40, 40, 3]', 'float64 [40, 40, 3]']),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': 'go to the door'},
+            {'image': IMAGE, 'mission': 3},
+            ["a text as 'mission'", 'returned 3'],
+        ),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': ''},
+            {'image': IMAGE},
+            ["'image' and 'mission'", "without 'mission'"],
+        ),
+        (SPOKEN, {'image': IMAGE, 'mission': ''}, IMAGE, ['Dict', 'uint8 [40, 40, 3]']),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': ''},
+            {'image': IMAGE[:3], 'mission': ''},
+            ["'image' of its observation", 'uint8 [3, 40, 3]'],
+        ),
+    ],
+)
+def test_gymnasium_observations_are_what_their_space_declares(space, good, bad, parts, scripted):
+    """Whether it is the first one, that of a later reset, or one in mid-episode."""
+    environment = scripted(space, [good, good, bad])
+    environment.reset()
+    environment.step(0)
+    errors = [pytest.raises(DeclarationError) for _ in range(3)]
+    with errors[0] as in_mid_episode:
+        environment.step(0)
+    with errors[1] as at_first:
+        scripted(space, [bad]).reset()
+    environment = scripted(space, [good, good, good], terminated=True)
+    environment.reset()
+    environment.step(0)
+    toy_of(environment).observations = [bad]
+    with errors[2] as at_reset:
+        environment.step(0)
+    assert str(in_mid_episode.value) == str(at_first.value) == str(at_reset.value)
+    for part in ['Scripted-v0', *parts]:
+        assert part in str(at_first.value)
+
+
+@pytest.mark.parametrize(
+    'changes, parts',
+    [
+        ({'reward': None}, ['None as a reward']),
+        ({'reward': '1.0'}, ["'1.0' as a reward"]),
+        ({'reward': np.array([1.0])}, ['float64 [1] as a reward']),
+        ({'reward': 1j}, ['1j as a reward']),
+        ({'terminated': None}, ["None as 'terminated'"]),
+        ({'terminated': np.array([False, True])}, ["bool [2] as 'terminated'"]),
+        ({'truncated': 0.5}, ["0.5 as 'truncated'"]),
+        ({'truncated': {}}, ["a dict as 'truncated'"]),
+        ({'step': (FINE, 1.0, False, {})}, ['4 values from step()', 'truncated']),
+        ({'step': None}, ['None from step()']),
+        ({'reset': FINE[:1]}, ['float32 [1] from reset()', '(observation, info)']),
+        ({'reset': (FINE, 1, 2)}, ['3 values from reset()']),
+    ],
+)
+def test_gymnasium_rewards_and_ends_are_what_its_interface_says(changes, parts, scripted):
+    with pytest.raises(DeclarationError) as error:
+        environment = scripted(VECTOR, [FINE], **changes)
+        environment.reset()
+        environment.step(0)
+    for part in ['Scripted-v0', *parts]:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize('reward', [1, True, np.float32(1), np.int64(1), np.array(1.0)])
+def test_gymnasium_rewards_are_numbers_of_any_kind(reward, scripted):
+    environment = scripted(VECTOR, [FINE], reward=reward)
+    environment.reset()
+    got, end, _ = environment.step(0)
+    assert type(got) is float and got == 1 and end == EpisodeEnd.NOT_ENDED
+
+
+@pytest.mark.parametrize('truth', [True, 1, np.bool_(True), np.array(True)])
+def test_gymnasium_ends_are_truths_of_any_kind(truth, scripted):
+    untrue = truth != truth
+    for changes, end in (
+        ({'terminated': truth, 'truncated': untrue}, EpisodeEnd.TERMINATED),
+        ({'terminated': untrue, 'truncated': truth}, EpisodeEnd.TRUNCATED),
+        ({'terminated': untrue, 'truncated': untrue}, EpisodeEnd.NOT_ENDED),
+    ):
+        environment = scripted(VECTOR, [FINE], **changes)
+        environment.reset()
+        assert environment.step(0)[1] == end
+
+
+class OldReset(gymnasium.Wrapper):
+    def reset(self):
+        return self.env.reset()[0]
+
+
+def test_gymnasium_environments_have_its_interface(scripted):
+    for name in ('action_space', 'observation_space'):
+        env = Scripted(VECTOR, [FINE])
+        setattr(env, name, None)
+        with pytest.raises(LevelError, match=f"'Toy-v0' has no {name} out of gymnasium.spaces"):
+            GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
+    # What Gymnasium wraps around an environment takes everything.
+    env = gymnasium.wrappers.TimeLimit(OldReset(Scripted(VECTOR, [FINE])), 5)
+    with pytest.raises(LevelError, match=r'older interface .* OldReset.reset must take seed and'):
+        GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
+
+
+def test_methods_of_extension_modules_have_no_signature_to_be_looked_at():
+    env = Scripted(VECTOR, [FINE])
+    env.reset = {}.update
+    environment = GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
+    with pytest.raises(DeclarationError, match=r'returned None from reset\(\)'):
+        environment.reset()
+
+
+def test_gymnasium_needs_actions(scripted):
+    space = gymnasium.spaces.Discrete(1)
+    space.n = 0
+    env = Scripted(VECTOR, [FINE])
+    env.action_space = space
+    with pytest.raises(LevelError, match=r"'Empty-v0' has no actions.*Discrete\(0\)"):
+        GymnasiumEnvironment('Empty-v0', env, 1, 1, EnvironmentConfig())
+
+
+@pytest.mark.parametrize('space', [image_space(64, 64, 5), image_space(3, 64, 64)], ids=str)
+def test_what_an_image_is_stands_in_the_refusal(space, scripted):
+    with pytest.raises(LevelError, match=r'sides of at least 32 pixels and 1 to 4 channels'):
+        scripted(space, [])
+
+
+@pytest.mark.parametrize(
+    'space', [gymnasium.spaces.Discrete(5), image_space(3), gymnasium.spaces.Tuple([VECTOR])]
+)
+def test_missions_are_texts(space, scripted):
+    spoken = gymnasium.spaces.Dict(image=image_space(40, 40, 3), mission=space)
+    with pytest.raises(LevelError) as error:
+        scripted(spoken, [])
+    assert f"{space} as 'mission'" in str(error.value) and 'texts' in str(error.value)

@@ -1,0 +1,164 @@
+"""MiniGrid and BabyAI against the pictures of their own wrappers."""
+
+import zlib
+
+import gymnasium
+import numpy as np
+import pytest
+from playing import play, random_actions
+
+from impala.environments import (
+    DeclarationError,
+    EnvironmentConfig,
+)
+from impala.environments.gymnasium import GymnasiumEnvironment
+from impala.errors import LevelError
+from impala.trajectory import ArraySpec, EpisodeEnd
+
+
+def minigrid_env(size=8, **options):
+    from minigrid.envs import EmptyEnv
+
+    return EmptyEnv(size=size, **options)
+
+
+def minigrid_environment(env):
+    return GymnasiumEnvironment('Grid-v0', env, 1, 1, EnvironmentConfig())
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda w, env: w.RGBImgObsWrapper(env),
+        lambda w, env: w.RGBImgPartialObsWrapper(env, 12),
+        lambda w, env: w.ImgObsWrapper(w.RGBImgObsWrapper(env)),
+        lambda w, env: w.NoDeath(w.RGBImgObsWrapper(env, 7), ('lava',)),
+        lambda w, env: w.FlatObsWrapper(env),
+        lambda w, env: gymnasium.wrappers.FlattenObservation(w.ImgObsWrapper(env)),
+    ],
+)
+def test_observation_wrappers_of_minigrid_stay_in_force(wrap):
+    from minigrid import wrappers
+
+    environment = minigrid_environment(wrap(wrappers, minigrid_env()))
+    truth = wrap(wrappers, minigrid_env())
+    expected, _ = truth.reset(seed=1)
+    observation = environment.reset()
+    for action in [*random_actions(environment, 30), None]:
+        frame = expected['image'] if isinstance(expected, dict) else expected
+        np.testing.assert_array_equal(observation['frame'], frame)
+        assert observation['frame'].dtype == (np.uint8 if frame.ndim == 3 else np.float32)
+        assert ('instruction' in observation) == isinstance(expected, dict)
+        if action is not None:
+            observation = environment.step(action)[2]
+            expected = truth.step(action)[0]
+
+
+def test_what_minigrid_itself_declares_wrongly_is_refused():
+    """Its wrapper takes the size from the space and the picture from the environment below."""
+    from minigrid.wrappers import RGBImgPartialObsWrapper, ViewSizeWrapper
+
+    environment = minigrid_environment(RGBImgPartialObsWrapper(ViewSizeWrapper(minigrid_env(), 5)))
+    with pytest.raises(DeclarationError, match=r'uint8 \[40, 40, 3\].*uint8 \[56, 56, 3\]'):
+        environment.reset()
+
+
+class OtherSymbols(gymnasium.ObservationWrapper):
+    def observation(self, observation):
+        return observation | {'image': observation['image'] + 1}
+
+
+@pytest.mark.parametrize(
+    'name, wrap',
+    [
+        ('FullyObsWrapper', lambda w, env: w.FullyObsWrapper(env)),
+        ('OneHotPartialObsWrapper', lambda w, env: w.OneHotPartialObsWrapper(env)),
+        ('SymbolicObsWrapper', lambda w, env: w.SymbolicObsWrapper(env)),
+        ('ViewSizeWrapper', lambda w, env: w.ViewSizeWrapper(env, 5)),
+        ('ImgObsWrapper', lambda w, env: w.ImgObsWrapper(env)),
+        ('DictObservationSpaceWrapper', lambda w, env: w.DictObservationSpaceWrapper(env)),
+        ('OtherSymbols', lambda w, env: OtherSymbols(env)),
+        ('OtherSymbols', lambda w, env: gymnasium.wrappers.TimeLimit(OtherSymbols(env), 9)),
+    ],
+)
+def test_observation_wrappers_of_minigrid_that_make_no_picture_are_refused(name, wrap):
+    from minigrid import wrappers
+
+    # 7x7 cells, so that the whole grid has the shape of what the agent sees of it.
+    with pytest.raises(LevelError, match=f"'Grid-v0' has .* of its wrapper {name}|{name},"):
+        minigrid_environment(wrap(wrappers, minigrid_env(size=7)))
+
+
+def test_minigrid_with_a_class_of_ones_own_that_sees_otherwise():
+    from minigrid.envs import EmptyEnv
+
+    class Blind(EmptyEnv):
+        def gen_obs(self):
+            observation = super().gen_obs()
+            return observation | {'image': observation['image'] * 0}
+
+    with pytest.raises(LevelError, match='of its class Blind'):
+        minigrid_environment(Blind(size=7))
+
+
+class Secret(gymnasium.Wrapper):
+    """Changes observations where no one can see it beforehand."""
+
+    def step(self, action):
+        observation, *others = self.env.step(action)
+        return observation | {'image': observation['image'] + 1}, *others
+
+
+class Copies(gymnasium.Wrapper):
+    def step(self, action):
+        observation, reward, *others = self.env.step(action)
+        return observation | {'image': observation['image'].copy()}, reward - 1, *others
+
+
+def test_minigrid_shows_its_picture_where_a_wrapper_leaves_observations_alone():
+    from minigrid.wrappers import PositionBonus, ReseedWrapper, RGBImgPartialObsWrapper
+
+    truth = RGBImgPartialObsWrapper(minigrid_env(agent_view_size=5))
+    expected, _ = truth.reset()
+    for wrap in (PositionBonus, ReseedWrapper, Copies):
+        environment = minigrid_environment(wrap(minigrid_env(agent_view_size=5)))
+        np.testing.assert_array_equal(environment.reset()['frame'], expected['image'])
+        assert environment.step(2)[1] == EpisodeEnd.NOT_ENDED
+
+    environment = minigrid_environment(Copies(Secret(minigrid_env())))
+    environment.reset()
+    with pytest.raises(LevelError, match="'Grid-v0' changes .* in Copies or Secret"):
+        environment.step(2)
+
+
+def test_babyai_shows_the_picture_of_what_the_agent_sees_and_the_mission(make, capfd):
+    import minigrid  # noqa: F401
+    from minigrid.wrappers import RGBImgPartialObsWrapper
+
+    environment = make('BabyAI-GoToObj-v0', 3)
+    assert environment.spec.observation == {
+        'frame': ArraySpec((56, 56, 3), 'uint8'),
+        'instruction': ArraySpec((32,), 'int32'),
+    }
+    actions = random_actions(environment, 150)
+    rows = play(environment, actions)
+    # It draws levels until one can be solved, and says so on stdout.
+    make('BabyAI-GoToRedBall-v0', 8).reset()
+    assert capfd.readouterr().out == ''
+
+    truth = RGBImgPartialObsWrapper(gymnasium.make('BabyAI-GoToObj-v0'))
+    expected, _ = truth.reset(seed=3)
+    missions = set()
+    for t, action in enumerate([None, *actions]):
+        if action is not None:
+            expected, reward, terminated, truncated, _ = truth.step(action)
+            end = EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
+            assert rows[t][:2] == (reward, end if terminated or truncated else 0)
+            if terminated or truncated:
+                expected, _ = truth.reset()
+        missions.add(expected['mission'])
+        np.testing.assert_array_equal(rows[t][2]['frame'], expected['image'])
+        words = [zlib.crc32(word.encode()) % 999 + 1 for word in expected['mission'].split()]
+        assert rows[t][2]['instruction'].tolist() == words + [0] * (32 - len(words))
+    truth.close()
+    assert len(missions) > 1

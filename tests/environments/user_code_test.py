@@ -1,0 +1,90 @@
+"""Modules and callables that fail."""
+
+import pytest
+
+from impala.environments import (
+    create_environment,
+)
+from impala.errors import LevelError
+
+
+@pytest.mark.parametrize('attribute', ['make', 'OfOnesOwn-v0'])
+@pytest.mark.parametrize(
+    'text, parts',
+    [
+        ('\nimport no_such_package', ['ModuleNotFoundError', "'no_such_package'", 'line 2']),
+        ('from math import no_such_name', ['ImportError', 'no_such_name', 'line 1']),
+        ('def make(:', ['SyntaxError', 'module_of_ones_own.py, line 1']),
+        ('raise ImportError("first\\n\\nsecond line.")', ['ImportError: first second line (']),
+        ('import math\nmath.nothing', ['AttributeError', "'nothing'", 'line 2']),
+        ('raise KeyError(3)', ['KeyError: 3', 'line 1']),
+    ],
+)
+def test_modules_that_cannot_be_imported(text, parts, attribute, module):
+    with pytest.raises(LevelError) as error:
+        create_environment(f'{module(text)}:{attribute}', 1)
+    for part in [f"'module_of_ones_own:{attribute}' asks for", 'cannot be imported', *parts]:
+        assert part in str(error.value)
+    assert '\n' not in str(error.value)
+
+
+def test_errors_of_several_lines_become_one_sentence_with_all_their_words(module):
+    name = module(
+        'import gymnasium\n'
+        'from environments import LevelError\n'
+        'def imports(seed=0, config=None):\n'
+        '    raise ImportError("no\\njoystick\\n\\nhere")\n'
+        'def levels(seed, config):\n'
+        '    raise LevelError("no\\njoystick\\n\\nhere")\n'
+        'def gymnasiums():\n'
+        '    raise gymnasium.error.DependencyNotInstalled("no\\njoystick\\n\\nhere")\n'
+        'gymnasium.register("OfOnesOwnImports-v0", imports)\n'
+        'gymnasium.register("OfOnesOwnGymnasiums-v0", gymnasiums)\n'
+    )
+    for each in ('imports', 'levels', 'OfOnesOwnImports-v0', 'OfOnesOwnGymnasiums-v0'):
+        with pytest.raises(LevelError) as error:
+            create_environment(f'{name}:{each}', 1)
+        assert 'no joystick here' in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'attribute, parts',
+    [
+        ('narrow', ['must be a callable that takes (seed, config)']),
+        ('broken', ['cannot be made', "AttributeError: module 'math' has no", 'line 5']),
+        ('NotOne', ['is an int, not a callable that takes (seed, config)']),
+        ('OfOnesOwnBroken-v0', ['cannot be made', 'NameError', 'module_of_ones_own.py, line 7']),
+        ('OfOnesOwnNarrow-v0', ['cannot be made', 'TypeError', 'positional argument']),
+        ('OfOnesOwnNowhere-v0', ['cannot be made', 'AttributeError', "'Nowhere'"]),
+    ],
+)
+def test_environments_that_are_wrong_in_their_making(attribute, parts, module):
+    name = module(
+        'import gymnasium, math\n'
+        'def narrow(seed):\n'
+        '    pass\n'
+        'def broken(seed, config):\n'
+        '    math.nothing\n'
+        'def broken_env():\n'
+        '    return nothing\n'
+        'NotOne = 1\n'
+        'gymnasium.register("OfOnesOwnBroken-v0", broken_env)\n'
+        'gymnasium.register("OfOnesOwnNarrow-v0", narrow)\n'
+        'gymnasium.register("OfOnesOwnNowhere-v0", "module_of_ones_own:Nowhere")\n'
+    )
+    with pytest.raises(LevelError) as error:
+        create_environment(f'{name}:{attribute}', 1)
+    for part in [f"'module_of_ones_own:{attribute}' ", *parts]:
+        assert part in str(error.value)
+
+
+def test_failures_that_may_pass_are_not_taken_for_bad_input(module):
+    name = module(
+        'import gymnasium\n'
+        'def make(seed=0, config=None):\n'
+        '    raise RuntimeError("no memory")\n'
+        'gymnasium.register("OfOnesOwnFailing-v0", make)\n'
+    )
+    for each in ('make', 'OfOnesOwnFailing-v0'):
+        with pytest.raises(RuntimeError, match='no memory'):
+            create_environment(f'{name}:{each}', 1)

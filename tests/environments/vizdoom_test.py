@@ -1,0 +1,109 @@
+"""ViZDoom against what Gymnasium plays, and what is left of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import gymnasium
+import numpy as np
+import pytest
+from playing import ROOT, play, random_actions
+
+from impala.environments import (
+    create_environment,
+)
+from impala.errors import LevelError
+from impala.trajectory import EpisodeEnd
+
+
+def test_vizdoom_plays_as_gymnasium_does(make, tmp_path, monkeypatch):
+    import vizdoom.gymnasium_wrapper  # noqa: F401
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'temporary'
+    folder.mkdir()
+    environment = make('VizdoomBasic-v1', 4, temp_folder=str(folder))
+    assert environment.spec.num_action_repeats == 4
+    rows = play(environment, random_actions(environment, 250))
+    environment.close()
+    assert os.listdir(tmp_path) == ['temporary'] and not os.listdir(folder)
+
+    truth = gymnasium.make('VizdoomBasic-v1', frame_skip=4)
+    expected, _ = truth.reset(seed=4)
+    ends = set()
+    for t, action in enumerate([None, *random_actions(environment, 250)]):
+        if action is not None:
+            expected, reward, terminated, truncated, _ = truth.step(action)
+            assert rows[t][0] == reward
+            assert (rows[t][1] == EpisodeEnd.TRUNCATED) == truncated
+            assert (rows[t][1] != EpisodeEnd.NOT_ENDED) == terminated
+            ends.add(rows[t][1])
+            if terminated:
+                expected, _ = truth.reset()
+        frame = cv2.resize(expected['screen'], (96, 72), interpolation=cv2.INTER_AREA)
+        np.testing.assert_array_equal(rows[t][2]['frame'], frame)
+    truth.close()
+    assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED}
+
+    with pytest.raises(LevelError, match=r'VizdoomBasic-MultiBinary-v1.*MultiBinary\(3\)'):
+        create_environment('VizdoomBasic-MultiBinary-v1', 1)
+
+
+def test_vizdoom_ids_of_ones_own_say_how_often_actions_are_repeated(make):
+    import vizdoom.gymnasium_wrapper  # noqa: F401
+
+    builtin = gymnasium.registry['VizdoomBasic-v1']
+    name = 'VizdoomOfOnesOwn-v0'
+    gymnasium.register(name, builtin.entry_point, kwargs={**builtin.kwargs, 'frame_skip': 7})
+    try:
+        for config, expected in (({}, 7), ({'num_action_repeats': 2}, 2)):
+            environment = make(name, **config)
+            assert environment.spec.num_action_repeats == expected
+            assert environment._env.unwrapped.frame_skip == expected
+    finally:
+        gymnasium.registry.pop(name)
+
+
+def test_nothing_of_vizdoom_outlives_an_actor_that_is_killed(tmp_path):
+    before = set(os.listdir('/dev/shm'))
+    actor = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            'import glob, sys, time, environments as e\n'
+            'config = e.EnvironmentConfig(temp_folder=sys.argv[1])\n'
+            'environment = e.create_environment("VizdoomBasic-v1", 1, config)\n'
+            'environment.reset(); environment.step(0)\n'
+            'children = [open(f).read() for f in glob.glob("/proc/self/task/*/children")]\n'
+            'print(*children, flush=True); time.sleep(60)',
+            str(tmp_path),
+        ],
+        env={**os.environ, 'PYTHONPATH': ROOT},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        children = [int(child) for child in actor.stdout.readline().split()]
+        assert len(children) == 1
+        assert not {name for name in set(os.listdir('/dev/shm')) - before if 'ViZDoom' in name}
+    finally:
+        actor.kill()
+        actor.wait()
+        actor.stdout.close()
+    deadline = time.monotonic() + 20
+    while is_running(children[0]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if is_running(children[0]):
+        os.kill(children[0], signal.SIGKILL)
+        pytest.fail('ViZDoom goes on without its actor')
+
+
+def is_running(pid):
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
