@@ -2,12 +2,12 @@
 
     python -m benchmarks.ablation configs/generality.json
 
-The file says how many frames a run has, the levels with the return that counts as learned, and the
-settings: their flags, how many seeds, unless a level has fewer, and their levels, if not all. All
-have their first seed before any has its second. A run that was stopped goes on. What is known of a
-complete run is filed at once, in NAME.json and in a CSV file per level under docs/results/, and it
-is not made again unless the plan has other flags for it or another return now; `--report` trains
-nothing and reports what is filed.
+The file has the frames of a run, the levels with the return that counts as learned, and the
+settings: their flags, the number of seeds (a level may have fewer), and their levels, if not all.
+All settings train their first seed before any trains its second. A stopped run is resumed. The
+outcome of a complete run is filed at once, in NAME.json and in a CSV file per level under
+docs/results/, and the run is not repeated unless its flags or its return in the plan change.
+`--report` trains nothing and reports what is filed.
 """
 
 import argparse
@@ -247,7 +247,7 @@ def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> 
     page.append(
         f'Written by `python -m benchmarks.ablation configs/{name}.json`; the curves are in'
     )
-    page.append('the CSV files beside this page.')
+    page.append('the CSV files next to this page.')
     return '\n'.join(page) + '\n'
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.learning babyai_instruction --threshold=0.8 --seeds=3
 
 writes `docs/results/babyai_instruction.md`, `.csv`, `.png` and `_time.png`: command, curves over
-agent steps and over time, and scores beside random actions, people and what is published. A run
-that was stopped goes on; one that is complete is only reported.
+agent steps and over time, and scores next to those of random actions, people and publications. A
+stopped run is resumed; a complete one is only reported.
 """
 
 import argparse
@@ -91,12 +91,12 @@ def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: 
             sys.exit(trained.returncode)
         # It ends well when it is stopped, too.
         if 'The run is complete' not in trained.stdout:
-            sys.exit(f'{logdir} is not complete; the same command goes on with it.')
+            sys.exit(f'{logdir} is not complete; the same command resumes it.')
         tested = subprocess.run(test, cwd=ROOT)
     if tested.returncode:
         sys.exit(tested.returncode)
     if not is_tested(logdir):
-        sys.exit(f'{logdir} is not tested; the same command goes on with it.')
+        sys.exit(f'{logdir} is not tested; the same command resumes it.')
 
 
 def is_tested(logdir: str) -> bool:
@@ -208,7 +208,9 @@ def comparison(level_name: str, random: Sequence[float], random_episodes: int) -
     if known.human is not None:
         lines.append(['human, as published', f'{known.human:g}'])
     lines += [[f'{name}, as published', f'{value:g}'] for name, value in known.published.items()]
-    return tabulate.tabulate(lines, ['beside', 'mean return'], 'github', disable_numparse=True)
+    return tabulate.tabulate(
+        lines, ['for comparison', 'mean return'], 'github', disable_numparse=True
+    )
 
 
 def main() -> None:

@@ -1,16 +1,15 @@
-"""Whether test mode scores a policy as training does that does not change it.
+"""Whether test mode scores a policy like training with a learning rate of 0.
 
     python -m benchmarks.score_agreement
 
-writes `docs/results/score_agreement.md`. For each case `experiment.py` trains for a while, goes on
+writes `docs/results/score_agreement.md`. For each case `experiment.py` trains for a while, resumes
 in the same folder with a learning rate of 0, and tests the checkpoint. The returns of the second
 phase, from `episodes.csv`, and those of the test are of the same policy.
 
-What `episodes.csv` has of a phase leaves out the episode that each environment was in when it
-ended, and those are likely to be long ones. There are at most as many as environments, so their
-number times the range of returns, over the number of episodes, bounds what the mean would change if
-they were there; it is in the table. The beginning needs no care: a run that goes on begins anew in
-all its environments.
+`episodes.csv` lacks the episode that each environment was in when the phase ended, and those are
+likely to be long ones. There are at most as many as environments, so their number times the range
+of returns, over the number of episodes, bounds the change of the mean; it is in the table. The
+beginning needs no care: a resumed run starts new episodes in all environments.
 """
 
 import argparse
@@ -157,24 +156,24 @@ def main() -> None:
         for name in args.levels
         for flags, before, after, num_episodes in [CASES[name]]
     )
-    page = f"""# Test mode beside training that learns nothing
+    page = f"""# Test mode agrees with training that learns nothing
 
 {machine.describe()}, no GPU, {datetime.date.today()}, one seed. {args.remark}
 
     python -m benchmarks.score_agreement {' '.join(args.levels)}
 
-A policy is trained for a moment, then kept by a learning rate of 0 while training goes on, then
-tested: `episodes.csv` of the second phase and `--mode=test` must agree, in all that differs between
-them: who plays which episode, seeds, the end of an episode. 95% bootstrap intervals.
+A policy is trained for a moment, then frozen with a learning rate of 0 while training continues,
+then tested. `episodes.csv` of the second phase and `--mode=test` must agree, although actors, seeds
+and the ends of episodes differ. 95% bootstrap intervals.
 
 {tabulate.tabulate(rows, headers, 'github', disable_numparse=True)}
 
 {chr(10).join(sentences)}
 
-`episodes.csv` lacks the episodes in which the phase ended, at most one per environment and rather
-long ones; the last column bounds what they could change of the mean (their greatest number, times
-the range of the returns seen, over the number of episodes). A test has no such bias: its episodes
-are chosen beforehand.
+`episodes.csv` lacks the episodes in which the phase ended: at most one per environment, and rather
+long ones. The last column bounds their effect on the mean (their greatest number, times the range
+of the returns seen, over the number of episodes). A test has no such bias: its episodes are chosen
+beforehand.
 
 The runs, each with its own `--logdir`:
 

@@ -168,5 +168,5 @@ def test_ctrl_c_leaves_training_the_time_to_save(tmp_path):
         process.wait()
     assert process.returncode == 1 and 'Traceback' not in errors
     last_line = errors.strip().splitlines()[-1]
-    assert last_line == f'{logdir} is not complete; the same command goes on with it.'
+    assert last_line == f'{logdir} is not complete; the same command resumes it.'
     assert list((logdir / 'checkpoints').glob('ckpt-*.index'))
