@@ -3,8 +3,8 @@
     python -m benchmarks.atari57
 
 writes `docs/results/atari57.md` and `.csv`. `experiment.py` trains each game for `--seconds`, is
-stopped as a user would, and tested for an episode; a game that cannot be ends the program. Games
-that the CSV file has already are left out: remove it to begin anew, or with other `--seconds`.
+stopped by a signal, and tests for an episode; a failure ends the program. Games already in the CSV
+file are skipped: remove it to start over, or to change `--seconds`.
 """
 
 import argparse

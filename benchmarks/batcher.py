@@ -4,8 +4,8 @@
 
 Each caller is a Python thread in a tf.function, whose loop passes a uint8 frame of 72x96x3 and the
 int32 that its last call returned, as an actor passes its observation and its state: it waits for
-each answer. The function computes next to nothing, so that batching itself is what is measured;
-once without variables, and once with as many (scalar) ones as the shallow network has.
+each answer. The function computes almost nothing, so that this measures batching itself, once
+without variables, and once with as many (scalar) ones as the shallow network has.
 
 A turn of the loop makes one such call, and in other rows four, one after the other, so that less
 of what is measured is TensorFlow's while loop, the same for every batcher.
@@ -13,7 +13,7 @@ of what is measured is TensorFlow's while loop, the same for every batcher.
 TensorFlow's function runs with several settings and the fastest counts. Ratios are medians over
 rounds in which all take turns, because the speed of a shared machine drifts. `unbatched` is the
 same loop calling the function itself. With few `--seconds` the start of the callers, threads of
-Python, would count more than what they do.
+Python, would dominate.
 """
 
 import argparse

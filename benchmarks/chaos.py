@@ -1,12 +1,12 @@
-"""Kills jobs at random while they train, and looks for what was lost, doubled or leaked.
+"""Kills jobs at random while they train, and looks for loss, duplicates and leaks.
 
     python -m benchmarks.chaos --minutes=30
 
 Real: one learner and `--actors` actor jobs, as commands on this machine, on loopback. Every
 `--kill_seconds` one of them, drawn at random, is killed (SIGKILL) and started again a moment later;
 in the second half of the time the learner is spared, so that its memory can be watched. They
-train `numbered_level`, which tells each episode that the learner has missed or has had twice.
-Then the same number of frames is trained without chaos, for comparison.
+train `numbered_level`, which reveals every episode that the learner missed or received twice.
+Then they train the same number of frames without kills, for comparison.
 """
 
 import argparse

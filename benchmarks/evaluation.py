@@ -5,14 +5,14 @@
 Eight Atari games are played by test mode with the tiny agent of `benchmarks.infrastructure`, and,
 for comparison, by as many processes as there are cores, with random actions and nothing else. Both
 play whole episodes, the same number of each game, and both take turns for a while, since the speed
-of shared machines drifts. The tiny agent acts at random, too, so that episodes are of like lengths.
+of shared machines drifts. The tiny agent acts at random, too, so episodes have similar lengths.
 
 A speed is the agent steps of all these episodes over the time from the start of the processes to
-the end of the last episode. So it has the start of either side in it, and the time at the end in
-which only the longest episodes are played: in the comparison each process has its share of every
-game and plays one game after the other, so that all cores are busy until almost the end. Processor
-time is that of all processes, without the import of TensorFlow; where other work shares the cores,
-it alone says much.
+the end of the last episode. It includes the start of either side, and the time at the end in which
+only the longest episodes are played. In the comparison each process has its share of every game and
+plays one game after the other, so that all cores are busy until almost the end. Processor time is
+that of all processes, without the import of TensorFlow; where other work shares the cores, only
+processor time is meaningful.
 """
 
 import argparse

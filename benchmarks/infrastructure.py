@@ -1,10 +1,10 @@
-"""How many agent steps a second the machinery carries when environment and network cost nothing.
+"""Agent steps a second of the machinery when environment and network cost nothing.
 
     python -m benchmarks.infrastructure --num_actors=32 --seconds=20
 
 Real: actor processes, shared memory, batcher op, queue, batches of 32 x 101 rows that reach a
-learner step. Not real: the environment returns a fixed 72x96x3 frame at once, the agent has next to
-no network, and the learner step only touches its batch.
+learner step. Not real: the environment returns a fixed 72x96x3 frame at once, the agent has
+almost no network, and the learner step only touches its batch.
 """
 
 import argparse

@@ -5,10 +5,10 @@ each with its torso in float32 and bfloat16, these take turns in one process:
 
   step  `Learner.step`: forward, V-trace, loss, backward, norm, RMSProp, metrics.
   bare  forward and backward pass of the same agent and batch, from a weighted sum of its outputs.
-  loss  all that step has beyond bare: V-trace, loss and its gradient with respect to the agent's
+  loss  all that step does beyond bare: V-trace, loss and its gradient with respect to the agent's
         outputs, norm, RMSProp, metrics, on the agent's real outputs and gradients. It follows a
-        whole pass, so that, as in step, it finds little in the caches. Calling an empty function of
-        the same arguments takes its time too, which is taken off: step and bare are called once.
+        whole pass, so that the caches are cold, as in step. The time to call an empty function with
+        the same arguments is subtracted, since step is only one call.
 
 Efficiency is the median of bare / step over the rounds, the share of V-trace, loss and optimizer
 that of loss / step. Rows are agent steps, T * B per step.

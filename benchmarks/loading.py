@@ -3,17 +3,17 @@
     python -m benchmarks.loading --transfer_ms=0,50,100 --seconds=10
 
 Real: the inbox of unrolls, which copies them into batches, `Loading`, and the learner's step of
-the shallow network on the CPU or, where there is one, the GPU. Actors are as fast as can be:
+the shallow network on the CPU or, where there is one, the GPU. Actors are as fast as possible:
 threads that put one ready-made unroll again and again. `--transfer_ms` is added to the moving of
 every batch by sleeping, which costs the processor nothing, as a transfer by DMA does; the bandwidth
 that this would be is in the table.
 
-`--step_ms` has the learner sleep in place of its step, as one that waits for its accelerator would;
-then neither waits for a core that the other has.
+`--step_ms` makes the learner sleep instead of its step, like one that waits for its accelerator;
+then neither competes with the other for a core.
 
 Settings are measured in turn, several times; the table has medians. The idle share is the learner's
-time without a batch. `limit` is the least that n loaders could leave of it, 1 - step * n /
-transfer, step being what the learner took for one in the same measurement.
+time without a batch. `limit` is the idle share that n loaders cannot avoid, 1 - step * n /
+transfer, with the step time of the same measurement.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def measure(
       learner: whose steps are made.
       loaders: threads.
       transfer_seconds: added to the moving of every batch.
-      step_seconds: slept in place of a step; 0 for real ones.
+      step_seconds: slept instead of a step; 0 for real ones.
       seconds: of measurement.
     """
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--loaders', default='1,2,4')
     parser.add_argument('--transfer_ms', default='0,50,100', help='added to the moving of a batch')
-    parser.add_argument('--step_ms', type=float, default=0, help='slept in place of a step')
+    parser.add_argument('--step_ms', type=float, default=0, help='slept instead of a step')
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--unroll_length', type=int, default=20)
     parser.add_argument('--seconds', type=float, default=5, help='of each measurement')

@@ -1,10 +1,10 @@
-"""Memory of a training run: what an actor process costs beside its environment, and any growth.
+"""Memory of a training run: what an actor process costs besides its environment, and any growth.
 
     python -m benchmarks.memory --minutes=30
 
 Starts `experiment.py`, samples the memory of its processes every `--interval` seconds and compares
-the actors' with processes that hold nothing but the same environment. `--pid` watches a run that is
-going on instead. Figures are resident memory without the shared unrolls, which exist once.
+the actors' with processes that hold nothing but the same environment. `--pid` watches a run in
+progress instead. Figures are resident memory without the shared unrolls, which exist once.
 """
 
 import argparse

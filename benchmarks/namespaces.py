@@ -1,10 +1,9 @@
 """Several hosts on one machine: Linux network namespaces, joined by a network that can be bad.
 
 A namespace has its own interfaces, routes, ports and firewall; what runs in one reaches another
-over the network alone. Between them stands no kernel queue but a thread of this process, to which
-each host is a TUN device: it hands every packet on after a delay, or loses it. It does what
-`tc netem` does where the kernel has that; not all have. The transport, TCP with its
-retransmissions, is the kernel's own.
+over the network alone. Between them is a thread of this process instead of a kernel queue; each
+host is a TUN device to it. It forwards every packet after a delay, or drops it, as `tc netem` does
+in kernels that have it. The transport, TCP with its retransmissions, is the kernel's own.
 
 Needs root, `ip` of iproute2 and /dev/net/tun.
 """

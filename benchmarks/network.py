@@ -4,8 +4,8 @@
 
 Real: learner and actor jobs as commands, each on a host of its own (a Linux network namespace), and
 the kernel's TCP between them. Not real: what delays and loses packets is a thread of this process
-instead of a long cable (see `namespaces.py`), and all hosts share this machine's cores. The same
-jobs on the same hosts without delay and loss stand beside it. Needs root.
+instead of a long cable (see `namespaces.py`), and all hosts share this machine's cores. The table
+also has the same jobs on the same hosts without delay and loss. Needs root.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""CartPole in numbered pieces: shows which unrolls reached a learner, were lost, or came twice.
+"""CartPole in numbered pieces: shows which unrolls reached a learner, were lost, or arrived twice.
 
 `--level_name=benchmarks.numbered_level:cart_pole`, with the environment variable `FOLDER_VARIABLE`
 naming an empty folder that all environments share.
@@ -8,7 +8,7 @@ longer cannot be lost without an episode that ends in it. The last reward of an 
 number; with rewards clipped to 1, learning sees CartPole's own. A pole that falls ends an episode
 as `terminated`, a cut as `truncated`.
 
-Actor processes import this module: it knows no TensorFlow.
+Actor processes import this module, which does not import TensorFlow.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
 """What replay costs each batch: processor time of storing, and of drawing and assembling.
 
 For Atari (84x84x4, T=20, B=32) and DeepMind Lab (72x96x3, T=100, B=4), half of each batch replayed,
-without queue, network and learner. All runs on one thread, and its processor time is what is
-counted, so that other work on the machine matters little. In turn with it the bytes of a batch are
-copied into new memory, which is the least that assembling a batch can cost.
+without queue, network and learner. Everything runs on one thread and counts its processor
+time, so that other work on the machine matters little. In turn, the bytes of a batch are copied
+into new memory, the lower bound for assembling a batch.
 
-Then trajectories a second that a replay job on the loopback interface stores and gives out, and, as
-a limit, the bytes a second of bare sockets between two processes. All of this is wall time: what
-else the machine does counts.
+Then the trajectories a second that a replay job on the loopback interface stores and returns, and,
+as a limit, the bytes a second of bare sockets between two processes. These are wall time, which
+other work on the machine affects.
 
     python -m benchmarks.replay --batches=100 --seconds=10
 """

@@ -1,14 +1,13 @@
-"""What becomes of a learner with 10, 500 or 4,000 actors: simulates its network and its queue.
+"""A learner with 10, 500 or 4,000 actors: simulates its network and its queue.
 
     python -m benchmarks.scaling
 
-Nothing here is run but a simulation, on service times that other benchmarks have measured: how long
-the learner's machine is busy with taking in an unroll, handing out the weights, and an update.
-`--actors` are environments, `--envs_per_actor` of which make a job. A job sends its unrolls one
-after the other, and waits for each until there is room in the queue; once it has sent as many as it
-has environments, it reads the weights if there are new ones; the environment goes on. All that goes
-through the learner's network does so one after the other, first come first served; the next batch
-is taken from the queue while the present one trains.
+This only simulates, with service times that other benchmarks have measured: how long the learner's
+machine is busy with receiving an unroll, sending the weights, and an update. `--actors` are
+environments, `--envs_per_actor` of which make a job. A job sends its unrolls one by one, and waits
+for room in the queue for each. After as many unrolls as it has environments, it reads the weights
+if there are new ones. The learner's network serves one transfer at a time, first come first served.
+The next batch is taken from the queue while the current one trains.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Says on stderr what a benchmark is doing: tables come at its end only."""
+"""Reports on stderr what a benchmark is doing, since tables are only printed at the end."""
 
 import sys
 import time

@@ -5,13 +5,13 @@
 Runs `experiment.py` for `--seconds` after a warm-up, then measures its parts alone on the same
 machine: environments with random actions, a process on each core, the agent's step at the batch
 size seen in training, and the learner's step. Those two have all cores in two ways: one step at a
-time with a thread per core for each operation, as is usual to say what a machine can do, and with
-the threads of training (`--intra_op_threads`), as many steps at a time as these leave cores for.
+time with a thread per core for each operation, the usual measure of a machine, and with the
+threads of training (`--intra_op_threads`), as many steps at a time as these leave cores for.
 The second wastes less of the cores, so it leaves more to `rest`.
 
-Each part's share of the cores' time is its rate in training over its rate alone; `rest` is what is
-left: hand-over, contention, idleness. `--rounds` repeats the whole in turn, because shared machines
-drift; medians are given. Training draws its first learning curve within the warm-up.
+Each part's share of the cores' time is its rate in training over its rate alone; `rest` is the
+remainder: hand-over, contention, idleness. `--rounds` repeats all of it in turn, because shared
+machines drift; medians are given. Training draws its first learning curve within the warm-up.
 """
 
 import argparse

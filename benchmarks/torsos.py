@@ -1,16 +1,16 @@
-"""What it costs to act with each torso: weights, multiply-adds and time per observation.
+"""Cost of acting with each torso: weights, multiply-adds and time per observation.
 
     python -m benchmarks.torsos --seconds=60
 
 For the frames of Atari (84x84x4, 6 actions, no LSTM) and DeepMind Lab (72x96x3, 9 actions, LSTM of
 256) the agent's `step`, as actors call it, is measured with the shallow, the deep and the
-auto-encoder's torso. They take turns, and the least time of many is taken: other work on the
+auto-encoder's torso. They take turns, and the shortest of many times counts: other work on the
 machine only adds to it. Multiply-adds are half of what TensorFlow's profiler counts as floating
-point operations of convolutions and matrix products; what else there is, ReLUs and the LSTM's
-gates, is not counted. `bytes published` is what goes to an actor job with each update.
+point operations of convolutions and matrix products; ReLUs and the LSTM's gates are
+not counted. `bytes published` is what goes to an actor job with each update.
 
 The second table is of the learner: its whole step on a batch of Atari's, where the auto-encoder
-has its decoder, too.
+also has its decoder.
 """
 
 import argparse
