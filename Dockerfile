@@ -2,8 +2,8 @@
 # Train:  docker run --gpus all -v $PWD/runs:/runs impala --logdir=/runs/pong \
 #             --flagfile=configs/atari_paper.flags
 #
-# DeepMind Lab: put its wheel (deepmind_lab-*.whl, built as its own documentation says) into the
-# folder wheels/ before building, and it is installed, too.
+# DeepMind Lab: put its wheel (deepmind_lab-*.whl, see its own documentation) into the folder
+# wheels/ before building to install it.
 FROM python:3.11-slim-bookworm
 
 RUN apt-get update \

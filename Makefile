@@ -1,5 +1,5 @@
 # `make train` learns Atari Pong, `make test` runs all checks and tests. Each makes the virtual
-# environment it needs; the second time that takes a moment only.
+# environment it needs the first time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-# A file at a time on each of three processes: many tests wait for others to start or to end.
+# Three processes, a file at a time: many tests wait for processes to start or to end.
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile
 
 install: $(INSTALLED)

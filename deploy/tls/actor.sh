@@ -3,9 +3,9 @@
 #
 #     actor.sh CERTIFICATES LEARNER:PORT FLAGS...
 #
-# CERTIFICATES is the folder of this machine that make_certificates.sh has made, FLAGS are those of
-# experiment.py, `--task` among them. LOCAL_PORT (8000) is this machine's end of the tunnel: jobs on
-# one machine need one each, and whoever may log in here can use it while the job runs. PYTHON is
+# CERTIFICATES is the folder that make_certificates.sh made for this machine, FLAGS are those of
+# experiment.py, including `--task`. LOCAL_PORT (8000) is this machine's end of the tunnel: jobs on one
+# machine need one each, and whoever can log in here can use it while the job runs. PYTHON is
 # the interpreter (python). Needs stunnel; no root.
 set -eu
 if [ $# -lt 2 ]; then
@@ -60,6 +60,6 @@ trap 'interrupted=1; kill -INT $actor' INT
 while :; do
   interrupted= code=0
   wait $actor || code=$?
-  # A signal ends `wait`, but not yet the job, which first puts in order what it has.
+  # A signal ends `wait`, but not yet the job, which first shuts down cleanly.
   [ -n "$interrupted" ] || exit $code
 done

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Runs the learner job where nobody reaches it but actors that hold a certificate.
+# Runs the learner job where only actors with a certificate can reach it.
 #
 #     learner.sh CERTIFICATES PORT FLAGS...
 #
-# CERTIFICATES is the folder `learner` that make_certificates.sh has made, PORT is where actors come
-# in, FLAGS are those of experiment.py. PYTHON is the interpreter (python).
+# CERTIFICATES is the folder `learner` that make_certificates.sh made, PORT is where actors connect,
+# FLAGS are those of experiment.py. PYTHON is the interpreter (python).
 #
-# The learner gets a network namespace of its own with nothing in it but the loopback interface: the
-# port that TensorFlow opens on all interfaces is reachable from nowhere, also not by other users of
-# this machine. What stunnel lets in comes through a Unix socket in a folder of this user's. Needs
+# The learner gets a network namespace with only a loopback interface: neither other machines nor
+# other users of this one can reach the port that TensorFlow opens on all interfaces. stunnel's
+# connections come through a Unix socket in a folder that only this user can open. Needs
 # stunnel, socat, iproute2 and namespaces for users (`unshare --user` works); no root.
 set -eu
 if [ $# -lt 2 ]; then
@@ -71,6 +71,6 @@ trap 'interrupted=1; kill -INT $learner' INT
 while :; do
   interrupted= code=0
   wait $learner || code=$?
-  # A signal ends `wait`, but not yet the job, which first puts in order what it has.
+  # A signal ends `wait`, but not yet the job, which first shuts down cleanly.
   [ -n "$interrupted" ] || exit $code
 done

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Makes what learner.sh and actor.sh need: a certificate authority of this run's own, a certificate
+# Makes what learner.sh and actor.sh need: a certificate authority for this run, a certificate
 # for the learner, and one for each actor machine.
 #
 #     make_certificates.sh FOLDER ACTOR...
 #
 # FOLDER/ca.key stays where it is made: whoever has it can make certificates. FOLDER/learner goes to
-# the learner's machine, FOLDER/actors/ACTOR to that actor's, over a channel that is safe already.
-# Called again, it keeps what there is and makes what is missing, for instance for another actor.
-# DAYS is how long certificates are good for (365).
+# the learner's machine, FOLDER/actors/ACTOR to that actor's, over a secure channel.
+# Called again, it only makes what is missing, for instance for another actor.
+# DAYS is the lifetime of certificates (365).
 set -eu
 if [ $# -lt 1 ]; then
   echo "usage: $0 FOLDER ACTOR..." >&2
@@ -37,7 +37,7 @@ if [ ! -e "$folder/ca.key" ]; then
   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj '/CN=IMPALA run' \
     -days "${DAYS:-365}" -keyout "$folder/ca.key" -out "$folder/ca.pem" 2>/dev/null
 fi
-# What each may do is in its certificate: an actor's does not make a learner.
+# Each certificate states its use: an actor's cannot serve as a learner's.
 make learner "$folder/learner" serverAuth
 for actor in "$@"; do
   make "$actor" "$folder/actors/$actor" clientAuth
