@@ -54,10 +54,10 @@ from impala.runs.checkpoint import (
     LogdirError,
     check_same_network,
     check_same_run,
-    report_to_stderr,
     store_settings,
 )
 from impala.runs.log import WAIT_STAGE, RunLog
+from impala.runs.progress import report_to_stderr
 from impala.runs.start_progress import starting
 from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed

@@ -21,7 +21,7 @@ from impala.acting.silence import SilenceLimits, SilenceWatch, since
 from impala.config import ConfigError
 from impala.environments import EnvironmentConfig
 from impala.errors import LevelError
-from impala.runs.checkpoint import report_to_stderr
+from impala.runs.progress import report_to_stderr
 from impala.runs.start_progress import StartProgress
 from impala.trajectory import EnvironmentSpec
 

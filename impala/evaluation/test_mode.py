@@ -42,11 +42,10 @@ from impala.runs.checkpoint import (
     LogdirError,
     NoIntactCheckpointError,
     check_same_network,
-    report_to_stderr,
 )
 from impala.runs.checkpoint import network_settings as settings_of_run
 from impala.runs.files import complete_checkpoints, newest_checkpoint
-from impala.runs.progress import Progress
+from impala.runs.progress import Progress, report_to_stderr
 from impala.runs.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, StepOutput

@@ -9,12 +9,10 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import tensorflow as tf
-import tqdm
 
 from impala.runs.files import (
     CHECKPOINT_FOLDER,
@@ -26,6 +24,7 @@ from impala.runs.files import (
     checkpoint_paths,
     write_atomically,
 )
+from impala.runs.progress import report_to_stderr
 
 # In the file of the network's settings, what `check_same_run` compares.
 _COUNTED_BY = 'counted_by'
@@ -33,12 +32,6 @@ _COUNTED_BY = 'counted_by'
 
 class NoIntactCheckpointError(LogdirError):
     """All checkpoints, or the one asked for, are damaged, or not written to their end yet."""
-
-
-def report_to_stderr(text: str) -> None:
-    """Prints a line to stderr without tearing a progress bar that stands there."""
-    with contextlib.suppress(OSError):
-        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def write_flags(logdir: str, text: str) -> str:

@@ -1,5 +1,6 @@
 """Says how far a long piece of work is: a bar on a terminal, elsewhere a line now and then."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -11,6 +12,12 @@ import tqdm
 # Between two lines where there is no terminal.
 LINE_SECONDS = 10.0
 _BAR_SECONDS = 1.0
+
+
+def report_to_stderr(text: str) -> None:
+    """Prints a line to stderr without tearing a progress bar that stands there."""
+    with contextlib.suppress(OSError):
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 class Progress:
