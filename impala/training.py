@@ -19,7 +19,6 @@ from impala.cluster.learner_group import (
     Log,
     Member,
     check_member,
-    strategy_of_devices,
     strategy_of_learners,
 )
 from impala.cluster.remote_actors import RemoteActors, run_settings
@@ -45,6 +44,7 @@ from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay
 from impala.experience.sample_reuse import reused
 from impala.learning import memory_needs
+from impala.learning.devices import strategy_of_devices
 from impala.learning.learner import Learner
 from impala.networks import decoder
 from impala.networks.agent import Agent, AgentConfig

@@ -178,7 +178,7 @@ def main(kind, output, num_parts, task=0, *addresses):
     if kind in ('devices', 'pipelines'):
         devices = [f'/cpu:{i}' for i in range(num_parts)]
         learner_devices.prepare(devices, are_shared_with_others=False)
-        strategy = learner_group.strategy_of_devices(devices)
+        strategy = learner_devices.strategy_of_devices(devices)
         part, parts, batch_size = 0, 1, BATCH_SIZE
     else:
         strategy = learner_group.strategy_of_learners(list(addresses), task)

@@ -1,4 +1,4 @@
-"""Several learners that train one model together, and one learner on several devices.
+"""Several learners that train one model together.
 
 TensorFlow's strategies do the arithmetic: gradients are summed over replicas that stay equal. What
 they do not do is done here over a plain connection of every learner to the first one: the roll call
@@ -90,15 +90,6 @@ def check_member(member: Member) -> None:
                     f'{port + offset}; a learner uses its port, and those {GRADIENTS_PORT_OFFSET} '
                     f'and {ROLL_CALL_PORT_OFFSET} above.'
                 )
-
-
-def strategy_of_devices(devices: Sequence[str]) -> tf.distribute.Strategy:
-    """Returns a strategy with a replica on each of these devices of this machine.
-
-    Args:
-      devices: names as `/gpu:0`.
-    """
-    return tf.distribute.MirroredStrategy(list(devices))
 
 
 def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.Strategy:

@@ -1,4 +1,4 @@
-"""The devices that a learner trains on, as far as they must be settled before TensorFlow starts."""
+"""The devices that a learner trains on."""
 
 import re
 from collections.abc import Sequence
@@ -10,6 +10,8 @@ from impala.config import ConfigError
 
 def prepare(devices: Sequence[str], are_shared_with_others: bool) -> None:
     """Has TensorFlow make these devices, and starts it where that is possible already.
+
+    To be called before TensorFlow starts.
 
     CPUs beyond the first are parts of the same processor, for trying things out.
 
@@ -50,3 +52,12 @@ def prepare(devices: Sequence[str], are_shared_with_others: bool) -> None:
         )
     if not are_shared_with_others:
         tf.config.list_logical_devices()
+
+
+def strategy_of_devices(devices: Sequence[str]) -> tf.distribute.Strategy:
+    """Returns a strategy with a replica on each of these devices of this machine.
+
+    Args:
+      devices: names as `/gpu:0`.
+    """
+    return tf.distribute.MirroredStrategy(list(devices))
