@@ -697,7 +697,7 @@ def _train() -> int:
 
 def _print_end(path: str) -> None:
     """Says how far a run has come; `path` is that of its last checkpoint."""
-    from impala.runs import log as run_log
+    from impala.runs import run_log
 
     summary = run_log.read_summary(FLAGS.logdir)
     print(run_log.describe_summary(summary))

@@ -56,8 +56,8 @@ from impala.runs.checkpoint import (
     check_same_run,
     store_settings,
 )
-from impala.runs.log import WAIT_STAGE, RunLog
 from impala.runs.progress import report_to_stderr
+from impala.runs.run_log import WAIT_STAGE, RunLog
 from impala.runs.start_progress import starting
 from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed

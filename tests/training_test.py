@@ -24,9 +24,8 @@ from impala.cluster.learner_group import Member
 from impala.errors import LevelError
 from impala.learning import devices as learner_devices
 from impala.learning.learner import LearnerConfig
-from impala.runs import checkpoint, stop_signal
+from impala.runs import checkpoint, run_log, stop_signal
 from impala.runs import files as run_files
-from impala.runs import log as run_log
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
 

@@ -20,8 +20,8 @@ from tensorflow.python.eager import context as eager_context
 
 from impala.cluster.transport import ServerError, is_in_use, split_address
 from impala.config import ConfigError
-from impala.runs.log import RunLog
 from impala.runs.progress import report_to_stderr
+from impala.runs.run_log import RunLog
 from impala.trajectory import EpisodeEnd
 
 # Added to the port of a learner's address, at which its actors find it.

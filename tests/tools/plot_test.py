@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from impala.runs import log as run_log
+from impala.runs import run_log
 from impala.tools import plot
 
 

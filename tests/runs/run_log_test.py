@@ -1,4 +1,4 @@
-"""Tests of impala/runs/log.py: what is in the files is read by other means than it was written."""
+"""Tests of impala/runs/run_log.py: what is in the files is read by other means than it was written."""
 
 import contextlib
 import csv
@@ -20,7 +20,7 @@ import pytest
 import tensorflow as tf
 
 from impala import suites
-from impala.runs import log as run_log
+from impala.runs import run_log
 from impala.runs.checkpoint import LogdirError
 from impala.trajectory import EpisodeEnd
 
