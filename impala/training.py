@@ -16,7 +16,6 @@ from impala.acting.local_actors import LocalActors
 from impala.cluster.learner_group import (
     FollowerLog,
     LearnerGroup,
-    Log,
     Member,
     check_member,
     strategy_of_learners,
@@ -56,6 +55,7 @@ from impala.runs.checkpoint import (
     check_same_run,
     store_settings,
 )
+from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
 from impala.runs.run_log import WAIT_STAGE, RunLog
 from impala.runs.start_progress import starting
@@ -258,7 +258,7 @@ def train(
             log.record_stage_seconds(actors.record(log) | timer.seconds)
             _record_popart(config, learner, log)
             if replay is not None:
-                log.record_stage_seconds(replay.record(log))
+                _record_replay(replay, log)
             if not stop.received:
                 actors.check()
                 if group is not None:
@@ -472,7 +472,7 @@ def _learn(
                 _record_popart(config, learner, log)
                 record_reconstructions(log, learner, parts[0])
                 if replay is not None:
-                    log.record_stage_seconds(replay.record(log))
+                    _record_replay(replay, log)
             log.maybe_write(agent_steps * frames_per_step, agent_steps, updates)
             if checkpointer is not None:
                 checkpointer.maybe_save(log.wall_seconds)
@@ -497,6 +497,11 @@ def _record_popart(config: TrainingConfig, learner: Learner, log: Log) -> None:
     popart = learner.agent.popart
     if popart is not None:
         log.record_update(popart.statistics(config.level_names))
+
+
+def _record_replay(replay: ReplayMixer, log: Log) -> None:
+    log.record_update(replay.replay.metrics())
+    log.record_stage_seconds(replay.stage_seconds())
 
 
 def _of_reuse(metrics: dict[str, float]) -> dict[str, float]:
@@ -529,7 +534,7 @@ def record_reconstructions(log: Log, learner: Learner, batch: UnrollBatch) -> No
     """
     if learner.decoder is None or not learner.config.autoencoder_cost:
         return
-    if not isinstance(log, RunLog) or not log.picture_is_due:
+    if not log.picture_is_due:
         return
     frames = batch.actor_output.env_outputs.observation['frame']
     # Of different times and, as far as there are so many, different actors.

@@ -11,11 +11,11 @@ from impala.acting.actor_pool import ActorPool
 from impala.acting.actor_processes import ActorError, Workplace
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.acting.episode_series import Schedule
-from impala.cluster.learner_group import Log
 from impala.config import ConfigError, TrainingConfig
 from impala.environments.level_cache import level_cache_statistics
 from impala.experience.batch import Mix, UnrollBatch
 from impala.networks.agent import Agent
+from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
 # Unrolls in a row, of all actors, that are discarded for values that are not finite until the run

@@ -20,8 +20,8 @@ from tensorflow.python.eager import context as eager_context
 
 from impala.cluster.transport import ServerError, is_in_use, split_address
 from impala.config import ConfigError
+from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
-from impala.runs.run_log import RunLog
 from impala.trajectory import EpisodeEnd
 
 # Added to the port of a learner's address, at which its actors find it.
@@ -422,7 +422,7 @@ class LearnerGroup:
         """Sends the first learner something for its log."""
         self._send(news)
 
-    def collect(self, log: 'Log') -> None:
+    def collect(self, log: Log) -> None:
         """Hands what the other learners have told, which only the first one is, to its log."""
         with self._changed:
             news, self._news = self._news, []
@@ -442,8 +442,8 @@ class LearnerGroup:
             )
 
 
-class FollowerLog:
-    """In the place of a `RunLog`, the log of a learner that is not the first."""
+class FollowerLog(Log):
+    """The log of a learner that is not the first, which tells the first one what it records."""
 
     def __init__(self, group: LearnerGroup, task: int, log_secs: float):
         """Writes nothing.
@@ -477,18 +477,18 @@ class FollowerLog:
     def record_episodes(
         self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
-        """See `RunLog.record_episodes`."""
+        """See `Log.record_episodes`."""
         columns = np.broadcast_arrays(level_ids, returns, frames, ends)
         is_end = np.isin(columns[3], (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED))
         if is_end.any():
             self._group.tell({'episodes': [column[is_end].tolist() for column in columns]})
 
     def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
-        """See `RunLog.record_agent_steps`."""
+        """See `Log.record_agent_steps`."""
         self._group.tell({'unrolls_of': level_ids.tolist(), 'steps': steps})
 
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
-        """See `RunLog.record_actors`; `learner` is not used."""
+        """See `Log.record_actors`; `learner` is not used."""
         self._group.tell({'actors': list(rows)})
 
     @property
@@ -498,18 +498,23 @@ class FollowerLog:
 
     @property
     def line_is_due(self) -> bool:
-        """See `RunLog`."""
+        """See `Log`."""
         return time.monotonic() - self._told >= self._log_secs
 
+    @property
+    def picture_is_due(self) -> bool:
+        """Whether there may be a picture: never, as the first learner shows its own."""
+        return False
+
+    def record_picture(self, name: str, pixels: np.ndarray) -> None:
+        """Does nothing: the first learner shows its own."""
+
     def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
-        """See `RunLog.maybe_write`."""
+        """See `Log.maybe_write`."""
         if not self.line_is_due:
             return False
         self._told = time.monotonic()
         return True
-
-
-Log = RunLog | FollowerLog
 
 
 class _Line:

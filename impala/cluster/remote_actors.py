@@ -11,7 +11,6 @@ from typing import Any
 import tensorflow as tf
 
 from dynamic_batching.exchange import ActorStatistics, UnrollInbox, WeightsBoard
-from impala.cluster.learner_group import Log
 from impala.cluster.transport import LearnerServer
 from impala.config import TrainingConfig, environment_settings
 from impala.experience.batch import (
@@ -22,6 +21,7 @@ from impala.experience.batch import (
     unroll_components,
 )
 from impala.networks.agent import Agent
+from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.

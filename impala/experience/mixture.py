@@ -15,7 +15,6 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.exchange import Component
-from impala.cluster.learner_group import Log
 from impala.experience.batch import UnrollBatch, batch_components, batch_of_components
 from impala.experience.replay import aligned
 
@@ -130,9 +129,8 @@ class ReplayMixer:
         self._count('replay/store', started)
         return batch
 
-    def record(self, log: Log) -> dict[str, float]:
-        """Hands how full the replay is to the log; returns the seconds of each stage so far."""
-        log.record_update(self.replay.metrics())
+    def stage_seconds(self) -> dict[str, float]:
+        """Returns the seconds of each stage so far."""
         with self._lock:
             return self._seconds | self.replay.stage_seconds()
 

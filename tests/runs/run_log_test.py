@@ -1,4 +1,4 @@
-"""Tests of impala/runs/run_log.py: what is in the files is read by other means than it was written."""
+"""Tests of impala/runs/run_log.py: the files are read by other means than they were written."""
 
 import contextlib
 import csv
