@@ -37,7 +37,6 @@ import tensorflow as tf
 
 from benchmarks import machine, stages
 from dynamic_batching.exchange import UnrollInbox
-from impala.config import has_fast_bfloat16
 from impala.experience.batch import (
     UnrollBatch,
     batch_of_components,
@@ -47,6 +46,7 @@ from impala.experience.batch import (
 from impala.experience.loading import Loading, move
 from impala.learning.learner import Learner, LearnerConfig
 from impala.networks.agent import Agent, AgentConfig
+from impala.networks.build import has_fast_bfloat16
 from impala.trajectory import (
     ArraySpec,
     EnvironmentSpec,

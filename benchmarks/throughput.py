@@ -41,10 +41,10 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
-from impala.config import has_fast_bfloat16
 from impala.environments import EnvironmentConfig, create_environment
 from impala.learning.learner import Learner, LearnerConfig
 from impala.networks.agent import Agent, AgentConfig
+from impala.networks.build import has_fast_bfloat16
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,

@@ -33,9 +33,9 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
-from impala.config import create_decoder
 from impala.learning.learner import Learner, LearnerConfig
 from impala.networks.agent import Agent, AgentConfig
+from impala.networks.build import create_decoder
 from impala.trajectory import (
     ActorOutput,
     AgentOutput,

@@ -1,26 +1,15 @@
-"""What a run is: its settings, the network that follows from them, and what must not change."""
+"""The settings of a run."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import tensorflow as tf
 
 from impala.acting.silence import SilenceLimits
 from impala.environments import EnvironmentConfig
 from impala.learning.learner import LearnerConfig
-from impala.networks.agent import DTYPES, Agent, AgentConfig
-from impala.networks.decoder import Decoder
 from impala.networks.torsos import LATENT_SIZE
 from impala.suites import Suite
-from impala.trajectory import EnvironmentSpec
-
-# In the settings of a network: names of the levels, in their order; not there without PopArt.
-POPART_LEVELS = 'popart or --level_name (levels whose values are normalised)'
-_FRAME_DTYPE = 'level_name (dtype of the frames)'
-# Runs from before these were stored go on without them.
-LATER_SETTINGS = (_FRAME_DTYPE,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,72 +131,6 @@ def environment_settings(config: EnvironmentConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _SHAPING_SETTINGS}
 
 
-def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
-    """Fills in what the flags leave to us.
-
-    Atari has the paper's shallow network without LSTM, vectors an MLP, everything else (DeepMind
-    Lab first) the deep network with LSTM of the paper's released code.
-    """
-    is_vector = len(spec.observation['frame'].shape) == 1
-    is_atari = spec.suite == 'atari'
-    torso = config.torso
-    if torso == 'auto':
-        torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
-    use_lstm = config.use_lstm
-    if use_lstm is None:
-        use_lstm = not (is_vector or is_atari)
-    compute_dtype = config.compute_dtype
-    if compute_dtype == 'auto':
-        # Asked for in a way that does not start TensorFlow: several learners have to prepare that.
-        fast = has_fast_bfloat16() and not tf.config.get_visible_devices('GPU')
-        compute_dtype = 'bfloat16' if fast else 'float32'
-    return AgentConfig(
-        torso=torso,
-        use_lstm=use_lstm,
-        compute_dtype=compute_dtype,
-        popart_levels=config.level_names if config.popart else (),
-        latent_size=config.latent_size,
-    )
-
-
-def create_agent(
-    network: AgentConfig, spec: EnvironmentSpec, agent_class: type[Agent] = Agent
-) -> Agent:
-    """Makes the agent.
-
-    Args:
-      network: its shape.
-      spec: of the environment.
-      agent_class: to make.
-
-    Raises:
-      ConfigError: the network cannot serve the environment's frames.
-    """
-    try:
-        return agent_class(network, spec)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def create_decoder(network: AgentConfig, spec: EnvironmentSpec) -> Decoder | None:
-    """Makes what trains the agent's encoder beside the agent; None for a torso that is none."""
-    if network.torso != 'autoencoder':
-        return None
-    return Decoder(network.latent_size, spec.observation['frame'], DTYPES[network.compute_dtype])
-
-
-def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
-    """Returns whether the processor has instructions for bfloat16.
-
-    Without them TensorFlow's convolutions in bfloat16 take several times as long as in float32.
-
-    Args:
-      cpu_info: file in which the kernel describes the processor.
-    """
-    with open(cpu_info, encoding='utf-8') as file:
-        return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(file.read().split())
-
-
 def check_learner(config: LearnerConfig, popart: bool = False) -> None:
     """Refuses settings of loss, optimizer and re-use that have no effect or do not go together.
 
@@ -291,70 +214,3 @@ def check_torso(config: TrainingConfig) -> None:
                 f'--{name}={value} belongs to --torso=autoencoder; this run has '
                 f'--torso={config.torso}.'
             )
-
-
-def learner_settings(config: LearnerConfig) -> dict[str, Any]:
-    """Returns the flags that shape what the learner keeps beside the network, if not as ever.
-
-    They are for `checkpoint.check_same_network`; runs that have no such flags stored have neither.
-    """
-    settings: dict[str, Any] = {}
-    if config.optimizer != 'rmsprop':
-        settings['optimizer'] = config.optimizer
-    if config.target_update_steps:
-        settings['target_update_steps (whether there is a target network)'] = True
-    return settings
-
-
-def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns the flags that shape the network, for `checkpoint.check_same_network`."""
-    frame: Sequence[int] = spec.observation['frame'].shape
-    settings: dict[str, Any] = {
-        'torso': network.torso,
-        'use_lstm': network.use_lstm,
-        'level_name or --full_action_set (number of actions)': spec.num_actions,
-        'level_name, --width, --height or --frame_stack (shape of the frames)': list(frame),
-        _FRAME_DTYPE: spec.observation['frame'].dtype,
-        'level_name (whether it has instructions)': 'instruction' in spec.observation,
-    }
-    # Left out without it, so that runs from before there was such a thing can be resumed.
-    if network.popart_levels:
-        settings[POPART_LEVELS] = list(network.popart_levels)
-    if network.torso == 'autoencoder':
-        settings['latent_size'] = network.latent_size
-    return settings
-
-
-def counted_by(config: TrainingConfig, spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns what gives a run's counters and logs their meaning, for `checkpoint.check_same_run`.
-
-    Agent steps are counted, and frames, with all schedules, are agent steps times the repeats.
-    """
-    return {'num_action_repeats': spec.num_action_repeats, 'levels': list(config.level_names)}
-
-
-def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns `AgentConfig.popart_levels` of what `network_settings` returned.
-
-    Raises:
-      ConfigError: it comes from a file and is damaged.
-    """
-    levels = settings.get(POPART_LEVELS, [])
-    if not isinstance(levels, (list, tuple)) or not all(isinstance(each, str) for each in levels):
-        raise ConfigError(
-            f'The settings of the network are damaged: {POPART_LEVELS} is {levels!r}.'
-        )
-    return tuple(levels)
-
-
-def frame_dtype(settings: Mapping[str, Any], frame_shape: Sequence[int]) -> str:
-    """Returns the dtype of the frames of what `network_settings` returned.
-
-    Of runs from before it was stored: uint8 for images, float32 for all else.
-    """
-    return settings.get(_FRAME_DTYPE, 'uint8' if len(frame_shape) == 3 else 'float32')
-
-
-def latent_size(settings: Mapping[str, Any]) -> int:
-    """Returns `AgentConfig.latent_size` of what `network_settings` returned."""
-    return settings.get('latent_size', LATENT_SIZE)

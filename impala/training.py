@@ -24,18 +24,11 @@ from impala.cluster.remote_actors import RemoteActors, run_settings
 from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
 from impala.cluster.transport import warn_of_network
 from impala.config import (
-    LATER_SETTINGS,
     ConfigError,
     TrainingConfig,
     check_learner,
     check_torso,
-    choose_network,
-    counted_by,
-    create_agent,
-    create_decoder,
     environment_settings,
-    learner_settings,
-    network_settings,
 )
 from impala.experience.batch import UnrollBatch, unroll_components
 from impala.experience.loading import Loading, default_loaders
@@ -47,17 +40,21 @@ from impala.learning.devices import strategy_of_devices
 from impala.learning.learner import Learner
 from impala.networks import decoder
 from impala.networks.agent import Agent, AgentConfig
+from impala.networks.build import choose_network, create_agent, create_decoder
 from impala.runs import files as run_files
-from impala.runs.checkpoint import (
-    Checkpointer,
-    LogdirError,
-    check_same_network,
-    check_same_run,
-    store_settings,
-)
+from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
 from impala.runs.run_log import WAIT_STAGE, RunLog
+from impala.runs.run_settings import (
+    LATER_SETTINGS,
+    check_same_network,
+    check_same_run,
+    counted_by,
+    learner_settings,
+    network_settings,
+    store_settings,
+)
 from impala.runs.start_progress import starting
 from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed

@@ -16,17 +16,11 @@ from impala.acting.actor_processes import Workplace, require_files
 from impala.acting.local_actors import LocalActors
 from impala.cluster import remote_actors
 from impala.cluster.transport import Closed, Disconnected, LearnerConnection, Rejected, Stranger
-from impala.config import (
-    ConfigError,
-    TrainingConfig,
-    latent_size,
-    network_settings,
-    popart_levels,
-    with_common_actions,
-)
+from impala.config import ConfigError, TrainingConfig, with_common_actions
 from impala.experience.batch import flatten_unroll, unroll_components
 from impala.learning import memory_needs
 from impala.networks.agent import Agent, AgentConfig
+from impala.runs.run_settings import latent_size, network_settings, popart_levels
 from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed
 

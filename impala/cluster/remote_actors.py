@@ -214,7 +214,7 @@ def run_settings(
 
     Args:
       config: of the run.
-      network: as of `run_config.network_settings`.
+      network: as of `run_settings.network_settings`.
       num_action_repeats: of the levels, whether a flag says it or not.
     """
     return {

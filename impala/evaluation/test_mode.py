@@ -22,30 +22,24 @@ import tensorflow as tf
 from impala.acting.actor_processes import Workplace, require_files
 from impala.acting.episode_series import ACTION_NOISE, Schedule, with_action_noise
 from impala.acting.local_actors import LocalActors
-from impala.config import (
-    LATER_SETTINGS,
-    ConfigError,
-    TrainingConfig,
-    choose_network,
-    create_agent,
-    learner_settings,
-    network_settings,
-    popart_levels,
-)
+from impala.config import ConfigError, TrainingConfig
 from impala.environments.atari import ATARI_MAX_EPISODE_FRAMES
 from impala.evaluation import report as test_report
 from impala.evaluation.report import CheckpointScores
 from impala.learning import memory_needs
 from impala.networks.agent import Agent, AgentConfig
-from impala.runs.checkpoint import (
-    Checkpointer,
-    LogdirError,
-    NoIntactCheckpointError,
-    check_same_network,
-)
-from impala.runs.checkpoint import network_settings as settings_of_run
+from impala.networks.build import choose_network, create_agent
+from impala.runs.checkpoint import Checkpointer, LogdirError, NoIntactCheckpointError
 from impala.runs.files import complete_checkpoints, newest_checkpoint
 from impala.runs.progress import Progress, report_to_stderr
+from impala.runs.run_settings import (
+    LATER_SETTINGS,
+    check_same_network,
+    learner_settings,
+    network_settings,
+    popart_levels,
+    stored_settings,
+)
 from impala.runs.stop_signal import StopSignal
 from impala.suites import Suite, known_level
 from impala.trajectory import AgentOutput, ArraySpec, EnvironmentSpec, StepOutput
@@ -245,7 +239,7 @@ def evaluate(
         workplace = stack.enter_context(Workplace(config.environment, config.silence))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = dataclasses.replace(choose_network(config, spec), compute_dtype='float32')
-        trained_levels = popart_levels(settings_of_run(config.logdir) or {})
+        trained_levels = popart_levels(stored_settings(config.logdir) or {})
         if network.popart_levels and trained_levels:
             # The levels that are tested may be others.
             network = dataclasses.replace(network, popart_levels=trained_levels)

@@ -5,12 +5,10 @@ Everything here fails with a `LogdirError`, whose text is one sentence for the u
 
 import contextlib
 import glob
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -18,16 +16,12 @@ from impala.runs.files import (
     CHECKPOINT_FOLDER,
     CHECKPOINT_PREFIX,
     FLAG_FILE,
-    NETWORK_FILE,
     LogdirError,
     checkpoint_number,
     checkpoint_paths,
     write_atomically,
 )
 from impala.runs.progress import report_to_stderr
-
-# In the file of the network's settings, what `check_same_run` compares.
-_COUNTED_BY = 'counted_by'
 
 
 class NoIntactCheckpointError(LogdirError):
@@ -50,128 +44,6 @@ def write_flags(logdir: str, text: str) -> str:
     path = os.path.join(logdir, FLAG_FILE)
     write_atomically(path, text)
     return path
-
-
-def network_settings(logdir: str) -> dict[str, Any] | None:
-    """Returns the settings of the network that `store_settings` stored, None if there are none.
-
-    Raises:
-      LogdirError: if the file cannot be read.
-    """
-    stored = _stored(logdir)
-    return stored and {name: value for name, value in stored.items() if name != _COUNTED_BY}
-
-
-def store_settings(logdir: str, network: dict[str, Any], counted_by: dict[str, Any]) -> None:
-    """Stores what must not change from now on, or only if the user says so.
-
-    Args:
-      logdir: the log directory; created if missing.
-      network: flag name -> JSON-serialisable value, for `check_same_network`.
-      counted_by: as of `run_config.counted_by`, for `check_same_run`.
-
-    Raises:
-      LogdirError: if the file cannot be written.
-    """
-    settings = network | {_COUNTED_BY: counted_by}
-    text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
-    write_atomically(os.path.join(logdir, NETWORK_FILE), text)
-
-
-def check_same_network(logdir: str, settings: dict[str, Any], later: Collection[str] = ()) -> None:
-    """Compares the settings that shape the network with those of the run before.
-
-    As long as there is no checkpoint nothing depends on them, and any will do.
-
-    Args:
-      logdir: the log directory.
-      settings: flag name -> JSON-serialisable value.
-      later: names of settings that are not compared if none was stored: the run may be from before
-        they were.
-
-    Raises:
-      LogdirError: if the run was started with other values; names each flag with both. Also if
-        the file cannot be read.
-    """
-    settings = json.loads(json.dumps(settings))
-    stored = network_settings(logdir) if checkpoint_paths(logdir) else None
-    if stored is None:
-        return
-    stored = {name: settings[name] for name in later if name in settings} | stored
-    different = [
-        f'--{name} was {_shown(stored, name)} and is now {_shown(settings, name)}'
-        for name in sorted({*stored, *settings})
-        if name not in stored or name not in settings or stored[name] != settings[name]
-    ]
-    if different:
-        raise LogdirError(
-            f'The run in {logdir} has another network or optimizer: {", ".join(different)}; '
-            'set them back, or give another --logdir.'
-        )
-
-
-def check_same_run(logdir: str, counted_by: dict[str, Any], allow_level_change: bool) -> None:
-    """Refuses what would give the run's counters or logs another meaning half-way.
-
-    Args:
-      logdir: the log directory.
-      counted_by: as of `run_config.counted_by`; a run from before it was stored is not compared.
-      allow_level_change: whether the levels may be others.
-
-    Raises:
-      LogdirError: if they were others; names the flag. Also if the file cannot be read.
-    """
-    stored = (_stored(logdir) or {}).get(_COUNTED_BY) if checkpoint_paths(logdir) else None
-    if stored is None:
-        return
-    if not isinstance(stored, dict):
-        raise _damaged(logdir, f'{_COUNTED_BY} is {json.dumps(stored)}')
-    repeats = counted_by['num_action_repeats']
-    if stored.get('num_action_repeats', repeats) != repeats:
-        raise LogdirError(
-            f'The run in {logdir} counts frames by another number of repeats: '
-            f'--num_action_repeats was {_shown(stored, "num_action_repeats")} and is now '
-            f'{repeats}; set it back, or give another --logdir.'
-        )
-    levels = stored.get('levels', counted_by['levels'])
-    if not isinstance(levels, list) or not all(isinstance(level, str) for level in levels):
-        raise _damaged(logdir, f'levels is {json.dumps(levels)}')
-    if {*levels} != {*counted_by['levels']} and not allow_level_change:
-        raise LogdirError(
-            f'The run in {logdir} has other levels: --level_name was {_few(levels)} and is now '
-            f'{_few(counted_by["levels"])}; set it back, give another --logdir, or '
-            '--allow_level_change to go on with other levels, after which its logs are of both.'
-        )
-
-
-def _stored(logdir: str) -> dict[str, Any] | None:
-    """Returns all that `store_settings` stored; see `network_settings`."""
-    path = os.path.join(logdir, NETWORK_FILE)
-    try:
-        with open(path, encoding='utf-8') as file:
-            settings = json.load(file)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise LogdirError(f'Cannot read {path}: {error.strerror}.') from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(logdir, str(error)) from error
-    if not isinstance(settings, dict):
-        raise _damaged(logdir, 'it has no settings')
-    return settings
-
-
-def _damaged(logdir: str, what: str) -> LogdirError:
-    path = os.path.join(logdir, NETWORK_FILE)
-    return LogdirError(
-        f'{path} is damaged ({what}): remove it if the flags are those the run was started with.'
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    if len(names) <= 3:
-        return ','.join(names)
-    return f'{names[0]},{names[1]},... ({len(names)} levels)'
 
 
 class Checkpointer:
@@ -428,7 +300,3 @@ def _remove_checkpoint(path: str) -> None:
     for name in glob.glob(state):
         with contextlib.suppress(OSError):
             os.remove(name)
-
-
-def _shown(settings: dict[str, Any], name: str) -> str:
-    return json.dumps(settings[name]) if name in settings else 'not set'

@@ -24,10 +24,11 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
-from impala.config import ConfigError, frame_dtype, latent_size, popart_levels
+from impala.config import ConfigError
 from impala.networks.agent import Agent, AgentConfig
-from impala.runs.checkpoint import Checkpointer, LogdirError, network_settings
+from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
+from impala.runs.run_settings import frame_dtype, latent_size, popart_levels, stored_settings
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
@@ -46,7 +47,7 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
     Raises:
       LogdirError: there is no run there.
     """
-    settings = network_settings(logdir)
+    settings = stored_settings(logdir)
     if settings is None:
         raise LogdirError(f'{logdir} is not the folder of a training run: it has no network.json.')
 

@@ -24,9 +24,10 @@ from dynamic_batching.exchange import WeightsBoard
 from impala.cluster import remote_actors
 from impala.cluster.remote_actors import PROTOCOL
 from impala.cluster.transport import LearnerServer
-from impala.config import environment_settings, network_settings
+from impala.config import environment_settings
 from impala.environments import EnvironmentConfig
 from impala.networks.agent import AgentConfig
+from impala.runs.run_settings import network_settings
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
 ENVIRONMENTS = 4

@@ -16,12 +16,13 @@ from impala.acting.behaviour_policy import UnrollSource
 from impala.acting.local_actors import LocalActors
 from impala.learning import memory_needs
 from impala.learning.learner import LearnerConfig
+from impala.networks import build
 from impala.networks.agent import Agent
 from impala.trajectory import ArraySpec
 
 
 def network_of(run, spec):
-    return run_config.choose_network(run, spec)
+    return build.choose_network(run, spec)
 
 
 def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):

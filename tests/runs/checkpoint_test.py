@@ -369,41 +369,6 @@ def test_flags_are_replaced_as_a_whole(logdir):
     assert pathlib.Path(path).read_text() == '--seed=3\n'
 
 
-def test_network_settings(logdir):
-    settings = {'torso': 'deep', 'use_lstm': True, 'frame_shape': (72, 96, 3)}
-    assert checkpoint.network_settings(logdir) is None
-    checkpoint.store_settings(logdir, {'torso': 'shallow'}, {})
-    # Nothing was trained with the first ones.
-    checkpoint.check_same_network(logdir, settings)
-    checkpoint.store_settings(logdir, settings, {})
-    checkpoint.Checkpointer(logdir, trained(1)).save(0.0)
-    checkpoint.check_same_network(logdir, settings)
-    stored = {'torso': 'deep', 'use_lstm': True, 'frame_shape': [72, 96, 3]}
-    assert checkpoint.network_settings(logdir) == stored
-
-    other = {'torso': 'shallow', 'use_lstm': True, 'frame_shape': (84, 84, 4), 'core_size': 8}
-    with pytest.raises(checkpoint.LogdirError) as error:
-        checkpoint.check_same_network(logdir, other)
-    text = str(error.value)
-    assert '--torso was "deep" and is now "shallow"' in text
-    assert '--frame_shape was [72, 96, 3] and is now [84, 84, 4]' in text
-    assert '--core_size was not set and is now 8' in text
-    assert 'use_lstm' not in text and '\n' not in text
-    assert checkpoint.network_settings(logdir) == stored
-
-    for damage, what in (
-        (b'{"torso": ', 'line 1 column 11'),
-        (b'\xff', "can't decode byte 0xff"),
-        (b'[1]', 'it has no settings'),
-        (b'[' * 100_000, 'recursion'),
-        (b'{"torso": ' + b'9' * 5000 + b'}', 'Exceeds the limit'),
-    ):
-        with open(os.path.join(logdir, 'network.json'), 'wb') as file:
-            file.write(damage)
-        with pytest.raises(checkpoint.LogdirError, match=f'network.json is damaged .*{what}'):
-            checkpoint.check_same_network(logdir, settings)
-
-
 def test_one_run_per_logdir_also_after_a_kill(logdir):
     program = (
         'import fcntl, os, sys\n'

@@ -10,8 +10,8 @@ import tensorflow as tf
 
 from configs import config
 from impala import training
-from impala.config import POPART_LEVELS
 from impala.networks.agent import Agent, AgentConfig
+from impala.runs.run_settings import POPART_LEVELS
 from impala.tools import export
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 

@@ -1,0 +1,74 @@
+"""Builds the network that a run's settings and its environment ask for."""
+
+import tensorflow as tf
+
+from impala.config import ConfigError, TrainingConfig
+from impala.networks.agent import DTYPES, Agent, AgentConfig
+from impala.networks.decoder import Decoder
+from impala.trajectory import EnvironmentSpec
+
+
+def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
+    """Fills in what the flags leave to us.
+
+    Atari has the paper's shallow network without LSTM, vectors an MLP, everything else (DeepMind
+    Lab first) the deep network with LSTM of the paper's released code.
+    """
+    is_vector = len(spec.observation['frame'].shape) == 1
+    is_atari = spec.suite == 'atari'
+    torso = config.torso
+    if torso == 'auto':
+        torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
+    use_lstm = config.use_lstm
+    if use_lstm is None:
+        use_lstm = not (is_vector or is_atari)
+    compute_dtype = config.compute_dtype
+    if compute_dtype == 'auto':
+        # Asked for in a way that does not start TensorFlow: several learners have to prepare that.
+        fast = has_fast_bfloat16() and not tf.config.get_visible_devices('GPU')
+        compute_dtype = 'bfloat16' if fast else 'float32'
+    return AgentConfig(
+        torso=torso,
+        use_lstm=use_lstm,
+        compute_dtype=compute_dtype,
+        popart_levels=config.level_names if config.popart else (),
+        latent_size=config.latent_size,
+    )
+
+
+def create_agent(
+    network: AgentConfig, spec: EnvironmentSpec, agent_class: type[Agent] = Agent
+) -> Agent:
+    """Makes the agent.
+
+    Args:
+      network: its shape.
+      spec: of the environment.
+      agent_class: to make.
+
+    Raises:
+      ConfigError: the network cannot serve the environment's frames.
+    """
+    try:
+        return agent_class(network, spec)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def create_decoder(network: AgentConfig, spec: EnvironmentSpec) -> Decoder | None:
+    """Makes what trains the agent's encoder beside the agent; None for a torso that is none."""
+    if network.torso != 'autoencoder':
+        return None
+    return Decoder(network.latent_size, spec.observation['frame'], DTYPES[network.compute_dtype])
+
+
+def has_fast_bfloat16(cpu_info: str = '/proc/cpuinfo') -> bool:
+    """Returns whether the processor has instructions for bfloat16.
+
+    Without them TensorFlow's convolutions in bfloat16 take several times as long as in float32.
+
+    Args:
+      cpu_info: file in which the kernel describes the processor.
+    """
+    with open(cpu_info, encoding='utf-8') as file:
+        return not {'avx512_bf16', 'amx_bf16'}.isdisjoint(file.read().split())

@@ -1,0 +1,184 @@
+import dataclasses
+import json
+import os
+
+import pytest
+
+from configs import IMAGE, STACK, VECTOR, config
+from impala.networks import build
+from impala.runs import files as run_files
+from impala.runs import run_settings
+from impala.trajectory import ArraySpec
+
+
+@pytest.mark.parametrize(
+    ('change', 'flags'),
+    [
+        ({'torso': 'deep'}, '--torso was "mlp" and is now "deep"'),
+        ({'use_lstm': True}, '--use_lstm was false and is now true'),
+        (
+            {'popart_levels': ('a', 'b')},
+            r'--popart or --level_name \(.*\) was not set and is now \["a", "b"\]',
+        ),
+    ],
+)
+def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
+    logdir = str(tmp_path)
+    network = build.choose_network(config(logdir), VECTOR)
+    (tmp_path / 'checkpoints').mkdir()
+    run_settings.store_settings(logdir, run_settings.network_settings(network, VECTOR), {})
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    run_settings.check_same_network(logdir, run_settings.network_settings(network, VECTOR))
+    other = dataclasses.replace(network, **change)
+    with pytest.raises(run_files.LogdirError, match=flags):
+        run_settings.check_same_network(logdir, run_settings.network_settings(other, VECTOR))
+    # Precision is no shape: a run may go on in another.
+    faster = dataclasses.replace(network, compute_dtype='bfloat16')
+    run_settings.check_same_network(logdir, run_settings.network_settings(faster, VECTOR))
+
+
+def test_with_popart_other_levels_are_another_network(tmp_path):
+    levels = ('a', 'b')
+    network = build.choose_network(config(tmp_path, level_names=levels, popart=True), VECTOR)
+    settings = run_settings.network_settings(network, VECTOR)
+    assert run_settings.popart_levels(json.loads(json.dumps(settings))) == levels
+    (tmp_path / 'checkpoints').mkdir()
+    run_settings.store_settings(str(tmp_path), settings, {})
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    for other, now in (((), 'not set'), (('b', 'a'), r'\["b", "a"\]'), (('a',), r'\["a"\]')):
+        changed = dataclasses.replace(network, popart_levels=other)
+        with pytest.raises(
+            run_files.LogdirError,
+            match=rf'--popart or --level_name .* was \["a", "b"\] and is now {now}',
+        ):
+            run_settings.check_same_network(
+                str(tmp_path), run_settings.network_settings(changed, VECTOR)
+            )
+    # Without PopArt the network does not know its levels.
+    plain = build.choose_network(config(tmp_path, level_names=levels), VECTOR)
+    assert run_settings.popart_levels(run_settings.network_settings(plain, VECTOR)) == ()
+
+
+@pytest.mark.parametrize(
+    'spec',
+    [
+        dataclasses.replace(IMAGE, num_actions=8),
+        dataclasses.replace(IMAGE, observation={'frame': ArraySpec((72, 96, 1), 'uint8')}),
+        dataclasses.replace(
+            IMAGE, observation=IMAGE.observation | {'instruction': ArraySpec((32,), 'int32')}
+        ),
+    ],
+)
+def test_another_level_is_another_network_if_its_spec_is(spec):
+    network = build.choose_network(config('/nowhere'), IMAGE)
+    assert run_settings.network_settings(network, IMAGE) != run_settings.network_settings(
+        network, spec
+    )
+
+
+def test_another_type_of_frames_is_another_network_if_the_type_is_known(tmp_path):
+    network = build.choose_network(config(tmp_path), VECTOR)
+    of_bytes = dataclasses.replace(VECTOR, observation={'frame': ArraySpec((4,), 'uint8')})
+    (tmp_path / 'checkpoints').mkdir()
+    stored = run_settings.network_settings(network, VECTOR)
+    later = run_settings.LATER_SETTINGS
+    run_settings.store_settings(str(tmp_path), stored, {})
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    now = run_settings.network_settings(network, of_bytes)
+    with pytest.raises(run_files.LogdirError, match='frames. was "float32" and is now "uint8"'):
+        run_settings.check_same_network(str(tmp_path), now, later)
+    older = {name: value for name, value in stored.items() if name not in later}
+    (tmp_path / 'network.json').write_text(json.dumps(older))
+    run_settings.check_same_network(str(tmp_path), now, later)
+
+
+def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
+    network = build.choose_network(config(tmp_path), STACK)
+    (tmp_path / 'checkpoints').mkdir()
+    run_settings.store_settings(str(tmp_path), run_settings.network_settings(network, STACK), {})
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    for spec, sentence in (
+        (
+            dataclasses.replace(STACK, num_actions=18),
+            '--level_name or --full_action_set .* was 6 and is now 18',
+        ),
+        (
+            dataclasses.replace(STACK, observation={'frame': ArraySpec((84, 84, 3), 'uint8')}),
+            r'--frame_stack .* was \[84, 84, 4\] and is now \[84, 84, 3\]',
+        ),
+    ):
+        with pytest.raises(run_files.LogdirError, match=sentence):
+            run_settings.check_same_network(
+                str(tmp_path), run_settings.network_settings(network, spec)
+            )
+
+
+def test_what_counts_frames_and_which_levels_are_played_stay(tmp_path):
+    logdir = str(tmp_path)
+    before = run_settings.counted_by(config(logdir, level_names=('a', 'b')), STACK)
+    assert before == {'num_action_repeats': STACK.num_action_repeats, 'levels': ['a', 'b']}
+    run_settings.store_settings(logdir, {'torso': 'mlp'}, before)
+    assert run_settings.stored_settings(logdir) == {'torso': 'mlp'}
+    others = before | {'levels': ['a', 'c']}
+    # Nothing was trained as yet.
+    run_settings.check_same_run(logdir, others | {'num_action_repeats': 1}, False)
+
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    run_settings.check_same_run(logdir, before, False)
+    run_settings.check_same_run(logdir, before | {'levels': ['b', 'a']}, False)
+    repeats = STACK.num_action_repeats
+    sentence = f'--num_action_repeats was {repeats} and is now {repeats + 1}; set it back'
+    for allowed in (False, True):
+        with pytest.raises(run_files.LogdirError, match=sentence):
+            run_settings.check_same_run(
+                logdir, before | {'num_action_repeats': repeats + 1}, allowed
+            )
+    with pytest.raises(run_files.LogdirError, match='--level_name was a,b and is now a,c; set'):
+        run_settings.check_same_run(logdir, others, False)
+    run_settings.check_same_run(logdir, others, True)
+
+    for damage in ([], {'levels': 3}, {'levels': [None]}):
+        run_settings.store_settings(logdir, {}, damage)
+        with pytest.raises(run_files.LogdirError, match='network.json is damaged'):
+            run_settings.check_same_run(logdir, before, False)
+    # Of a version that did not store it.
+    (tmp_path / 'network.json').write_text('{"torso": "mlp"}')
+    run_settings.check_same_run(logdir, before, False)
+
+
+def test_settings_are_stored_and_compared(tmp_path):
+    logdir = str(tmp_path)
+    settings = {'torso': 'deep', 'use_lstm': True, 'frame_shape': (72, 96, 3)}
+    assert run_settings.stored_settings(logdir) is None
+    run_settings.store_settings(logdir, {'torso': 'shallow'}, {})
+    # Nothing was trained with the first ones.
+    run_settings.check_same_network(logdir, settings)
+    run_settings.store_settings(logdir, settings, {})
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    run_settings.check_same_network(logdir, settings)
+    stored = {'torso': 'deep', 'use_lstm': True, 'frame_shape': [72, 96, 3]}
+    assert run_settings.stored_settings(logdir) == stored
+
+    other = {'torso': 'shallow', 'use_lstm': True, 'frame_shape': (84, 84, 4), 'core_size': 8}
+    with pytest.raises(run_files.LogdirError) as error:
+        run_settings.check_same_network(logdir, other)
+    text = str(error.value)
+    assert '--torso was "deep" and is now "shallow"' in text
+    assert '--frame_shape was [72, 96, 3] and is now [84, 84, 4]' in text
+    assert '--core_size was not set and is now 8' in text
+    assert 'use_lstm' not in text and '\n' not in text
+    assert run_settings.stored_settings(logdir) == stored
+
+    for damage, what in (
+        (b'{"torso": ', 'line 1 column 11'),
+        (b'\xff', "can't decode byte 0xff"),
+        (b'[1]', 'it has no settings'),
+        (b'[' * 100_000, 'recursion'),
+        (b'{"torso": ' + b'9' * 5000 + b'}', 'Exceeds the limit'),
+    ):
+        with open(os.path.join(logdir, 'network.json'), 'wb') as file:
+            file.write(damage)
+        with pytest.raises(run_files.LogdirError, match=f'network.json is damaged .*{what}'):
+            run_settings.check_same_network(logdir, settings)
