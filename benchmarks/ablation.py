@@ -39,7 +39,7 @@ _POINTS = 200
 
 
 def folder(name: str, setting: str, level_name: str, seed: int, flags: Sequence[str]) -> str:
-    """Returns the folder of a run, from the root of the project; another one for other flags."""
+    """Returns the folder of a run, relative to the project; other flags have another folder."""
     words = [re.sub(r'[^A-Za-z0-9]+', '_', text).strip('_') for text in (setting, level_name)]
     flags_hash = zlib.crc32(' '.join(flags).encode())
     return os.path.join('runs', name, *words, f'seed_{seed}_{flags_hash:08x}')
@@ -58,7 +58,7 @@ def plan_runs(plan: dict[str, Any]) -> Iterator[tuple[int, str, str]]:
 
 
 def flags_of(plan: dict[str, Any], setting_name: str, level_name: str) -> list[str]:
-    """Returns the flags of a run but for its seed and folder."""
+    """Returns the flags of a run without seed and folder."""
     return [
         *plan['settings'][setting_name]['flags'],
         f'--level_name={level_name}',
@@ -68,7 +68,7 @@ def flags_of(plan: dict[str, Any], setting_name: str, level_name: str) -> list[s
 
 @dataclasses.dataclass(frozen=True)
 class FiledRun:
-    """What is kept of a complete run.
+    """The record of a complete run.
 
     Attributes:
       settings: name in the plan.
@@ -84,17 +84,17 @@ class FiledRun:
 
 
 def file_of_level(name: str, level_name: str) -> str:
-    """Returns the name of a level's CSV file and pictures, without ending."""
+    """Returns the name of a level's CSV file and pictures, without extension."""
     return f'{name}_{re.sub(r"[^A-Za-z0-9]+", "_", level_name.removeprefix("ALE/"))}'
 
 
 @dataclasses.dataclass
 class Filed:
-    """What is filed of a plan.
+    """The records of a plan.
 
     Attributes:
-      runs: of those that are complete.
-      random: of each level, as of `learning.mean_and_interval`: what random actions score.
+      runs: the complete ones.
+      random: level -> score of random actions, as of `learning.mean_and_interval`.
     """
 
     runs: list[FiledRun] = dataclasses.field(default_factory=list)
@@ -102,7 +102,7 @@ class Filed:
 
 
 def read_filed(folder: str, name: str, plan: dict[str, Any]) -> Filed:
-    """Reads what is filed in a folder of the runs of a plan."""
+    """Reads the records of a plan from a folder."""
     path = os.path.join(folder, f'{name}.json')
     if not os.path.exists(path):
         return Filed()
@@ -154,7 +154,7 @@ def write_filed(folder: str, name: str, filed: Filed) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Returns what JSON can hold with three decimals at most."""
+    """Returns a JSON value with at most three decimals."""
     if isinstance(value, dict):
         return {name: _rounded(part) for name, part in value.items()}
     if isinstance(value, list):
@@ -175,7 +175,7 @@ def thin_curve(episodes: Sequence[dict[str, str]]) -> np.ndarray:
 
 
 def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
-    """Trains, tests and files what is not filed yet."""
+    """Trains, tests and files the runs that are not filed yet."""
     for seed, level_name, setting_name in plan_runs(plan):
         filed = read_filed(learning.RESULTS, name, plan)
         if (seed, level_name, setting_name) in {
@@ -192,7 +192,7 @@ def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
 
 
 def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> str:
-    """Draws what is filed; returns the page."""
+    """Plots the records; returns the page."""
     page = [f'# {plan["title"]}', '']
     page += [f'{machine.describe()}, no GPU, {datetime.date.today()}. {remark}'.strip(), '']
     page += [

@@ -44,7 +44,7 @@ TRAINING = (
 
 
 def start(output: str, *flags: str) -> subprocess.Popen:
-    """Starts experiment.py, which writes to a file what it says."""
+    """Starts experiment.py with its output in a file."""
     with open(output, 'wb') as file:
         return subprocess.Popen(
             [sys.executable, 'experiment.py', *flags],
@@ -74,7 +74,7 @@ def measure(level_name: str, seconds: float) -> dict[str, object]:
             output, f'--level_name={level_name}', f'--logdir={logdir}', '--log_secs=1', *TRAINING
         )
         stack.callback(training.kill)
-        # A line a second, but for the first one, of the first update, and the last.
+        # A line a second, except the first, which is of the first update, and the last.
         while len(read_metrics(logdir)) < seconds + 2 and training.poll() is None:
             time.sleep(0.1)
         if training.poll() is None:

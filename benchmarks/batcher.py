@@ -118,7 +118,7 @@ def _measure(
     ):
         name = f'TensorFlow {threads} threads, at most {maximum}, {timeout} us'
         batched[name] = _tensorflow_batch_fn(act, threads, maximum, timeout)
-    # Each caller has a frame of its own, or all copies would come from the same cached memory.
+    # Each caller has its own frame; otherwise all copies would come from the same cached memory.
     frames = [tf.fill([1, 72, 96, 3], tf.constant(1, tf.uint8)) for _ in range(callers)]
     measurements = {
         name: _measurement(function, frames, calls_per_turn) for name, function in batched.items()
@@ -129,7 +129,7 @@ def _measure(
         calls[name] = round(seconds * measure(200 * callers))
     rates: dict[str, list[float]] = {name: [] for name in batched}
     for round_ in range(rounds):
-        # Whoever comes last in a round is first in the next.
+        # The last in a round is first in the next.
         for name in list(batched) if round_ % 2 else reversed(list(batched)):
             rates[name].append(measurements[name](calls[name]))
     return rates
@@ -157,7 +157,7 @@ def _tensorflow_batch_fn(
 def _measurement(
     function: Callable[..., Any], frames: list[tf.Tensor], calls_per_turn: int
 ) -> Callable[[int], float]:
-    """Returns a function that makes about so many calls and returns calls/s."""
+    """Returns a function that makes about this many calls and returns calls/s."""
 
     @tf.function
     def loop(frame, turns):
@@ -165,7 +165,7 @@ def _measurement(
         for _ in tf.range(turns):
             for _ in range(calls_per_turn):
                 count = function(frame, count)
-                count.set_shape([1])  # TensorFlow's batcher does not tell.
+                count.set_shape([1])  # TensorFlow's batcher does not report it.
         return count
 
     def measure(total_calls):

@@ -39,7 +39,7 @@ ENVIRONMENTS = 4  # Of an actor job.
 DUPLICATES = 'episodes that came twice'
 UNEXPLAINED = 'gaps that no kill of the learner explains'
 MISCOUNTED = 'lines of metrics with frames miscounted'
-# Memory is not looked at before: TensorFlow allocates on demand at first.
+# Memory is measured after this: TensorFlow allocates on demand at first.
 WARM_UP_SECONDS = 30
 SETTINGS = (
     '--level_name=benchmarks.numbered_level:cart_pole',
@@ -57,7 +57,7 @@ SETTINGS = (
 
 @dataclasses.dataclass
 class Job:
-    """A learner or actor job, and the processes that it has been."""
+    """A learner or actor job, and its processes so far."""
 
     flags: list[str]
     environment: dict[str, str]
@@ -65,7 +65,7 @@ class Job:
     kills: int = 0
 
     def start(self) -> None:
-        """Starts it, or starts it again."""
+        """Starts or restarts it."""
         with open(self.output, 'ab') as output:
             self.process = subprocess.Popen(
                 [sys.executable, 'experiment.py', *self.flags],
@@ -77,7 +77,7 @@ class Job:
             )
 
     def kill(self) -> None:
-        """Gives it no time for anything."""
+        """Kills it without warning."""
         self.kills += 1
         self.process.kill()
         self.process.wait()
@@ -145,13 +145,13 @@ class Run:
             return numbered_level.account(csv.DictReader(file), self.numbers)
 
     def stop(self) -> list[int]:
-        """Ends all jobs as a user would; returns their exit codes."""
+        """Ends all jobs by a signal; returns their exit codes."""
         for job in self.jobs:
             job.process.send_signal(signal.SIGTERM)
         return [job.process.wait() for job in self.jobs]
 
     def check_alive(self) -> None:
-        """Ends the program if a job has ended that nobody has killed."""
+        """Ends the program if a job has ended without being killed."""
         for job in self.jobs:
             if job.process.poll() is not None:
                 with open(job.output, encoding='utf-8') as file:
@@ -162,7 +162,7 @@ def cause_chaos(run: Run, args: argparse.Namespace) -> list[tuple[float, float]]
     """Kills at random.
 
     Returns:
-      Minutes and megabytes of the learner, from `WARM_UP_SECONDS` after it last began to train.
+      Minutes and megabytes of the learner, from `WARM_UP_SECONDS` after its last start of training.
     """
     dice = random.Random(args.seed)
     while not run.frames():
@@ -191,7 +191,7 @@ def cause_chaos(run: Run, args: argparse.Namespace) -> list[tuple[float, float]]
             if victim is run.learner:
                 frames_at_start = run.frames()
         if run.frames() <= frames_at_start:
-            # It loads, or goes over again what it had not saved.
+            # It is loading, or repeats what it had not saved.
             trains_since = now
         elif now - trains_since > WARM_UP_SECONDS:
             learner = psutil.Process(run.learner.process.pid)
@@ -201,7 +201,7 @@ def cause_chaos(run: Run, args: argparse.Namespace) -> list[tuple[float, float]]
 
 
 def column(run: Run) -> dict[str, float]:
-    """Returns what there is to say of a run that has ended, in the order of the table."""
+    """Returns the table's column for a run that has ended."""
     account, lines = run.account(), run.metrics()
     learner_kills, *actor_kills = (job.kills for job in run.jobs)
     unroll_frames = BATCH_SIZE * numbered_level.EPISODE_STEPS
@@ -213,8 +213,8 @@ def column(run: Run) -> dict[str, float]:
         'episodes': account.episodes,
         DUPLICATES: account.duplicates,
         'episodes missing': account.missing,
-        # When a learner is killed, an environment loses what had not been saved and then what it
-        # had begun with weights that were not; an unroll of older weights may come between.
+        # When a learner is killed, an environment loses what had not been saved, and then what it
+        # had begun with unsaved weights; an unroll of older weights may come between.
         UNEXPLAINED: sum(max(0, gaps - 2 * learner_kills) for gaps in account.gaps.values()),
         MISCOUNTED: sum(line['frames'] != unroll_frames * line['updates'] for line in lines),
         'unrolls refused, last line': sum(row['rejected'] for row in lines[-1]['actors']),

@@ -59,7 +59,7 @@ def play_at_random(level_names: list[str], num_episodes: int) -> int:
 
 
 class Stopwatch:
-    """Seconds, and processor seconds of this process and of those that it has waited for."""
+    """Seconds, and processor seconds of this process and the children it has waited for."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
@@ -78,7 +78,7 @@ class Stopwatch:
 def without_agent(num_episodes: int) -> tuple[float, float]:
     """Returns the speeds of one process per core, from their start to the last's end.
 
-    Each has its share of the episodes of every game, so that none is at an end much earlier.
+    Each has its share of the episodes of every game, so that all end at about the same time.
     """
     cores = len(os.sched_getaffinity(0))
     shares = [num_episodes // cores + (core < num_episodes % cores) for core in range(cores)]

@@ -1,4 +1,4 @@
-"""An environment that costs nothing: the same frame at once, whatever the action."""
+"""An environment without cost: it returns the same frame for every action."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ EPISODE_STEPS = 1000
 
 
 class FixedFrame(Environment):
-    """Returns one random 72x96x3 frame for ever, in episodes of 1,000 agent steps."""
+    """Always returns the same random 72x96x3 frame, in episodes of 1,000 agent steps."""
 
     spec = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4)
 

@@ -32,7 +32,7 @@ LEVEL = 'benchmarks.fixed_frame:make'
 
 
 class TinyAgent(tf.Module):
-    """Draws actions from a policy that depends on nothing but its bias."""
+    """Draws actions from a policy that depends on its bias only."""
 
     state_spec = ()
 

@@ -50,7 +50,7 @@ with socket.create_connection(('localhost', int(sys.argv[1]))) as connection:
 
 
 def components(unroll_length: int) -> list[Component]:
-    """Returns what an unroll of the deep network in DeepMind Lab consists of."""
+    """Returns the arrays of an unroll of the deep network in DeepMind Lab."""
     rows = (unroll_length + 1,)
     return [
         Component('policy_version', (), 'int64', time_major=False, low=0),
@@ -70,7 +70,7 @@ def components(unroll_length: int) -> list[Component]:
 
 
 def make_unroll(unroll_length: int) -> list[np.ndarray]:
-    """Returns the arrays of one unroll, as TensorFlow would have them in memory."""
+    """Returns the arrays of one unroll, with TensorFlow's memory layout."""
     return [
         np.asarray(tf.zeros(component.shape, component.dtype))
         for component in components(unroll_length)
@@ -91,7 +91,7 @@ def touch(frames):
 
 
 def send(address: str, actor: int, unroll_length: int) -> None:
-    """Puts one unroll again and again until the learner has gone."""
+    """Sends one unroll repeatedly until the learner is gone."""
     connection = LearnerConnection(address, components(unroll_length))
     unroll = make_unroll(unroll_length)
     sequence = 0
@@ -127,7 +127,7 @@ def read_weights(address: str, clients: int, seconds: float) -> None:
 
 
 def connect(address: str, clients: int, unroll_length: int) -> None:
-    """Connects several clients; each sends an unroll when a line comes in on stdin."""
+    """Connects several clients; each sends an unroll when a line arrives on stdin."""
     connections = [
         LearnerConnection(address, components(unroll_length), deadline_seconds=120)
         for _ in range(clients)
@@ -147,7 +147,7 @@ def connect(address: str, clients: int, unroll_length: int) -> None:
 
 @contextlib.contextmanager
 def subprocesses(count: int, *args: object):
-    """Runs Python with these arguments and a number each for as long as the block lasts."""
+    """Runs Python processes with these arguments and a number each during the block."""
     processes = [
         subprocess.Popen(
             [sys.executable, *map(str, args), str(number)],
@@ -168,7 +168,7 @@ def subprocesses(count: int, *args: object):
 
 @contextlib.contextmanager
 def inbox(capacity: int, unroll_length: int):
-    """An inbox for as long as the block lasts."""
+    """An inbox that exists during the block."""
     queue = UnrollInbox(capacity, components(unroll_length), 'policy_version')
     try:
         yield queue
@@ -183,7 +183,7 @@ def cpu_seconds(pids: list[int]) -> np.ndarray:
 
 
 def measure(address: str, args: argparse.Namespace) -> tuple[float, list[list]]:
-    """Returns observations per second and a table of where the seconds go."""
+    """Returns observations per second and a table of where the time goes."""
     frame = [component.name for component in components(args.unroll_length)].index('frame')
     with (
         inbox(args.capacity, args.unroll_length) as queue,

@@ -121,7 +121,7 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
             total += tf.reduce_sum(outputs.baseline * weights[1])
         return tape.gradient(total, parameters)
 
-    # Its own learner: the weights behind the other one should move as in training.
+    # Its own learner: the weights of the other one should move as in training.
     idle = Learner(Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep'), spec), config)
 
     @tf.function
@@ -154,7 +154,7 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
 
     deadline = None
     while deadline is None or time.perf_counter() < deadline:
-        # In turns the first, as what follows another network finds its own data in no cache.
+        # In turns the first, since the caches are cold after another network.
         if len(times) % 2:
             bare_seconds, gradients = timed(bare, batch, weights)
         step_seconds, _ = timed(learner.step, batch)

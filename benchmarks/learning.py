@@ -38,7 +38,7 @@ from impala.trajectory import EpisodeEnd
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, 'docs', 'results')
 WINDOW = 100  # Episodes in a rolling mean.
-MAX_ROWS = 10_000  # Of a CSV file in docs/results; of more episodes every n-th is filed.
+MAX_ROWS = 10_000  # Of a CSV file in docs/results; with more episodes, every n-th is filed.
 
 
 def random_returns(level_name: str, num_episodes: int) -> list[float]:
@@ -79,7 +79,7 @@ def mean_text(mean: float, *interval: float) -> str:
 
 
 def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: int) -> None:
-    """Trains, going on if it was stopped, and tests the last checkpoint; `logdir` from ROOT."""
+    """Trains, or resumes, and tests the last checkpoint; `logdir` is relative to ROOT."""
     here = [sys.executable, 'experiment.py', f'--logdir={logdir}']
     train = [*here, *flags, f'--seed={seed}']
     test = [*here, '--mode=test', f'--test_num_episodes={test_episodes}', '--num_actors=10']
@@ -87,9 +87,9 @@ def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: 
         trained = subprocess.run(train, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         print(trained.stdout)
         if trained.returncode:
-            # It has said why.
+            # It has printed why.
             sys.exit(trained.returncode)
-        # It ends well when it is stopped, too.
+        # A stopped run has exit code 0, too.
         if 'The run is complete' not in trained.stdout:
             sys.exit(f'{logdir} is not complete; the same command resumes it.')
         tested = subprocess.run(test, cwd=ROOT)
@@ -100,7 +100,7 @@ def train_and_test(logdir: str, flags: Sequence[str], seed: int, test_episodes: 
 
 
 def is_tested(logdir: str) -> bool:
-    """Returns whether all episodes of a run's test have been played; `logdir` from ROOT."""
+    """Returns whether all episodes of a run's test were played; `logdir` is relative to ROOT."""
     path = os.path.join(ROOT, logdir, 'test_scores.json')
     if not os.path.exists(path):
         return False
@@ -111,7 +111,7 @@ def is_tested(logdir: str) -> bool:
 
 @contextlib.contextmanager
 def _ctrl_c_left_to_commands() -> Iterator[None]:
-    """Has Ctrl-C end the commands that are run in this block, which get it too, and not this.
+    """Makes Ctrl-C end the commands that run in this block, but not this process.
 
     `subprocess.run` would leave them a quarter of a second, and then kill them: too little for
     training to save what it has learned.
@@ -146,7 +146,7 @@ def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], li
 
 
 def table_headers(threshold: float) -> list[str]:
-    """Returns what stands above `table_lines`."""
+    """Returns the headers of `table_lines`."""
     return [
         'seed',
         f'steps until {threshold:g}',
@@ -173,7 +173,7 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
         for row in rows
     ]
     if len(rows) > 1 and len(rows) % 2:
-        # Runs that have not got there would have taken longer than all that have.
+        # Runs that never reach it count as slower than all that do.
         reached = statistics.median(row['solved_steps'] or float('inf') for row in rows)
         minutes = statistics.median(row['solved_minutes'] or float('inf') for row in rows)
         solved = reached < float('inf')
@@ -192,7 +192,7 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
 
 
 def file_episodes(name: str, episodes: Sequence[dict[str, Any]]) -> int:
-    """Writes episodes to docs/results/NAME.csv, one in so many as it returns."""
+    """Writes every n-th episode to docs/results/NAME.csv; returns n."""
     stride = -(-len(episodes) // MAX_ROWS)
     with open(os.path.join(RESULTS, f'{name}.csv'), 'w', encoding='utf-8') as file:
         writer = csv.DictWriter(file, episodes[0], lineterminator='\n')
@@ -202,7 +202,7 @@ def file_episodes(name: str, episodes: Sequence[dict[str, Any]]) -> int:
 
 
 def comparison(level_name: str, random: Sequence[float], random_episodes: int) -> str:
-    """Returns what others score in the level, and random actions, as of `mean_and_interval`."""
+    """Returns a table of scores in the level: random actions, humans, publications."""
     known = suites.known_level(level_name)
     lines = [[f'random actions, {random_episodes} episodes here', mean_text(*random)]]
     if known.human is not None:

@@ -69,7 +69,7 @@ class Inbox:
 
     @contextlib.contextmanager
     def filled(self) -> Iterator[None]:
-        """Has threads put unrolls within its block."""
+        """Makes threads put unrolls during its block."""
 
         def put(actor: int) -> None:
             with contextlib.suppress(tf.errors.CancelledError):
@@ -93,7 +93,7 @@ class Inbox:
 
 
 def batch_size_in_bytes(config: LearnerConfig) -> int:
-    """Returns how much there is to move for a batch."""
+    """Returns the bytes to move for a batch."""
     components = unroll_components(SPEC, (), config.unroll_length, num_levels=1)
     return config.batch_size * sum(
         math.prod(each.shape) * tf.as_dtype(each.dtype).size for each in components
@@ -106,7 +106,7 @@ def measure(
     """Returns updates per second and the share of the time in which the learner had no batch.
 
     Args:
-      learner: whose steps are made.
+      learner: makes the steps.
       loaders: threads.
       transfer_seconds: added to the moving of every batch.
       step_seconds: slept instead of a step; 0 for real ones.
@@ -119,7 +119,7 @@ def measure(
         return batch
 
     inbox = Inbox(learner.config)
-    # Closed before the loaders are waited for.
+    # Closed before waiting for the loaders.
     with (
         Loading(compiled(inbox.take), loaders, learner.devices, move_slowly) as batches,
         inbox.filled(),
@@ -146,7 +146,7 @@ def measure(
 
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
-    """Draws idle share and updates per second over the transfer's time, a line per n."""
+    """Plots idle share and updates per second over the transfer's time, a line per n."""
     import matplotlib
 
     matplotlib.use('Agg')
@@ -170,7 +170,7 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> None:
-    """Prints one table and a line of JSON, and draws if asked to."""
+    """Prints one table and a line of JSON, and plots if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--loaders', default='1,2,4')
     parser.add_argument('--transfer_ms', default='0,50,100', help='added to the moving of a batch')

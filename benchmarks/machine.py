@@ -1,9 +1,9 @@
-"""Says what machine a benchmark ran on, as every table here must."""
+"""Describes the machine of a benchmark; every table states it."""
 
 import os
 import platform
 
-# Instructions that TensorFlow's speed depends on; a model's name may leave open which there are.
+# Instructions that TensorFlow's speed depends on; a model's name does not always determine them.
 _INSTRUCTIONS = ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16')
 
 

@@ -46,14 +46,14 @@ sys.stdin.read()
 
 
 def resident(process: psutil.Process) -> float:
-    """Returns megabytes of resident memory, shared memory left out."""
+    """Returns megabytes of resident memory without shared memory."""
     with open(f'/proc/{process.pid}/status', encoding='utf-8') as file:
         fields = dict(line.split(':', 1) for line in file)
     return sum(int(fields[name].split()[0]) for name in ('RssAnon', 'RssFile')) * 1024 / MB
 
 
 def bare_environments(level_name: str, number: int) -> float:
-    """Returns the megabytes of a process that plays so many environments and does nothing else."""
+    """Returns the megabytes of a process that only plays this many environments."""
     process = subprocess.Popen(
         [sys.executable, '-c', BARE_ENVIRONMENTS, level_name, str(number)],
         cwd=ROOT,
@@ -88,7 +88,7 @@ def watch(pid: int, minutes: float, interval: float) -> list[tuple[float, float,
                 )
             )
         except (psutil.NoSuchProcess, OSError, KeyError):
-            # One was just replaced, or the run ended: /proc has no file, or one without the fields.
+            # One was just replaced, or the run ended: /proc has no file, or one without fields.
             pass
         time.sleep(interval)
     return samples

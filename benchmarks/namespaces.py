@@ -36,14 +36,14 @@ class Host:
 
     Attributes:
       address: its IPv4 address.
-      prefix: arguments that, put before a command, have it run there.
+      prefix: arguments that, put before a command, run it there.
     """
 
     def __init__(self, name: str, address: str):
         """Makes the namespace.
 
         Args:
-          name: no other host on this machine has it; at most 15 characters.
+          name: unique on this machine; at most 15 characters.
           address: its own, of a network with 24 bits.
 
         Raises:
@@ -69,7 +69,7 @@ class Host:
         """Runs a command there to its end.
 
         Returns:
-          What it has printed.
+          Its output.
 
         Raises:
           Unavailable: it fails.
@@ -77,7 +77,7 @@ class Host:
         return _run(*self.prefix, *command)
 
     def close(self) -> None:
-        """Removes the namespace. What still runs there has no network any more."""
+        """Removes the namespace. Processes that still run there lose their network."""
         os.close(self.tun)
         _run('ip', 'netns', 'delete', self._name)
 
@@ -103,8 +103,8 @@ class Network:
 
         Args:
           num_hosts: at most 254.
-          delay_seconds: of every packet; the time there and back is twice as long.
-          loss: probability that a packet, in whatever direction, is lost.
+          delay_seconds: of every packet; a round trip takes twice as long.
+          loss: probability that a packet is lost, in either direction.
           congestion_control: of TCP, as the kernel calls it; by default the machine's own.
 
         Raises:
@@ -143,13 +143,13 @@ class Network:
             host.close()
 
     def _forward(self) -> None:
-        """Reads packets from all hosts and hands each to the one it is for."""
+        """Forwards packets between hosts."""
         tuns = {socket.inet_aton(host.address): host.tun for host in self.hosts}
         poll = select.epoll()
         poll.register(self._wake, select.EPOLLIN)
         for tun in tuns.values():
             poll.register(tun, select.EPOLLIN)
-        # When a packet is due, and, in that order, whose and what.
+        # (time due, order of arrival, receiving host, packet).
         on_the_way: list[tuple[float, int, int, bytes]] = []
         order = itertools.count()
         while True:
@@ -158,7 +158,7 @@ class Network:
                 if source == self._wake:
                     poll.close()
                     return
-                # Of a host that has much to say, some at a time.
+                # A limited number at a time from a host that sends many.
                 for _ in range(64):
                     try:
                         packet = os.read(source, _MAX_PACKET)
@@ -177,7 +177,7 @@ class Network:
             while on_the_way and on_the_way[0][0] <= now:
                 _, _, target, packet = heapq.heappop(on_the_way)
                 self.bytes += len(packet)
-                # A host that cannot take any more loses it, as a full queue would.
+                # A host that cannot take more loses the packet, like a full queue.
                 with contextlib.suppress(OSError):
                     os.write(target, packet)
 

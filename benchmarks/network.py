@@ -39,7 +39,7 @@ def stop(jobs: list[subprocess.Popen]) -> None:
 
 
 def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> list[str]:
-    """Trains for `args.minutes`; keeps the run in a folder if it names one.
+    """Trains for `args.minutes`; keeps the run if `keep` names a folder.
 
     Returns:
       A row of the table.

@@ -21,7 +21,7 @@ from impala.trajectory import EpisodeEnd
 
 FOLDER_VARIABLE = 'NUMBERED_LEVEL_FOLDER'
 EPISODE_STEPS = 20
-# Numbers are dealt out in blocks, of which an environment takes another one when its is used up.
+# Numbers are assigned in blocks; an environment takes another when it has used up its own.
 _BLOCK = 1024
 # A return is a float32, exact up to here.
 _HIGHEST = 2**24
@@ -94,7 +94,7 @@ class Account:
 
     Attributes:
       episodes: that reached the learner.
-      duplicates: of them, how many had been there before.
+      duplicates: how many of them had arrived before.
       gaps: environment -> number of its gaps: episodes in a row that are missing before others of
         the same environment. Environments that miss nothing are left out.
       missing: episodes in all gaps together.
@@ -109,7 +109,7 @@ class Account:
 
 
 def account(rows: Iterable[Mapping[str, str]], folder: str) -> Account:
-    """Finds out what was lost and what came twice.
+    """Finds lost and duplicated episodes.
 
     Args:
       rows: of a run's `episodes.csv`.

@@ -109,7 +109,7 @@ def _unrolls(
     size: int,
     stack: str | None,
 ) -> tuple[list[Component], list[np.ndarray]]:
-    """Returns what unrolls consist of, and so many."""
+    """Returns the arrays of an unroll, and this many unrolls."""
     spec = EnvironmentSpec(observation, num_actions, 4)
     # Two levels, as random numbers below are 0 and 1.
     components = unroll_components(spec, state, unroll_length, 2)
@@ -149,7 +149,7 @@ def _measure(
 
 @contextlib.contextmanager
 def _replay_job() -> Iterator[str]:
-    """Runs a replay job; gives its address."""
+    """Runs a replay job; yields its address."""
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         address = f'localhost:{probe.getsockname()[1]}'
@@ -195,7 +195,7 @@ def _measure_job(
         return number
 
     def rate(*calls: Callable[[], float]) -> float:
-        """Returns unrolls a second, of calls in turns those of the slower one."""
+        """Returns unrolls a second; for calls in turns, those of the slower one."""
         counts = [0.0] * len(calls)
         started = time.perf_counter()
         while (elapsed := time.perf_counter() - started) < seconds:
@@ -239,7 +239,7 @@ def _measure_sockets(seconds: float) -> float:
 
 
 def _random(component: Component, size: int, is_stack: bool) -> np.ndarray:
-    """Returns so many unrolls of random bytes, where asked for as stacks of the last frames."""
+    """Returns this many unrolls of random bytes, optionally as stacks of the last frames."""
     random = np.random.default_rng(0)
     shape = list(component.shape)
     shape.insert(int(component.time_major), size)

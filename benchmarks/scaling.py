@@ -39,8 +39,8 @@ class Setting:
 
     Attributes:
       play: an environment plays an unroll, on average; a little more or less each time.
-      take_in: the learner's machine takes an unroll in.
-      hand_out: it hands the weights to an actor.
+      take_in: the learner's machine receives an unroll.
+      hand_out: it sends the weights to an actor.
       update: an update with one batch.
       batch_size: unrolls of an update.
       queue_capacity: unrolls.
@@ -56,14 +56,14 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What comes of it, from when it has settled.
+    """What the simulation measures once it has settled.
 
     Attributes:
-      unrolls_per_second: that are learned from.
+      unrolls_per_second: those learned from.
       reads_per_second: of the weights.
-      network_load: share of time for which the network is busy.
-      learner_load: share of time for which the learner trains.
-      play_share: share of time for which an environment plays, and does not wait.
+      network_load: share of time in which the network is busy.
+      learner_load: share of time in which the learner trains.
+      play_share: share of time in which an environment plays and does not wait.
       queue_lag: seconds from the last step of an unroll to its update, mean and 99th percentile.
       policy_lag: updates between the weights that acted and the weights being updated, likewise.
     """
@@ -84,7 +84,7 @@ class _Unroll:
 
 
 class _Job:
-    """An actor job, whose unrolls go out one after the other."""
+    """An actor job, which sends its unrolls one by one."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -96,7 +96,7 @@ class _Job:
 def simulate(
     setting: Setting, num_jobs: int, envs_per_job: int = 1, updates: int = 600, seed: int = 1
 ) -> Outcome:
-    """Simulates so many updates, of which the first third is left out.
+    """Simulates updates; the first third is not measured.
 
     Args:
       setting: the service times.
@@ -124,7 +124,7 @@ def simulate(
         return network_free
 
     def network_busy_so_far() -> float:
-        # Without what is waiting to be carried.
+        # Without what waits for the network.
         return network_busy - max(0.0, network_free - now)
 
     version = reads = 0
@@ -159,13 +159,13 @@ def simulate(
                 assert unroll is not None
                 waiting.append((job, unroll))
             elif what == 'sent':
-                # Who waits for room sends nothing else meanwhile.
+                # A job that waits for room sends nothing else meanwhile.
                 job.is_sending = False
                 at(now, 'play', job)
             if job.outbox and not job.is_sending:
                 job.is_sending = True
                 at(pass_network(setting.take_in), 'arrived', job, job.outbox.popleft())
-        # Whatever has happened may have made room, or a batch.
+        # Any event may have made room, or completed a batch.
         while True:
             if waiting and len(queue) < setting.queue_capacity:
                 job, unroll = waiting.popleft()

@@ -7,6 +7,6 @@ _STARTED = time.monotonic()
 
 
 def begin(text: str) -> None:
-    """Says, with the time since the start of the program, what is done from now on."""
+    """Prints the next stage, with the time since the start of the program."""
     seconds = int(time.monotonic() - _STARTED)
     print(f'{seconds // 60}:{seconds % 60:02d} {text}', file=sys.stderr, flush=True)

@@ -101,7 +101,7 @@ def training_rate(flags: list[str], warm_up: float, seconds: float) -> tuple[flo
             process.kill()
             process.wait()
         shutil.rmtree(logdir)
-    # The last line may stand for less than a second.
+    # The last line may cover less than a second.
     last = lines[-2]
     first = next(
         line for line in lines if line['wall_seconds'] > lines[0]['wall_seconds'] + warm_up
@@ -129,11 +129,11 @@ def environment_rate(level_name: str, seconds: float) -> float:
 def concurrent_rate(
     create: Callable[[], Callable[[], Any]], num_concurrent: int, rows: int, seconds: float
 ) -> float:
-    """Returns rows per second of several functions together, each on a thread of its own.
+    """Returns rows per second of several functions together, each on its own thread.
 
     Args:
       create: makes one of the functions.
-      num_concurrent: functions, which are called at the same time.
+      num_concurrent: functions that are called at the same time.
       rows: that a call computes.
       seconds: of measurement.
     """
@@ -154,7 +154,7 @@ def concurrent_rate(
 
 
 def steps_at_a_time(intra_op_threads: int) -> int:
-    """Returns how many steps with so many threads for an operation, 0 for all, fill the cores."""
+    """Returns how many concurrent steps fill the cores, given threads per operation (0: all)."""
     return max(1, CORES // intra_op_threads) if intra_op_threads else 1
 
 
@@ -170,7 +170,7 @@ def _step_output(spec: EnvironmentSpec, dims: list[int]) -> StepOutput:
 
 
 def inference(spec: EnvironmentSpec, config: AgentConfig, rows: int) -> Callable[[], Any]:
-    """Returns a function that is a step of an agent of its own, with so many rows."""
+    """Returns a function that computes a step of a new agent on this many rows."""
     agent = Agent(config, spec)
     output, state = _step_output(spec, [rows]), agent.initial_state(rows)
     step = tf.function(lambda: agent.step(tf.zeros([rows], tf.int32), output, state)[0].action)
@@ -180,7 +180,7 @@ def inference(spec: EnvironmentSpec, config: AgentConfig, rows: int) -> Callable
 def learning(
     spec: EnvironmentSpec, config: AgentConfig, batch_size: int, length: int
 ) -> Callable[[], Any]:
-    """Returns a function that is a step of a learner of its own."""
+    """Returns a function that makes a step of a new learner."""
     agent = Agent(config, spec)
     learner = Learner(agent, LearnerConfig(batch_size=batch_size, unroll_length=length))
     dims = [length + 1, batch_size]
@@ -222,7 +222,7 @@ def network_rates(args: argparse.Namespace) -> dict[str, float]:
 def network_rates_of_process(
     flags: list[str], intra_op_threads: int, rows: float, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Returns the same from a process of its own, as TensorFlow's threads cannot be changed."""
+    """Returns the same from a new process, since TensorFlow's threads are fixed at its start."""
     command = [sys.executable, '-m', 'benchmarks.throughput', *flags]
     command += [f'--intra_op_threads={intra_op_threads}', f'--rows={max(1, round(rows))}']
     command.append(f'--part_seconds={args.part_seconds}')
@@ -262,7 +262,7 @@ def main() -> None:
             'compute_dtype', 'inference_batch_size', 'intra_op_threads',
         )
     ]  # fmt: skip
-    # What the cores are given to, and by which flag of this program.
+    # Name of the measure -> threads per operation; 0: one per core.
     ways = {'a thread per core': 0}
     if args.intra_op_threads:
         ways["training's threads"] = args.intra_op_threads

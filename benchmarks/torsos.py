@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=1, help='that share an operation')
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
-    # Each torso, batch size and dtype is a graph of its own, as it should be.
+    # Each torso, batch size and dtype intentionally has its own graph.
     tf.get_logger().setLevel('ERROR')
     load = os.getloadavg()[0]
     part = args.seconds / (len(_GAMES) + 2)
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def multiply_adds(agent: Agent, spec: EnvironmentSpec) -> int:
-    """Returns how many convolutions and matrix products need for one observation."""
+    """Returns the multiply-adds of convolutions and matrix products for one observation."""
     step = tf.function(agent.step).get_concrete_function(*_inputs(agent, spec, 1))
     options = tf.compat.v1.profiler.ProfileOptionBuilder(
         tf.compat.v1.profiler.ProfileOptionBuilder.float_operation()
@@ -134,7 +134,7 @@ def _nodes(node: Any) -> list[Any]:
 def _times_of_acting(
     agents: dict[str, Agent], spec: EnvironmentSpec, seconds: float
 ) -> dict[tuple[str, int], float]:
-    """Returns the least seconds of a step of each torso and batch size."""
+    """Returns the shortest seconds of a step for each torso and batch size."""
     calls = {}
     for torso, agent in agents.items():
         step = tf.function(agent.step)
@@ -145,7 +145,7 @@ def _times_of_acting(
 
 
 def _times_of_learning(dtype: str, latent_size: int, seconds: float) -> dict[str, float]:
-    """Returns the least seconds of the learner's step with each torso."""
+    """Returns the shortest seconds of the learner's step with each torso."""
     setting = _GAMES['Atari']
     spec = _spec(setting)
     config = LearnerConfig(unroll_length=20, batch_size=4)
@@ -166,7 +166,7 @@ def _least_times(calls: dict[Any, Any], seconds: float) -> dict[Any, float]:
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         for key, call in calls.items():
-            # Twice, as the first time finds its own data in no cache.
+            # Twice, since the caches are cold the first time.
             for _ in range(2):
                 start = time.perf_counter()
                 call()
