@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 LOGDIR ?= runs/pong
 INSTALLED = $(VENV)/.installed
-SOURCES = setup.py pyproject.toml $(wildcard */cc/*)
+SOURCES = setup.py pyproject.toml $(wildcard */cc/* */*/cc/* */*/*/cc/*)
 
 .PHONY: train test install clean
 
@@ -37,4 +37,4 @@ $(INSTALLED): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info dynamic_batching/*.so
+	rm -rf $(VENV) build dist *.egg-info dynamic_batching/*.so impala/*/*.so impala/*/*/*.so

@@ -1,7 +1,7 @@
-"""Installs the project and compiles its two C++ libraries.
+"""Installs the project and compiles its C++ libraries.
 
-`dynamic_batching._ops` holds the custom TensorFlow ops and is built against the TensorFlow that is
-installed; `dynamic_batching._actor_client` is what actor processes load and knows nothing of it.
+The three libraries named `_ops` hold custom TensorFlow ops and are built against the installed
+TensorFlow; `dynamic_batching._actor_client` is what actor processes load and does not use it.
 """
 
 import glob
@@ -12,14 +12,20 @@ import sys
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+ACTOR_CLIENT = 'dynamic_batching._actor_client'
 CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
-OP_SOURCES = sorted(set(glob.glob('*/cc/*.cc')) - set(CLIENT_SOURCES))
+OP_SOURCES = {
+    'dynamic_batching._ops': sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - {*CLIENT_SOURCES}),
+    'impala.cluster._ops': sorted(glob.glob('impala/cluster/cc/*.cc')),
+    'impala.learning.optimizers._ops': sorted(glob.glob('impala/learning/optimizers/cc/*.cc')),
+}
+HEADERS = glob.glob('dynamic_batching/cc/*.h') + glob.glob('impala/**/cc/*.h', recursive=True)
 # Without errno the compiler may take roots of several numbers at once.
 OPTIMIZE = ['-O3', '-fno-math-errno', '-fvisibility=hidden', '-Wall', '-Wno-sign-compare']
 
 
 class BuildWithTensorFlow(build_ext):
-    """Adds the installed TensorFlow's compile and link flags to the op library."""
+    """Adds the installed TensorFlow's compile and link flags to the libraries of ops."""
 
     def build_extensions(self):
         if shutil.which('g++') is None:
@@ -28,7 +34,7 @@ class BuildWithTensorFlow(build_ext):
                 'install it (Debian, Ubuntu: apt-get install g++ make) and run this again.'
             )
         for extension in self.extensions:
-            if extension.name == 'dynamic_batching._ops':
+            if extension.name != ACTOR_CLIENT:
                 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
                 import tensorflow as tf
 
@@ -41,6 +47,18 @@ class BuildWithTensorFlow(build_ext):
         super().build_extensions()
 
 
+def cpp_extension(name: str, sources: list[str], flags: list[str]) -> Extension:
+    """Returns an extension module of C++ sources, whose includes start at the project folder."""
+    return Extension(
+        name,
+        sources,
+        include_dirs=['.'],
+        depends=HEADERS,
+        language='c++',
+        extra_compile_args=[*OPTIMIZE, *flags],
+    )
+
+
 setup(
     name='impala',
     version='0.1.0',
@@ -50,20 +68,8 @@ setup(
     package_data={'impala.suites': ['*.csv']},
     py_modules=['experiment', 'vtrace', 'environments'],
     ext_modules=[
-        Extension(
-            'dynamic_batching._ops',
-            OP_SOURCES,
-            depends=glob.glob('*/cc/*.h'),
-            language='c++',
-            extra_compile_args=[*OPTIMIZE],
-        ),
-        Extension(
-            'dynamic_batching._actor_client',
-            CLIENT_SOURCES,
-            depends=glob.glob('*/cc/*.h'),
-            language='c++',
-            extra_compile_args=[*OPTIMIZE, '-std=c++17'],
-        ),
+        *[cpp_extension(name, sources, []) for name, sources in OP_SOURCES.items()],
+        cpp_extension(ACTOR_CLIENT, CLIENT_SOURCES, ['-std=c++17']),
     ],
     cmdclass={'build_ext': BuildWithTensorFlow},
     install_requires=[

@@ -31,7 +31,7 @@ import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
-from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection, LearnerServer
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import ArraySpec, EnvironmentSpec

@@ -36,7 +36,7 @@ import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
-from dynamic_batching.exchange import UnrollInbox
+from impala.cluster.exchange import UnrollInbox
 from impala.experience.batch import (
     UnrollBatch,
     batch_of_components,

@@ -33,7 +33,7 @@ import tabulate
 
 from benchmarks import machine, stages
 from benchmarks.ingest import SEND_BYTES
-from dynamic_batching.exchange import Component
+from impala.cluster.exchange import Component
 from impala.cluster.remote_replay import RemoteReplay
 from impala.experience.batch import unroll_components
 from impala.experience.mixture import ReplayMixer

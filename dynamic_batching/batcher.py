@@ -19,7 +19,9 @@ import tensorflow as tf
 from tensorflow.python.framework import auto_control_deps, auto_control_deps_utils
 from tensorflow.python.util import nest
 
-from dynamic_batching.op_library import ops
+from dynamic_batching.op_library import load_ops
+
+_ops = load_ops('dynamic_batching')
 
 # Else tf.function would run its calls of one batcher one after the other, because they share a
 # resource, and they would never meet in a batch.
@@ -85,7 +87,7 @@ class BatchedFunction:
         rows = traced.check(self.__name__, args, kwargs)
         # The host is where rows are gathered, whatever device the caller is on.
         with tf.device('CPU:0'):
-            results = ops.dynamic_batch(
+            results = _ops.dynamic_batch(
                 handle=traced.handle,
                 rows=rows,
                 Tout=traced.output_types,
@@ -102,7 +104,7 @@ class BatchedFunction:
         self._closed = True
         if self._traced is not None:
             with tf.init_scope(), tf.device('CPU:0'):
-                ops.dynamic_batcher_close(self._traced.handle)
+                _ops.dynamic_batcher_close(self._traced.handle)
 
     def _trace(self, args: Any, kwargs: Any) -> '_Traced':
         with self._lock:
@@ -184,7 +186,7 @@ class _Traced:
                 for output in outputs
             ]
             with tf.device('CPU:0'):
-                self.handle = ops.dynamic_batcher(
+                self.handle = _ops.dynamic_batcher(
                     captured=self._function.captured_inputs,
                     f=self._function,
                     label=name,

@@ -1,18 +1,26 @@
-"""Loads the compiled op library, once."""
+"""Loads compiled libraries of TensorFlow ops."""
 
 import importlib.util
+from types import ModuleType
 
 import tensorflow as tf
 
 
-def _load():
-    spec = importlib.util.find_spec('dynamic_batching._ops')
+def load_ops(package: str) -> ModuleType:
+    """Returns the compiled TensorFlow ops of a package, as functions of a module.
+
+    TensorFlow loads a library once, however often this is called.
+
+    Args:
+      package: whose extension module `_ops` is the library, such as `'dynamic_batching'`.
+
+    Raises:
+      ImportError: the library is not compiled.
+    """
+    spec = importlib.util.find_spec(f'{package}._ops')
     if spec is None or spec.origin is None:
         raise ImportError(
-            'The TensorFlow ops of dynamic_batching are not compiled; run `make install` or '
+            f'The TensorFlow ops of {package} are not compiled; run `make install` or '
             '`pip install --no-build-isolation -e .` in the project folder.'
         )
     return tf.load_op_library(spec.origin)
-
-
-ops = _load()

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from dynamic_batching.actor_client import ArraySpec
-from dynamic_batching.op_library import ops
+from dynamic_batching.op_library import load_ops
+
+_ops = load_ops('dynamic_batching')
 
 
 class Requests(NamedTuple):
@@ -153,7 +155,7 @@ class UnrollBatcher:
         self.fd = os.memfd_create('impala-unrolls')
         try:
             with tf.device('/cpu:0'):
-                self._handle = ops.unroll_batcher(
+                self._handle = _ops.unroll_batcher(
                     fd=self.fd,
                     level_ids=list(level_ids),
                     num_unrolls=self.num_actors + queue_capacity,
@@ -177,7 +179,7 @@ class UnrollBatcher:
           tf.errors.CancelledError: the batcher is closed.
         """
         with tf.device('/cpu:0'):
-            actors, epochs, inputs, last_action, states = ops.unroll_batcher_get(
+            actors, epochs, inputs, last_action, states = _ops.unroll_batcher_get(
                 self._handle, **self._inputs, **self._states
             )
         return Requests((actors, epochs), inputs, last_action, states)
@@ -201,7 +203,7 @@ class UnrollBatcher:
           tf.errors.InvalidArgumentError: a shape or dtype is not that of the spec.
         """
         with tf.device('/cpu:0'):
-            return ops.unroll_batcher_set(
+            return _ops.unroll_batcher_set(
                 self._handle, *tickets, policy_version, outputs=outputs, states=states
             )
 
@@ -218,7 +220,7 @@ class UnrollBatcher:
         """
         with tf.device('/cpu:0'):
             return Unrolls(
-                *ops.unroll_batcher_dequeue(
+                *_ops.unroll_batcher_dequeue(
                     self._handle,
                     batch_size=batch_size,
                     rows=self.unroll_length + 1,
@@ -230,12 +232,12 @@ class UnrollBatcher:
 
     def reset_actor(self, actor: int) -> None:
         """Throws away the unfinished unroll of an actor, whose process must have ended."""
-        ops.unroll_batcher_reset_actor(self._handle, actor)
+        _ops.unroll_batcher_reset_actor(self._handle, actor)
 
     def statistics(self) -> Statistics:
         """Returns counts and times so far."""
         names, seconds, completed, batches, rows, unrolls, non_finite, value = (
-            ops.unroll_batcher_statistics(self._handle)
+            _ops.unroll_batcher_statistics(self._handle)
         )
         queued, discarded, discarded_in_a_row = unrolls.numpy().tolist()
         actor, what = non_finite.numpy().tolist()
@@ -256,7 +258,7 @@ class UnrollBatcher:
 
     def activity(self) -> Activity:
         """Returns what the actors are doing now."""
-        states, progress, closed = ops.unroll_batcher_activity(self._handle)
+        states, progress, closed = _ops.unroll_batcher_activity(self._handle)
         return Activity(
             states=[ActorState(state) for state in states.numpy().tolist()],
             progress=progress.numpy().tolist(),
@@ -265,7 +267,7 @@ class UnrollBatcher:
 
     def close(self) -> None:
         """Fails whoever waits here and in the actor processes; may be called again."""
-        ops.unroll_batcher_close(self._handle)
+        _ops.unroll_batcher_close(self._handle)
 
     def __del__(self):
         if hasattr(self, '_handle'):

@@ -4,7 +4,7 @@ import itertools
 
 import remote_peer
 
-from dynamic_batching.exchange import UnrollInbox, WeightsBoard
+from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection
 
 DEADLINE = 2.0  # Seconds for a call.

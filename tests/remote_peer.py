@@ -13,7 +13,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection, LearnerServer
 
 COMPONENTS = [

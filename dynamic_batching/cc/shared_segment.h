@@ -28,6 +28,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "clock.h"
+
 namespace dynamic_batching {
 
 // Changes whenever the layout does: an actor process of another build must refuse the segment.
@@ -123,12 +125,6 @@ inline void ComputeLayout(SegmentHeader* header) {
   header->unrolls_offset =
       AlignUp(AlignUp(sizeof(SegmentHeader)) + header->num_actors * sizeof(ActorBlock));
   header->segment_bytes = header->unrolls_offset + header->num_unrolls * header->unroll_bytes;
-}
-
-inline uint64_t NowNanoseconds() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<uint64_t>(now.tv_sec) * 1000000000 + now.tv_nsec;
 }
 
 // Sleeps while `*word == expected`, at most `timeout_nanoseconds`. Wakes up spuriously, too.

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import tensorflow as tf
 
-from dynamic_batching.exchange import Reservation
 from impala.acting.actor_processes import Workplace, require_files
 from impala.acting.local_actors import LocalActors
 from impala.cluster import remote_actors
+from impala.cluster.exchange import Reservation
 from impala.cluster.transport import Closed, Disconnected, LearnerConnection, Rejected, Stranger
 from impala.config import ConfigError, TrainingConfig, with_common_actions
 from impala.experience.batch import flatten_unroll, unroll_components

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from dynamic_batching.exchange import ActorStatistics, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import ActorStatistics, UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerServer
 from impala.config import TrainingConfig, environment_settings
 from impala.experience.batch import (

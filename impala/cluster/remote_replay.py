@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import Component
+from impala.cluster.exchange import Component
 from impala.cluster.replay_job import (
     BOARD,
     PROTOCOL,

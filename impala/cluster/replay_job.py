@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
 from impala.cluster.transport import ReplayServer, warn_of_network
 from impala.experience.replay import Replay, aligned
 from impala.memory import room_bytes

@@ -4,7 +4,7 @@ The learner runs TensorFlow's own server, an actor job is a client of it: it sen
 runs it with an unroll to be fed or weights to be fetched. Nothing listens on the actor's machine.
 A replay job runs such a server, too, and the learner is a client of that. This module alone knows
 of sessions and servers; what the graphs find in the server's process is
-`dynamic_batching.exchange`.
+`impala.cluster.exchange`.
 
 TensorFlow's server knows no authentication and listens on all interfaces: whoever reaches its port
 may run anything in that process.
@@ -23,8 +23,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import BOARD, INBOX, Component, Reservation
-from dynamic_batching.op_library import ops
+from dynamic_batching.op_library import load_ops
+from impala.cluster.exchange import BOARD, INBOX, Component, Reservation
+
+_ops = load_ops('impala.cluster')
 
 _JOB = 'learner'
 # Of malloc.h.
@@ -184,11 +186,11 @@ class Connection:
         self._closed = False
         self._graph = tf.Graph()
         with self._graph.as_default(), tf.device(_DEVICE):
-            self._settings = ops.weights_board_settings(object=board)
-            self._status = ops.weights_board_version(object=board)
+            self._settings = _ops.weights_board_settings(object=board)
+            self._status = _ops.weights_board_version(object=board)
             # Only what is asked for: an actor of another version shall get as far as the settings.
             if weights:
-                self._weights = ops.weights_board_read(
+                self._weights = _ops.weights_board_read(
                     object=board,
                     types=[spec.dtype for spec in weights],
                     shapes=[spec.shape for spec in weights],
@@ -202,7 +204,7 @@ class Connection:
                 self._unroll = [
                     tf.compat.v1.placeholder(component.dtype) for component in components
                 ]
-                accepted = ops.unroll_inbox_put(
+                accepted = _ops.unroll_inbox_put(
                     self._actor,
                     socket.gethostname(),
                     self._level,
@@ -213,7 +215,7 @@ class Connection:
                     object=inbox,
                 )
                 with tf.control_dependencies([accepted]):
-                    self._put = ops.weights_board_version(object=board)
+                    self._put = _ops.weights_board_version(object=board)
             self._build()
         self._graph.finalize()
 
@@ -420,7 +422,7 @@ class LearnerConnection(Connection):
     def _build(self) -> None:
         if self._components:
             self._seconds = tf.compat.v1.placeholder(tf.float64, [])
-            self._reserve = ops.unroll_inbox_reserve(
+            self._reserve = _ops.unroll_inbox_reserve(
                 self._actor,
                 tf.constant(self.client, tf.int64),
                 socket.gethostname(),
@@ -465,7 +467,7 @@ class ReplayConnection(Connection):
 
     def _build(self) -> None:
         if self._outbox:
-            self._taken = ops.unroll_inbox_take(
+            self._taken = _ops.unroll_inbox_take(
                 object=self._outbox,
                 batch_size=self._num_taken,
                 types=[tf.as_dtype(component.dtype) for component in self._components],

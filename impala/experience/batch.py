@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import Component
+from impala.cluster.exchange import Component
 from impala.experience.loading import Batch
 from impala.trajectory import (
     INSTRUCTION_BUCKETS,

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.exchange import Component
+from impala.cluster.exchange import Component
 from impala.experience.batch import UnrollBatch, batch_components, batch_of_components
 from impala.experience.replay import aligned
 

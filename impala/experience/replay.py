@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamic_batching.exchange import Component
+from impala.cluster.exchange import Component
 
 # Bytes at whose multiples an array must begin if TensorFlow is to use it without a copy.
 _ALIGNMENT = 64

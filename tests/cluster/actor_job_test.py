@@ -12,9 +12,9 @@ import tensorflow as tf
 from learner_process import Learner
 
 from configs import config
-from dynamic_batching.exchange import WeightsBoard
 from impala.cluster import actor_job
 from impala.cluster.actor_job import ActorJobConfig, _agreed, _Learner, _Patience
+from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import run_settings
 from impala.cluster.transport import LearnerServer, Rejected
 from impala.config import ConfigError

@@ -1,4 +1,4 @@
-"""Tests of dynamic_batching/exchange.py, from within one process.
+"""Tests of impala/cluster/exchange.py, from within one process.
 
 What must not happen (a call that waits forever) shows as a time-out.
 """
@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.eager import cancellation
 from threads import start
 
-from dynamic_batching.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
 from impala.learning.optimizers.rmsprop import RMSProp
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.

@@ -20,8 +20,8 @@ from command_line import (
 )
 
 from benchmarks import numbered_level
-from dynamic_batching.exchange import WeightsBoard
 from impala.cluster import remote_actors
+from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import PROTOCOL
 from impala.cluster.transport import LearnerServer
 from impala.config import environment_settings

@@ -20,9 +20,9 @@ import tensorflow as tf
 from command_line import CARTPOLE, PACED, PROGRAM, TESTS, Run, WarmRun, assert_one_sentence, metrics
 from ports import free_ports
 
-from dynamic_batching.exchange import Component, WeightsBoard
 from impala.cluster import remote_replay as remote_replay_module
 from impala.cluster import replay_job
+from impala.cluster.exchange import Component, WeightsBoard
 from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
 from impala.cluster.transport import ReplayConnection, ReplayServer
 from impala.config import ConfigError

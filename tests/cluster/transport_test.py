@@ -21,8 +21,8 @@ import tensorflow as tf
 from learner_process import DEADLINE, Learner
 from threads import start
 
-from dynamic_batching.exchange import UnrollInbox
 from impala.cluster import transport as remote
+from impala.cluster.exchange import UnrollInbox
 from impala.cluster.transport import (
     Closed,
     Disconnected,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dynamic_batching.exchange import Component
+from impala.cluster.exchange import Component
 from impala.environments import EnvironmentConfig, create_environment
 from impala.experience.batch import (
     batch_components,

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from dynamic_batching.op_library import ops
+from dynamic_batching.op_library import load_ops
 from impala.learning.optimizers.optimizer import Optimizer
+
+_ops = load_ops('impala.learning.optimizers')
 
 
 class RMSProp(Optimizer):
@@ -94,7 +96,7 @@ class RMSProp(Optimizer):
                 else:
                     self._apply_rows(update, learning_rate, **slots)
             elif not self._momentum and _on_cpu(parameter):
-                ops.apply_rms_prop(
+                _ops.apply_rms_prop(
                     parameter.handle,
                     self.mean_squares[index].handle,
                     update,

@@ -6,16 +6,17 @@
 #include <utility>
 #include <vector>
 
+#include "dynamic_batching/cc/clock.h"
 #include "exchange.h"
-#include "shared_segment.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
-namespace dynamic_batching {
+namespace impala {
 namespace {
 
+using dynamic_batching::NowNanoseconds;
 using tensorflow::AsyncOpKernel;
 using tensorflow::OpInputList;
 using tensorflow::OpKernel;
@@ -543,4 +544,4 @@ REGISTER_KERNEL_BUILDER(Name("WeightsBoardRead").Device(tensorflow::DEVICE_CPU),
                         WeightsBoardReadOp);
 
 }  // namespace
-}  // namespace dynamic_batching
+}  // namespace impala

@@ -5,8 +5,8 @@
 // belong to the process instead and are found by name from either side. Tensors pass through them
 // by reference.
 
-#ifndef DYNAMIC_BATCHING_CC_EXCHANGE_H_
-#define DYNAMIC_BATCHING_CC_EXCHANGE_H_
+#ifndef IMPALA_CLUSTER_CC_EXCHANGE_H_
+#define IMPALA_CLUSTER_CC_EXCHANGE_H_
 
 #include <atomic>
 #include <deque>
@@ -22,7 +22,7 @@
 #include "absl/strings/str_cat.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
-namespace dynamic_batching {
+namespace impala {
 
 // What all unrolls have in the same place.
 struct Component {
@@ -223,6 +223,6 @@ class Registry {
   std::unordered_map<std::string, std::shared_ptr<T>> objects_;
 };
 
-}  // namespace dynamic_batching
+}  // namespace impala
 
-#endif  // DYNAMIC_BATCHING_CC_EXCHANGE_H_
+#endif  // IMPALA_CLUSTER_CC_EXCHANGE_H_

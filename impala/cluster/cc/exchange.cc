@@ -4,16 +4,18 @@
 #include <cstring>
 #include <limits>
 
-#include "recycling_allocator.h"
-#include "shared_segment.h"
+#include "dynamic_batching/cc/clock.h"
+#include "dynamic_batching/cc/recycling_allocator.h"
 #include "tensorflow/core/framework/types.h"
 #include "tensorflow/core/platform/errors.h"
 #include "tensorflow/core/platform/threadpool.h"
 #include "tensorflow/core/util/work_sharder.h"
 
-namespace dynamic_batching {
+namespace impala {
 namespace {
 
+using dynamic_batching::BatchAllocator;
+using dynamic_batching::NowNanoseconds;
 using tensorflow::DataType;
 using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
@@ -457,4 +459,4 @@ bool WeightsBoard::IsClosed() {
   return closed_;
 }
 
-}  // namespace dynamic_batching
+}  // namespace impala

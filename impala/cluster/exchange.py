@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from dynamic_batching.op_library import ops
+from dynamic_batching.op_library import load_ops
+
+_ops = load_ops('impala.cluster')
 
 INBOX = 'unrolls'
 BOARD = 'weights'
@@ -164,7 +166,7 @@ class UnrollInbox:
         }
         names = [component.name for component in components]
         with tf.device('/cpu:0'):
-            ops.unroll_inbox(
+            _ops.unroll_inbox(
                 object=name,
                 capacity=capacity,
                 names=names,
@@ -204,7 +206,7 @@ class UnrollInbox:
           tf.errors.CancelledError: the inbox is closed.
         """
         with tf.device('/cpu:0'):
-            return ops.unroll_inbox_put(
+            return _ops.unroll_inbox_put(
                 actor, host, level, notes, client, sequence, unroll, object=self._name
             )
 
@@ -226,7 +228,7 @@ class UnrollInbox:
         """
         with tf.device('/cpu:0'):
             return Reservation.of(
-                *ops.unroll_inbox_reserve(
+                *_ops.unroll_inbox_reserve(
                     actor, client, host, tf.constant(seconds, tf.float64), object=self._name
                 )
             )
@@ -239,7 +241,7 @@ class UnrollInbox:
         """
         with tf.device('/cpu:0'):
             return Batch(
-                *ops.unroll_inbox_take(object=self._name, batch_size=batch_size, **self._layout)
+                *_ops.unroll_inbox_take(object=self._name, batch_size=batch_size, **self._layout)
             )
 
     def set_latest_version(self, version: tf.Tensor) -> tf.Operation | None:
@@ -248,12 +250,12 @@ class UnrollInbox:
         To be called before those weights are published: actors may be fast.
         """
         with tf.device('/cpu:0'):
-            return ops.unroll_inbox_set_latest_version(version, object=self._name)
+            return _ops.unroll_inbox_set_latest_version(version, object=self._name)
 
     def statistics(self) -> InboxStatistics:
         """Returns who has sent what so far, and how full the queue is."""
         numbers, hosts, levels, notes, counts, seconds, rejections, queue, copy_seconds = (
-            output.numpy() for output in ops.unroll_inbox_statistics(object=self._name)
+            output.numpy() for output in _ops.unroll_inbox_statistics(object=self._name)
         )
         actors = {}
         for i, number in enumerate(numbers.tolist()):
@@ -274,7 +276,7 @@ class UnrollInbox:
 
     def close(self) -> None:
         """Fails whoever waits, here and elsewhere; what is queued is gone. May be called again."""
-        ops.unroll_inbox_close(object=self._name)
+        _ops.unroll_inbox_close(object=self._name)
 
 
 class WeightsBoard:
@@ -295,7 +297,7 @@ class WeightsBoard:
         """
         self._name = name
         with tf.device('/cpu:0'):
-            ops.weights_board(settings, object=name)
+            _ops.weights_board(settings, object=name)
 
     def publish(
         self, weights: Sequence[tf.Tensor | tf.Variable], version: tf.Tensor
@@ -309,11 +311,11 @@ class WeightsBoard:
         """
         values = [tf.convert_to_tensor(weight) for weight in weights]
         with tf.device('/cpu:0'):
-            return ops.weights_board_publish(version, values, object=self._name)
+            return _ops.weights_board_publish(version, values, object=self._name)
 
     def version(self) -> tuple[int, bool]:
         """Returns the last version, -1 before the first, and whether it will stay the last."""
-        version, finished = ops.weights_board_version(object=self._name)
+        version, finished = _ops.weights_board_version(object=self._name)
         return int(version), bool(finished)
 
     def read(self, specs: Sequence[tf.TensorSpec]) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -326,7 +328,7 @@ class WeightsBoard:
           tf.errors.InvalidArgumentError: the weights are not of these shapes and types.
           tf.errors.NotFoundError: none have been published yet.
         """
-        return ops.weights_board_read(
+        return _ops.weights_board_read(
             object=self._name,
             types=[spec.dtype for spec in specs],
             shapes=[spec.shape for spec in specs],
@@ -334,8 +336,8 @@ class WeightsBoard:
 
     def finish(self) -> None:
         """Tells readers that training has come to its end."""
-        ops.weights_board_finish(object=self._name)
+        _ops.weights_board_finish(object=self._name)
 
     def close(self) -> None:
         """Fails readers from now on and lets go of the weights. May be called again."""
-        ops.weights_board_close(object=self._name)
+        _ops.weights_board_close(object=self._name)
