@@ -30,7 +30,7 @@ $(INSTALLED): $(SOURCES)
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV) || { echo 'Python cannot make a' \
 	  'virtual environment; install its venv module (Debian, Ubuntu: apt-get install python3-venv).' \
 	  >&2; rm -rf $(VENV); exit 2; }
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=70' wheel \
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel \
 	  'tensorflow==2.21.*'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation \
 	  -e '.[dev,vizdoom,minigrid]'

@@ -1,4 +1,4 @@
-"""Installs the project and compiles its C++ libraries.
+"""Compiles the C++ libraries; all else about the installation is in pyproject.toml.
 
 The three libraries named `_ops` hold custom TensorFlow ops and are built against the installed
 TensorFlow; `dynamic_batching._actor_client` is what actor processes load and does not use it.
@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ACTOR_CLIENT = 'dynamic_batching._actor_client'
@@ -60,46 +60,9 @@ def cpp_extension(name: str, sources: list[str], flags: list[str]) -> Extension:
 
 
 setup(
-    name='impala',
-    version='0.1.0',
-    description='Scalable distributed deep RL with importance-weighted actor-learner architectures',
-    python_requires='>=3.10,<3.14',
-    packages=[*find_packages(include=['impala', 'impala.*']), 'dynamic_batching'],
-    package_data={'impala.suites': ['*.csv']},
-    py_modules=['experiment', 'vtrace', 'environments'],
     ext_modules=[
         *[cpp_extension(name, sources, []) for name, sources in OP_SOURCES.items()],
         cpp_extension(ACTOR_CLIENT, CLIENT_SOURCES, ['-std=c++17']),
     ],
     cmdclass={'build_ext': BuildWithTensorFlow},
-    install_requires=[
-        'tensorflow==2.21.*',
-        'dm-sonnet>=2.0.2,<3',
-        'tensorflow-probability>=0.25,<0.26',
-        'tf-keras==2.21.*',
-        # tensorflow-probability imports distutils, which Python has dropped and setuptools brings.
-        'setuptools>=70',
-        'numpy>=1.26',
-        'absl-py>=2.1',
-        'gymnasium>=1.1,<2',
-        'ale-py>=0.11',
-        'opencv-python-headless>=4.10',
-        'matplotlib>=3.8',
-        'tqdm>=4.66',
-        'tabulate>=0.9',
-        'scipy>=1.15',
-    ],
-    extras_require={
-        'vizdoom': ['vizdoom>=1.2.4'],
-        'minigrid': ['minigrid>=3'],
-        'gpu': ['tensorflow[and-cuda]==2.21.*'],
-        'dev': [
-            'pytest>=8',
-            'pytest-xdist>=3.6',
-            'ruff==0.17.*',
-            'mypy==2.4.*',
-            'psutil>=6',
-            'pyyaml>=6',
-        ],
-    },
 )
