@@ -1,4 +1,4 @@
-"""Tests of what installs the project: setup.py, Makefile and Dockerfile.
+"""Tests of what installs the project: pyproject.toml, setup.py, Makefile, Dockerfile, CI.
 
 Nothing is installed or compiled here; what is asserted is what they say, and do, before that.
 """
@@ -10,6 +10,8 @@ import subprocess
 import sys
 
 import pytest
+import yaml
+from setuptools import Distribution
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -91,3 +93,36 @@ def test_what_make_train_runs_is_said_of_that_flag_file_alone():
         (of_readme,) = lines(beginning_with=f'| `{path.name}` |', path='README.md')
         assert ('what `make train` runs' in of_readme) == is_trained
     assert (ROOT / trained).exists()
+
+
+@pytest.fixture
+def distribution(monkeypatch):
+    """The package as pyproject.toml describes it."""
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files()
+    return distribution
+
+
+def test_every_folder_of_python_files_is_installed(distribution):
+    folders = {
+        str(path.parent.relative_to(ROOT)).replace('/', '.')
+        for top in ('impala', 'dynamic_batching')
+        for path in (ROOT / top).rglob('*.py')
+    }
+    assert set(distribution.packages) == folders
+    assert all((ROOT / f'{module}.py').exists() for module in distribution.py_modules)
+
+
+def test_the_version_is_the_same_everywhere(distribution):
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+    newest, *_ = re.findall(r'^## (\S+)', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE)
+    assert distribution.metadata.version == citation['version'] == newest
+
+
+def test_continuous_integration_runs_every_python_that_is_supported():
+    workflow = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text(encoding='utf-8'))
+    pythons = workflow['jobs']['test']['strategy']['matrix']['python']
+    assert pythons == ['3.10', '3.11', '3.12', '3.13']
+    (supported,) = lines(beginning_with='requires-python =', path='pyproject.toml')
+    assert supported == '">=3.10,<3.14"'
