@@ -25,7 +25,7 @@ from typing import Any
 from dynamic_batching.actor_client import ActorClient, ClosedError
 from impala import environments
 from impala.acting.episode_series import EpisodeQueues, Episodes, EpisodeSeries
-from impala.environments.checks import check_observation
+from impala.environments.checked_environment import check_observation
 from impala.environments.user_code import describe_failure
 from impala.errors import LevelError
 from impala.trajectory import EnvironmentSpec, EpisodeEnd

@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from impala.environments import checks
+from impala.environments import checked_environment
 from impala.environments.atari import AtariEnvironment, atari_game
 from impala.environments.deepmind_lab import DeepMindLabEnvironment
 from impala.environments.environment import Environment, EnvironmentConfig
@@ -82,12 +82,12 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
         raise LevelError(
             f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
         )
-    checks.check_callable(level_name, make)
+    checked_environment.check_callable(level_name, make)
     try:
         environment = make(seed, config)
     except MISTAKES as error:
         raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
-    return checks.checked(level_name, environment)
+    return checked_environment.checked(level_name, environment)
 
 
 def _create_gymnasium_environment(

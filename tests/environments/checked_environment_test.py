@@ -14,7 +14,7 @@ from impala.environments import (
     DeclarationError,
     Environment,
     EnvironmentConfig,
-    checks,
+    checked_environment,
     create_environment,
 )
 from impala.errors import LevelError
@@ -127,7 +127,7 @@ def test_callables_that_make_no_environment(create, make, text):
     [
         (lambda seed, config: _raise(ValueError('no\nmap')), 'cannot be made: ValueError: no map'),
         (lambda seed, config: _raise(SystemExit(5)), 'cannot be made: SystemExit: 5'),
-        (lambda seed, config: {}['map'], "KeyError: 'map' (checks_test.py, line "),
+        (lambda seed, config: {}['map'], "KeyError: 'map' (checked_environment_test.py, line "),
     ],
 )
 def test_what_fails_before_anything_starts_is_a_sentence(create, make, text):
@@ -251,4 +251,4 @@ def test_what_the_module_says_is_what_the_segment_holds():
     fields = int(re.search(r'kMaxFields = (\d+)', source)[1])
     fixed = re.search(r'enum FixedField : int \{(.*?)\}', source, re.DOTALL)[1]
     first = fixed.partition('kFirstObservation')[0].count(',')
-    assert fields - first == checks.MAX_OBSERVATIONS
+    assert fields - first == checked_environment.MAX_OBSERVATIONS
