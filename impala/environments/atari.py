@@ -1,5 +1,6 @@
 """Atari games with the preprocessing of the paper (Table G.1)."""
 
+import dataclasses
 import difflib
 import functools
 import importlib.machinery
@@ -29,6 +30,23 @@ ATARI_NUM_ACTIONS = 18
 ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
 
 
+@dataclasses.dataclass(frozen=True)
+class AtariGame:
+    """A game as the Arcade Learning Environment loads it.
+
+    Attributes:
+      rom: file name without its ending, for instance `space_invaders`.
+      mode: see Machado et al. (2018); None for the game's default.
+      difficulty: see `mode`.
+      max_episode_frames: an episode is truncated after this many frames; 0 for no limit.
+    """
+
+    rom: str
+    mode: int | None = None
+    difficulty: int | None = None
+    max_episode_frames: int = ATARI_MAX_EPISODE_FRAMES
+
+
 class AtariEnvironment(Environment):
     """An Atari game, straight through the Arcade Learning Environment and OpenCV.
 
@@ -38,45 +56,24 @@ class AtariEnvironment(Environment):
     paper does not do it.
     """
 
-    def __init__(
-        self,
-        game: str,
-        seed: int,
-        config: EnvironmentConfig,
-        mode: int | None = None,
-        difficulty: int | None = None,
-        max_episode_frames: int | None = None,
-    ) -> None:
+    def __init__(self, game: AtariGame, seed: int, config: EnvironmentConfig) -> None:
         """Loads a game.
 
         Args:
-          game: file name of the ROM without its ending, for instance `space_invaders`.
+          game: see `AtariGame`.
           seed: see `create_environment`.
           config: see `EnvironmentConfig`.
-          mode: of the game, see Machado et al. (2018); None for its default.
-          difficulty: see `mode`.
-          max_episode_frames: an episode is truncated there; 0 for no limit, None for
-            `ATARI_MAX_EPISODE_FRAMES`.
 
         Raises:
           LevelError: the game has no such mode or difficulty.
         """
-        import cv2
-
-        # With one environment a process there are more processes than cores already.
-        cv2.setNumThreads(1)
-        self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
-
-        library, rom_folder = load_ale()
+        library, self._rom_folder = load_ale()
         library.ALEInterface.setLoggerMode(library.LoggerMode.Error)
         ale = library.ALEInterface()
-        if max_episode_frames is None:
-            max_episode_frames = ATARI_MAX_EPISODE_FRAMES
-        ale.setInt('max_num_frames_per_episode', max_episode_frames)
+        ale.setInt('max_num_frames_per_episode', game.max_episode_frames)
         ale.setFloat('repeat_action_probability', config.sticky_actions)
         self._ale = ale
-        self._rom = os.path.join(rom_folder, game + '.bin')
-        self._mode, self._difficulty = mode, difficulty
+        self._game = game
         self._load(seed)
         self._next_seed: int | None = None
 
@@ -92,24 +89,17 @@ class AtariEnvironment(Environment):
         screen_shape = ale.getScreenDims()
         self._screen = np.zeros(screen_shape, np.uint8)
         self._previous_screen = np.zeros(screen_shape, np.uint8)
-        self._size = (config.width, config.height)
-        if self._size == DEFAULT_SIZE:
-            self._size = _DEFAULT_ATARI_SIZE
-        width, height = self._size
-        self._small = np.zeros((height, width), np.uint8)
-        self._stack = np.zeros((height, width, config.frame_stack), np.uint8)
-        self._newest = self._stack[..., -1]
-        # Moving the whole stack one byte forward moves each channel of each pixel to the channel
-        # before. Only the newest channel is wrong then, and that is the one to be written.
-        self._shifted_from = self._stack.reshape(-1)[1:]
-        self._shifted_to = self._stack.reshape(-1)[:-1]
-        self._observation = {'frame': self._stack}
+        size = (config.width, config.height)
+        if size == DEFAULT_SIZE:
+            size = _DEFAULT_ATARI_SIZE
+        self._stack = _FrameStack(size, config.frame_stack)
+        self._observation = {'frame': self._stack.array}
 
         repeats = config.num_action_repeats or 4
         self._unseen_frames = range(max(repeats - 2, 0))
         self._pool_two_frames = repeats > 1
         self.spec = EnvironmentSpec(
-            {'frame': ArraySpec((height, width, config.frame_stack), 'uint8')},
+            {'frame': ArraySpec(self._stack.array.shape, 'uint8')},
             len(self._actions),
             repeats,
             'atari',
@@ -120,16 +110,21 @@ class AtariEnvironment(Environment):
         noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
         self._noop_random = np.random.default_rng(int(noop_seed))
         self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
-        self._ale.loadROM(self._rom)
+        self._ale.loadROM(os.path.join(self._rom_folder, self._game.rom + '.bin'))
         ale = self._ale
         for name, value, set_value, available in (
-            ('mode', self._mode, ale.setMode, ale.getAvailableModes),
-            ('difficulty', self._difficulty, ale.setDifficulty, ale.getAvailableDifficulties),
+            ('mode', self._game.mode, ale.setMode, ale.getAvailableModes),
+            (
+                'difficulty',
+                self._game.difficulty,
+                ale.setDifficulty,
+                ale.getAvailableDifficulties,
+            ),
         ):
             if value is not None:
                 if value not in available():
                     raise LevelError(
-                        f'{os.path.basename(self._rom)[:-4]!r} has no {name} {value!r}, but '
+                        f'{self._game.rom!r} has no {name} {value!r}, but '
                         f'{", ".join(map(str, available()))}.'
                     )
                 set_value(value)
@@ -159,8 +154,7 @@ class AtariEnvironment(Environment):
                     ale.reset_game()
         self._lives = ale.lives()
         ale.getScreenGrayscale(self._screen)
-        self._shrink_screen()
-        self._stack[...] = self._small[..., np.newaxis]
+        self._stack.fill(self._screen)
         return self._observation
 
     def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
@@ -185,9 +179,7 @@ class AtariEnvironment(Environment):
         ale.getScreenGrayscale(self._screen)
         if self._pool_two_frames:
             np.maximum(self._screen, self._previous_screen, out=self._screen)
-        self._shrink_screen()
-        self._shifted_to[...] = self._shifted_from
-        self._newest[...] = self._small
+        self._stack.push(self._screen)
 
         end = EpisodeEnd.NOT_ENDED
         if self._lives_count:
@@ -197,8 +189,46 @@ class AtariEnvironment(Environment):
             self._lives = lives
         return float(reward), end, self._observation
 
-    def _shrink_screen(self) -> None:
-        self._resize(self._screen, self._size, self._small)
+
+class _FrameStack:
+    """The newest frames of a game, resized.
+
+    Attributes:
+      array: uint8 `[H, W, length]`, the newest frame last; each call overwrites it.
+    """
+
+    def __init__(self, size: tuple[int, int], length: int) -> None:
+        """Prepares the array.
+
+        Args:
+          size: width and height, pixels.
+          length: number of frames.
+        """
+        import cv2
+
+        # With one environment a process there are more processes than cores already.
+        cv2.setNumThreads(1)
+        self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
+        self._size = size
+        width, height = size
+        self._small = np.zeros((height, width), np.uint8)
+        self.array = np.zeros((height, width, length), np.uint8)
+        self._newest = self.array[..., -1]
+        # Moving the whole stack one byte forward moves each channel of each pixel to the channel
+        # before. Only the newest channel is wrong then, and that is the one to be written.
+        self._shifted_from = self.array.reshape(-1)[1:]
+        self._shifted_to = self.array.reshape(-1)[:-1]
+
+    def fill(self, screen: np.ndarray) -> None:
+        """Makes all frames this one, uint8 `[height, width]` of the game's screen."""
+        self._resize(screen, self._size, self._small)
+        self.array[...] = self._small[..., np.newaxis]
+
+    def push(self, screen: np.ndarray) -> None:
+        """Adds a frame and drops the oldest; see `fill`."""
+        self._resize(screen, self._size, self._small)
+        self._shifted_to[...] = self._shifted_from
+        self._newest[...] = self._small
 
 
 def load_ale() -> tuple[Any, str]:
@@ -227,16 +257,29 @@ def load_ale() -> tuple[Any, str]:
 
 def atari_games() -> dict[str, str]:
     """Returns name in a Gymnasium id -> ROM, for instance 'SpaceInvaders' -> 'space_invaders'."""
+    return {
+        rom.title().replace('_', ''): rom
+        for rom in atari_roms()
+        if rom not in ATARI_MULTI_PLAYER_ONLY
+    }
+
+
+def atari_roms() -> list[str]:
+    """Returns the names of all ROMs that come with ale_py, sorted."""
     _, folder = load_ale()
-    roms = sorted(file[:-4] for file in os.listdir(folder) if file.endswith('.bin'))
-    return {rom.title().replace('_', ''): rom for rom in roms if rom not in ATARI_MULTI_PLAYER_ONLY}
+    return sorted(file[:-4] for file in os.listdir(folder) if file.endswith('.bin'))
 
 
-def atari_game(level_name: str) -> str:
+def atari_game(level_name: str) -> AtariGame:
+    """Returns the game of an id such as `ALE/Pong-v5`.
+
+    Raises:
+      LevelError: there is no such game; the sentence names similar ones.
+    """
     games = atari_games()
     match = re.fullmatch(r'ALE/(.+)-v5', level_name)
     if match and match[1] in games:
-        return games[match[1]]
+        return AtariGame(games[match[1]])
     wanted = level_name.removeprefix('ALE/').split('-')[0]
     close = difflib.get_close_matches(wanted, games, n=3, cutoff=0.6)
     known = ', '.join(f'ALE/{game}-v5' for game in close or ('Pong', 'Breakout', 'SpaceInvaders'))

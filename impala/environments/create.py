@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 from impala.environments import checked_environment
-from impala.environments.atari import AtariEnvironment, atari_game
+from impala.environments.atari import AtariEnvironment, AtariGame, atari_game
 from impala.environments.deepmind_lab import DeepMindLabEnvironment
 from impala.environments.environment import Environment, EnvironmentConfig
 from impala.environments.gymnasium import GymnasiumEnvironment
@@ -109,7 +109,7 @@ def _create_gymnasium_environment(
     entry_point = str(registered.entry_point)
     if is_atari(registered.entry_point):
         if is_registered_by_ale_py(registered):
-            return AtariEnvironment(registered.kwargs['game'], seed, config)
+            return AtariEnvironment(AtariGame(registered.kwargs['game']), seed, config)
         return create_registered_atari_environment(level_name, registered, seed, config)
 
     is_vizdoom = entry_point.startswith('vizdoom.')

@@ -2,11 +2,16 @@
 
 import dataclasses
 import difflib
-import os
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from impala.environments.atari import ATARI_MAX_EPISODE_FRAMES, AtariEnvironment, load_ale
+from impala.environments.atari import (
+    ATARI_MAX_EPISODE_FRAMES,
+    AtariEnvironment,
+    AtariGame,
+    atari_roms,
+)
 from impala.environments.environment import EnvironmentConfig
 from impala.errors import LevelError
 
@@ -51,81 +56,136 @@ def is_registered_by_ale_py(registered: Any) -> bool:
 def create_registered_atari_environment(
     level_name: str, registered: Any, seed: int, config: EnvironmentConfig
 ) -> AtariEnvironment:
-    """Makes the game of an id that somebody registered for `ale_py.AtariEnv`, as the id says.
+    """Makes the game of an id that somebody registered for `ale_py.AtariEnv`.
 
-    What flags say comes first. A `frameskip` of 1 leaves it to the preprocessing to repeat actions,
-    as for Gymnasium's `AtariPreprocessing`, which takes no other. Of the limits on an episode, one
-    in steps of the id and one in frames, the shorter one counts.
+    Flags take precedence over the registration. A `frameskip` of 1 leaves it to the preprocessing
+    to repeat actions, as in Gymnasium's `AtariPreprocessing`, which accepts nothing else. The id
+    may limit an episode in steps and in frames: the shorter limit applies.
+
+    Args:
+      level_name: for error messages.
+      registered: Gymnasium's `EnvSpec` of the id.
+      seed: see `create_environment`.
+      config: see `EnvironmentConfig`.
+
+    Raises:
+      LevelError: the registration asks for what the preprocessing of Atari games does not have.
     """
-    settings = dict(registered.kwargs)
-
-    def refuse(name: str, value: Any, why: str) -> LevelError:
-        return LevelError(f'{level_name!r} is registered with {name}={value!r}, {why}.')
-
-    def is_whole(value: Any, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
     if registered.additional_wrappers:
         raise LevelError(
             f'{level_name!r} is registered with the wrapper '
             f'{registered.additional_wrappers[0].name}, and the preprocessing of Atari games is '
             'fixed: to have another, register a function that makes and wraps the environment.'
         )
-    if 'game' not in settings:
-        raise LevelError(
-            f"{level_name!r} names no game: register it with, for instance, kwargs={{'game': "
-            "'pong'}."
-        )
-    game = settings.pop('game')
-    _, rom_folder = load_ale()
-    roms = sorted(file[:-4] for file in os.listdir(rom_folder) if file.endswith('.bin'))
-    if game not in roms:
-        close = difflib.get_close_matches(str(game), roms, n=3, cutoff=0.6)
-        known = ', '.join(map(repr, close or ('pong', 'breakout', 'space_invaders')))
-        raise refuse('game', game, f'which is none of the {len(roms)} games, such as {known}')
+    settings = _Settings(level_name, registered.kwargs)
+    rom = settings.take_rom()
+    frameskip = settings.take(
+        'frameskip',
+        4,
+        lambda n: _is_whole(n, 1),
+        'and an action lasts a fixed number of frames here',
+    )
+    max_frames = settings.take(
+        'max_num_frames_per_episode',
+        ATARI_MAX_EPISODE_FRAMES,
+        lambda n: n is None or _is_whole(n, 0),
+        'which is no number of frames',
+    )
+    sticky_actions = settings.take(
+        'repeat_action_probability',
+        0.0,
+        lambda p: isinstance(p, int | float) and 0 <= p < 1,
+        'which is not in [0, 1)',
+    )
+    full_action_set = settings.take('full_action_space', False)
+    mode, difficulty = settings.take('mode', None), settings.take('difficulty', None)
+    settings.check_the_rest()
 
-    frameskip = settings.pop('frameskip', 4)
-    if not is_whole(frameskip, 1):
-        raise refuse('frameskip', frameskip, 'and an action lasts a fixed number of frames here')
-    max_frames = settings.pop('max_num_frames_per_episode', ATARI_MAX_EPISODE_FRAMES)
-    if max_frames is not None and not is_whole(max_frames, 0):
-        raise refuse('max_num_frames_per_episode', max_frames, 'which is no number of frames')
-    repeats = frameskip if frameskip > 1 else None
     limits = [max_frames, (registered.max_episode_steps or 0) * frameskip]
-    sticky = settings.pop('repeat_action_probability', 0.0)
-    if not (isinstance(sticky, int | float) and 0 <= sticky < 1):
-        raise refuse('repeat_action_probability', sticky, 'which is not in [0, 1)')
-    full_action_set = settings.pop('full_action_space', False)
-    levels = {name: settings.pop(name, None) for name in ('mode', 'difficulty')}
-
-    played = {
-        'obs_type': ('grayscale',),
-        'continuous': (False,),
-        'continuous_action_threshold': (settings.get('continuous_action_threshold'),),
-        'sound_obs': (False,),
-        'render_mode': (None, 'rgb_array'),
-    }
-    for name, value in settings.items():
-        if value not in played.get(name, ()):
-            raise refuse(
-                name,
-                value,
-                'and Atari games are played in grey pictures, with discrete actions and without '
-                'sound or other settings',
-            )
+    game = AtariGame(rom, mode, difficulty, min(filter(None, limits), default=0))
+    config = dataclasses.replace(
+        config,
+        num_action_repeats=config.num_action_repeats or (frameskip if frameskip > 1 else None),
+        sticky_actions=config.sticky_actions or sticky_actions,
+        full_action_set=config.full_action_set or bool(full_action_set),
+    )
     try:
-        return AtariEnvironment(
-            game,
-            seed,
-            dataclasses.replace(
-                config,
-                num_action_repeats=config.num_action_repeats or repeats,
-                sticky_actions=config.sticky_actions or sticky,
-                full_action_set=config.full_action_set or bool(full_action_set),
-            ),
-            levels['mode'],
-            levels['difficulty'],
-            min(filter(None, limits), default=0),
-        )
+        return AtariEnvironment(game, seed, config)
     except LevelError as error:
         raise LevelError(f'{level_name!r} cannot be played: {error}') from error
+
+
+class _Settings:
+    """The keyword arguments of a registration, taken one after another."""
+
+    def __init__(self, level_name: str, kwargs: Mapping[str, Any]) -> None:
+        self._level_name = level_name
+        self._left = dict(kwargs)
+
+    def take(
+        self,
+        name: str,
+        default: Any,
+        is_right: Callable[[Any], bool] = lambda value: True,
+        why_wrong: str = '',
+    ) -> Any:
+        """Returns a setting.
+
+        Args:
+          name: of the setting.
+          default: if the registration does not have it.
+          is_right: whether a value can be played.
+          why_wrong: ends the sentence about a value that cannot be.
+
+        Raises:
+          LevelError: the value cannot be played.
+        """
+        value = self._left.pop(name, default)
+        if not is_right(value):
+            raise self._error(name, value, why_wrong)
+        return value
+
+    def take_rom(self) -> str:
+        """Returns the name of the game's ROM.
+
+        Raises:
+          LevelError: there is no game, or none of this name.
+        """
+        if 'game' not in self._left:
+            raise LevelError(
+                f'{self._level_name!r} names no game: register it with, for instance, '
+                "kwargs={'game': 'pong'}."
+            )
+        roms = atari_roms()
+        game = self._left.pop('game')
+        if game not in roms:
+            close = difflib.get_close_matches(str(game), roms, n=3, cutoff=0.6)
+            known = ', '.join(map(repr, close or ('pong', 'breakout', 'space_invaders')))
+            why = f'which is none of the {len(roms)} games, such as {known}'
+            raise self._error('game', game, why)
+        return game
+
+    def check_the_rest(self) -> None:
+        """Raises a `LevelError` for a setting left that asks for more than the preprocessing."""
+        played = {
+            'obs_type': ('grayscale',),
+            'continuous': (False,),
+            'continuous_action_threshold': (self._left.get('continuous_action_threshold'),),
+            'sound_obs': (False,),
+            'render_mode': (None, 'rgb_array'),
+        }
+        for name, value in self._left.items():
+            if value not in played.get(name, ()):
+                raise self._error(
+                    name,
+                    value,
+                    'and Atari games are played in grey pictures, with discrete actions and '
+                    'without sound or other settings',
+                )
+
+    def _error(self, name: str, value: Any, why: str) -> LevelError:
+        return LevelError(f'{self._level_name!r} is registered with {name}={value!r}, {why}.')
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

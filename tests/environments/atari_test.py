@@ -9,8 +9,13 @@ import pytest
 from playing import play, random_actions
 
 from impala import suites
-from impala.environments import atari
-from impala.environments.atari import atari_games
+from impala.environments import EnvironmentConfig
+from impala.environments.atari import (
+    ATARI_MAX_EPISODE_FRAMES,
+    AtariEnvironment,
+    AtariGame,
+    atari_games,
+)
 from impala.trajectory import EpisodeEnd
 
 # The Atari-57 suite as in Table C.1 of the paper.
@@ -78,11 +83,12 @@ def test_every_game_of_atari57(make):
         ('Boxing', 10, {'width': 64, 'height': 48}, {'screen_size': (64, 48)}),
     ],
 )
-def test_atari_plays_as_gymnasium_does(game, seed, config, options, make, monkeypatch):
+def test_atari_plays_as_gymnasium_does(game, seed, config, options, make):
     limit = options.get('max_num_frames_per_episode')
-    if limit:
-        monkeypatch.setattr(atari, 'ATARI_MAX_EPISODE_FRAMES', limit)
     environment = make(f'ALE/{game}-v5', seed, **config)
+    if limit:
+        short = AtariGame(game.lower(), max_episode_frames=limit)
+        environment = AtariEnvironment(short, seed, EnvironmentConfig(**config))
     truth = gymnasium_atari(game, **options)
     assert environment.spec.num_actions == truth.action_space.n
 
@@ -130,7 +136,7 @@ def test_atari_plays_as_the_vector_environment_of_ale_does(make):
 
 
 def test_atari_limit_is_half_an_hour_of_play():
-    assert atari.ATARI_MAX_EPISODE_FRAMES == 30 * 60 * 60
+    assert ATARI_MAX_EPISODE_FRAMES == 30 * 60 * 60
 
 
 # With no life left Breakout is over, and in Bank Heist the last car still drives.
