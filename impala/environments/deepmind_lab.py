@@ -69,24 +69,7 @@ class DeepMindLabEnvironment(Environment):
             and this is not a test, the width is not one that Lab can render, or the images that the
             level shows are not there.
         """
-        # Mesa renders with threads of its own otherwise: more threads than cores, and a process
-        # that can no longer fork.
-        os.environ.setdefault('LP_NUM_THREADS', '0')
-        try:
-            deepmind_lab: Any = importlib.import_module('deepmind_lab')
-        except ImportError as error:
-            what = 'is a DeepMind Lab level'
-            if level_name not in DMLAB30_LEVELS:
-                what = (
-                    "has no version at its end, as Gymnasium's ids have (CartPole-v1, "
-                    'my_module:MyGame-v0), so it must be a DeepMind Lab level'
-                )
-            raise LevelError(
-                f'{level_name!r} {what}, but the module deepmind_lab cannot be imported '
-                f'({error}): build its wheel as {DEEPMIND_LAB_BUILD_GUIDE} says and install it, or '
-                "choose a level that runs without it, for instance 'ALE/Pong-v5'."
-                f'{suggestion(level_name)}'
-            ) from error
+        deepmind_lab = _import_deepmind_lab(level_name)
         if config.width % 4:
             raise LevelError(
                 f'DeepMind Lab renders widths that are multiples of 4 only, not {config.width}.'
@@ -95,47 +78,13 @@ class DeepMindLabEnvironment(Environment):
             _require_images(level_name, config.dataset_path)
 
         self._level_name = level_name
-        is_dmlab30 = level_name in DMLAB30_LEVELS
-        path = f'contributed/dmlab30/{level_name}' if is_dmlab30 else level_name
-        settings = {
-            'width': str(config.width),
-            'height': str(config.height),
-            # Lab's log lines go to stdout, among those that the user is to read.
-            'logLevel': 'NEVER',
-        }
-        if config.dataset_path:
-            settings['datasetPath'] = config.dataset_path
-        if config.is_test:
-            settings['allowHoldOutLevels'] = 'true'
-            settings['mixerSeed'] = str(DEEPMIND_LAB_TEST_MIXER_SEED)
-        cache = None
-        if config.level_cache_dir:
-            cache = LevelCache(
-                config.level_cache_dir, 1e9 * config.level_cache_gb, config.temp_folder
-            )
-
         self._folder = tempfile.mkdtemp(prefix='deepmind_lab_', dir=config.temp_folder)
         self._lab: Any = None
         try:
-            self._lab = deepmind_lab.Lab(
-                path,
-                ['RGB_INTERLEAVED', 'INSTR'],
-                settings,
-                level_cache=cache,
-                temp_folder=self._folder,
-            )
-        except BaseException as error:
+            self._lab = self._make_lab(deepmind_lab, config)
+        except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)
-            if not isinstance(error, RuntimeError):
-                raise
-            if level_name.endswith('_test') and not config.is_test:
-                reason = 'it is a hold-out level, which is for testing only'
-            else:
-                reason = one_line(error)
-            raise LevelError(
-                f'DeepMind Lab cannot make the level {level_name!r}: {reason}.'
-                f'{"" if is_dmlab30 else suggestion(level_name)}'
-            ) from error
+            raise
 
         self._actions = [np.array(action, np.intc) for action in DEEPMIND_LAB_ACTIONS]
         self._episode_seeds = np.random.RandomState(seed)
@@ -151,6 +100,26 @@ class DeepMindLabEnvironment(Environment):
             config.num_action_repeats or 4,
             'dmlab',
         )
+
+    def _make_lab(self, deepmind_lab: Any, config: EnvironmentConfig) -> Any:
+        name = self._level_name
+        is_dmlab30 = name in DMLAB30_LEVELS
+        try:
+            return deepmind_lab.Lab(
+                f'contributed/dmlab30/{name}' if is_dmlab30 else name,
+                ['RGB_INTERLEAVED', 'INSTR'],
+                _lab_settings(config),
+                level_cache=_level_cache(config),
+                temp_folder=self._folder,
+            )
+        except RuntimeError as error:
+            reason = one_line(error)
+            if name.endswith('_test') and not config.is_test:
+                reason = 'it is a hold-out level, which is for testing only'
+            raise LevelError(
+                f'DeepMind Lab cannot make the level {name!r}: {reason}.'
+                f'{"" if is_dmlab30 else suggestion(name)}'
+            ) from error
 
     def reset(self) -> Observation:
         """Starts an episode and returns its first observation.
@@ -218,6 +187,48 @@ class DeepMindLabEnvironment(Environment):
             'frame': observations['RGB_INTERLEAVED'],
             'instruction': self._hashed_instruction,
         }
+
+
+def _import_deepmind_lab(level_name: str) -> Any:
+    # Mesa renders with threads of its own otherwise: more threads than cores, and a process
+    # that can no longer fork.
+    os.environ.setdefault('LP_NUM_THREADS', '0')
+    try:
+        return importlib.import_module('deepmind_lab')
+    except ImportError as error:
+        what = 'is a DeepMind Lab level'
+        if level_name not in DMLAB30_LEVELS:
+            what = (
+                "has no version at its end, as Gymnasium's ids have (CartPole-v1, "
+                'my_module:MyGame-v0), so it must be a DeepMind Lab level'
+            )
+        raise LevelError(
+            f'{level_name!r} {what}, but the module deepmind_lab cannot be imported '
+            f'({error}): build its wheel as {DEEPMIND_LAB_BUILD_GUIDE} says and install it, or '
+            "choose a level that runs without it, for instance 'ALE/Pong-v5'."
+            f'{suggestion(level_name)}'
+        ) from error
+
+
+def _lab_settings(config: EnvironmentConfig) -> dict[str, str]:
+    settings = {
+        'width': str(config.width),
+        'height': str(config.height),
+        # Lab writes its log to stdout, where it would drown what the user should read.
+        'logLevel': 'NEVER',
+    }
+    if config.dataset_path:
+        settings['datasetPath'] = config.dataset_path
+    if config.is_test:
+        settings['allowHoldOutLevels'] = 'true'
+        settings['mixerSeed'] = str(DEEPMIND_LAB_TEST_MIXER_SEED)
+    return settings
+
+
+def _level_cache(config: EnvironmentConfig) -> LevelCache | None:
+    if not config.level_cache_dir:
+        return None
+    return LevelCache(config.level_cache_dir, 1e9 * config.level_cache_gb, config.temp_folder)
 
 
 def _require_images(level_name: str, dataset_path: str) -> None:
