@@ -107,7 +107,7 @@ class _Checked(Environment):
         self._environment = environment
         self._step = environment.step
         try:
-            self.spec = _checked_spec(level_name, getattr(environment, 'spec', None))
+            self.spec = _SpecCheck(level_name).checked(getattr(environment, 'spec', None))
         except LevelError:
             environment.close()
             raise
@@ -182,88 +182,107 @@ class _Checked(Environment):
         self._environment.close()
 
 
-def _checked_spec(level_name: str, spec: Any) -> EnvironmentSpec:
-    """Returns a spec with Python's own numbers, and dtypes by their names.
+class _SpecCheck:
+    """Checks a spec, part by part."""
 
-    Raises:
-      LevelError: no agent can be made for it.
-    """
+    def __init__(self, level_name: str) -> None:
+        self._level_name = level_name
 
-    def wrong(text: str) -> LevelError:
-        return LevelError(f'The spec of {level_name!r} {text}.')
+    def checked(self, spec: Any) -> EnvironmentSpec:
+        """Returns the spec with Python's own numbers, and dtypes by their names.
 
-    if not isinstance(spec, EnvironmentSpec):
-        raise LevelError(
-            f"{level_name!r} made an environment whose attribute 'spec' is {_a(spec)}, not an "
-            'impala.trajectory.EnvironmentSpec.'
+        Raises:
+          LevelError: no agent can be made for it.
+        """
+        if not isinstance(spec, EnvironmentSpec):
+            raise LevelError(
+                f"{self._level_name!r} made an environment whose attribute 'spec' is {_a(spec)}, "
+                'not an impala.trajectory.EnvironmentSpec.'
+            )
+        observation = self._observation(spec.observation)
+        self._check_instruction(observation.get('instruction'))
+        num_actions = self._count(spec, 'num_actions')
+        num_action_repeats = self._count(spec, 'num_action_repeats')
+        self._check_suite(spec.suite, observation['frame'])
+        return dataclasses.replace(
+            spec,
+            observation=observation,
+            num_actions=num_actions,
+            num_action_repeats=num_action_repeats,
         )
-    if not isinstance(spec.observation, Mapping) or not all(
-        isinstance(name, str) and isinstance(each, ArraySpec)
-        for name, each in spec.observation.items()
-    ):
-        raise wrong('must have a dict of name -> impala.trajectory.ArraySpec as its observation')
-    if 'frame' not in spec.observation:
-        raise wrong(
-            f"declares {_listed(spec.observation)}, but no observation 'frame', which is what the "
-            'agent sees'
-        )
-    if len(spec.observation) > MAX_OBSERVATIONS:
-        raise wrong(
-            f'declares {len(spec.observation)} observations, and there may be {MAX_OBSERVATIONS}'
-        )
-    observation = {}
-    for name, each in spec.observation.items():
+
+    def _observation(self, declared: Any) -> dict[str, ArraySpec]:
+        if not isinstance(declared, Mapping) or not all(
+            isinstance(name, str) and isinstance(each, ArraySpec) for name, each in declared.items()
+        ):
+            raise self._error(
+                'must have a dict of name -> impala.trajectory.ArraySpec as its observation'
+            )
+        if 'frame' not in declared:
+            raise self._error(
+                f"declares {_listed(declared)}, but no observation 'frame', which is what the "
+                'agent sees'
+            )
+        if len(declared) > MAX_OBSERVATIONS:
+            raise self._error(
+                f'declares {len(declared)} observations, and there may be {MAX_OBSERVATIONS}'
+            )
+        observation = {name: self._array(name, each) for name, each in declared.items()}
+        frame = observation['frame']
+        if len(frame.shape) > 3:
+            raise self._error(
+                f"declares the observation 'frame' as {_shown(frame.dtype, frame.shape)}, and it "
+                'may have three dimensions at most'
+            )
+        return observation
+
+    def _array(self, name: str, declared: ArraySpec) -> ArraySpec:
         try:
-            dtype = np.dtype(each.dtype).name
+            dtype = np.dtype(declared.dtype).name
         except TypeError:
             dtype = ''
         if dtype not in DTYPES:
-            raise wrong(
-                f'declares the observation {name!r} as {each.dtype}, and it may be one of '
+            raise self._error(
+                f'declares the observation {name!r} as {declared.dtype}, and it may be one of '
                 f'{", ".join(DTYPES)}'
             )
         try:
-            shape = tuple(operator.index(size) for size in each.shape)
+            shape = tuple(operator.index(size) for size in declared.shape)
         except TypeError:
             shape = (0,)
         if min(shape, default=1) < 1:
-            raise wrong(
-                f'declares the observation {name!r} with the shape {each.shape}, and it must be a '
-                'tuple of positive integers'
+            raise self._error(
+                f'declares the observation {name!r} with the shape {declared.shape}, and it must '
+                'be a tuple of positive integers'
             )
-        observation[name] = ArraySpec(shape, dtype)
-    frame = observation['frame']
-    if len(frame.shape) > 3:
-        raise wrong(
-            f"declares the observation 'frame' as {_shown(frame.dtype, frame.shape)}, and it may "
-            'have three dimensions at most'
-        )
-    instruction = observation.get('instruction')
-    if instruction and (instruction.dtype, len(instruction.shape)) != ('int32', 1):
-        raise wrong(
-            "declares the observation 'instruction' as "
-            f'{_shown(instruction.dtype, instruction.shape)}, and it must be int32 with one '
-            'dimension, as environments.hash_instruction returns it'
-        )
-    counts: dict[str, int] = {}
-    for name in ('num_actions', 'num_action_repeats'):
+        return ArraySpec(shape, dtype)
+
+    def _check_instruction(self, instruction: ArraySpec | None) -> None:
+        if instruction and (instruction.dtype, len(instruction.shape)) != ('int32', 1):
+            raise self._error(
+                "declares the observation 'instruction' as "
+                f'{_shown(instruction.dtype, instruction.shape)}, and it must be int32 with one '
+                'dimension, as environments.hash_instruction returns it'
+            )
+
+    def _count(self, spec: EnvironmentSpec, name: str) -> int:
         value = getattr(spec, name)
         if not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:
-            raise wrong(f'has {name}={value!r}, and it must be an integer of at least 1')
-        counts[name] = int(value)
-    if spec.suite not in ('', 'atari', 'dmlab'):
-        raise wrong(f"has suite={spec.suite!r}, and it must be '', 'atari' or 'dmlab'")
-    if spec.suite == 'atari' and (frame.dtype, len(frame.shape)) != ('uint8', 3):
-        raise wrong(
-            f"has suite='atari' and the observation 'frame' as {_shown(frame.dtype, frame.shape)}, "
-            'and it must be uint8 [height, width, frames]'
-        )
-    return dataclasses.replace(
-        spec,
-        observation=observation,
-        num_actions=counts['num_actions'],
-        num_action_repeats=counts['num_action_repeats'],
-    )
+            raise self._error(f'has {name}={value!r}, and it must be an integer of at least 1')
+        return int(value)
+
+    def _check_suite(self, suite: str, frame: ArraySpec) -> None:
+        if suite not in ('', 'atari', 'dmlab'):
+            raise self._error(f"has suite={suite!r}, and it must be '', 'atari' or 'dmlab'")
+        if suite == 'atari' and (frame.dtype, len(frame.shape)) != ('uint8', 3):
+            raise self._error(
+                f"has suite='atari' and the observation 'frame' as "
+                f'{_shown(frame.dtype, frame.shape)}, and it must be uint8 '
+                '[height, width, frames]'
+            )
+
+    def _error(self, text: str) -> LevelError:
+        return LevelError(f'The spec of {self._level_name!r} {text}.')
 
 
 def _check_instruction(level_name: str, instruction: Any) -> None:
