@@ -1,10 +1,14 @@
 """Modules and callables that fail."""
 
+import pathlib
+
 import pytest
 
+import impala.environments
 from impala.environments import (
     create_environment,
 )
+from impala.environments.user_code import describe_failure
 from impala.errors import LevelError
 
 
@@ -88,3 +92,27 @@ def test_failures_that_may_pass_are_not_taken_for_bad_input(module):
     for each in ('make', 'OfOnesOwnFailing-v0'):
         with pytest.raises(RuntimeError, match='no memory'):
             create_environment(f'{name}:{each}', 1)
+
+
+def test_a_failure_is_placed_in_the_code_of_the_user(module):
+    """Whichever module of the package calls that code, and nowhere if no code of theirs fails."""
+    name = module(
+        'import gymnasium\n'
+        'class OfOnesOwn(gymnasium.Env):\n'
+        '    action_space = gymnasium.spaces.Discrete(2)\n'
+        '    observation_space = gymnasium.spaces.Discrete(2)\n'
+        '    def reset(self, *, seed=None, options=None):\n'
+        '        return options["map"], {}\n'
+        'gymnasium.register("OfOnesOwnFailing-v0", OfOnesOwn)\n'
+    )
+    environment = create_environment(f'{name}:OfOnesOwnFailing-v0', 1)
+    with pytest.raises(TypeError) as error:
+        environment.reset()
+    assert describe_failure(error.value).endswith('(module_of_ones_own.py, line 6)')
+
+    package = pathlib.Path(impala.environments.__file__).parent
+    for path in package.glob('*.py'):
+        with pytest.raises(KeyError) as error:
+            exec(compile('\n{}["map"]', path, 'exec'), {})
+        # That of the test calls the package's.
+        assert describe_failure(error.value).startswith("KeyError: 'map' (user_code_test.py, ")
