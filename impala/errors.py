@@ -1,8 +1,8 @@
-"""Errors that are sentences for the user."""
+"""Errors whose texts are sentences for the user."""
 
 
 class LevelError(Exception):
-    """A level that cannot be played; its text is one sentence for the user, and one line."""
+    """A level cannot be played; the text is one sentence for the user, on one line."""
 
     def __str__(self) -> str:
         return ' '.join(super().__str__().split())

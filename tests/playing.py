@@ -1,4 +1,4 @@
-"""Plays environments, and runs Python beside the tests."""
+"""Plays environments, and runs Python code in a process of its own."""
 
 import os
 import subprocess
@@ -10,7 +10,6 @@ import numpy as np
 from impala.trajectory import EpisodeEnd
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
 STAND_IN = os.path.join(ROOT, 'tests', 'deepmind_lab_stand_in')
 
 

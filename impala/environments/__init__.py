@@ -1,4 +1,8 @@
-"""The environments behind `environments.create_environment`. No TensorFlow here."""
+"""Environments: level name -> environment, behind one small interface.
+
+Actor processes import this package, and there are many of them. So it never imports TensorFlow, and
+imports Gymnasium and other packages only when a level needs them.
+"""
 
 from impala.environments.create import create_environment
 from impala.environments.environment import (

@@ -48,12 +48,11 @@ class AtariGame:
 
 
 class AtariEnvironment(Environment):
-    """An Atari game, straight through the Arcade Learning Environment and OpenCV.
+    """An Atari game, played directly through the Arcade Learning Environment and OpenCV.
 
-    Frames, rewards and no-ops are those of Gymnasium's `AtariPreprocessing` and
-    `FrameStackObservation` for the same seed, at about half their cost. The stack of a new episode
-    holds its first frame `frame_stack` times. FIRE is not pressed for the agent at a reset: the
-    paper does not do it.
+    Frames, rewards and no-ops equal those of Gymnasium's `AtariPreprocessing` and
+    `FrameStackObservation` with the same seed, at about half their cost. The stack of a new episode
+    holds its first frame `frame_stack` times. As in the paper, a reset does not press FIRE.
     """
 
     def __init__(self, game: AtariGame, seed: int, config: EnvironmentConfig) -> None:
@@ -77,7 +76,7 @@ class AtariEnvironment(Environment):
         self._load(seed)
         self._next_seed: int | None = None
 
-        # All 18 also where a game (Skiing) has no use for some: it takes those for no-ops.
+        # All 18 even if a game (Skiing) has no use for some, which are no-ops there.
         self._actions = list(range(ATARI_NUM_ACTIONS))
         if not config.full_action_set:
             self._actions = [action.value for action in ale.getMinimalActionSet()]
@@ -106,7 +105,7 @@ class AtariEnvironment(Environment):
         )
 
     def _load(self, seed: int) -> None:
-        # The derivation of both seeds is that of ale_py's own Gymnasium environment.
+        # ale_py's own Gymnasium environment derives both seeds in the same way.
         noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
         self._noop_random = np.random.default_rng(int(noop_seed))
         self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
@@ -163,7 +162,7 @@ class AtariEnvironment(Environment):
         action = self._actions[action]
         reward = 0
         first_frame = ale.getEpisodeFrameNumber()
-        # A game that is over ignores actions and gives no reward, so one look at the end is enough.
+        # A finished game ignores actions and gives no reward, so one check at the end is enough.
         for _ in self._unseen_frames:
             reward += act(action)
         if self._pool_two_frames:
@@ -206,7 +205,7 @@ class _FrameStack:
         """
         import cv2
 
-        # With one environment a process there are more processes than cores already.
+        # There are more actor processes than cores already.
         cv2.setNumThreads(1)
         self._resize = functools.partial(cv2.resize, interpolation=cv2.INTER_AREA)
         self._size = size
@@ -214,18 +213,18 @@ class _FrameStack:
         self._small = np.zeros((height, width), np.uint8)
         self.array = np.zeros((height, width, length), np.uint8)
         self._newest = self.array[..., -1]
-        # Moving the whole stack one byte forward moves each channel of each pixel to the channel
-        # before. Only the newest channel is wrong then, and that is the one to be written.
+        # Shifting the whole stack by one byte moves each channel of each pixel to the previous
+        # channel. Only the newest channel is wrong then, and it is written next.
         self._shifted_from = self.array.reshape(-1)[1:]
         self._shifted_to = self.array.reshape(-1)[:-1]
 
     def fill(self, screen: np.ndarray) -> None:
-        """Makes all frames this one, uint8 `[height, width]` of the game's screen."""
+        """Sets all frames to one screen of the game, uint8 `[screen height, screen width]`."""
         self._resize(screen, self._size, self._small)
         self.array[...] = self._small[..., np.newaxis]
 
     def push(self, screen: np.ndarray) -> None:
-        """Adds a frame and drops the oldest; see `fill`."""
+        """Appends a frame and drops the oldest; see `fill`."""
         self._resize(screen, self._size, self._small)
         self._shifted_to[...] = self._shifted_from
         self._newest[...] = self._small
@@ -234,8 +233,11 @@ class _FrameStack:
 def load_ale() -> tuple[Any, str]:
     """Returns ale_py's extension module and the folder of its ROMs.
 
-    Importing the package itself would import Gymnasium and register hundreds of ids, which costs an
-    actor memory and time and is of no use to it.
+    The package itself would import Gymnasium and register hundreds of ids, which would cost each
+    actor memory and time for nothing.
+
+    Raises:
+      LevelError: ale_py is not installed, or incompletely.
     """
     package = importlib.util.find_spec('ale_py')
     if package is None or not package.submodule_search_locations:
@@ -250,13 +252,13 @@ def load_ale() -> tuple[Any, str]:
             )
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        # An extension module cannot be loaded twice, should someone import the package later.
+        # An extension module cannot be loaded again if the package is imported later.
         sys.modules[name] = module
     return sys.modules[name], os.path.join(folder, 'roms')
 
 
 def atari_games() -> dict[str, str]:
-    """Returns name in a Gymnasium id -> ROM, for instance 'SpaceInvaders' -> 'space_invaders'."""
+    """Returns the ROM for each name in a Gymnasium id: 'SpaceInvaders' -> 'space_invaders'."""
     return {
         rom.title().replace('_', ''): rom
         for rom in atari_roms()

@@ -1,7 +1,6 @@
-"""Environments of one's own: `my_package.my_module:make`, checked where they enter.
+"""The user's own environments (`my_package.my_module:make`), checked where they enter.
 
-Whatever is wrong with one becomes a `LevelError`, a sentence that names the level and says what
-would be right. Actor processes import this module, and it never imports TensorFlow.
+Every mistake becomes a `LevelError`: a sentence that names the level and says what would be right.
 """
 
 import contextlib
@@ -18,25 +17,25 @@ from impala.environments.environment import DeclarationError, Environment, Obser
 from impala.errors import LevelError
 from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, EpisodeEnd
 
-# As many as the shared segment has fields for: kMaxFields - kFirstObservation.
+# The fields that the shared segment has for them: kMaxFields - kFirstObservation.
 MAX_OBSERVATIONS = 12
-# What batches and networks can carry. Of floating-point numbers only float32: it is what networks
-# compute in, and what is looked through for values that are not finite.
+# What batches and networks support. The only floating-point type is float32: networks compute in
+# it, and only float32 values are checked for being finite.
 DTYPES = ('float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', 'bool')
 
 
 def check_callable(level_name: str, make: Any) -> None:
-    """Sees to it that an environment can be made with a seed and an `EnvironmentConfig`.
+    """Checks that an object can be called with a seed and an `EnvironmentConfig`.
 
     Raises:
-      LevelError: it is nothing that can be called with these two.
+      LevelError: it cannot.
     """
     if not callable(make):
         raise LevelError(f'{level_name!r} is {_a(make)}, not a callable that takes (seed, config).')
     try:
         signature = inspect.signature(make)
     except (TypeError, ValueError):
-        # Some of extension modules have none to be looked at.
+        # Callables of extension modules may have no signature.
         return
     try:
         signature.bind(0, None)
@@ -50,11 +49,11 @@ def checked(level_name: str, environment: Any) -> Environment:
     """Returns an environment that checks what it returns against its spec.
 
     Args:
-      level_name: for the sentences.
+      level_name: for error messages.
       environment: what the callable returned.
 
     Raises:
-      LevelError: it is no environment, or has a spec that no agent can be made for.
+      LevelError: it is not an `Environment`, or no agent can be built for its spec.
     """
     if not isinstance(environment, Environment):
         raise LevelError(
@@ -67,12 +66,12 @@ def check_observation(level_name: str, spec: EnvironmentSpec, observation: Any) 
     """Compares an observation with its spec.
 
     Args:
-      level_name: for the sentence.
+      level_name: for error messages.
       spec: of the environment.
       observation: what `reset` or `step` returned.
 
     Raises:
-      DeclarationError: it is not as the spec says.
+      DeclarationError: the observation does not match the spec.
     """
     if not isinstance(observation, Mapping):
         raise DeclarationError(
@@ -100,7 +99,7 @@ def check_observation(level_name: str, spec: EnvironmentSpec, observation: Any) 
 
 
 class _Checked(Environment):
-    """Another environment, of which the spec is checked once and the rest as it comes."""
+    """Wraps an environment: checks its spec once, and results when they are returned."""
 
     def __init__(self, level_name: str, environment: Environment) -> None:
         self._level_name = level_name
@@ -143,7 +142,7 @@ class _Checked(Environment):
                 f'which must be one of {", ".join(map(str, EpisodeEnd.__members__))} of '
                 'impala.trajectory.EpisodeEnd.'
             )
-        # Shapes and dtypes are compared where observations are copied into the segment.
+        # Shapes and dtypes are checked where observations are copied into the shared segment.
         if self._speaks and isinstance(observation, Mapping):
             _check_instruction(self._level_name, observation.get('instruction'))
         return reward, end, observation
@@ -166,7 +165,7 @@ class _Checked(Environment):
         return self._environment.render()
 
     def check(self) -> None:
-        """Tries the first reset and the first step, besides the environment's own check."""
+        """Tries a reset and a step after the environment's own check."""
         self._environment.check()
         try:
             check_observation(self._level_name, self.spec, self.reset())
@@ -175,7 +174,7 @@ class _Checked(Environment):
         except LevelError:
             raise
         except (Exception, SystemExit):
-            # A failure is the actors' to report: it may well be one of chance.
+            # Left to the actors to report, since chance may have caused it.
             pass
 
     def close(self) -> None:
@@ -183,16 +182,16 @@ class _Checked(Environment):
 
 
 class _SpecCheck:
-    """Checks a spec, part by part."""
+    """Checks the parts of a spec."""
 
     def __init__(self, level_name: str) -> None:
         self._level_name = level_name
 
     def checked(self, spec: Any) -> EnvironmentSpec:
-        """Returns the spec with Python's own numbers, and dtypes by their names.
+        """Returns the spec with Python's own numbers and names of dtypes.
 
         Raises:
-          LevelError: no agent can be made for it.
+          LevelError: no agent can be built for the spec.
         """
         if not isinstance(spec, EnvironmentSpec):
             raise LevelError(
@@ -286,10 +285,10 @@ class _SpecCheck:
 
 
 def _check_instruction(level_name: str, instruction: Any) -> None:
-    # What does not fit in another way is not this function's to say.
+    # Other mistakes are reported elsewhere.
     if not isinstance(instruction, np.ndarray) or instruction.dtype != np.int32:
         return
-    # Seen as unsigned, negative numbers are too large as well.
+    # As unsigned numbers, negative ones are too large as well.
     if instruction.size and instruction.view(np.uint32).max() >= INSTRUCTION_BUCKETS:
         raise DeclarationError(
             f"{level_name!r} returned the observation 'instruction' with numbers outside of 0 to "
@@ -298,7 +297,7 @@ def _check_instruction(level_name: str, instruction: Any) -> None:
 
 
 def _a(value: Any) -> str:
-    """Returns what a value is, with an article."""
+    """Returns the type of a value with an article."""
     if value is None:
         return 'None'
     name = type(value).__name__

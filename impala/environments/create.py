@@ -1,4 +1,4 @@
-"""Level name -> environment."""
+"""Level name -> environment, of whatever kind."""
 
 import sys
 from typing import Any
@@ -36,13 +36,13 @@ def create_environment(
 
     Args:
       level_name: see the top-level module `environments`.
-      seed: in `[0, 2**31)`. It decides everything random in the environment: with the same actions,
-        two environments made with one seed play the same episodes.
+      seed: in `[0, 2**31)`. It determines everything random in the environment: with the same
+        actions, two environments with one seed play the same episodes.
       config: None for the defaults.
 
     Raises:
-      LevelError: the level is unknown, its package is not installed, or its observation or action
-        space is one that the agent cannot be given.
+      LevelError: the level is unknown, its package is not installed, or the agent does not support
+        its observation or action space.
       ValueError: the seed is out of range.
     """
     config = config or EnvironmentConfig()
@@ -115,7 +115,7 @@ def _create_gymnasium_environment(
     is_vizdoom = entry_point.startswith('vizdoom.')
     default_repeats = registered.kwargs.get('frame_skip', 4) if is_vizdoom else 1
     repeats = config.num_action_repeats or default_repeats
-    # VizDoom repeats by itself and renders the last frame only.
+    # ViZDoom repeats actions by itself and renders only the last frame.
     options: dict[str, Any] = {'frame_skip': repeats} if is_vizdoom else {}
     if config.render:
         options['render_mode'] = 'rgb_array'
@@ -125,7 +125,7 @@ def _create_gymnasium_environment(
         except TypeError:
             if not config.render:
                 raise
-            # It cannot draw, and takes no such argument.
+            # It cannot draw and rejects the argument.
             del options['render_mode']
             env = gymnasium.make(plain_id, disable_env_checker=True, **options)
     except gymnasium.error.Error as error:

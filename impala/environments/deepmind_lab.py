@@ -23,12 +23,12 @@ from impala.environments.user_code import one_line
 from impala.errors import LevelError
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
-# They show the Brady-Konkle-Oliva images, which do not come with DeepMind Lab.
+# These show the Brady-Konkle-Oliva images, which are not part of DeepMind Lab.
 DMLAB_IMAGE_LEVELS = frozenset(
     {'psychlab_arbitrary_visuomotor_mapping', 'psychlab_continuous_recognition'}
 )
 DMLAB_IMAGE_FOLDER = 'brady_konkle_oliva2008'
-# The seed with which the paper's released agent was tested, unlike those of training.
+# The paper's released agent was tested, but not trained, with this seed.
 DEEPMIND_LAB_TEST_MIXER_SEED = 0x600D5EED
 # Look left-right and down-up (pixels per frame), strafe left-right, move back-forward, fire, jump,
 # crouch.
@@ -50,14 +50,14 @@ class DeepMindLabEnvironment(Environment):
     """A DeepMind Lab level with the nine actions of the paper's released agent.
 
     The instruction is part of the observation on every level, as in the released agent; it is all
-    zeros where the level does not speak. The end of an episode is always TERMINATED: the length of
-    an episode is one of the rules of a level, and Lab does not say which of them ended it. Nor does
-    it say how many frames the last action lasted: an episode may be up to `num_action_repeats - 1`
-    frames shorter than its actions make it.
+    zeros if the level gives none. Episodes always end with TERMINATED: their length is one of the
+    rules of a level, and Lab does not say which rule ended an episode. Lab does not say either how
+    many frames the last action lasted, so an episode may be up to `num_action_repeats - 1` frames
+    shorter than counted.
     """
 
     def __init__(self, level_name: str, seed: int, config: EnvironmentConfig) -> None:
-        """Makes the Lab. The map is compiled by the first reset, which may take many seconds.
+        """Creates the Lab. The first reset compiles the map, which may take many seconds.
 
         Args:
           level_name: a DMLab-30 level by its bare name, or any name that Lab knows.
@@ -65,9 +65,9 @@ class DeepMindLabEnvironment(Environment):
           config: see `EnvironmentConfig`.
 
         Raises:
-          LevelError: Lab is not installed or does not know the level, the level is a hold-out one
-            and this is not a test, the width is not one that Lab can render, or the images that the
-            level shows are not there.
+          LevelError: Lab is not installed or does not know the level, the level is a hold-out
+            level and this is not a test, Lab cannot render the width, or the images that the level
+            shows are missing.
         """
         deepmind_lab = _import_deepmind_lab(level_name)
         if config.width % 4:
@@ -125,15 +125,15 @@ class DeepMindLabEnvironment(Environment):
         """Starts an episode and returns its first observation.
 
         Raises:
-          LevelError: the level needs the Brady-Konkle-Oliva images and Lab does not find them.
+          LevelError: Lab does not find the Brady-Konkle-Oliva images that the level needs.
           RuntimeError: the environment is closed.
         """
         lab = self._open_lab()
         seed = int(self._episode_seeds.randint(2**31, dtype=np.int64))
         try:
             if self._fresh:
-                # The first reset of a Lab plays differently from all later ones with that seed.
-                # With a cache the map is compiled once all the same.
+                # The first reset of a Lab plays differently from later ones with the same seed.
+                # With a cache the map is still compiled only once.
                 lab.reset(seed=seed)
                 self._fresh = False
             lab.reset(seed=seed)
@@ -162,7 +162,7 @@ class DeepMindLabEnvironment(Environment):
         return True
 
     def check(self) -> None:
-        # Lab says so at the first reset only, which is too dear to try with every level.
+        # Lab reports missing images only at the first reset, too slow to try with every level.
         if self._level_name.rpartition('/')[2] in DMLAB_IMAGE_LEVELS:
             self.reset()
 
@@ -173,7 +173,7 @@ class DeepMindLabEnvironment(Environment):
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _open_lab(self) -> Any:
-        # A closed Lab takes the whole process down when it is reset.
+        # Resetting a closed Lab crashes the process.
         if self._lab is None:
             raise RuntimeError('The environment is closed.')
         return self._lab
@@ -190,8 +190,8 @@ class DeepMindLabEnvironment(Environment):
 
 
 def _import_deepmind_lab(level_name: str) -> Any:
-    # Mesa renders with threads of its own otherwise: more threads than cores, and a process
-    # that can no longer fork.
+    # Otherwise Mesa renders with its own threads: more threads than cores, and a process that can
+    # no longer fork.
     os.environ.setdefault('LP_NUM_THREADS', '0')
     try:
         return importlib.import_module('deepmind_lab')
@@ -232,12 +232,14 @@ def _level_cache(config: EnvironmentConfig) -> LevelCache | None:
 
 
 def _require_images(level_name: str, dataset_path: str) -> None:
-    """Raises a `LevelError` unless the folder of the Brady-Konkle-Oliva images has some.
+    """Checks that the folder of the Brady-Konkle-Oliva images has at least one.
 
-    Lab reads one only when it shows it, and ends the process in mid-episode when it is not there.
-    How many there must be, how many digits their numbers have and of which format they are depends
-    on how the data set was prepared, so that all that is asked for is a numbered picture that is
-    not empty.
+    Lab reads an image only when it shows it, and ends the process in mid-episode if the image is
+    missing. The number of images, the digits of their numbers and their format depend on how the
+    data set was prepared, so one numbered picture that is not empty suffices.
+
+    Raises:
+      LevelError: there is no such picture.
     """
     folder = os.path.join(dataset_path, DMLAB_IMAGE_FOLDER)
     wrong = f'the folder {folder} has no numbered pictures (0001.jpg, 0002.jpg, ...)'

@@ -1,8 +1,4 @@
-"""The interface of an environment, and what shapes one besides its level and seed.
-
-Actor processes import this package, and there are many of them: it never imports TensorFlow, and
-every package is imported only when a level needs it.
-"""
+"""The interface of an environment, and its configuration."""
 
 import abc
 import dataclasses
@@ -14,17 +10,17 @@ from impala.trajectory import EnvironmentSpec, EpisodeEnd
 
 # Width and height.
 DEFAULT_SIZE = (96, 72)
-# Of Atari's games and of DeepMind Lab.
+# The same for Atari and DeepMind Lab.
 SUITE_FRAMES_PER_SECOND = 60.0
 
 Observation = dict[str, np.ndarray]
 
 
 class DeclarationError(LevelError):
-    """What an environment returned is not what it declared; the text says both in one sentence.
+    """An environment returned something else than it declared; the text is one sentence with both.
 
-    At the first reset the level cannot be played. Later it is a failure of that one environment,
-    since thousands of steps were as declared.
+    At the first reset this means that the level cannot be played. Later only that one environment
+    failed, since thousands of its steps were as declared.
     """
 
 
@@ -95,13 +91,13 @@ class Environment(abc.ABC):
     """
 
     spec: EnvironmentSpec
-    # How many frames the last action lasted, asked for where it has TERMINATED or TRUNCATED the
-    # episode, which may cut it short. None for `spec.num_action_repeats`.
+    # Frames that the last action lasted; None means `spec.num_action_repeats`. Read only after
+    # TERMINATED or TRUNCATED, since the end of an episode may cut an action short.
     last_action_frames: int | None = None
 
     @property
     def frames_per_second(self) -> float | None:
-        """Frames of a second of play at its natural speed; None if there is no such speed."""
+        """Frames per second of play at natural speed; None if the level has no such speed."""
         return None
 
     @abc.abstractmethod
@@ -116,36 +112,36 @@ class Environment(abc.ABC):
           action: in `[0, spec.num_actions)`.
 
         Returns:
-          The reward summed over those frames, unclipped; how the episode ended, if it did; and the
-          observation. An episode that ends is reset in the same step: where the end is TERMINATED
-          or TRUNCATED, the observation is the first one of the next episode. After LIFE_LOST the
-          game goes on.
+          The unclipped reward, summed over those frames; how the episode ended, if it did; and the
+          observation. An episode that ends is reset in the same step: after TERMINATED or
+          TRUNCATED, the observation is the first one of the next episode. After LIFE_LOST the game
+          continues.
         """
 
     def seed_next(self, seed: int) -> bool:
-        """Has the next `reset`, and with it the end of this episode, start from another seed.
+        """Seeds the next episode, which the next `reset` or the end of this episode starts.
 
         Args:
-          seed: the next episode is the first one of an environment made with it.
+          seed: the next episode equals the first one of an environment created with this seed.
 
         Returns:
-          Whether that is possible; if not, a new environment has to be made.
+          Whether this environment can do that. If not, create a new one.
         """
         return False
 
     def render(self) -> np.ndarray | None:
-        """Returns what a person would see now, uint8 RGB `[H, W, 3]`; None if there is nothing.
+        """Returns what a person would see now, uint8 RGB `[H, W, 3]`; None if it cannot draw.
 
         Needs `EnvironmentConfig.render`.
         """
         return None
 
     def check(self) -> None:  # noqa: B027
-        """Finds out what keeps the level from being played, where making it does not.
+        """Looks for reasons not to play the level that creating it does not reveal.
 
         Raises:
-          LevelError: it cannot be played.
+          LevelError: the level cannot be played.
         """
 
     def close(self) -> None:  # noqa: B027
-        """Frees what the environment holds. May be called twice; nothing else may follow."""
+        """Frees all resources. May be called twice; no other call may follow."""

@@ -25,20 +25,18 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 class GymnasiumEnvironment(Environment):
     """Any environment of Gymnasium with discrete actions.
 
-    What becomes of its observation:
+    How observations are converted:
 
     * uint8 images with sides of at least 32 pixels are resized to `config.width` x `config.height`;
     * Box observations of up to two dimensions are flattened to a float32 vector, Discrete ones
       become a one-hot float32 vector;
-    * of a Dict, `screen` (VizDoom) or `image` is the frame and `mission` is the instruction;
-    * MiniGrid's and BabyAI's 7x7x3 symbols, which are no picture, are replaced by the picture
-      of the same 7x7 cells that the agent sees, 56x56 pixels (8 a cell). What the direction says
-      the picture shows too: it is turned the agent's way. Where a wrapper or a subclass makes an
-      observation of its own, that is taken as it is, and pictures are not resized.
+    * in a Dict, `screen` (ViZDoom) or `image` is the frame and `mission` is the instruction;
+    * MiniGrid's and BabyAI's 7x7x3 symbols are replaced by a picture of the same 7x7 cells, 56x56
+      pixels (8 per cell). It is turned the agent's way, so it shows the direction too. An
+      observation that a wrapper or a subclass makes is used as it is, and pictures are not resized.
 
-    Observations are compared with their space (see
-    `impala.environments.observation_spaces`); rewards must be numbers, and
-    ends of episodes True or False.
+    Observations are compared with their space (see `impala.environments.observation_spaces`).
+    Rewards must be numbers, and ends of episodes True or False.
     """
 
     def __init__(
@@ -48,13 +46,13 @@ class GymnasiumEnvironment(Environment):
 
         Args:
           level_name: for error messages.
-          env: a `gymnasium.Env`; it is closed if it cannot be served.
+          env: a `gymnasium.Env`; it is closed if it is not supported.
           repeats: frames per agent step.
-          seed: of the first reset; later ones go on from there.
+          seed: of the first reset; later resets continue its random numbers.
           config: see `EnvironmentConfig`.
 
         Raises:
-          LevelError: a space of it is not supported, or it has an older interface.
+          LevelError: one of its spaces is not supported, or it has an older interface.
         """
         self._level_name = level_name
         self._env = env
@@ -81,7 +79,7 @@ class GymnasiumEnvironment(Environment):
                 raise LevelError(f'{self._level_name!r} has no {name} out of gymnasium.spaces.')
         env = self._env
         while env is not None:
-            # Methods of extension modules may have no signature to be looked at.
+            # Methods of extension modules may have no signature.
             with contextlib.suppress(ValueError):
                 try:
                     inspect.signature(env.reset).bind(seed=0, options=None)
@@ -148,7 +146,7 @@ class GymnasiumEnvironment(Environment):
         )
 
     def reset(self) -> Observation:
-        # MiniGrid prints to stdout when it has to draw a level anew.
+        # MiniGrid prints to stdout when it has to generate a level again.
         with contextlib.redirect_stdout(io.StringIO()):
             result = self._env.reset(seed=self._seed)
         self._seed = None
@@ -194,7 +192,7 @@ class GymnasiumEnvironment(Environment):
         try:
             picture = self._env.render()
         except (gymnasium.error.Error, ImportError, NotImplementedError):
-            # Some do not draw, or with packages that they do not ask for.
+            # Some cannot draw, or draw with packages that they do not require.
             return None
         if not isinstance(picture, np.ndarray) or picture.shape[2:] != (3,):
             return None
@@ -204,7 +202,7 @@ class GymnasiumEnvironment(Environment):
         self._env.close()
 
     def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
-        # An episode that reaches its goal with the last step of its time has reached it.
+        # An episode that reaches its goal in its last allowed step has reached it.
         return EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
 
     def _convert(self, observation: Any, is_first: bool) -> Observation:
@@ -223,8 +221,8 @@ class GymnasiumEnvironment(Environment):
         return self._observation
 
     def _hear(self, mission: Any) -> None:
-        # Letters and length are not compared with what a Text space allows: by default it has no
-        # room for a space, and all that becomes of a text is the hash of its words.
+        # Letters and length are not compared with the Text space: its default does not even allow
+        # blanks, and only hashes of the words are used.
         if not isinstance(mission, str):
             raise DeclarationError(
                 f"{self._level_name!r} declares a text as 'mission' of its observation, but "
@@ -247,7 +245,7 @@ class GymnasiumEnvironment(Environment):
         if isinstance(value, bool | np.bool_):
             return bool(value)
         array = np.asarray(value)
-        # 0-dimensional arrays are truth values, too, and many environments have 0 and 1.
+        # 0-dimensional arrays are accepted, and so are 0 and 1, which many environments return.
         if array.shape or not (array.dtype.kind == 'b' or value in (0, 1)):
             raise DeclarationError(
                 f'{self._level_name!r} returned {_short(value)} as {name!r}, which is neither True '
@@ -274,7 +272,7 @@ class GymnasiumEnvironment(Environment):
 
 
 def _short(value: Any) -> str:
-    """Returns a value in a few words."""
+    """Describes a value in a few words."""
     if isinstance(value, np.ndarray):
         return f'{value.dtype} {list(value.shape)}'
     if isinstance(value, bool | int | float | complex | str | np.generic) or value is None:

@@ -1,4 +1,4 @@
-"""Instructions as what a network is given: the hashes of their words."""
+"""Instructions as networks read them: hashes of words."""
 
 import re
 import zlib
@@ -14,10 +14,10 @@ def hash_instruction(instruction: str) -> np.ndarray:
     """Hashes the words of an instruction, the same way in every process and on every machine.
 
     Args:
-      instruction: words are its longest runs of letters and digits, in whatever case.
+      instruction: its words are the longest runs of letters and digits; case does not matter.
 
     Returns:
-      int32 `[INSTRUCTION_LENGTH]`: a bucket in `[1, 999]` for each word, 0 behind the last one.
+      int32 `[INSTRUCTION_LENGTH]`: a bucket in `[1, 999]` for each word, then zeros.
       Words beyond `INSTRUCTION_LENGTH` are dropped.
     """
     buckets = np.zeros(INSTRUCTION_LENGTH, np.int32)

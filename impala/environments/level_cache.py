@@ -1,4 +1,4 @@
-"""Compiled maps of DeepMind Lab, kept for all processes."""
+"""Compiled maps of DeepMind Lab, shared by all processes."""
 
 import contextlib
 import glob
@@ -16,7 +16,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 
-# Of the level cache: beside a map, of files that are being written, and of a run's statistics.
+# Names of files: compile times next to maps, files being written, and statistics of a run.
 _SECONDS = '.seconds'
 _TEMPORARY = 'impala_map_'
 _STATISTICS = 'level_cache_'
@@ -26,29 +26,27 @@ _ABANDONED_SECONDS = 3600.0
 class LevelCache:
     """Compiled DeepMind Lab maps in a folder that any number of processes and machines share.
 
-    Lab ends the process when it is given a broken map, and its environment when the cache raises.
-    So maps appear under their names only when they are complete, are checked before they are handed
-    out, and whatever goes wrong counts as a map that is not there. Beside each map stands how long
-    compiling it took.
+    A broken map ends Lab's process, and an exception in the cache ends its environment. So a map
+    gets its name only when it is complete and is checked before it is returned, and every failure
+    counts as a missing map. A file next to each map holds the seconds that compiling it took.
 
     Attributes:
-      hits: maps handed out.
-      misses: maps asked for that were not there.
-      seconds_saved: what compiling the maps handed out took when they were written.
+      hits: number of maps returned.
+      misses: number of maps that were requested but missing.
+      seconds_saved: compile time of the returned maps, seconds.
     """
 
     def __init__(
         self, folder: str, limit_bytes: float = math.inf, statistics_folder: str | None = None
     ) -> None:
-        """Uses a folder, which is made when the first map is written.
+        """Uses a folder, which is created when the first map is written.
 
         Args:
-          folder: of the maps; what else lies in it stays.
-          limit_bytes: that all maps together may have. When they have more, those that have not
-            been used for longest go. They are exceeded by a hundredth for a while, on average,
-            however many caches write to the folder.
-          statistics_folder: existing folder for a file that says how the cache does, for
-            `level_cache_statistics`.
+          folder: of the maps; other files in it are left alone.
+          limit_bytes: size of all maps together. Above it, the least recently used maps are
+            removed. For a while the maps may exceed the limit, by 1% on average, however many
+            caches write to the folder.
+          statistics_folder: existing folder for the file that `level_cache_statistics` reads.
         """
         self._folder = folder
         self._limit_bytes = limit_bytes
@@ -60,7 +58,7 @@ class LevelCache:
         self.seconds_saved = 0.0
 
     def fetch(self, key: str, pk3_path: str) -> bool:
-        """Copies the map of a key to `pk3_path`, over whatever is there; False if it has none."""
+        """Copies the map of a key to `pk3_path`, replacing that file; returns whether it could."""
         is_there = self._fetch(key, pk3_path)
         if is_there:
             self.hits += 1
@@ -71,7 +69,7 @@ class LevelCache:
         return is_there
 
     def write(self, key: str, pk3_path: str) -> None:
-        """Keeps the map at `pk3_path` under a key, if it can."""
+        """Stores the map at `pk3_path` under a key; a failure is only logged."""
         seconds = time.monotonic() - self._asked_at.pop(key, time.monotonic())
         try:
             os.makedirs(self._folder, exist_ok=True)
@@ -85,8 +83,9 @@ class LevelCache:
             with _replacing(cached + _SECONDS) as file:
                 pathlib.Path(file).write_text(f'{seconds:.3f}', encoding='utf-8')
                 self._share(file)
-            # A folder of a hundred thousand maps is not looked through for each of them. Nobody
-            # counts what others write: by chance, all together look once in a hundredth of it.
+            # Scanning a folder of a hundred thousand maps after each write would be slow, and no
+            # cache knows what the others write. So each scans at random, all together once per 1%
+            # of the limit on average.
             if not self._has_written or random.random() * self._limit_bytes < 100 * size:
                 self._prune()
             self._has_written = True
@@ -101,13 +100,13 @@ class LevelCache:
             with _replacing(pk3_path) as copy:
                 shutil.copyfile(cached, copy)
                 if not _is_intact(copy):
-                    # Removed, so that the map is compiled and written anew.
+                    # Removed, so that the map is compiled and written again.
                     os.unlink(cached)
                     raise zipfile.BadZipFile(f'{cached} is not an intact map')
         except Exception as error:  # noqa: BLE001
             self._warn(error)
             return False
-        # Neither is worth a map: another process may just have removed it.
+        # A failure of either is no reason to compile: another process may just have removed it.
         with contextlib.suppress(OSError):
             os.utime(cached)
         with contextlib.suppress(OSError, ValueError):
@@ -116,17 +115,17 @@ class LevelCache:
         return True
 
     def _share(self, path: str) -> None:
-        # Temporary files are made for one user only, while the folder may be for several. Who may
-        # write there may touch the map, too, so that it does not look as if it was not used.
+        # Temporary files belong to one user, while several may share the folder. Whoever may write
+        # there may also touch the map, which marks it as recently used.
         os.chmod(path, 0o644 | os.stat(self._folder).st_mode & 0o022)
 
     def _prune(self) -> None:
-        """Removes maps until they have nine tenths of the limit, if they have more than it."""
+        """Removes maps until they take 90% of the limit, if they take more than all of it."""
         maps = []
         now = time.time()
         with os.scandir(self._folder) as entries:
             for entry in entries:
-                # Other processes, maybe of other machines, remove files at the same time.
+                # Other processes, maybe on other machines, remove files at the same time.
                 with contextlib.suppress(OSError):
                     if re.fullmatch(r'[0-9a-f]{64}\.pk3', entry.name):
                         maps.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
@@ -156,7 +155,7 @@ class LevelCache:
             )
 
     def _path(self, key: str) -> str:
-        # Nothing is known of the characters in a key.
+        # A key may have characters that file names cannot have.
         return os.path.join(self._folder, hashlib.sha256(key.encode()).hexdigest() + '.pk3')
 
     def _warn(self, error: Exception) -> None:
@@ -170,13 +169,13 @@ class LevelCache:
 
 
 def level_cache_statistics(folder: str) -> dict[str, float]:
-    """Returns what the level caches of a run's environments have done so far.
+    """Returns the statistics of the level caches of a run so far.
 
     Args:
       folder: the `EnvironmentConfig.temp_folder` of the environments.
 
     Returns:
-      `hits`, `misses` and `seconds_saved` as of `LevelCache`, summed; empty if there is none.
+      The sums of `hits`, `misses` and `seconds_saved` of `LevelCache`; empty without a cache.
     """
     rows = []
     for path in glob.glob(os.path.join(glob.escape(folder), f'{_STATISTICS}*')):
@@ -188,7 +187,7 @@ def level_cache_statistics(folder: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[str]:
-    """Gives the path of a temporary file that takes the place of `path` if nothing is raised."""
+    """Yields the path of a temporary file, which replaces `path` unless the block raises."""
     descriptor, temporary = tempfile.mkstemp(
         prefix=_TEMPORARY, suffix='.tmp', dir=os.path.dirname(path) or '.'
     )
@@ -207,5 +206,5 @@ def _is_intact(path: str) -> bool:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
     except Exception:  # noqa: BLE001
-        # A damaged archive makes zipfile raise about anything.
+        # zipfile raises errors of many types when an archive is damaged.
         return False

@@ -1,4 +1,4 @@
-"""What a level's name tells, and which one a wrong name may have meant."""
+"""Names of levels: which package defines one, and which level a wrong name may have meant."""
 
 import contextlib
 import difflib
@@ -46,11 +46,16 @@ DMLAB30_LEVELS = frozenset(
 
 
 def is_gymnasium_id(level_name: str) -> bool:
+    """Returns whether a name ends with a version, as all ids of Gymnasium's own do."""
     return re.search(r'-v\d+$', level_name) is not None
 
 
 def import_registrations(level_name: str) -> None:
-    """Imports the package that registers an id with Gymnasium, if it is one that we know."""
+    """Imports the package that registers an id with Gymnasium, as far as its prefix tells.
+
+    Raises:
+      LevelError: the package cannot be imported.
+    """
     if level_name.startswith('Vizdoom'):
         module, extra = 'vizdoom.gymnasium_wrapper', 'vizdoom'
     elif level_name.startswith(('MiniGrid', 'BabyAI')):
@@ -70,21 +75,21 @@ def import_registrations(level_name: str) -> None:
 
 
 def suggestion(level_name: str, module: str = '') -> str:
-    """Returns a question to end an error with, or nothing if no known level has such a name.
+    """Returns a question such as " Did you mean 'CartPole-v1'?", or '' if no name is similar.
 
     Args:
       level_name: without the module that registers it.
-      module: that module with a colon, to stand before what is suggested.
+      module: that module with a colon; it precedes the suggested name.
 
     Raises:
-      LevelError: the name is that of an id but for the version.
+      LevelError: the name is an id without its version.
     """
     import gymnasium
 
     for prefix in ('', 'Vizdoom', 'MiniGrid'):
         with contextlib.suppress(LevelError):
             import_registrations(prefix)
-    # A name is often the id without what stands around it: 'Pong' for 'ALE/Pong-v5'.
+    # People often leave out prefix and version: 'Pong' for 'ALE/Pong-v5'.
     names: dict[str, str] = {}
     for known in [*gymnasium.registry, *sorted(DMLAB30_LEVELS)]:
         if known == level_name:

@@ -1,4 +1,4 @@
-"""The picture that an agent is given of MiniGrid and BabyAI."""
+"""MiniGrid and BabyAI: the picture that the agent sees instead of symbols."""
 
 import sys
 from typing import Any
@@ -9,6 +9,7 @@ from impala.errors import LevelError
 
 
 def is_minigrid(env: Any) -> bool:
+    """Returns whether a Gymnasium environment is, below its wrappers, one of MiniGrid."""
     if 'minigrid' not in sys.modules:
         return False
     from minigrid.minigrid_env import MiniGridEnv
@@ -17,7 +18,7 @@ def is_minigrid(env: Any) -> bool:
 
 
 def observation_maker(env: Any) -> str | None:
-    """Returns the name of a wrapper, or of a class of MiniGrid, with an observation of its own."""
+    """Returns the wrapper or subclass of MiniGrid that makes its own observation; None if none."""
     import gymnasium
 
     while isinstance(env, gymnasium.Wrapper):
@@ -41,15 +42,17 @@ def observation_maker(env: Any) -> str | None:
 
 
 def made_by(env: Any) -> str:
+    """Returns the maker of an observation as a part of a sentence, or ''."""
     maker = observation_maker(env)
     return f' of its {maker}' if maker else ''
 
 
 class MiniGridPicture:
-    """The picture of the cells that the agent sees, in place of MiniGrid's own symbols.
+    """A picture of the cells that the agent sees, instead of MiniGrid's own symbols.
 
-    It does not show what somebody else makes of the symbols. Wrappers that do so say it by their
-    kind or their space, as a rule; whether there is one that does not is seen from what comes.
+    The picture does not show changes that a wrapper makes to the symbols. Most such wrappers are
+    recognised by their type or space (`observation_maker`), the others when an observation differs
+    from what MiniGrid generated.
     """
 
     def __init__(self, level_name: str, env: Any) -> None:

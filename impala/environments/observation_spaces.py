@@ -1,20 +1,19 @@
-"""What a Gymnasium environment declares to return, and whether it returns that.
+"""Observation spaces of Gymnasium: what is supported, checked and converted for the agent.
 
-A space is a promise, and Gymnasium does not enforce it: float pixels in a uint8 space would turn
-black, 300 would become 44, and `[C, H, W]` would be reshaped into `[H, W, C]`. Here every
-observation is compared with its space before it is converted to what the agent is given:
+Gymnasium does not enforce that observations are in their space: float pixels in a uint8 space would
+turn black, 300 would become 44, and `[C, H, W]` would be reshaped to `[H, W, C]`. So every
+observation is compared with its space before it is converted:
 
 * Images must have exactly the declared shape, dtype and range.
-* Numbers must have the declared shape and range, and their kind: whole numbers where these are
-  declared, whole or not where floats are. Their width does not matter, because the agent is given
-  float32 in any case, and many environments return float64.
-* Floats may leave their range by `FLOAT_TOLERANCE`. At a reset they may not by more. At other steps
-  a warning is all that follows, once: common environments (LunarLander-v3 in one episode of seven)
-  leave the range that they declare, and the agent is given the value itself, not a part of it.
-* NaN and infinity are in every range. What becomes of them is for the actor to say.
+* Numbers must have the declared shape, range and kind: only integers are integers, while both
+  integers and floats are floats. Their width does not matter, because the agent sees float32 anyway
+  and many environments return float64.
+* Floats may exceed their range by `FLOAT_TOLERANCE`. More is an error at a reset. At other steps it
+  is one warning, because common environments exceed their declared range (LunarLander-v3 in one
+  episode of seven); the agent then sees the value unclipped.
+* NaN and infinity are in every range. The actor handles them.
 
-Lists and scalars of Python have no dtype: whole numbers in a list are taken for any dtype that they
-fit.
+Python's lists and scalars have no dtype: integers in a list fit any dtype that can hold them.
 """
 
 import abc
@@ -37,19 +36,19 @@ FRAME_RULE = (
     f'and 1 to {MAX_IMAGE_CHANNELS} channels, which come last), nor numbers of at most two '
     'dimensions, nor Discrete'
 )
-# Relative to the larger bound. A thousandth is more than rounding makes of float16 (5e-4), and less
-# than any mistake of scale or sign.
+# Relative to the larger bound. More than the rounding error of float16 (5e-4), and less than any
+# mistake of scale or sign.
 FLOAT_TOLERANCE = 1e-3
 
 _KINDS = {'b': 'biu', 'i': 'biu', 'u': 'biu', 'f': 'biuf'}
 
 
 class Frame(abc.ABC):
-    """What the agent is given as its frame, made of one space's values.
+    """The frame that the agent sees, converted from the values of one space.
 
     Attributes:
       spec: of `array`.
-      array: the agent's; each `take` overwrites it.
+      array: the frame; each `take` overwrites it.
     """
 
     def __init__(self, spec: ArraySpec, declared: str, level_name: str, subject: str) -> None:
@@ -59,7 +58,7 @@ class Frame(abc.ABC):
           spec: of the array.
           declared: the space in words.
           level_name: for messages.
-          subject: what the space is of, in words.
+          subject: in words, what the space describes.
         """
         self.spec = spec
         self.array = np.zeros(spec.shape, spec.dtype)
@@ -87,7 +86,7 @@ class Frame(abc.ABC):
 
 
 class _BoxFrame(Frame):
-    """What images and numbers have in common."""
+    """The common part of images and numbers."""
 
     def __init__(self, space: Any, spec: ArraySpec, level_name: str, subject: str) -> None:
         super().__init__(spec, _array_text(space), level_name, subject)
@@ -112,7 +111,7 @@ class _BoxFrame(Frame):
         return array
 
     def _first_outside(self, value: np.ndarray, tolerance: float) -> tuple[int, ...] | None:
-        """Returns the position of a finite number that is out of range, if there is one."""
+        """Returns the position of the first finite number that is out of range, if any."""
         low, high = _bounds(self._space, tolerance)
         # Neither comparison holds for NaN.
         outside = ((value < low) | (value > high)) & np.isfinite(value)
@@ -134,7 +133,7 @@ class _BoxFrame(Frame):
 
 
 class _Image(_BoxFrame):
-    """uint8 `[H, W]` or `[H, W, C]`, resized where a size is given."""
+    """uint8 `[H, W]` or `[H, W, C]`, resized if a size is given."""
 
     def __init__(
         self, space: Any, size: tuple[int, int] | None, level_name: str, subject: str
@@ -144,7 +143,7 @@ class _Image(_BoxFrame):
         if size is not None and size != (width, height):
             import cv2
 
-            # With one environment a process there are more processes than cores already.
+            # There are more actor processes than cores already.
             cv2.setNumThreads(1)
             self._resize = functools.partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
             width, height = size
@@ -192,7 +191,7 @@ class _Numbers(_BoxFrame):
             value = self._as_declared(value)
         self.array[...] = value.reshape(-1)
         if self._is_checked or (is_first and self._is_bounded):
-            # Half the price of `np.any`, which counts where there are four numbers.
+            # Half the cost of `np.any`, which matters when there are only four numbers.
             np.greater_equal(self.array, self._low, self._is_above)
             np.less_equal(self.array, self._high, self._is_below)
             if b'\0' in self._is_within.tobytes():
@@ -203,7 +202,7 @@ class _Numbers(_BoxFrame):
         if array.dtype.kind not in _KINDS[self._dtype.kind]:
             raise self._error(_value_text(value))
         if self._dtype.kind != 'f':
-            # Of another dtype, so that it may even leave a range that is all of the declared one's.
+            # Its dtype differs, so it may exceed even the whole range of the declared one.
             self._refuse_outside(array, 0.0)
         return array
 
@@ -216,7 +215,7 @@ class _Numbers(_BoxFrame):
             return
         self._is_checked = False
         size = 'smaller' if value[position] < self._space.low[position] else 'larger'
-        # Without the number, so that all actors say the same and one of them is heard.
+        # Without the value, so that the warnings of all actors are equal and shown once.
         logging.getLogger(__name__).warning(
             '%s a %s one in mid-episode: the agent is given it as it is.',
             self._range_text(position),
@@ -248,13 +247,13 @@ class _OneHot(Frame):
 def make_frame(
     space: Any, size: tuple[int, int] | None, level_name: str, key: str | None = None
 ) -> Frame | None:
-    """Returns the frame for a Gymnasium space, or None if there is none: see `FRAME_RULE`.
+    """Returns the frame for a Gymnasium space; None if it is not supported, see `FRAME_RULE`.
 
     Args:
       space: a `gymnasium.Space`.
-      size: width and height that images are given, pixels; None to leave them as they are.
+      size: width and height to resize images to, pixels; None to leave their size.
       level_name: for messages.
-      key: of the Dict that the space is in, if it is.
+      key: of the space, if it is part of a Dict.
     """
     from gymnasium import spaces
 
@@ -271,12 +270,12 @@ def make_frame(
 
 
 def is_text(space: Any) -> bool:
-    """Returns whether a space's values are strings, like those of Text and MiniGrid's missions."""
+    """Returns whether the values of a space are strings, as in Text and MiniGrid's missions."""
     return space.dtype is not None and np.dtype(space.dtype).kind == 'U'
 
 
 def space_text(space: Any) -> str:
-    """Returns a space in one line, without its bounds where these are many numbers."""
+    """Describes a space in one line, without its bounds if they are many numbers."""
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):
@@ -286,7 +285,7 @@ def space_text(space: Any) -> str:
     text = str(space)
     if isinstance(space, spaces.Box) and ('\n' in text or len(text) > 100):
         return f'Box({_array_text(space)})'
-    # Its text has an address in memory, which differs from process to process.
+    # Such a text has an address in memory, which differs between processes.
     return type(space).__name__ if ' at 0x' in text else ' '.join(text.split())
 
 
@@ -297,7 +296,7 @@ def _is_image(shape: tuple[int, ...], dtype: Any) -> bool:
 
 
 def _is_bounded(space: Any) -> bool:
-    """Returns whether a Box has less than all values of its dtype."""
+    """Returns whether a Box excludes some values of its dtype."""
     dtype = np.dtype(space.dtype)
     if dtype.kind == 'f':
         floats = np.finfo(dtype)
@@ -309,7 +308,7 @@ def _is_bounded(space: Any) -> bool:
 
 
 def _bounds(space: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bounds of a Box, widened by a part of the larger one."""
+    """Returns the bounds of a Box, widened by `tolerance` times the larger one."""
     low, high = space.low, space.high
     if not tolerance:
         return low, high
@@ -317,7 +316,7 @@ def _bounds(space: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     scale = np.maximum(
         np.abs(np.where(np.isfinite(low), low, 0)), np.abs(np.where(np.isfinite(high), high, 0))
     )
-    # Of a bound at 0 with no other nothing is known.
+    # A single bound at 0 tells nothing about the scale.
     scale = np.where(scale == 0, 1, scale)
     return low - tolerance * scale, high + tolerance * scale
 
@@ -327,13 +326,13 @@ def _array_text(array: Any) -> str:
 
 
 def _value_text(value: Any) -> str:
-    """Returns what came instead of what was declared, in a few words."""
+    """Describes in a few words what was returned instead of what was declared."""
     if isinstance(value, np.ndarray):
         return _array_text(value)
     if isinstance(value, np.generic):
         return f'{value.dtype} {value}'
     if isinstance(value, list | tuple):
-        with contextlib.suppress(ValueError):  # Rows that differ in length are no array.
+        with contextlib.suppress(ValueError):  # Rows of different lengths are not an array.
             return f'a {type(value).__name__} of {_array_text(np.asarray(value))}'
     if value is None or isinstance(value, bool | int | float | str):
         text = repr(value)

@@ -1,4 +1,4 @@
-"""Atari games by the ids that somebody registered with Gymnasium."""
+"""Atari games under ids that users registered with Gymnasium."""
 
 import dataclasses
 import difflib
@@ -17,7 +17,7 @@ from impala.errors import LevelError
 
 
 def is_atari(entry_point: Any) -> bool:
-    """Returns whether Gymnasium's entry point, a class or its name, is that of ale_py's games."""
+    """Returns whether an entry point of Gymnasium, a class or its name, is ale_py's `AtariEnv`."""
     if not isinstance(entry_point, str):
         module, name = (getattr(entry_point, each, '') for each in ('__module__', '__qualname__'))
         entry_point = f'{module}:{name}'
@@ -25,7 +25,7 @@ def is_atari(entry_point: Any) -> bool:
 
 
 def is_registered_by_ale_py(registered: Any) -> bool:
-    """Returns whether a registration is the package's own, of which only the game counts."""
+    """Returns whether ale_py itself registered an id; then only the game of the id counts."""
     settings = dict(registered.kwargs)
     name = str(settings.pop('game', '')).title().replace('_', '')
     return (
@@ -56,7 +56,7 @@ def is_registered_by_ale_py(registered: Any) -> bool:
 def create_registered_atari_environment(
     level_name: str, registered: Any, seed: int, config: EnvironmentConfig
 ) -> AtariEnvironment:
-    """Makes the game of an id that somebody registered for `ale_py.AtariEnv`.
+    """Creates the game of an id that a user registered for `ale_py.AtariEnv`.
 
     Flags take precedence over the registration. A `frameskip` of 1 leaves it to the preprocessing
     to repeat actions, as in Gymnasium's `AtariPreprocessing`, which accepts nothing else. The id
@@ -69,7 +69,7 @@ def create_registered_atari_environment(
       config: see `EnvironmentConfig`.
 
     Raises:
-      LevelError: the registration asks for what the preprocessing of Atari games does not have.
+      LevelError: the preprocessing of Atari games does not support the registration.
     """
     if registered.additional_wrappers:
         raise LevelError(
@@ -116,7 +116,7 @@ def create_registered_atari_environment(
 
 
 class _Settings:
-    """The keyword arguments of a registration, taken one after another."""
+    """The keyword arguments of a registration, read one after another."""
 
     def __init__(self, level_name: str, kwargs: Mapping[str, Any]) -> None:
         self._level_name = level_name
@@ -133,12 +133,12 @@ class _Settings:
 
         Args:
           name: of the setting.
-          default: if the registration does not have it.
-          is_right: whether a value can be played.
-          why_wrong: ends the sentence about a value that cannot be.
+          default: returned if the registration leaves the setting out.
+          is_right: whether a value is supported.
+          why_wrong: ends the sentence about a value that is not.
 
         Raises:
-          LevelError: the value cannot be played.
+          LevelError: the value is not supported.
         """
         value = self._left.pop(name, default)
         if not is_right(value):
@@ -149,7 +149,7 @@ class _Settings:
         """Returns the name of the game's ROM.
 
         Raises:
-          LevelError: there is no game, or none of this name.
+          LevelError: the registration has no game, or no game has this name.
         """
         if 'game' not in self._left:
             raise LevelError(
@@ -166,7 +166,11 @@ class _Settings:
         return game
 
     def check_the_rest(self) -> None:
-        """Raises a `LevelError` for a setting left that asks for more than the preprocessing."""
+        """Checks the settings that were not taken.
+
+        Raises:
+          LevelError: the preprocessing does not support one of them.
+        """
         played = {
             'obs_type': ('grayscale',),
             'continuous': (False,),

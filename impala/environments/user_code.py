@@ -1,4 +1,4 @@
-"""Code of the user's own: its import, and its failures in a sentence."""
+"""The user's own code: how it is imported, and a sentence for each of its failures."""
 
 import importlib
 import os
@@ -7,8 +7,8 @@ from typing import Any
 
 from impala.errors import LevelError
 
-# Raised by code that is wrong and stays so. Others may come from the machine or from a seed: after
-# these an actor is started again.
+# Errors of code that is wrong and will fail again. Others may come from the machine or from a seed:
+# after those, a new actor starts.
 MISTAKES = (ImportError, TypeError, AttributeError, NameError)
 HOW_TO_NAME_ONES_OWN = (
     'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
@@ -17,7 +17,11 @@ HOW_TO_NAME_ONES_OWN = (
 
 
 def import_module(level_name: str, module_name: str) -> Any:
-    """Imports the module that a level is in; whatever goes wrong in it is a `LevelError`."""
+    """Imports the module that defines a level.
+
+    Raises:
+      LevelError: the import failed, for whatever reason.
+    """
     if not module_name:
         raise LevelError(
             f'{level_name!r} names no Python module in front of its colon: {HOW_TO_NAME_ONES_OWN}.'
@@ -34,11 +38,11 @@ def import_module(level_name: str, module_name: str) -> Any:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Returns the kind and the words of an error in somebody else's code, and where it is."""
+    """Returns the type, text and place of an error in the user's code, on one line."""
     text = f'{type(error).__name__}: {one_line(error).removesuffix(".")}'
-    # Gymnasium raises some anew, with other words.
+    # Gymnasium raises some errors again with another text.
     cause = error.__cause__ or error
-    # Those of Python's own import and of this package lead there, and say nothing.
+    # Frames of Python's import system and of this package say nothing about the user's code.
     places = [
         f'{os.path.basename(frame.filename)}, line {frame.lineno}'
         for frame in traceback.extract_tb(cause.__traceback__)
@@ -46,9 +50,10 @@ def describe_failure(error: BaseException) -> str:
         and frame.filename != importlib.__file__
         and os.path.dirname(frame.filename) != os.path.dirname(__file__)
     ]
-    # The text of a syntax error has its place.
+    # The text of a syntax error includes its place.
     return f'{text} ({places[-1]})' if places and not isinstance(error, SyntaxError) else text
 
 
 def one_line(error: BaseException) -> str:
+    """Returns the text of an error without its line breaks."""
     return ' '.join(str(error).split())

@@ -1,4 +1,4 @@
-"""ViZDoom through Gymnasium, with a process that ends with its actor."""
+"""ViZDoom through Gymnasium, in a process that ends with its actor."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ from impala.trajectory import EpisodeEnd
 
 
 class VizdoomEnvironment(GymnasiumEnvironment):
-    """A ViZDoom environment of Gymnasium, which plays in a process of its own.
+    """A ViZDoom environment of Gymnasium, which runs the game in another process.
 
-    Left to itself, that process outlives an actor that is killed, as do its shared memory objects,
-    and it writes its settings to the current folder. Here it runs in a temporary folder, ends with
-    the process that started it (where `setpriv` of util-linux is installed) and the names of its
-    shared memory are removed as soon as both sides have it open.
+    By default that process and its shared memory outlive an actor that is killed, and it writes its
+    settings to the current folder. Here it runs in a temporary folder and ends with the process
+    that started it (if `setpriv` of util-linux is installed), and the names of its shared memory
+    are removed as soon as both sides have opened it.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class VizdoomEnvironment(GymnasiumEnvironment):
         launcher = os.path.join(self._folder, 'vizdoom')
         die_with_parent = 'setpriv --pdeathsig KILL' if shutil.which('setpriv') else ''
         with open(launcher, 'w', encoding='utf-8') as file:
-            # Ctrl-C reaches the whole group of processes, and it is ours to end this one.
+            # Ctrl-C reaches the whole process group, but only the actor may end the game.
             file.write(
                 f"#!/bin/sh\ntrap '' INT\ncd {shlex.quote(self._folder)} || exit\n"
                 f'exec {die_with_parent} {shlex.quote(program)} "$@"\n'
             )
         os.chmod(launcher, 0o700)
-        # The folder may be on a file system from which nothing may be executed.
+        # The folder may be on a file system mounted with noexec.
         if os.access(program, os.X_OK) and os.access(launcher, os.X_OK):
             env.unwrapped.game.set_vizdoom_path(launcher)
 
@@ -70,8 +70,8 @@ class VizdoomEnvironment(GymnasiumEnvironment):
         return super().step(action)
 
     def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
-        # It repeats by itself; to the interface that is one step.
+        # ViZDoom repeats actions by itself, so the base class counts one frame per step.
         tic = self._env.unwrapped.game.get_episode_time()
         self.last_action_frames = tic - self._first_tic
-        # ViZDoom calls an episode that ran out of time both.
+        # ViZDoom reports an episode that ran out of time as both.
         return EpisodeEnd.TRUNCATED if truncated else EpisodeEnd.TERMINATED

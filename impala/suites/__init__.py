@@ -1,10 +1,10 @@
-"""Suites of levels, as data: what `--level_name` stands for, with human and random scores.
+"""Suites of levels as data: what `--level_name` means, with human and random scores.
 
-`dmlab30` and `atari57` are the CSV files beside this module. A file of the user's own has the same
-columns: `level`, `random` and `human`, and if need be `test_level` (the level that is played in
-test mode, where that is another one). Any further column holds published scores under its name.
+`dmlab30` and `atari57` are the CSV files next to this module. A user's own file has the same
+columns: `level`, `random`, `human` and optionally `test_level` (the level that test mode plays, if
+it is another one). Each further column holds the scores of a published agent of that name.
 
-Actor processes may import this module: it knows no TensorFlow.
+Actor processes may import this module: it never imports TensorFlow.
 """
 
 import csv
@@ -25,10 +25,10 @@ class Level:
     """A level and what others score in it.
 
     Attributes:
-      name: as `environments.create_environment` takes it.
-      test_name: of the level that tests are played in.
-      random: mean return of random actions, None where it is not known.
-      human: mean return of a human, None where it is not known.
+      name: as in `environments.create_environment`.
+      test_name: name of the level that test mode plays.
+      random: mean return of random actions; None if unknown.
+      human: mean return of a human; None if unknown.
       published: name of an agent -> its mean return.
     """
 
@@ -50,8 +50,8 @@ class Suite:
 
     Attributes:
       name: `'dmlab30'`, `'atari57'`, the name of a file without its ending, or `''` for a level or
-        a list of levels that has no name.
-      levels: at least one; no two of the same name.
+        a list of levels.
+      levels: at least one, all with different names.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Suite:
 
     @property
     def level_names(self) -> tuple[str, ...]:
-        """Of all levels, in their order."""
+        """The names of all levels, in order."""
         return tuple(level.name for level in self.levels)
 
     @property
@@ -68,9 +68,9 @@ class Suite:
         return all(level.has_scores for level in self.levels)
 
     def for_testing(self) -> 'Suite':
-        """Returns the suite of what is played in test mode.
+        """Returns the suite that test mode plays.
 
-        Levels that were named one by one are taken at their word.
+        A list of levels stays as it is.
         """
         if not self.name:
             return self
@@ -79,19 +79,19 @@ class Suite:
 
 
 def packaged_suites() -> list[str]:
-    """Returns the names of the suites that come with this package."""
+    """Returns the names of the suites in this package."""
     return sorted(file[:-4] for file in os.listdir(_FOLDER) if file.endswith('.csv'))
 
 
 def load(level_name: str) -> Suite:
-    """Returns what a `--level_name` stands for.
+    """Returns the suite that a `--level_name` means.
 
     Args:
-      level_name: of a packaged suite, a path that ends in `.csv`, a level, or several of them with
-        commas between.
+      level_name: a packaged suite, a path that ends in `.csv`, a level, or several levels separated
+        by commas.
 
     Raises:
-      LevelError: one sentence; the file is missing or has a mistake, or a level is named twice.
+      LevelError: the file is missing or has a mistake, or a level is named twice.
     """
     packaged = packaged_suites()
     if level_name in packaged:
@@ -121,7 +121,7 @@ def load(level_name: str) -> Suite:
 
 
 def known_level(name: str) -> Level:
-    """Returns a level with its scores if a packaged suite has it, else without."""
+    """Returns a level, with its scores if it is in a packaged suite."""
     for suite in packaged_suites():
         for level in read(os.path.join(_FOLDER, f'{suite}.csv')).levels:
             if name in (level.name, level.test_name):
@@ -133,11 +133,11 @@ def read(path: str) -> Suite:
     """Reads a suite from a CSV file.
 
     Raises:
-      LevelError: one sentence that names the file, the line and what is wrong with it.
+      LevelError: the file is missing or has a mistake; the text names the line.
     """
     levels = []
     try:
-        # Spreadsheets begin a file with a byte-order mark.
+        # Files from spreadsheets begin with a byte-order mark.
         with open(path, encoding='utf-8-sig', newline='') as file:
             reader = csv.DictReader(file)
             columns = reader.fieldnames or ()
@@ -159,7 +159,7 @@ def read(path: str) -> Suite:
     _refuse_repetition([level.name for level in levels], f'The suite {path}')
     tested: dict[str, str] = {}
     for level in levels:
-        # Their episodes would be those of one level.
+        # Otherwise the episodes of both would be mixed.
         other = tested.setdefault(level.test_name, level.name)
         if other != level.name:
             raise LevelError(

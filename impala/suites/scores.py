@@ -1,8 +1,8 @@
 """Scores of levels and suites: human-normalised, with and without a cap, with intervals.
 
 Espeholt et al. 2018, section 5.3: the score of a level is human-normalised, `100 * (mean return -
-random) / (human - random)`. On DMLab-30 it is capped at 100 for each level before the mean over
-levels is taken; on Atari-57 it is the median that is reported.
+random) / (human - random)`. For DMLab-30 the score of each level is capped at 100 before the mean
+over levels is taken; for Atari-57 the median is reported.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from impala.suites import Level
 CAP = 100.0
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# With more, memory and time of resampling grow, and means are normally distributed anyway.
+# With more, resampling takes more memory and time, and means are normally distributed anyway.
 _MAX_RESAMPLED_EPISODES = 2000
 
 
 class ScoreError(Exception):
-    """There is no score; the text is one sentence that names the level."""
+    """A score cannot be computed; the text is one sentence that names the level."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class SuiteScore:
 
     Attributes:
       mean_no_cap: mean over levels.
-      mean_cap_100: the same, of levels above 100 as if they had 100.
+      mean_cap_100: mean over levels, each capped at 100.
       median_no_cap: median over levels.
-      median_cap_100: see `mean_cap_100`.
+      median_cap_100: median over levels, each capped at 100.
     """
 
     mean_no_cap: float
@@ -42,10 +42,10 @@ class SuiteScore:
 
 
 def human_normalized(value: float, level: Level) -> float:
-    """Returns a mean return in percent: 0 is that of random actions, 100 a human's.
+    """Returns a mean return in percent: 0 for random actions, 100 for a human.
 
     Raises:
-      ScoreError: random or human score of the level is not known.
+      ScoreError: the random or human score of the level is unknown.
     """
     if level.random is None or level.human is None:
         raise ScoreError(f'The random and human scores of the level {level.name} are not known.')
@@ -56,7 +56,7 @@ def mean_return(returns: Sequence[float], level_name: str) -> float:
     """Returns the mean of a level's episode returns.
 
     Raises:
-      ScoreError: there are none.
+      ScoreError: there are no episodes.
     """
     if not len(returns):
         raise ScoreError(f'The level {level_name} has no episode: its list of returns is empty.')
@@ -69,11 +69,11 @@ def normalized_levels(
     """Returns the human-normalised percentage of every level.
 
     Args:
-      returns: level name -> returns of its episodes; others than `levels` are left out.
+      returns: level name -> returns of its episodes; levels not in `levels` are ignored.
       levels: of the suite.
 
     Raises:
-      ScoreError: a level is missing, has no episode, or no known random and human score.
+      ScoreError: a level is missing, has no episode, or has no random or human score.
     """
     missing = [level.name for level in levels if level.name not in returns]
     if missing:
@@ -85,7 +85,7 @@ def normalized_levels(
 
 
 def suite_score(returns: Mapping[str, Sequence[float]], levels: Sequence[Level]) -> SuiteScore:
-    """Sums a suite up; see `normalized_levels` for arguments and errors."""
+    """Returns the score of a suite; see `normalized_levels` for arguments and errors."""
     if not levels:
         raise ScoreError('A suite without levels has no score.')
     values = list(normalized_levels(returns, levels).values())
@@ -99,10 +99,10 @@ def suite_score(returns: Mapping[str, Sequence[float]], levels: Sequence[Level])
 
 
 def mean_interval(returns: Sequence[float]) -> tuple[float, float] | None:
-    """Returns the 95% interval of a mean; None of fewer than two episodes.
+    """Returns the 95% bootstrap interval of a mean; None if there are fewer than two episodes.
 
-    It is a bootstrap interval; of more than 2,000 episodes, what such intervals tend to then: the
-    mean plus or minus 1.96 standard errors.
+    For more than 2,000 episodes it is the limit of such intervals: the mean plus or minus 1.96
+    standard errors.
     """
     if len(returns) < 2:
         return None
@@ -112,7 +112,7 @@ def mean_interval(returns: Sequence[float]) -> tuple[float, float] | None:
         mean, error = _mean_and_error(np.asarray(returns, np.float64))
         reach = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * error
         return mean - reach, mean + reach
-    # Taking a second to import, and only needed once something has been played.
+    # The import takes a second, and is needed only after episodes were played.
     from scipy import stats
 
     low, high = stats.bootstrap(
@@ -129,12 +129,12 @@ def mean_interval(returns: Sequence[float]) -> tuple[float, float] | None:
 def suite_intervals(
     returns: Mapping[str, Sequence[float]], levels: Sequence[Level]
 ) -> dict[str, tuple[float, float]] | None:
-    """Returns the 95% intervals of a suite's scores: what other episodes would have made of them.
+    """Returns the 95% bootstrap intervals of a suite's scores.
 
-    Episodes are resampled within each level, since the levels are given and not chosen by chance.
+    Episodes are resampled within each level: the levels themselves are fixed, not a sample.
 
     Args:
-      returns: as of `suite_score`, which is to be called before: it finds what is missing.
+      returns: as in `suite_score`, which must be called first because it checks them.
       levels: of the suite.
 
     Returns:
@@ -167,5 +167,5 @@ def suite_intervals(
 
 
 def _mean_and_error(returns: np.ndarray) -> tuple[float, float]:
-    """Returns the mean and its standard error, as far as the bootstrap knows it."""
+    """Returns the mean and its standard error (ddof=0, as in a bootstrap)."""
     return float(returns.mean()), float(returns.std()) / len(returns) ** 0.5

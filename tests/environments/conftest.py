@@ -8,10 +8,7 @@ import gymnasium
 import pytest
 from playing import STAND_IN
 
-from impala.environments import (
-    EnvironmentConfig,
-    create_environment,
-)
+from impala.environments import EnvironmentConfig, create_environment
 
 gymnasium.register_envs(ale_py)
 

@@ -6,10 +6,7 @@ import gymnasium
 import pytest
 from playing import run_python
 
-from impala.environments import (
-    EnvironmentConfig,
-    create_environment,
-)
+from impala.environments import EnvironmentConfig, create_environment
 from impala.errors import LevelError
 
 

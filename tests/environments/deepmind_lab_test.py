@@ -12,10 +12,7 @@ from level_maps import maps_in
 from playing import play, random_actions, run_python, same
 
 from impala import suites
-from impala.environments import (
-    EnvironmentConfig,
-    create_environment,
-)
+from impala.environments import EnvironmentConfig, create_environment
 from impala.errors import LevelError
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 

@@ -7,10 +7,7 @@ import gymnasium
 import pytest
 from playing import play, random_actions, same
 
-from impala.environments import (
-    EnvironmentConfig,
-    create_environment,
-)
+from impala.environments import EnvironmentConfig, create_environment
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 

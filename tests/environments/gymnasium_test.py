@@ -6,11 +6,7 @@ import numpy as np
 import pytest
 from playing import random_actions
 
-from impala.environments import (
-    DeclarationError,
-    EnvironmentConfig,
-    create_environment,
-)
+from impala.environments import DeclarationError, EnvironmentConfig, create_environment
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
 from impala.trajectory import EpisodeEnd

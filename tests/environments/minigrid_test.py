@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 from playing import play, random_actions
 
-from impala.environments import (
-    DeclarationError,
-    EnvironmentConfig,
-)
+from impala.environments import DeclarationError, EnvironmentConfig
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
 from impala.trajectory import ArraySpec, EpisodeEnd

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from playing import play, random_actions
 
-from impala.environments import (
-    create_environment,
-)
+from impala.environments import create_environment
 from impala.errors import LevelError
 from impala.trajectory import EpisodeEnd
 

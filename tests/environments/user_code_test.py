@@ -5,9 +5,7 @@ import pathlib
 import pytest
 
 import impala.environments
-from impala.environments import (
-    create_environment,
-)
+from impala.environments import create_environment
 from impala.environments.user_code import describe_failure
 from impala.errors import LevelError
 

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from playing import ROOT, play, random_actions
 
-from impala.environments import (
-    create_environment,
-)
+from impala.environments import create_environment
 from impala.errors import LevelError
 from impala.trajectory import EpisodeEnd
 
