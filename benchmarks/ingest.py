@@ -31,10 +31,10 @@ import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
-from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection, LearnerServer
 from impala.networks.agent import Agent, AgentConfig
-from impala.trajectory import ArraySpec, EnvironmentSpec
+from impala.trajectory import ArraySpec, EnvironmentSpec, UnrollArray
 
 FRAME = (72, 96, 3)
 NUM_ACTIONS = 9
@@ -49,23 +49,23 @@ with socket.create_connection(('localhost', int(sys.argv[1]))) as connection:
 """
 
 
-def components(unroll_length: int) -> list[Component]:
+def components(unroll_length: int) -> list[UnrollArray]:
     """Returns the arrays of an unroll of the deep network in DeepMind Lab."""
     rows = (unroll_length + 1,)
     return [
-        Component('policy_version', (), 'int64', time_major=False, low=0),
-        Component('level_id', (), 'int32', time_major=False, low=0, high=29),
-        Component('hidden', (256,), 'float32', time_major=False),
-        Component('cell', (256,), 'float32', time_major=False),
-        Component('reward', rows, 'float32'),
-        Component('episode_return', rows, 'float32'),
-        Component('episode_step', rows, 'int32', low=0),
-        Component('episode_frames', rows, 'int32', low=0),
-        Component('end', rows, 'uint8', high=3),
-        Component('frame', (*rows, *FRAME), 'uint8'),
-        Component('action', rows, 'int32', low=0, high=NUM_ACTIONS - 1),
-        Component('policy_logits', (*rows, NUM_ACTIONS), 'float32'),
-        Component('baseline', rows, 'float32'),
+        UnrollArray((), 'int64', 'policy_version', time_major=False, low=0),
+        UnrollArray((), 'int32', 'level_id', time_major=False, low=0, high=29),
+        UnrollArray((256,), 'float32', 'hidden', time_major=False),
+        UnrollArray((256,), 'float32', 'cell', time_major=False),
+        UnrollArray(rows, 'float32', 'reward'),
+        UnrollArray(rows, 'float32', 'episode_return'),
+        UnrollArray(rows, 'int32', 'episode_step', low=0),
+        UnrollArray(rows, 'int32', 'episode_frames', low=0),
+        UnrollArray(rows, 'uint8', 'end', high=3),
+        UnrollArray((*rows, *FRAME), 'uint8', 'frame'),
+        UnrollArray(rows, 'int32', 'action', low=0, high=NUM_ACTIONS - 1),
+        UnrollArray((*rows, NUM_ACTIONS), 'float32', 'policy_logits'),
+        UnrollArray(rows, 'float32', 'baseline'),
     ]
 
 

@@ -33,12 +33,11 @@ import tabulate
 
 from benchmarks import machine, stages
 from benchmarks.ingest import SEND_BYTES
-from impala.cluster.exchange import Component
 from impala.cluster.remote_replay import RemoteReplay
 from impala.experience.batch import unroll_components
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay, unroll_nbytes
-from impala.trajectory import ArraySpec, EnvironmentSpec
+from impala.trajectory import ArraySpec, EnvironmentSpec, UnrollArray
 
 _CAPACITY = 500
 _LSTM_STATE = [ArraySpec((256,), 'float32')] * 2
@@ -108,7 +107,7 @@ def _unrolls(
     unroll_length: int,
     size: int,
     stack: str | None,
-) -> tuple[list[Component], list[np.ndarray]]:
+) -> tuple[list[UnrollArray], list[np.ndarray]]:
     """Returns the arrays of an unroll, and this many unrolls."""
     spec = EnvironmentSpec(observation, num_actions, 4)
     # Two levels, as random numbers below are 0 and 1.
@@ -238,7 +237,7 @@ def _measure_sockets(seconds: float) -> float:
     return received / elapsed / 1e6
 
 
-def _random(component: Component, size: int, is_stack: bool) -> np.ndarray:
+def _random(component: UnrollArray, size: int, is_stack: bool) -> np.ndarray:
     """Returns this many unrolls of random bytes, optionally as stacks of the last frames."""
     random = np.random.default_rng(0)
     shape = list(component.shape)

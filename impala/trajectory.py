@@ -105,6 +105,37 @@ class ArraySpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnrollArray(ArraySpec):
+    """One of the arrays that an unroll consists of.
+
+    `shape` includes the time dimension; `dtype` is a float, an integer of up to 63 bits or bool.
+
+    Attributes:
+      name: for error messages.
+      time_major: whether the first dimension is time, so that batches are `[T+1, B, ...]`; they are
+        `[B, ...]` otherwise.
+      low: least valid value of an integer; None is that of the type.
+      high: greatest valid value of an integer, inclusive; None is that of the type.
+    """
+
+    name: str
+    time_major: bool = True
+    low: int | None = None
+    high: int | None = None
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and greatest valid value; zeros for floats and bool, which have none."""
+        if not np.issubdtype(np.dtype(self.dtype), np.integer):
+            return 0, 0
+        limits = np.iinfo(self.dtype)
+        return (
+            int(limits.min) if self.low is None else self.low,
+            int(limits.max) if self.high is None else self.high,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class EnvironmentSpec:
     """What the agent needs to know of an environment.
 

@@ -13,14 +13,15 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection, LearnerServer
+from impala.trajectory import UnrollArray
 
 COMPONENTS = [
-    Component('version', (), 'int64', time_major=False, low=0),
-    Component('number', (), 'int32', time_major=False, low=0),
-    Component('reward', (5, 2), 'float32'),
-    Component('frame', (5, 300, 400, 3), 'uint8'),
+    UnrollArray((), 'int64', 'version', time_major=False, low=0),
+    UnrollArray((), 'int32', 'number', time_major=False, low=0),
+    UnrollArray((5, 2), 'float32', 'reward'),
+    UnrollArray((5, 300, 400, 3), 'uint8', 'frame'),
 ]
 
 

@@ -14,44 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.op_library import load_ops
+from impala.trajectory import UnrollArray
 
 _ops = load_ops('impala.cluster')
 
 INBOX = 'unrolls'
 BOARD = 'weights'
-
-
-@dataclasses.dataclass(frozen=True)
-class Component:
-    """One of the arrays that an unroll consists of.
-
-    Attributes:
-      name: for error messages.
-      shape: in one unroll, its time dimension included.
-      dtype: NumPy dtype name of a float, an integer of up to 63 bits or bool.
-      time_major: whether the first dimension is time, so that batches are `[T+1, B, ...]`; they are
-        `[B, ...]` otherwise.
-      low: least valid value of an integer; None is that of the type.
-      high: greatest valid value of an integer, inclusive; None is that of the type.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    time_major: bool = True
-    low: int | None = None
-    high: int | None = None
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """Least and greatest valid value; zeros where there is no such thing."""
-        if not np.issubdtype(tf.as_dtype(self.dtype).as_numpy_dtype, np.integer):
-            return 0, 0
-        limits = np.iinfo(self.dtype)
-        return (
-            int(limits.min) if self.low is None else self.low,
-            int(limits.max) if self.high is None else self.high,
-        )
 
 
 class Batch(NamedTuple):
@@ -141,7 +109,7 @@ class UnrollInbox:
     def __init__(
         self,
         capacity: int,
-        components: Sequence[Component],
+        components: Sequence[UnrollArray],
         version_component: str,
         name: str = INBOX,
     ):

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.exchange import Component
 from impala.cluster.replay_job import (
     BOARD,
     PROTOCOL,
@@ -43,6 +42,7 @@ from impala.cluster.transport import (
 from impala.config import ConfigError
 from impala.experience.replay import Packing
 from impala.learning.learner import LearnerConfig
+from impala.trajectory import UnrollArray
 
 # For a batch, the learner waits for all shards together for so many seconds at most.
 _PATIENCE_SECONDS = 1.0
@@ -80,7 +80,7 @@ class RemoteReplay:
 
     def __init__(
         self,
-        components: Sequence[Component],
+        components: Sequence[UnrollArray],
         stack: str | None,
         level_names: Sequence[str],
         run_id: str,

@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import ReplayServer, warn_of_network
 from impala.experience.replay import Replay, aligned
 from impala.memory import room_bytes
 from impala.runs.stop_signal import StopSignal
+from impala.trajectory import UnrollArray
 
 # Changes when a learner and a replay job of two versions could misunderstand each other.
 PROTOCOL = 2
@@ -44,8 +45,8 @@ BOARD = 'replay'
 REQUESTS = 'replay requests'
 _TEXT_BYTES = 1 << 17
 REQUEST_COMPONENTS = [
-    Component('version', (), 'int64', False),
-    Component('text', (_TEXT_BYTES,), 'uint8', False),
+    UnrollArray((), 'int64', 'version', False),
+    UnrollArray((_TEXT_BYTES,), 'uint8', 'text', False),
 ]
 # Unrolls that have come in or been drawn, and wait.
 _NUM_WAITING = 8
@@ -69,7 +70,7 @@ class Layout:
     """
 
     level_names: tuple[str, ...]
-    components: tuple[Component, ...]
+    components: tuple[UnrollArray, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `from_json` reads."""
@@ -84,7 +85,7 @@ class Layout:
         return cls(
             tuple(values['level_names']),
             tuple(
-                Component(**component | {'shape': tuple(component['shape'])})
+                UnrollArray(**component | {'shape': tuple(component['shape'])})
                 for component in values['components']
             ),
         )

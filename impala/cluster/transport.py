@@ -24,7 +24,8 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.op_library import load_ops
-from impala.cluster.exchange import BOARD, INBOX, Component, Reservation
+from impala.cluster.exchange import BOARD, INBOX, Reservation
+from impala.trajectory import UnrollArray
 
 _ops = load_ops('impala.cluster')
 
@@ -153,7 +154,7 @@ class Connection:
     def __init__(
         self,
         address: str,
-        components: Sequence[Component] = (),
+        components: Sequence[UnrollArray] = (),
         weights: Sequence[tf.TensorSpec] = (),
         deadline_seconds: float = 10.0,
         inbox: str = INBOX,

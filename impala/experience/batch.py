@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.exchange import Component
 from impala.experience.loading import Batch
 from impala.trajectory import (
     INSTRUCTION_BUCKETS,
@@ -17,6 +16,7 @@ from impala.trajectory import (
     EpisodeEnd,
     StepOutput,
     StepOutputInfo,
+    UnrollArray,
 )
 
 
@@ -42,7 +42,7 @@ Mix = Callable[[Callable[[int], UnrollBatch]], UnrollBatch]
 
 def unroll_components(
     spec: EnvironmentSpec, state_spec: Any, unroll_length: int, num_levels: int
-) -> list[Component]:
+) -> list[UnrollArray]:
     """Returns what an unroll consists of on its way to the learner.
 
     In order: level id, policy version, recurrent state at the start, the rows of `StepOutput`
@@ -57,14 +57,14 @@ def unroll_components(
     rows = unroll_length + 1
 
     def row(name: str, array: ArraySpec, low: int | None = None, high: int | None = None):
-        return Component(name, (rows, *array.shape), array.dtype, True, low, high)
+        return UnrollArray((rows, *array.shape), array.dtype, name, True, low, high)
 
     highest = {'instruction': INSTRUCTION_BUCKETS - 1}
     return [
-        Component('level_id', (), 'int32', False, 0, num_levels - 1),
-        Component('policy_version', (), 'int64', False, 0),
+        UnrollArray((), 'int32', 'level_id', False, 0, num_levels - 1),
+        UnrollArray((), 'int64', 'policy_version', False, 0),
         *[
-            Component(f'state_{i}', state.shape, state.dtype, False)
+            UnrollArray(state.shape, state.dtype, f'state_{i}', False)
             for i, state in enumerate(tf.nest.flatten(state_spec))
         ],
         row('reward', ArraySpec((), 'float32')),

@@ -14,15 +14,15 @@ from typing import Protocol
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.exchange import Component
 from impala.experience.batch import UnrollBatch, batch_components, batch_of_components
 from impala.experience.replay import aligned
+from impala.trajectory import UnrollArray
 
 
 class Unrolls(Protocol):
     """Where unrolls are kept, as in `impala.experience.replay.Replay`, which says what they do."""
 
-    components: list[Component]
+    components: list[UnrollArray]
 
     @property
     def description(self) -> str: ...

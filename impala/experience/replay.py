@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from impala.cluster.exchange import Component
+from impala.trajectory import UnrollArray
 
 # Bytes at whose multiples an array must begin if TensorFlow is to use it without a copy.
 _ALIGNMENT = 64
@@ -35,7 +35,7 @@ class Packing:
       packed: of an unroll that is packed; time is a dimension like others there.
     """
 
-    def __init__(self, components: Sequence[Component], stack: str | None = None):
+    def __init__(self, components: Sequence[UnrollArray], stack: str | None = None):
         """Finds out what is to be kept.
 
         Args:
@@ -56,7 +56,7 @@ class Packing:
             self.packed[self._stack] = dataclasses.replace(
                 self.packed[self._stack], shape=(rows + size - 1, *frame)
             )
-            self.packed.append(Component(f'{stack}_begins', (rows,), 'bool', False))
+            self.packed.append(UnrollArray((rows,), 'bool', f'{stack}_begins', False))
             # Of two rows as bytes, one of them moved on by a byte, all but the newest frame's are
             # the same if the one is the other moved on by a frame.
             num_bytes = math.prod(frame) * size - 1
@@ -159,7 +159,7 @@ class Replay:
     """
 
     def __init__(
-        self, components: Sequence[Component], capacity: int, seed: Any, stack: str | None = None
+        self, components: Sequence[UnrollArray], capacity: int, seed: Any, stack: str | None = None
     ):
         """Sets memory aside, of which the system gives out what is written to.
 
@@ -252,7 +252,7 @@ class Replay:
         return [store[slot, ...] for store in self._stores]
 
 
-def unroll_nbytes(components: Sequence[Component], stack: str | None = None) -> int:
+def unroll_nbytes(components: Sequence[UnrollArray], stack: str | None = None) -> int:
     """Returns the bytes of one stored unroll; arguments as of `Packing`."""
     return Packing(components, stack).nbytes
 

@@ -14,20 +14,21 @@ import tensorflow as tf
 from tensorflow.python.eager import cancellation
 from threads import start
 
-from impala.cluster.exchange import Component, UnrollInbox, WeightsBoard
+from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.learning.optimizers.rmsprop import RMSProp
+from impala.trajectory import UnrollArray
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.
 T, H, W = 3, 4, 5
 COMPONENTS = [
-    Component('policy_version', (), 'int64', time_major=False, low=0),
-    Component('level_id', (), 'int32', time_major=False, low=0, high=2),
-    Component('state', (6,), 'float32', time_major=False),
-    Component('frame', (T + 1, H, W), 'uint8'),
-    Component('reward', (T + 1,), 'float32'),
-    Component('end', (T + 1,), 'uint8', high=3),
-    Component('half', (T + 1, 2), 'float16'),
-    Component('done', (T + 1,), 'bool'),
+    UnrollArray((), 'int64', 'policy_version', time_major=False, low=0),
+    UnrollArray((), 'int32', 'level_id', time_major=False, low=0, high=2),
+    UnrollArray((6,), 'float32', 'state', time_major=False),
+    UnrollArray((T + 1, H, W), 'uint8', 'frame'),
+    UnrollArray((T + 1,), 'float32', 'reward'),
+    UnrollArray((T + 1,), 'uint8', 'end', high=3),
+    UnrollArray((T + 1, 2), 'float16', 'half'),
+    UnrollArray((T + 1,), 'bool', 'done'),
 ]
 NAMES = [component.name for component in COMPONENTS]
 _names = (f'inbox {number}' for number in itertools.count())
@@ -162,7 +163,7 @@ def test_take_in_a_function_knows_its_shapes():
 
 def test_batches_of_large_unrolls_from_many_threads():
     rows, size = 21, 40_000
-    components = [COMPONENTS[0], Component('frame', (rows, size), 'uint8')]
+    components = [COMPONENTS[0], UnrollArray((rows, size), 'uint8', 'frame')]
     num_threads, each, batch_size = 4, 8, 4
     with make_inbox(3, components) as inbox:
 
@@ -307,7 +308,7 @@ def test_cancelled_put_leaves_nothing():
 
 def test_unrolls_enter_once_whenever_their_puts_are_cancelled():
     num_clients, each = 4, 30
-    with make_inbox(2, [COMPONENTS[0], Component('frame', (T + 1, 50), 'uint8')]) as inbox:
+    with make_inbox(2, [COMPONENTS[0], UnrollArray((T + 1, 50), 'uint8', 'frame')]) as inbox:
         unroll = [tf.TensorSpec([], tf.int64), tf.TensorSpec([T + 1, 50], tf.uint8)]
         scalar = tf.TensorSpec([], tf.int64)
 
@@ -404,7 +405,7 @@ def test_name_is_taken_until_its_inbox_is_closed():
 def test_components_that_make_no_sense_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match='int64 scalar'):
         UnrollInbox(1, COMPONENTS, 'level_id', next(_names))
-    scalar = Component('reward', (), 'float32', time_major=True)
+    scalar = UnrollArray((), 'float32', 'reward', time_major=True)
     with pytest.raises(tf.errors.InvalidArgumentError, match='no dimension for time'):
         UnrollInbox(1, [COMPONENTS[0], scalar], 'policy_version', next(_names))
 

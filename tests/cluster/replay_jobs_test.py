@@ -22,11 +22,12 @@ from ports import free_ports
 
 from impala.cluster import remote_replay as remote_replay_module
 from impala.cluster import replay_job
-from impala.cluster.exchange import Component, WeightsBoard
+from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
 from impala.cluster.transport import ReplayConnection, ReplayServer
 from impala.config import ConfigError
 from impala.learning.learner import LearnerConfig
+from impala.trajectory import UnrollArray
 
 PATIENCE_SECONDS = 120
 BATCH = 50
@@ -35,13 +36,13 @@ ENDLESS = '--total_environment_frames=1000000000'
 # Fresh and replayed unrolls of a batch of CARTPOLE, with this part of it.
 FRACTION, NUM_FRESH = 0.3, 8 * 0.7
 COMPONENTS = [
-    Component('level_id', (), 'int32', False, 0, 2),
-    Component('policy_version', (), 'int64', False, 0),
-    Component('state_0', (2, 3), 'float32', False),
-    Component('end', (ROWS,), 'uint8', True, 0, 3),
-    Component('frame', (ROWS, HEIGHT, WIDTH, STACKED), 'uint8'),
-    Component('flag', (ROWS, 2), 'bool'),
-    Component('reward', (ROWS,), 'float64'),
+    UnrollArray((), 'int32', 'level_id', False, 0, 2),
+    UnrollArray((), 'int64', 'policy_version', False, 0),
+    UnrollArray((2, 3), 'float32', 'state_0', False),
+    UnrollArray((ROWS,), 'uint8', 'end', True, 0, 3),
+    UnrollArray((ROWS, HEIGHT, WIDTH, STACKED), 'uint8', 'frame'),
+    UnrollArray((ROWS, 2), 'bool', 'flag'),
+    UnrollArray((ROWS,), 'float64', 'reward'),
 ]
 
 
@@ -478,7 +479,7 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
 
 def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
     one, lease = addresses[:1], 3.0
-    change = f'from impala import replay_job\nreplay_job.LEASE_SECONDS = {lease}'
+    change = f'from impala.cluster import replay_job\nreplay_job.LEASE_SECONDS = {lease}'
 
     def is_refused(run_id):
         try:

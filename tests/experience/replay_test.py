@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from impala.cluster.exchange import Component
 from impala.environments import EnvironmentConfig, create_environment
 from impala.experience.batch import (
     batch_components,
@@ -18,13 +17,13 @@ from impala.experience.batch import (
 )
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay, unroll_nbytes
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd, UnrollArray
 
 T = 20
 # An unroll that is a number, in two components: per unroll, and per row.
 NUMBERED = [
-    Component('number', (), 'int64', False),
-    Component('rows', (4, 3), 'float32'),
+    UnrollArray((), 'int64', 'number', False),
+    UnrollArray((4, 3), 'float32', 'rows'),
 ]
 
 
@@ -154,8 +153,8 @@ def atari_unrolls(game, num_unrolls, unroll_length=T, **config):
 
 def frame_components(shape):
     return [
-        Component('number', (), 'int64', False),
-        Component('frame', shape, 'uint8'),
+        UnrollArray((), 'int64', 'number', False),
+        UnrollArray(shape, 'uint8', 'frame'),
     ]
 
 

@@ -31,7 +31,7 @@ constexpr double kCyclesPerByte = 0.25;
 
 absl::Status CancelledStatus() { return absl::CancelledError("the caller was cancelled"); }
 
-TensorShape BatchShape(const Component& component, int batch_size) {
+TensorShape BatchShape(const UnrollArray& component, int batch_size) {
   TensorShape shape = component.shape;
   shape.InsertDim(component.time_major ? 1 : 0, batch_size);
   return shape;
@@ -49,7 +49,7 @@ bool AllFinite(const Tensor& tensor, Bits exponent) {
 }
 
 template <typename T>
-absl::Status CheckRange(const Component& component, const Tensor& tensor, int64_t high) {
+absl::Status CheckRange(const UnrollArray& component, const Tensor& tensor, int64_t high) {
   if (component.low <= std::numeric_limits<T>::min() && high >= std::numeric_limits<T>::max()) {
     return absl::OkStatus();
   }
@@ -66,7 +66,7 @@ absl::Status CheckRange(const Component& component, const Tensor& tensor, int64_
 }
 
 // `high` replaces that of the component.
-absl::Status CheckValues(const Component& component, const Tensor& tensor, int64_t high) {
+absl::Status CheckValues(const UnrollArray& component, const Tensor& tensor, int64_t high) {
   bool is_finite = true;
   switch (component.type) {
     case tensorflow::DT_FLOAT:
@@ -118,7 +118,7 @@ absl::Status CheckValues(const Component& component, const Tensor& tensor, int64
 
 }  // namespace
 
-UnrollInbox::UnrollInbox(std::string name, int capacity, std::vector<Component> components,
+UnrollInbox::UnrollInbox(std::string name, int capacity, std::vector<UnrollArray> components,
                          int version_component)
     : name_(std::move(name)),
       capacity_(capacity),
@@ -142,7 +142,7 @@ absl::Status UnrollInbox::Check(const Sender& sender, const std::vector<Tensor>&
                                                    components_.size()));
   }
   for (size_t i = 0; i < components_.size(); ++i) {
-    const Component& component = components_[i];
+    const UnrollArray& component = components_[i];
     if (unroll[i].dtype() != component.type || unroll[i].shape() != component.shape) {
       return absl::InvalidArgumentError(absl::StrCat(
           "component '", component.name, "' is ", DataTypeString(unroll[i].dtype()),

@@ -25,7 +25,7 @@
 namespace impala {
 
 // What all unrolls have in the same place.
-struct Component {
+struct UnrollArray {
   std::string name;
   tensorflow::DataType type;
   tensorflow::TensorShape shape;  // Of one unroll.
@@ -67,7 +67,7 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
  public:
   using Done = std::function<void()>;
 
-  UnrollInbox(std::string name, int capacity, std::vector<Component> components,
+  UnrollInbox(std::string name, int capacity, std::vector<UnrollArray> components,
               int version_component);
 
   // Puts one unroll. `done` is called as soon as it is in the queue, or was there already under
@@ -144,7 +144,7 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
 
   const std::string name_;
   const int capacity_;
-  const std::vector<Component> components_;
+  const std::vector<UnrollArray> components_;
   const int version_component_;
   std::atomic<int64_t> latest_version_{0};
   std::atomic<uint64_t> copy_nanoseconds_{0};

@@ -106,7 +106,7 @@ class UnrollInboxOp : public InboxOp {
   }
 
  private:
-  std::vector<Component> components_;
+  std::vector<UnrollArray> components_;
   int capacity_, version_component_;
 };
 
