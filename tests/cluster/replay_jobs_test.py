@@ -533,7 +533,7 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
 @pytest.mark.parametrize('method', ['add', 'sample'])
 def test_a_job_that_cannot_store_or_draw_ends(tmp_path, addresses, method):
     change = (
-        'from impala import replay\n'
+        'from impala.experience import replay\n'
         f'actual = replay.Replay.{method}\n'
         'def fail_later(self, *arguments):\n'
         '    if len(self) >= 5: raise OSError("the shelf is broken")\n'

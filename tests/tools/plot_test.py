@@ -207,7 +207,7 @@ def test_the_home_folder_has_its_short_name(tmp_path, monkeypatch):
 def test_drawing_takes_no_tensorflow(tmp_path):
     logdir = write_run(tmp_path / 'run', 1, range(5))
     code = (
-        'import sys; from impala import plot; code = plot.main(sys.argv[1:]); '
+        'import sys; from impala.tools import plot; code = plot.main(sys.argv[1:]); '
         "assert 'tensorflow' not in sys.modules; sys.exit(code)"
     )
     result = subprocess.run(
