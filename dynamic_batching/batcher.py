@@ -16,19 +16,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import auto_control_deps, auto_control_deps_utils
-from tensorflow.python.util import nest
 
 from dynamic_batching.op_library import load_ops
+from dynamic_batching.private_tensorflow import let_calls_meet, paths
 
 _ops = load_ops('dynamic_batching')
 
-# Else tf.function would run its calls of one batcher one after the other, because they share a
-# resource, and they would never meet in a batch.
-auto_control_deps_utils.register_read_only_resource_op('DynamicBatch')
-# Nor is a call what the rest of a function or of a loop's turn waits for: only who uses its results
-# does. Each answer to a call in a loop would otherwise start a task for every variable of the loop.
-auto_control_deps.ASYNC_STATEFUL_OPS |= {'DynamicBatch'}
+let_calls_meet('DynamicBatch')
 tf.no_gradient('DynamicBatch')
 
 
@@ -286,10 +280,7 @@ def _check_signature(name: str, signature: tuple[Any, Any]) -> None:
 
 def _input_names(arguments: tuple[Any, Any]) -> list[str]:
     """Returns names as `0.observation.frame` or `state.1` of what is in args and kwargs."""
-    return [
-        '.'.join(str(part) for part in path[1:])
-        for path, _ in nest.flatten_with_tuple_paths(arguments)
-    ]
+    return ['.'.join(str(part) for part in path[1:]) for path in paths(arguments)]
 
 
 def batch_fn_with_options(

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.eager import context as eager_context
 
 from impala.cluster.transport import ServerError, is_in_use, split_address
 from impala.config import ConfigError
+from impala.private_tensorflow import abort_collectives, disable_coordination_service
 from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
 from impala.trajectory import EpisodeEnd
@@ -40,6 +40,7 @@ _RETRY_SECONDS = 0.5
 _EXPLANATION_SECONDS = 5.0
 _FINISH_SECONDS = 60.0
 _LONGEST_MESSAGE = 1 << 20
+_ENDED = 'a learner has ended or was stopped'
 
 
 class LearnerGroupError(Exception):
@@ -112,9 +113,7 @@ def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.S
             f'The learner cannot listen on {workers[task]}: another process does; learners use '
             f'the port of their address + {GRADIENTS_PORT_OFFSET}.'
         )
-    # The strategy would start TensorFlow's coordination service, which takes SIGTERM for itself and
-    # has a learner hang at its end when the first one is gone. It has no public switch.
-    eager_context.context().configure_coordination_service(service_type='')
+    disable_coordination_service()
     # Its own health check says in many lines what `LearnerGroup` says in one.
     tf.get_logger().addFilter(lambda record: not record.getMessage().startswith('Cluster check'))
     try:
@@ -354,7 +353,7 @@ class LearnerGroup:
             report_to_stderr(reason)
             os._exit(1)
         stop()
-        _abort_collectives()
+        abort_collectives(_ENDED)
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._changed:
@@ -381,7 +380,7 @@ class LearnerGroup:
             self._stopped = True
             self._changed.notify_all()
         self._send({'lost': f'Learner {self._member.task} was stopped.'})
-        _abort_collectives()
+        abort_collectives(_ENDED)
 
     def explain(self, error: tf.errors.OpError) -> None:
         """Finds out, for `check`, why a step failed: usually, since another learner has ended.
@@ -564,10 +563,3 @@ class _Line:
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
-
-
-def _abort_collectives() -> None:
-    """Fails a step that waits for others, and every one to come. There is no public way."""
-    eager_context.context().abort_collective_ops(
-        tf.errors.UNAVAILABLE, 'a learner has ended or was stopped'
-    )
