@@ -16,6 +16,7 @@ test: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
 # Three processes, a file at a time: many tests wait for processes to start or to end.
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile
 
