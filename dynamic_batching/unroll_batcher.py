@@ -152,7 +152,7 @@ class UnrollBatcher:
         self._outputs = _types_and_shapes(outputs, 'output')
         self._states = _types_and_shapes(states, 'state')
         # Anonymous memory: it is gone with the last process that holds it, however that ends.
-        self.fd = os.memfd_create('impala-unrolls')
+        self.fd = os.memfd_create('unrolls')
         try:
             with tf.device('/cpu:0'):
                 self._handle = _ops.unroll_batcher(
