@@ -20,7 +20,7 @@ from impala.cluster.learner_group import (
     check_member,
     strategy_of_learners,
 )
-from impala.cluster.remote_actors import RemoteActors, run_settings
+from impala.cluster.remote_actors import RemoteActors, job_settings
 from impala.cluster.remote_replay import RemoteReplay, check_replay_jobs
 from impala.cluster.transport import warn_of_network
 from impala.config import (
@@ -47,11 +47,10 @@ from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
 from impala.runs.run_log import WAIT_STAGE, RunLog
 from impala.runs.run_settings import (
-    LATER_SETTINGS,
     check_same_network,
     check_same_run,
+    checkpoint_settings,
     counted_by,
-    learner_settings,
     network_settings,
     store_settings,
 )
@@ -127,8 +126,8 @@ def train(
         spec = workplace.common_spec(config.level_names, config.seed)
         network = choose_network(config, spec)
         if is_first:
-            settings_of_run = network_settings(network, spec) | learner_settings(config.learner)
-            check_same_network(config.logdir, settings_of_run, LATER_SETTINGS)
+            settings_of_run = checkpoint_settings(config, network, spec)
+            check_same_network(config.logdir, settings_of_run)
             check_same_run(config.logdir, counted_by(config, spec), config.allow_level_change)
         needs = memory_needs.of_learner(config, spec, network)
         if learner_address is None:
@@ -185,7 +184,7 @@ def train(
             playing = dataclasses.replace(config, seed=derived_seed(config.seed, restored_updates))
             actors = LocalActors(playing, spec, acting_agent, workplace, log.message)
         else:
-            settings = run_settings(config, network_settings(network, spec), frames_per_step)
+            settings = job_settings(config, network_settings(network, spec), frames_per_step)
             actors = RemoteActors(config, spec, agent, settings, learner_address, log.message)
             if not trusted_network:
                 warn_of_network(actors.port, log.message)

@@ -562,10 +562,10 @@ def test_a_target_network_and_popart_do_not_go_together(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'sentence'),
     [
-        ({'loss': 'appo', 'optimizer': 'adam'}, '--optimizer was not set and is now "adam"'),
+        ({'loss': 'appo', 'optimizer': 'adam'}, '--optimizer was "rmsprop" and is now "adam"'),
         (
             {'loss': 'appo', 'target_update_steps': 5},
-            r'--target_update_steps \(whether there is a target network\) was not set',
+            r'--target_update_steps \(whether there is a target network\) was false',
         ),
     ],
 )

@@ -20,7 +20,7 @@ from impala.config import ConfigError, TrainingConfig, with_common_actions
 from impala.experience.batch import flatten_unroll, unroll_components
 from impala.learning import memory_needs
 from impala.networks.agent import Agent, AgentConfig
-from impala.runs.run_settings import latent_size, network_settings, popart_levels
+from impala.runs.run_settings import flags_of, network_settings, popart_levels
 from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed
 
@@ -108,7 +108,7 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             torso=network['torso'],
             use_lstm=network['use_lstm'],
             popart_levels=popart_levels(network),
-            latent_size=latent_size(network),
+            latent_size=network['latent_size'],
         )
         # The spec is compared before it is given to a network that may not be able to serve it.
         _check_network(network_settings(agent_config, spec), network, job.learner_address)
@@ -448,7 +448,6 @@ def _agreed(
     of_the_learner = settings['network'] | {
         'unroll_length': settings['unroll_length'],
         'popart': bool(popart_levels(settings['network'])),
-        'latent_size': latent_size(settings['network']),
     }
     environment = settings['environment']
     of_the_learner |= environment | {'num_action_repeats': settings['num_action_repeats']}
@@ -483,6 +482,6 @@ def _check_network(ours: dict[str, Any], learners: dict[str, Any], address: str)
     for name in learners:
         if ours.get(name) != learners[name]:
             raise ConfigError(
-                f'This job does not fit the learner at {address}: --{name} is {ours.get(name)} '
-                f'here and {learners[name]} there.'
+                f'This job does not fit the learner at {address}: {flags_of(name)} is '
+                f'{ours.get(name)} here and {learners[name]} there.'
             )

@@ -22,6 +22,7 @@ from impala.config import ConfigError
 from impala.private_tensorflow import abort_collectives, disable_coordination_service
 from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
+from impala.runs.run_settings import flags_of
 from impala.trajectory import EpisodeEnd
 
 # Added to the port of a learner's address, at which its actors find it.
@@ -29,7 +30,7 @@ GRADIENTS_PORT_OFFSET = 1000
 ROLL_CALL_PORT_OFFSET = 2000
 
 # Changes when learners of two versions could misunderstand each other.
-PROTOCOL = 3
+PROTOCOL = 4
 
 _HEARTBEAT_SECONDS = 1.0
 # A learner that has died is noticed at once, as its connection is closed; one whose machine or
@@ -152,7 +153,8 @@ class LearnerGroup:
 
         Args:
           member: which learner this is.
-          settings: flag -> JSON-serialisable value, of those that must be the same everywhere.
+          settings: name -> JSON-serialisable value, of those that must be the
+            same everywhere.
           report: told, in lines, who is waited for.
           run_id: of the first learner, for the others.
         """
@@ -278,8 +280,8 @@ class LearnerGroup:
         for name in sorted({*self._settings, *theirs}):
             if self._settings.get(name) != theirs.get(name):
                 return (
-                    f'--{name} is {theirs.get(name)} here and {self._settings.get(name)} at the '
-                    'first learner: give all learners the same.'
+                    f'{flags_of(name)} is {theirs.get(name)} here and {self._settings.get(name)} '
+                    'at the first learner: give all learners the same.'
                 )
         return None
 

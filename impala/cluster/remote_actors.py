@@ -25,7 +25,7 @@ from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 3
+PROTOCOL = 4
 
 WATCH_SECONDS = 5.0
 # An actor that was not heard of for so many seconds is not counted as connected.
@@ -207,7 +207,7 @@ class RemoteActors:
         self._rows, self._known, self._looked_at = rows, actors, now
 
 
-def run_settings(
+def job_settings(
     config: TrainingConfig, network: dict[str, Any], num_action_repeats: int
 ) -> dict[str, Any]:
     """Returns what actor jobs must agree with the learner on, JSON-serialisable.

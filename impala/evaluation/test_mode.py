@@ -33,10 +33,8 @@ from impala.runs.checkpoint import Checkpointer, LogdirError, NoIntactCheckpoint
 from impala.runs.files import complete_checkpoints, newest_checkpoint
 from impala.runs.progress import Progress, report_to_stderr
 from impala.runs.run_settings import (
-    LATER_SETTINGS,
     check_same_network,
-    learner_settings,
-    network_settings,
+    checkpoint_settings,
     popart_levels,
     stored_settings,
 )
@@ -239,9 +237,10 @@ def evaluate(
         workplace = stack.enter_context(Workplace(config.environment, config.silence))
         spec = workplace.common_spec(config.level_names, config.seed)
         network = dataclasses.replace(choose_network(config, spec), compute_dtype='float32')
-        trained_levels = popart_levels(stored_settings(config.logdir) or {})
-        if network.popart_levels and trained_levels:
+        stored = stored_settings(config.logdir)
+        if network.popart_levels and stored is not None:
             # The levels that are tested may be others.
+            trained_levels = popart_levels(stored) or network.popart_levels
             network = dataclasses.replace(network, popart_levels=trained_levels)
         memory_needs.check(memory_needs.of_actors(config, spec, network))
         agent = create_agent(
@@ -250,11 +249,7 @@ def evaluate(
         restorable = _Restorable(agent)
         checkpointer = Checkpointer(config.logdir, restorable)
         if newest_checkpoint(config.logdir) is not None:
-            check_same_network(
-                config.logdir,
-                network_settings(network, spec) | learner_settings(config.learner),
-                LATER_SETTINGS,
-            )
+            check_same_network(config.logdir, checkpoint_settings(config, network, spec))
         players = _Players()
         if not _restore(checkpointer, evaluation):
             if not evaluation.watch:

@@ -1,60 +1,64 @@
-"""The settings of a run that must not change, or only if the user says so: `network.json`."""
+"""The settings that a run keeps: `network.json` holds those that its weights and counters need.
+
+They have plain names there, and where learners and actor jobs compare theirs; `flags_of` says by
+which flags a user gives them.
+"""
 
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 from impala.config import ConfigError, TrainingConfig
-from impala.learning.learner import LearnerConfig
 from impala.networks.agent import AgentConfig
-from impala.networks.torsos import LATENT_SIZE
 from impala.runs.files import NETWORK_FILE, LogdirError, checkpoint_paths, write_atomically
 from impala.trajectory import EnvironmentSpec
 
-# In the settings of a network: names of the levels, in their order; not there without PopArt.
-POPART_LEVELS = 'popart or --level_name (levels whose values are normalised)'
-_FRAME_DTYPE = 'level_name (dtype of the frames)'
-# Runs from before these were stored go on without them.
-LATER_SETTINGS = (_FRAME_DTYPE,)
-# In the file of the network's settings, what `check_same_run` compares.
+# In the file, what `check_same_run` compares.
 _COUNTED_BY = 'counted_by'
+# Settings that are not given by the flag of the same name.
+_FLAGS = {
+    'num_actions': '--level_name or --full_action_set (number of actions)',
+    'frame_shape': '--level_name, --width, --height or --frame_stack (shape of the frames)',
+    'frame_dtype': '--level_name (dtype of the frames)',
+    'has_instructions': '--level_name (whether it has instructions)',
+    'popart_levels': '--popart or --level_name (levels whose values are normalised)',
+    'has_target_network': '--target_update_steps (whether there is a target network)',
+}
 
 
-def learner_settings(config: LearnerConfig) -> dict[str, Any]:
-    """Returns the flags that shape what the learner keeps beside the network, if not as ever.
-
-    They are for `checkpoint.check_same_network`; runs that have no such flags stored have neither.
-    """
-    settings: dict[str, Any] = {}
-    if config.optimizer != 'rmsprop':
-        settings['optimizer'] = config.optimizer
-    if config.target_update_steps:
-        settings['target_update_steps (whether there is a target network)'] = True
-    return settings
+def flags_of(setting: str) -> str:
+    """Returns the flags that give a setting, for a sentence about it."""
+    return _FLAGS.get(setting, f'--{setting}')
 
 
 def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns the flags that shape the network, for `checkpoint.check_same_network`."""
-    frame: Sequence[int] = spec.observation['frame'].shape
-    settings: dict[str, Any] = {
+    """Returns what the shapes of the network follow from; JSON-serialisable."""
+    frame = spec.observation['frame']
+    return {
         'torso': network.torso,
         'use_lstm': network.use_lstm,
-        'level_name or --full_action_set (number of actions)': spec.num_actions,
-        'level_name, --width, --height or --frame_stack (shape of the frames)': list(frame),
-        _FRAME_DTYPE: spec.observation['frame'].dtype,
-        'level_name (whether it has instructions)': 'instruction' in spec.observation,
+        'popart_levels': list(network.popart_levels),
+        'latent_size': network.latent_size,
+        'num_actions': spec.num_actions,
+        'frame_shape': list(frame.shape),
+        'frame_dtype': frame.dtype,
+        'has_instructions': 'instruction' in spec.observation,
     }
-    # Left out without it, so that runs from before there was such a thing can be resumed.
-    if network.popart_levels:
-        settings[POPART_LEVELS] = list(network.popart_levels)
-    if network.torso == 'autoencoder':
-        settings['latent_size'] = network.latent_size
-    return settings
+
+
+def checkpoint_settings(
+    config: TrainingConfig, network: AgentConfig, spec: EnvironmentSpec
+) -> dict[str, Any]:
+    """Returns what the variables of a checkpoint follow from, for `check_same_network`."""
+    return network_settings(network, spec) | {
+        'optimizer': config.learner.optimizer,
+        'has_target_network': bool(config.learner.target_update_steps),
+    }
 
 
 def counted_by(config: TrainingConfig, spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns what gives a run's counters and logs their meaning, for `checkpoint.check_same_run`.
+    """Returns what gives a run's counters and logs their meaning, for `check_same_run`.
 
     Agent steps are counted, and frames, with all schedules, are agent steps times the repeats.
     """
@@ -65,77 +69,60 @@ def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns `AgentConfig.popart_levels` of what `network_settings` returned.
 
     Raises:
-      ConfigError: it comes from a file and is damaged.
+      ConfigError: it comes from a file or another process and is damaged.
     """
-    levels = settings.get(POPART_LEVELS, [])
-    if not isinstance(levels, (list, tuple)) or not all(isinstance(each, str) for each in levels):
+    levels = settings.get('popart_levels')
+    if not _are_names(levels):
         raise ConfigError(
-            f'The settings of the network are damaged: {POPART_LEVELS} is {levels!r}.'
+            f"The settings of the network are damaged: 'popart_levels' is {levels!r}."
         )
     return tuple(levels)
 
 
-def frame_dtype(settings: Mapping[str, Any], frame_shape: Sequence[int]) -> str:
-    """Returns the dtype of the frames of what `network_settings` returned.
-
-    Of runs from before it was stored: uint8 for images, float32 for all else.
-    """
-    return settings.get(_FRAME_DTYPE, 'uint8' if len(frame_shape) == 3 else 'float32')
-
-
-def latent_size(settings: Mapping[str, Any]) -> int:
-    """Returns `AgentConfig.latent_size` of what `network_settings` returned."""
-    return settings.get('latent_size', LATENT_SIZE)
-
-
 def stored_settings(logdir: str) -> dict[str, Any] | None:
-    """Returns the settings of the network that `store_settings` stored, None if there are none.
+    """Returns the `checkpoint_settings` that `store_settings` stored, None if there are none.
 
     Raises:
-      LogdirError: if the file cannot be read.
+      LogdirError: the file cannot be read.
     """
     stored = _stored(logdir)
     return stored and {name: value for name, value in stored.items() if name != _COUNTED_BY}
 
 
-def store_settings(logdir: str, network: dict[str, Any], counted_by: dict[str, Any]) -> None:
+def store_settings(logdir: str, settings: dict[str, Any], counted_by: dict[str, Any]) -> None:
     """Stores what must not change from now on, or only if the user says so.
 
     Args:
       logdir: the log directory; created if missing.
-      network: flag name -> JSON-serialisable value, for `check_same_network`.
-      counted_by: as of `run_config.counted_by`, for `check_same_run`.
+      settings: as of `checkpoint_settings`.
+      counted_by: as of `counted_by`.
 
     Raises:
-      LogdirError: if the file cannot be written.
+      LogdirError: the file cannot be written.
     """
-    settings = network | {_COUNTED_BY: counted_by}
-    text = json.dumps(settings, indent=2, sort_keys=True) + '\n'
+    text = json.dumps(settings | {_COUNTED_BY: counted_by}, indent=2, sort_keys=True) + '\n'
     write_atomically(os.path.join(logdir, NETWORK_FILE), text)
 
 
-def check_same_network(logdir: str, settings: dict[str, Any], later: Collection[str] = ()) -> None:
-    """Compares the settings that shape the network with those of the run before.
+def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
+    """Refuses settings whose variables are not those of the run's checkpoints.
 
     As long as there is no checkpoint nothing depends on them, and any will do.
 
     Args:
       logdir: the log directory.
-      settings: flag name -> JSON-serialisable value.
-      later: names of settings that are not compared if none was stored: the run may be from before
-        they were.
+      settings: as of `checkpoint_settings`.
 
     Raises:
-      LogdirError: if the run was started with other values; names each flag with both. Also if
-        the file cannot be read.
+      LogdirError: the run was started with others; names the flags with both values. Also if the
+        file cannot be read.
     """
     settings = json.loads(json.dumps(settings))
     stored = stored_settings(logdir) if checkpoint_paths(logdir) else None
     if stored is None:
         return
-    stored = {name: settings[name] for name in later if name in settings} | stored
     different = [
-        f'--{name} was {_shown(stored, name)} and is now {_shown(settings, name)}'
+        f'{flags_of(name)} was {_shown(stored, name)} and is now {_shown(settings, name)}'
         for name in sorted({*stored, *settings})
         if name not in stored or name not in settings or stored[name] != settings[name]
     ]
@@ -151,27 +138,29 @@ def check_same_run(logdir: str, counted_by: dict[str, Any], allow_level_change: 
 
     Args:
       logdir: the log directory.
-      counted_by: as of `run_config.counted_by`; a run from before it was stored is not compared.
+      counted_by: as of `counted_by`.
       allow_level_change: whether the levels may be others.
 
     Raises:
-      LogdirError: if they were others; names the flag. Also if the file cannot be read.
+      LogdirError: the run was started with others; names the flag. Also if the file cannot be read.
     """
-    stored = (_stored(logdir) or {}).get(_COUNTED_BY) if checkpoint_paths(logdir) else None
-    if stored is None:
+    settings = _stored(logdir) if checkpoint_paths(logdir) else None
+    if settings is None:
         return
+    stored = settings.get(_COUNTED_BY)
     if not isinstance(stored, dict):
         raise _damaged(logdir, f'{_COUNTED_BY} is {json.dumps(stored)}')
-    repeats = counted_by['num_action_repeats']
-    if stored.get('num_action_repeats', repeats) != repeats:
+    repeats, levels = stored.get('num_action_repeats'), stored.get('levels')
+    if not isinstance(repeats, int):
+        raise _damaged(logdir, f'num_action_repeats is {json.dumps(repeats)}')
+    if not _are_names(levels):
+        raise _damaged(logdir, f'levels is {json.dumps(levels)}')
+    if repeats != counted_by['num_action_repeats']:
         raise LogdirError(
             f'The run in {logdir} counts frames by another number of repeats: '
-            f'--num_action_repeats was {_shown(stored, "num_action_repeats")} and is now '
-            f'{repeats}; set it back, or give another --logdir.'
+            f'--num_action_repeats was {repeats} and is now {counted_by["num_action_repeats"]}; '
+            'set it back, or give another --logdir.'
         )
-    levels = stored.get('levels', counted_by['levels'])
-    if not isinstance(levels, list) or not all(isinstance(level, str) for level in levels):
-        raise _damaged(logdir, f'levels is {json.dumps(levels)}')
     if {*levels} != {*counted_by['levels']} and not allow_level_change:
         raise LogdirError(
             f'The run in {logdir} has other levels: --level_name was {_few(levels)} and is now '
@@ -202,6 +191,10 @@ def _damaged(logdir: str, what: str) -> LogdirError:
     return LogdirError(
         f'{path} is damaged ({what}): remove it if the flags are those the run was started with.'
     )
+
+
+def _are_names(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from impala.config import ConfigError
 from impala.networks.agent import Agent, AgentConfig
 from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
-from impala.runs.run_settings import frame_dtype, latent_size, popart_levels, stored_settings
+from impala.runs.run_settings import popart_levels, stored_settings
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
@@ -52,27 +52,26 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
         raise LogdirError(f'{logdir} is not the folder of a training run: it has no network.json.')
 
     def value(name: str, kind: type) -> Any:
-        found = {key: settings[key] for key in settings if name in key}
-        if len(found) != 1:
+        if name not in settings:
             raise LogdirError(f'The network.json in {logdir} is damaged: it has no {name!r}.')
-        ((key, setting),) = found.items()
+        setting = settings[name]
         if type(setting) is not kind:
-            raise LogdirError(f'The network.json in {logdir} is damaged: {key!r} is {setting!r}.')
+            raise LogdirError(f'The network.json in {logdir} is damaged: {name!r} is {setting!r}.')
         return setting
 
-    shape = tuple(value('shape of the frames', list))
+    shape = tuple(value('frame_shape', list))
     if not all(type(size) is int and 0 < size < 2**31 for size in shape):
         raise LogdirError(f'The network.json in {logdir} is damaged: frames cannot be {shape}.')
-    observation = {'frame': ArraySpec(shape, frame_dtype(settings, shape))}
-    if value('whether it has instructions', bool):
+    observation = {'frame': ArraySpec(shape, value('frame_dtype', str))}
+    if value('has_instructions', bool):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
     network = AgentConfig(
         torso=value('torso', str),
         use_lstm=value('use_lstm', bool),
         popart_levels=popart_levels(settings),
-        latent_size=latent_size(settings),
+        latent_size=value('latent_size', int),
     )
-    return network, EnvironmentSpec(observation, value('number of actions', int), 1)
+    return network, EnvironmentSpec(observation, value('num_actions', int), 1)
 
 
 def export(logdir: str, output: str, checkpoint: str | None = None) -> str:

@@ -15,7 +15,7 @@ from configs import config
 from impala.cluster import actor_job
 from impala.cluster.actor_job import ActorJobConfig, _agreed, _Learner, _Patience
 from impala.cluster.exchange import WeightsBoard
-from impala.cluster.remote_actors import run_settings
+from impala.cluster.remote_actors import job_settings
 from impala.cluster.transport import LearnerServer, Rejected
 from impala.config import ConfigError
 from impala.environments import EnvironmentConfig
@@ -37,7 +37,7 @@ class Publications(list):
         return {}
 
 
-NETWORK = {'torso': 'mlp', 'use_lstm': False}
+NETWORK = {'torso': 'mlp', 'use_lstm': False, 'popart_levels': [], 'latent_size': 64}
 
 
 def agree(of_the_learner, **flags):
@@ -47,7 +47,7 @@ def agree(of_the_learner, **flags):
     """
     learner = config('/nowhere', environment=EnvironmentConfig(**of_the_learner))
     repeats = of_the_learner.get('num_action_repeats') or 4
-    settings = json.loads(json.dumps(run_settings(learner, NETWORK, repeats)))
+    settings = json.loads(json.dumps(job_settings(learner, NETWORK, repeats)))
     own = config('/elsewhere', environment=EnvironmentConfig(dataset_path='/here', **flags))
     job = ActorJobConfig(0, 'learner:8000', 600.0, flags, True)
     return _agreed(own, job, settings).environment
@@ -89,7 +89,7 @@ def test_action_repeats_that_the_level_has_anyway_may_be_said():
 def test_more_answers_at_once_than_environments_are_refused(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
         own = config('/nowhere', inference_batch_size=5, num_actors=4)
-        board = WeightsBoard(json.dumps(run_settings(own, NETWORK, 1)))
+        board = WeightsBoard(json.dumps(job_settings(own, NETWORK, 1)))
         job = ActorJobConfig(0, learner.address, 600.0, {}, True)
         with contextlib.closing(board), pytest.raises(ConfigError) as error:
             actor_job.run(own, job, print)

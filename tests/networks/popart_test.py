@@ -311,7 +311,7 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     backwards = f'--level_name={",".join(reversed(LEVELS))}'
     name = r'--popart or --level_name \(levels whose values are normalised\)'
     for i, (flags, now) in enumerate(
-        [((levels, '--nopopart'), 'not set'), ((backwards,), r'\["levels:long", "levels:short"\]')]
+        [((levels, '--nopopart'), r'\[\]'), ((backwards,), r'\["levels:long", "levels:short"\]')]
     ):
         with WarmRun(tmp_path / f'refused {i}', *common, *flags) as refused:
             assert_one_sentence(
