@@ -732,14 +732,8 @@ def _learn(on_accepted: Callable[[], None]) -> str | None:
     config = _config()
     # So that a test of one of many games knows of it.
     FLAGS.full_action_set = config.environment.full_action_set
-    return training.train(
-        config,
-        on_accepted,
-        address,
-        member,
-        FLAGS.learner_devices,
-        trusted_network=FLAGS.trusted_network,
-    )
+    placement = training.Placement(address, member, FLAGS.learner_devices, FLAGS.trusted_network)
+    return training.train(config, on_accepted, placement)
 
 
 def _report_changes() -> None:

@@ -6,3 +6,7 @@ class LevelError(Exception):
 
     def __str__(self) -> str:
         return ' '.join(super().__str__().split())
+
+
+class TrainingError(Exception):
+    """A run that cannot go on; its text is one sentence for the user."""

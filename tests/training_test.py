@@ -24,31 +24,21 @@ from impala.cluster.learner_group import Member
 from impala.errors import LevelError
 from impala.learning import devices as learner_devices
 from impala.learning.learner import LearnerConfig
+from impala.networks.agent import AgentConfig
 from impala.runs import checkpoint, run_log, stop_signal
 from impala.runs import files as run_files
+from impala.training import loop
+from impala.training import run as training_run
 from impala.trajectory import ArraySpec, EnvironmentSpec
-
-
-def test_stage_timer_adds_up_also_when_a_stage_fails():
-    timer = training.StageTimer()
-    for _ in range(2):
-        with pytest.raises(KeyError), timer('a'):
-            time.sleep(0.02)
-            raise KeyError
-    with timer('b'):
-        pass
-    assert timer.seconds.keys() == {'a', 'b'}
-    assert timer.seconds['a'] >= 0.04
-    assert timer.seconds['b'] < timer.seconds['a']
 
 
 def test_learners_agree_on_all_that_shapes_an_environment():
     environment = environments.EnvironmentConfig(sticky_actions=0.25, max_noops=7)
-    settings = training._shared_settings(
+    settings = training_run.shared_settings(
         config('/nowhere', environment=environment),
         Member(('a:8000', 'b:8000'), 1),
         EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 4),
-        {},
+        AgentConfig(torso='mlp', use_lstm=False),
     )
     # The repeats of the level, whether they are said or not.
     expected = {**run_config.environment_settings(environment), 'num_action_repeats': 4}
@@ -114,7 +104,7 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
 
 
 def test_a_signal_at_the_end_of_the_first_train_step_leaves_time_to_save_it(tmp_path, monkeypatch):
-    to_floats, save = training._to_floats, checkpoint.Checkpointer.save
+    to_floats, save = loop._to_floats, checkpoint.Checkpointer.save
 
     def interrupt(metrics):
         signal.raise_signal(signal.SIGINT)
@@ -127,7 +117,7 @@ def test_a_signal_at_the_end_of_the_first_train_step_leaves_time_to_save_it(tmp_
     codes = []
     monkeypatch.setattr(stop_signal.os, '_exit', codes.append)
     monkeypatch.setattr(stop_signal, 'START_SECONDS', 0.7)
-    monkeypatch.setattr(training, '_to_floats', interrupt)
+    monkeypatch.setattr(loop, '_to_floats', interrupt)
     monkeypatch.setattr(checkpoint.Checkpointer, 'save', save_slowly)
     assert training.train(config(tmp_path)) == str(tmp_path / 'checkpoints' / 'ckpt-1')
     assert not codes
@@ -414,7 +404,9 @@ def _train(folder, number, shard):
     run = _run(folder / str(number), choice)
     if run.replay_addresses:
         run = dataclasses.replace(run, replay_addresses=(shard,))
-    return training.train(run, learner_devices=choice['learner_devices'])
+    return training.train(
+        run, placement=training.Placement(learner_devices=choice['learner_devices'])
+    )
 
 
 def train_on_devices(folder, number, shard):

@@ -154,6 +154,9 @@ class RemoteActors:
     def check(self) -> None:
         """Does nothing: what befalls an actor job is its own."""
 
+    def check_losses(self) -> None:
+        """Does nothing: an actor job counts what it loses."""
+
     def record(self, log: Log) -> dict[str, float]:
         """Hands a row per actor job that was heard of lately, and their level caches, to the log.
 

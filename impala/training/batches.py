@@ -1,0 +1,176 @@
+"""Where the learner's batches come from: actors, replay, loaders and re-use."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import tensorflow as tf
+
+from impala.acting.local_actors import LocalActors
+from impala.config import ConfigError
+from impala.experience.batch import Mix, UnrollBatch, unroll_components
+from impala.experience.loading import Loading, default_loaders
+from impala.experience.mixture import ReplayMixer
+from impala.experience.replay import Replay
+from impala.experience.sample_reuse import reused
+from impala.learning import memory_needs
+from impala.learning.learner import Learner
+from impala.networks.agent import Agent
+from impala.runs.log import Log
+from impala.runs.progress import report_to_stderr
+from impala.runs.run_settings import network_settings
+from impala.seeds import derived_seed
+from impala.training.run import Run
+
+
+def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | None:
+    """Makes what fills a part of each batch, or of each device's part, if the flags say so.
+
+    Raises:
+      ConfigError: the fraction or the capacity is too large.
+    """
+    config, settings, num_devices = run.config, run.config.learner, len(learner.devices)
+    if not settings.replay_fraction:
+        return None
+    part_size = settings.batch_size // num_devices
+    if settings.replay_fraction * part_size > part_size - 1:
+        raise ConfigError(
+            f'--replay_fraction={settings.replay_fraction} would leave nothing new for some of '
+            f'{num_devices} devices, each of which has {part_size} unrolls of '
+            f'--batch_size={settings.batch_size}: give a larger batch or a smaller fraction.'
+        )
+    components = unroll_components(
+        run.spec, agent.state_spec, settings.unroll_length, len(config.level_names)
+    )
+    stack = memory_needs.stack_of(run.spec)
+    member = run.placement.member
+    seed = (config.seed, 0 if member is None else member.task)
+    if config.replay_addresses:
+        from impala.cluster.remote_replay import RemoteReplay
+
+        shards = RemoteReplay(
+            components,
+            stack,
+            config.level_names,
+            run.learners.run_id,
+            config.replay_addresses,
+            settings.batch_size,
+            num_devices * math.ceil(settings.replay_fraction * part_size),
+            seed,
+            report_to_stderr,
+        )
+        return ReplayMixer(shards, settings.replay_fraction, part_size)
+    try:
+        replay = Replay(components, settings.replay_capacity, seed, stack)
+    except MemoryError as error:
+        raise ConfigError(
+            f'--replay_capacity={settings.replay_capacity} is more than there is memory for: give '
+            'a smaller one.'
+        ) from error
+    return ReplayMixer(replay, settings.replay_fraction, part_size)
+
+
+class Actors(Protocol):
+    """Where unrolls come from and weights go: `LocalActors` or `RemoteActors`, which say how.
+
+    A context manager, which plays within its block.
+    """
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None: ...
+    def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]: ...
+    def record(self, log: Log) -> dict[str, float]: ...
+    def close(self) -> None: ...
+    def check(self) -> None: ...
+    def check_losses(self) -> None: ...
+    def finish(self) -> None: ...
+
+
+def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
+    """Makes the actors of this machine, or the learner's end of those on others.
+
+    Raises:
+      ConfigError, ServerError: one sentence for the user.
+    """
+    config, spec, address = run.config, run.spec, run.placement.learner_address
+    if address is None:
+        # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing.
+        acting_agent = Agent(dataclasses.replace(run.network, compute_dtype='float32'), spec)
+        # A run that is resumed does not play its episodes once more.
+        seed = derived_seed(config.seed, learner.counts()[0])
+        playing = dataclasses.replace(config, seed=seed)
+        return LocalActors(playing, spec, acting_agent, run.workplace, log.message)
+    from impala.cluster.remote_actors import RemoteActors, job_settings
+    from impala.cluster.transport import warn_of_network
+
+    settings = job_settings(config, network_settings(run.network, spec), spec.num_action_repeats)
+    actors = RemoteActors(config, spec, agent, settings, address, log.message)
+    if not run.placement.trusted_network:
+        warn_of_network(actors.port, log.message)
+    return actors
+
+
+class BatchSource:
+    """Batches from actors and replay, made ahead by loaders. A context manager.
+
+    Attributes:
+      actors: where unrolls come from.
+      replay: fills a part of each batch; None without.
+      batches: within the block, yields batches until the actors are closed. A batch has a part for
+        each of the learner's devices; with it comes whether this is its first use.
+    """
+
+    def __init__(
+        self, run: Run, learner: Learner, actors: Actors, replay: ReplayMixer | None, log: Log
+    ):
+        """Prepares; nothing plays yet.
+
+        Args:
+          run: of the batches.
+          learner: is as it was restored.
+          actors: to be entered here.
+          replay: as of `create_replay`.
+          log: told what the replay jobs are doing.
+        """
+        self._run = run
+        self._learner = learner
+        self.actors = actors
+        self.replay = replay
+        self._log = log
+        self._stack = contextlib.ExitStack()
+        self.batches: Iterator[tuple[tuple[UnrollBatch, ...], bool]] = iter(())
+
+    def __enter__(self) -> 'BatchSource':
+        settings, devices = self._run.config.learner, self._learner.devices
+        mix = None if self.replay is None else self.replay.batch
+        with self._stack as stack:
+            self._enter_replay_jobs(stack)
+            loading = Loading(
+                self.actors.assembler(settings.batch_size // len(devices), mix),
+                self._run.config.loaders or default_loaders(devices),
+                devices,
+            )
+            # Ends after the actors, for whom its threads wait.
+            stack.enter_context(loading)
+            stack.enter_context(self.actors)
+            self.batches = reused(loading, settings.sample_reuse, settings.reuse_buffer)
+            self._stack = stack.pop_all()
+        return self
+
+    def _enter_replay_jobs(self, stack: contextlib.ExitStack) -> None:
+        if self.replay is None or not self._run.config.replay_addresses:
+            return
+        from impala.cluster.remote_replay import RemoteReplay
+
+        shards = self.replay.replay
+        assert isinstance(shards, RemoteReplay)
+        # Of a run that several learners begin, the first one does.
+        begins = self._run.placement.is_first and self._learner.counts()[0] == 0
+        shards.start(begins, self._log.message)
+        stack.enter_context(shards)
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)

@@ -1,0 +1,84 @@
+"""Checkpoints of a run while it trains."""
+
+import contextlib
+from collections.abc import Iterator
+
+from impala.errors import TrainingError
+from impala.learning.learner import Learner
+from impala.runs.checkpoint import Checkpointer
+from impala.runs.files import LogdirError
+from impala.runs.log import Log
+from impala.runs.run_settings import checkpoint_settings, counted_by, store_settings
+from impala.training.hooks import Hook, Update
+from impala.training.run import Run
+
+
+class Checkpoints(Hook):
+    """Restores a run, saves it every so often, and when it ends.
+
+    Of several learners, only the first one does; the others take its variables over.
+    """
+
+    def __init__(self, run: Run, learner: Learner):
+        """Restores the newest checkpoint, if there is one, and stores the settings of the run.
+
+        Raises:
+          LogdirError: one sentence for the user.
+        """
+        self._stop = run.stop
+        self._learner = learner
+        self._checkpointer: Checkpointer | None = None
+        if run.placement.is_first:
+            config = run.config
+            self._checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
+            self._checkpointer.restore()
+            settings = checkpoint_settings(config, run.network, run.spec)
+            store_settings(config.logdir, settings, counted_by(config, run.spec))
+        self._restored_updates, _ = learner.counts()
+
+    @property
+    def latest(self) -> str | None:
+        """Path of the checkpoint saved or restored last; None if there is none here."""
+        return None if self._checkpointer is None else self._checkpointer.latest
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds of training behind `latest`; 0 if there is none here."""
+        return 0.0 if self._checkpointer is None else self._checkpointer.wall_seconds
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        if self._checkpointer is not None:
+            self._checkpointer.maybe_save(update.log.wall_seconds)
+
+    @contextlib.contextmanager
+    def saved_at_the_end(self, log: Log) -> Iterator[None]:
+        """Saves the run when the block ends, however it ends.
+
+        Whatever goes wrong in it, the weights are good: updates that were not finite are skipped.
+
+        Args:
+          log: of the run.
+
+        Raises:
+          TrainingError: the block has ended well, but the checkpoint cannot be written.
+        """
+        try:
+            yield
+        except BaseException:
+            try:
+                self._save(log.wall_seconds)
+            except LogdirError as error:
+                log.message(f'WARNING: {error}')
+            raise
+        try:
+            self._save(log.wall_seconds)
+        except LogdirError as error:
+            raise TrainingError(str(error)) from error
+
+    def _save(self, wall_seconds: float) -> None:
+        # A run that fails each time it is started must not push its good checkpoints out.
+        if self._checkpointer is not None and self._learner.counts()[0] > self._restored_updates:
+            # The signal may have come at the end of the first train step.
+            self._stop.begun()
+            self._checkpointer.save(wall_seconds)

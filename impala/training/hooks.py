@@ -1,0 +1,256 @@
+"""What looks at a run while it trains: its log, its checkpoints, its guard, and a user's own hooks.
+
+A hook is called by the thread that trains, so the learner waits for it.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from impala.errors import TrainingError
+from impala.experience.batch import UnrollBatch
+from impala.experience.mixture import ReplayMixer
+from impala.learning.learner import Learner
+from impala.networks import decoder
+from impala.runs.log import Log
+from impala.training.batches import Actors, BatchSource
+from impala.training.learners import Learners
+from impala.training.run import Run
+
+# Updates in a row with a loss or gradient that is not finite, after which a run stops.
+MAX_SKIPPED_UPDATES = 10
+NUM_RECONSTRUCTIONS = 8
+
+
+class Update(NamedTuple):
+    """An update of the weights, as hooks see it.
+
+    Attributes:
+      batch: what it was made of, a part for each of `learner.devices`. To keep it beyond the call
+        costs the memory of a batch.
+      is_fresh: whether the batch is used for the first time.
+      metrics: as of `Learner.step`.
+      updates: of the whole run so far, without skipped ones, as the next two.
+      agent_steps: see `updates`.
+      frames: see `updates`.
+      learner: has the weights.
+      log: of the run.
+    """
+
+    batch: tuple[UnrollBatch, ...]
+    is_fresh: bool
+    metrics: dict[str, float]
+    updates: int
+    agent_steps: int
+    frames: int
+    learner: Learner
+    log: Log
+
+
+class Hook:
+    """Base class of hooks, which does nothing.
+
+    An error that a hook raises ends the run, which is saved; a `TrainingError` is shown to the user
+    as one sentence.
+    """
+
+    def after_update(self, update: Update) -> None:
+        """Looks at an update; its weights are published already."""
+
+    def at_line(self, log: Log) -> None:
+        """Records what a line of the log holds; called when one is about to be written."""
+
+
+class Metrics(Hook):
+    """Records the metrics of updates, and the policy lags of reused batches by themselves."""
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        metrics = update.metrics
+        if not update.is_fresh:
+            metrics = {
+                f'reused_{name}' if 'policy_lag_' in name else name: value
+                for name, value in metrics.items()
+            }
+        update.log.record_update(metrics)
+
+
+class Episodes(Hook):
+    """Records the agent steps of new unrolls, and the episodes that ended in them."""
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        if update.is_fresh:
+            for part in update.batch:
+                _record_episodes(update.log, part)
+
+
+def _record_episodes(log: Log, batch: UnrollBatch) -> None:
+    info = batch.actor_output.env_outputs.info
+    is_new = ~batch.is_replayed.numpy()
+    level_ids = batch.actor_output.level_id.numpy()[is_new]
+    log.record_agent_steps(level_ids, info.episode_step.shape[0] - 1)
+    # Row 0 stands in the unroll before, too, or is the first of an actor.
+    log.record_episodes(
+        level_ids,
+        info.episode_return.numpy()[1:, is_new],
+        info.episode_frames.numpy()[1:, is_new],
+        batch.ends.numpy()[1:, is_new],
+    )
+
+
+class PopArtStatistics(Hook):
+    """Records mean and standard deviation of each level's values, if PopArt keeps them."""
+
+    def __init__(self, learner: Learner, level_names: Sequence[str]):
+        """Keeps the learner, and the names of the levels in the order of their ids."""
+        self._popart = learner.agent.popart
+        self._level_names = level_names
+
+    def at_line(self, log: Log) -> None:
+        """See `Hook`."""
+        if self._popart is not None:
+            log.record_update(self._popart.statistics(self._level_names))
+
+
+class Reconstructions(Hook):
+    """Records some frames of a batch now and then, each above what the decoder makes of it."""
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        learner = update.learner
+        if learner.decoder is None or not learner.config.autoencoder_cost:
+            return
+        if not update.log.picture_is_due:
+            return
+        frames = update.batch[0].actor_output.env_outputs.observation['frame']
+        # Of different times and, as far as there are enough, different actors.
+        rows, size = frames.shape[:2]
+        shown = [(i * rows // NUM_RECONSTRUCTIONS, i % size) for i in range(NUM_RECONSTRUCTIONS)]
+        frames = tf.stack([frames[row, column] for row, column in shown])
+        picture = decoder.picture(frames.numpy(), learner.reconstruct(frames).numpy())
+        update.log.record_picture('reconstructions', picture)
+
+
+class News(Hook):
+    """Records what the other learners have told this one of their actors."""
+
+    def __init__(self, learners: Learners):
+        """Keeps the learners."""
+        self._learners = learners
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        self._learners.collect(update.log)
+
+
+class ReplayState(Hook):
+    """Records how full the replay is, and the seconds of its stages."""
+
+    def __init__(self, mixer: ReplayMixer):
+        """Keeps what mixes the batches."""
+        self._mixer = mixer
+
+    def at_line(self, log: Log) -> None:
+        """See `Hook`."""
+        log.record_update(self._mixer.replay.metrics())
+        log.record_stage_seconds(self._mixer.stage_seconds())
+
+
+class StageTimer:
+    """Adds up the seconds of named stages; cleanba's answer to "what is my bottleneck?".
+
+    Attributes:
+      seconds: stage -> seconds so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Times its block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - started
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed
+
+
+class StageSeconds(Hook):
+    """Records the state of the actors, and the seconds of their stages and the learner's."""
+
+    def __init__(self, actors: Actors, timer: StageTimer):
+        """Keeps the actors, and what times the learner's stages."""
+        self._actors = actors
+        self._timer = timer
+
+    def at_line(self, log: Log) -> None:
+        """See `Hook`."""
+        log.record_stage_seconds(self._actors.record(log) | self._timer.seconds)
+
+
+class Logging(Hook):
+    """Has other hooks record, and writes the log."""
+
+    def __init__(self, recorders: Sequence[Hook]):
+        """Keeps the other hooks, in the order in which they are called."""
+        self._recorders = recorders
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        for hook in self._recorders:
+            hook.after_update(update)
+        if update.log.line_is_due:
+            self.at_line(update.log)
+        update.log.maybe_write(update.frames, update.agent_steps, update.updates)
+
+    def at_line(self, log: Log) -> None:
+        """See `Hook`."""
+        for hook in self._recorders:
+            hook.at_line(log)
+
+
+class NonFiniteGuard(Hook):
+    """Ends a run whose updates are all skipped, as loss or gradient are not finite."""
+
+    def __init__(self, sample_reuse: int = 1):
+        """Begins to count.
+
+        Args:
+          sample_reuse: uses of each batch: one bad batch is not many, however often it is used.
+        """
+        self._most = MAX_SKIPPED_UPDATES * sample_reuse
+        self._skipped_in_a_row = 0
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`.
+
+        Raises:
+          TrainingError: too many updates in a row were skipped.
+        """
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if update.metrics['skipped'] else 0
+        if self._skipped_in_a_row >= self._most:
+            raise TrainingError(
+                f'Loss or gradient was not finite in {self._skipped_in_a_row} updates in a row '
+                '(none of them was applied): try a lower --learning_rate or --gradient_clip_norm.'
+            )
+
+
+def recorders(run: Run, learner: Learner, source: BatchSource, timer: StageTimer) -> list[Hook]:
+    """Returns the hooks that record what every run logs."""
+    hooks: list[Hook] = [
+        Metrics(),
+        Episodes(),
+        News(run.learners),
+        StageSeconds(source.actors, timer),
+        PopArtStatistics(learner, run.config.level_names),
+        Reconstructions(),
+    ]
+    if source.replay is not None:
+        hooks.append(ReplayState(source.replay))
+    return hooks

@@ -1,0 +1,194 @@
+"""The training loop: Figure 1 of the paper."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from impala.acting.actor_pool import UnrollsLostError
+from impala.config import TrainingConfig
+from impala.experience.batch import UnrollBatch
+from impala.learning.learner import Learner
+from impala.runs.log import Log
+from impala.runs.run_log import WAIT_STAGE
+from impala.runs.start_progress import starting
+from impala.training.batches import BatchSource, create_actors, create_replay
+from impala.training.checkpoints import Checkpoints
+from impala.training.hooks import Hook, Logging, NonFiniteGuard, StageTimer, Update, recorders
+from impala.training.run import (
+    Placement,
+    Run,
+    announce,
+    build_learner,
+    check_settings,
+    opened_log,
+    started,
+)
+
+
+def train(
+    config: TrainingConfig,
+    on_accepted: Callable[[], Any] | None = None,
+    placement: Placement | None = None,
+    hooks: Sequence[Hook] = (),
+) -> str | None:
+    """Trains until the frames are done, or until SIGINT or SIGTERM. Main thread only.
+
+    A run with checkpoints in its logdir is resumed.
+
+    Args:
+      config: of the run.
+      on_accepted: called once it is certain that the level can be played and that the network is
+        the one of the checkpoints, before anything is trained.
+      placement: where the run trains and plays; None for one learner with actors of its own.
+      hooks: called after every update, in their order.
+
+    Returns:
+      The path of the last checkpoint, None if there is none yet or another learner has it. At once
+      if all frames were done before.
+
+    Raises:
+      KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
+      UnrollsLostError: training has ended and is saved, but actors kept dying.
+      ConfigError, LevelError, LogdirError, ServerError, TrainingError: one sentence for the user.
+      LearnerGroupError: another learner has ended.
+      ActorError: with the actor's own error text.
+    """
+    placement = placement or Placement()
+    check_settings(config, placement)
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(started(config, placement))
+        agent, learner = build_learner(run)
+        replay = create_replay(run, agent, learner)
+        checkpoints = Checkpoints(run, learner)
+        if on_accepted is not None:
+            on_accepted()
+        learner.synchronize()
+        if run.frames(learner) >= config.last_frames:
+            run.learners.finish()
+            return checkpoints.latest
+        log = stack.enter_context(opened_log(run, learner, checkpoints.wall_seconds))
+        actors = create_actors(run, agent, learner, log)
+        actors.publish(learner.weights, learner.version)
+        run.when_stopped(actors.close)
+        source = stack.enter_context(BatchSource(run, learner, actors, replay, log))
+        announce(run, learner, replay, checkpoints.latest, log)
+
+        timer = StageTimer()
+        logging = Logging([*recorders(run, learner, source, timer), *hooks])
+        guard = NonFiniteGuard(config.learner.sample_reuse)
+        with checkpoints.saved_at_the_end(log):
+            _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
+            # For the last line, which may come early.
+            logging.at_line(log)
+            _end_together(run, source, log)
+        # Actor jobs wait for a run that ends for now, whether by a signal or by its flag.
+        if not run.stop.received and run.frames(learner) >= config.total_environment_frames:
+            actors.finish()
+        try:
+            actors.check_losses()
+        except UnrollsLostError as error:
+            error.checkpoint = checkpoints.latest
+            raise
+    return checkpoints.latest
+
+
+def _learn(
+    run: Run,
+    learner: Learner,
+    source: BatchSource,
+    log: Log,
+    timer: StageTimer,
+    hooks: Sequence[Hook],
+) -> None:
+    """The learner of Figure 1: until the frames are done or the actors are closed."""
+    step = _TrainStep(run, learner, log)
+    frames = run.frames(learner)
+    while frames < run.config.last_frames:
+        with timer(WAIT_STAGE):
+            batch, is_fresh = next(source.batches, (None, False))
+        # Behind the signal there may still be a batch that was assembled ahead.
+        if batch is None or run.stop.received:
+            return
+        with timer('learner/train_step'):
+            metrics = step(batch, is_fresh)
+        if metrics is None:
+            return
+        with timer('learner/publish'):
+            source.actors.publish(learner.weights, learner.version)
+        with timer('learner/log'):
+            updates, agent_steps = learner.counts()
+            frames = agent_steps * run.spec.num_action_repeats
+            _show(
+                hooks,
+                Update(batch, is_fresh, metrics, updates, agent_steps, frames, learner, log),
+            )
+
+
+def _show(hooks: Sequence[Hook], update: Update) -> None:
+    # A function of its own, so that nothing holds on to the batch while the next one is awaited.
+    for hook in hooks:
+        hook.after_update(update)
+
+
+class _TrainStep:
+    """Train steps; the first one takes seconds to be traced, in which it may be interrupted."""
+
+    def __init__(self, run: Run, learner: Learner, log: Log):
+        self._run = run
+        self._learner = learner
+        self._log = log
+        self._has_begun = False
+
+    def __call__(self, batch: tuple[UnrollBatch, ...], is_fresh: bool) -> dict[str, float] | None:
+        """Updates the weights; returns the metrics, or None if the run was told to end."""
+        stop = self._run.stop
+        try:
+            with contextlib.nullcontext() if self._has_begun else self._tracing():
+                metrics = _to_floats(
+                    self._learner.step_in_parts(
+                        [part.actor_output for part in batch],
+                        is_fresh,
+                        [part.is_replayed for part in batch],
+                    )
+                )
+        except KeyboardInterrupt:
+            return None
+        except RuntimeError:
+            # An interrupt that reaches TensorFlow while it makes an error comes out as this.
+            if self._has_begun or not stop.received:
+                raise
+            return None
+        except tf.errors.OpError as error:
+            self._run.learners.explain(error)
+            return None
+        self._has_begun = True
+        return metrics
+
+    @contextlib.contextmanager
+    def _tracing(self) -> Iterator[None]:
+        stop = self._run.stop
+        with stop.interrupting(), starting(self._log.message, 'the train step is traced'):
+            yield
+        stop.begun()
+
+
+def _end_together(run: Run, source: BatchSource, log: Log) -> None:
+    """Finds out why training has ended, and ends with the other learners."""
+    if run.stop.received:
+        # The signal's thread may be behind, and nobody is told when all is closed.
+        run.learners.stop()
+        return
+    source.actors.check()
+    run.learners.check()
+    run.learners.finish()
+    run.learners.collect(log)
+
+
+def _to_floats(metrics: dict[str, tf.Tensor]) -> dict[str, float]:
+    values = {name: float(np.asarray(value)) for name, value in metrics.items()}
+    if values.get('replayed_fraction') == 0:
+        values = {name: v for name, v in values.items() if not name.startswith('replayed_policy')}
+    return values
