@@ -697,10 +697,10 @@ def _train() -> int:
 
 def _print_end(path: str) -> None:
     """Says how far a run has come; `path` is that of its last checkpoint."""
-    from impala.runs import run_log
+    from impala.runs import run_summary
 
-    summary = run_log.read_summary(FLAGS.logdir)
-    print(run_log.describe_summary(summary))
+    summary = run_summary.read_summary(FLAGS.logdir)
+    print(run_summary.describe_summary(summary))
     print(f'Checkpoint: {path}')
     if 0 < FLAGS.stop_at_frames <= summary['frames'] < FLAGS.total_environment_frames:
         print(f'Stopped at --stop_at_frames={FLAGS.stop_at_frames}; without it the run goes on.')

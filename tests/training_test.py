@@ -25,7 +25,7 @@ from impala.errors import LevelError
 from impala.learning import devices as learner_devices
 from impala.learning.learner import LearnerConfig
 from impala.networks.agent import AgentConfig
-from impala.runs import checkpoint, run_log, stop_signal
+from impala.runs import checkpoint, run_summary, stop_signal
 from impala.runs import files as run_files
 from impala.training import loop
 from impala.training import run as training_run
@@ -193,7 +193,7 @@ def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
     assert sum(line['unrolls_discarded'] for line in lines) >= 3
     returns = [row['return'] for row in run_files.read_episodes(run.logdir)]
     assert {10.0, float('inf')} == {*returns}
-    summary = run_log.read_summary(run.logdir)
+    summary = run_summary.read_summary(run.logdir)
     assert summary['mean_return_last_100'] == 10
     assert summary['episodes_not_finite'] == returns.count(float('inf'))
 

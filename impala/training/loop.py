@@ -11,8 +11,8 @@ from impala.acting.actor_pool import UnrollsLostError
 from impala.config import TrainingConfig
 from impala.experience.batch import UnrollBatch
 from impala.learning.learner import Learner
+from impala.runs.interval import WAIT_STAGE
 from impala.runs.log import Log
-from impala.runs.run_log import WAIT_STAGE
 from impala.runs.start_progress import starting
 from impala.training.batches import BatchSource, create_actors, create_replay
 from impala.training.checkpoints import Checkpoints

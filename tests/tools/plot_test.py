@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from impala.runs import run_log
+from impala.runs.files import EPISODES_HEADER
 from impala.tools import plot
 
 
 def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=ALE/Pong-v5',)):
     """A run of one episode every 100 agent steps, 400 frames and 36 seconds."""
     folder.mkdir(parents=True)
-    rows = [','.join(run_log.EPISODES_HEADER)]
+    rows = [','.join(EPISODES_HEADER)]
     lines = []
     for number, value in enumerate(returns, 1):
         rows.append(f'{36 * number},{400 * number},{100 * number},{level},{value},400,terminated')
