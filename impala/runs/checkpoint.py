@@ -1,4 +1,4 @@
-"""What survives a run in its `--logdir`: checkpoints, the flag file and the shape of the network.
+"""What survives a run in its `--logdir`: checkpoints and the flag file.
 
 Everything here fails with a `LogdirError`, whose text is one sentence for the user.
 """

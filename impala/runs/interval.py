@@ -58,7 +58,7 @@ class Interval:
         self.unrolls_discarded = 0
 
     def add_update(self, metrics: Mapping[str, Any]) -> None:
-        """Takes metrics of an update; see `RunLog.record_update`."""
+        """Takes metrics of an update; see `Log.record_update`."""
         for name, value in metrics.items():
             value = float(value)
             if not math.isfinite(value):
@@ -82,13 +82,13 @@ class Interval:
             self._num_non_finite += 1
 
     def add_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
-        """Takes in which levels steps were made; see `RunLog.record_agent_steps`."""
+        """Takes in which levels steps were made; see `Log.record_agent_steps`."""
         if self.level_frames:
             for level_id in level_ids:
                 self.level_frames[self._level_names[level_id]] += steps * self._num_action_repeats
 
     def set_stage_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Takes the seconds of stages so far; see `RunLog.record_stage_seconds`."""
+        """Takes the seconds of stages so far; see `Log.record_stage_seconds`."""
         self._stage_seconds.update(seconds)
 
     def add_actor_restarts(self, count: int) -> None:

@@ -25,26 +25,30 @@ class Log(Protocol):
         """Whether the next line may have a picture."""
 
     def message(self, text: str) -> None:
-        """Shows a line."""
+        """Shows a line to the user."""
 
     def record_update(self, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of one update of the learner.
 
         Args:
-          metrics: name -> scalar. A line has their means since the line before; see
-            `RunLog.record_update` for the names with another rule.
+          metrics: name -> scalar. The next line has the mean over updates, except of names that
+            end in `_max` (their maximum), `learning_rate` (the last one) and `skipped` (their sum,
+            as `updates_skipped`).
         """
 
     def record_episodes(
         self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
-        """Takes the episodes of one batch, of one shape or broadcast to it.
+        """Takes the episodes of one batch.
+
+        All have the same shape or are broadcast to it, so that rows of a whole batch `[T, B]` may
+        be given with level ids `[B]`: only those that ended by `TERMINATED` or `TRUNCATED` count.
 
         Args:
           level_ids: integer `[N]`, index into the level names.
           returns: f32 `[N]`, undiscounted and unclipped.
           frames: i32 `[N]`, lengths.
-          ends: integer `[N]`, values of `EpisodeEnd`; episodes that have not ended do not count.
+          ends: integer `[N]`, values of `EpisodeEnd`.
         """
 
     def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
@@ -59,7 +63,8 @@ class Log(Protocol):
         """Takes how long each stage has worked or waited.
 
         Args:
-          seconds: stage -> seconds in total since the process started.
+          seconds: stage -> seconds in total since the process started, summed over its threads or
+            actors. A stage that restarts may go back to zero.
         """
 
     def record_actor_restart(self, count: int = 1) -> None:

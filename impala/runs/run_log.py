@@ -36,6 +36,7 @@ from impala.runs.files import (
     write_atomically,
 )
 from impala.runs.interval import Interval
+from impala.runs.log import Log
 from impala.runs.row_file import RowFile, keep_rows
 from impala.runs.summaries import Summaries, encode_png
 from impala.suites import Suite
@@ -49,7 +50,7 @@ _PICTURE_SECS = 60.0
 _ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncated'}
 
 
-class RunLog:
+class RunLog(Log):
     """Collects what happens in a run and writes it down every `log_secs`.
 
     A context manager: leaving it writes the last line and draws the curve. Used by one thread.
@@ -139,29 +140,13 @@ class RunLog:
         return self._all_levels.mean
 
     def record_update(self, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of one update of the learner.
-
-        Args:
-          metrics: name -> scalar. The next line has the mean over updates, except of names that
-            end in `_max` (their maximum), `learning_rate` (the last one) and `skipped` (their sum,
-            as `updates_skipped`). Values that are not finite are left out and counted.
-        """
+        """See `Log`; values that are not finite are left out and counted."""
         self._interval.add_update(metrics)
 
     def record_episodes(
         self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
-        """Takes the episodes of one batch; they are written by the next `maybe_write`.
-
-        All have the same shape or are broadcast to it, so that rows of a whole batch `[T, B]` may
-        be given with level ids `[B]`: only those that ended by `TERMINATED` or `TRUNCATED` count.
-
-        Args:
-          level_ids: integer `[N]`, index into the level names.
-          returns: f32 `[N]`, undiscounted and unclipped.
-          frames: i32 `[N]`, lengths.
-          ends: integer `[N]`, values of `EpisodeEnd`.
-        """
+        """See `Log`; the episodes are written by the next `maybe_write`."""
         ends = np.asarray(ends)
         is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
         if not is_end.any():
@@ -180,21 +165,11 @@ class RunLog:
             )
 
     def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
-        """Takes in which levels the learner's agent steps were made.
-
-        Args:
-          level_ids: integer `[B]`, index into the level names, one for each unroll.
-          steps: agent steps of each of them.
-        """
+        """See `Log`."""
         self._interval.add_agent_steps(level_ids, steps)
 
     def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Takes how long each stage has worked or waited; lines have the time since the last line.
-
-        Args:
-          seconds: stage -> seconds in total since the process started, summed over its threads or
-            actors. A stage that restarts may go back to zero.
-        """
+        """See `Log`; lines have the time since the last line."""
         self._interval.set_stage_seconds(seconds)
 
     def record_actor_restart(self, count: int = 1) -> None:
@@ -207,12 +182,7 @@ class RunLog:
         self._console.unrolls_discarded += count
 
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
-        """Takes the state of actor jobs, which lines have as `actors` until there is another.
-
-        Args:
-          rows: JSON-serialisable, one for each.
-          learner: whose actors they are, of several learners.
-        """
+        """See `Log`; lines have the state as `actors` until there is another."""
         self._actors[learner] = list(rows)
 
     @property
@@ -226,12 +196,7 @@ class RunLog:
         return self.line_is_due and self.wall_seconds - self._picture_wall_seconds >= _PICTURE_SECS
 
     def record_picture(self, name: str, pixels: np.ndarray) -> None:
-        """Takes a picture, for TensorBoard with the next line, and at once as the file NAME.png.
-
-        Args:
-          name: of the picture; the file of one of the same name is replaced.
-          pixels: uint8 `[H, W, C]`, C 1 for grey or 3 for RGB.
-        """
+        """See `Log`; writes the file NAME.png at once, and for TensorBoard with the next line."""
         self._picture_wall_seconds = self.wall_seconds
         png = encode_png(pixels)
         height, width, _ = pixels.shape
@@ -247,16 +212,7 @@ class RunLog:
         self._console.print(text)
 
     def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
-        """Writes the episodes recorded, and a line if `log_secs` have passed. Call every update.
-
-        Args:
-          frames: of the whole run, as the next two.
-          agent_steps: see `frames`.
-          updates: of the learner.
-
-        Returns:
-          Whether a line was written.
-        """
+        """See `Log`; writes the episodes recorded, and a line if `log_secs` have passed."""
         self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
         wall_seconds = self.wall_seconds
         self._write_episodes(wall_seconds)
