@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -50,6 +50,25 @@ _PICTURE_SECS = 60.0
 _ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncated'}
 
 
+class Counters(NamedTuple):
+    """How far a run is, over all resumptions.
+
+    Attributes:
+      frames: trained on.
+      agent_steps: trained on.
+      updates: of the learner.
+      wall_seconds: seconds of training.
+    """
+
+    frames: int = 0
+    agent_steps: int = 0
+    updates: int = 0
+    wall_seconds: float = 0.0
+
+
+START = Counters()
+
+
 class RunLog(Log):
     """Collects what happens in a run and writes it down every `log_secs`.
 
@@ -64,10 +83,7 @@ class RunLog(Log):
         total_frames: int,
         log_secs: float = 10.0,
         *,
-        frames: int = 0,
-        agent_steps: int = 0,
-        updates: int = 0,
-        wall_seconds: float = 0.0,
+        begin: Counters = START,
         suite: Suite | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -80,10 +96,8 @@ class RunLog(Log):
           num_action_repeats: frames per agent step.
           total_frames: frames at which the run will end.
           log_secs: seconds between lines.
-          frames: of the checkpoint that the run goes on from, as the next three; 0 at the start.
-          agent_steps: see `frames`; rows of more agent steps are moved away.
-          updates: see `frames`.
-          wall_seconds: see `frames`.
+          begin: of the checkpoint from which the run is resumed; rows of more agent steps are moved
+            away.
           suite: of the levels; its scores are told if it has a name and they can be normalised.
           stream: where progress is shown, stderr by default: a bar on a terminal, else plain lines.
           clock: returns seconds.
@@ -98,16 +112,16 @@ class RunLog(Log):
         self._curves = {name: learning_curve.LearningCurve() for name in self._level_names}
         self._all_levels = learning_curve.LearningCurve()
         self._console = Console(
-            sys.stderr if stream is None else stream, frames, total_frames, num_action_repeats
+            sys.stderr if stream is None else stream, begin.frames, total_frames, num_action_repeats
         )
-        self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
+        self._frames, self._agent_steps, self._updates, wall_seconds = begin
         self._interval = Interval(level_names, num_action_repeats, suite)
         self._episodes: list[tuple[str, float, int, str]] = []
         self._actors: dict[int, list[Mapping[str, Any]]] = {}
         self._pictures: dict[str, tuple[int, int, bytes]] = {}
         try:
             os.makedirs(logdir, exist_ok=True)
-            last_wall_seconds = self._read_back(agent_steps)
+            last_wall_seconds = self._read_back(begin.agent_steps)
             self._metrics_file = RowFile(self._path(METRICS_FILE))
             self._episodes_file = RowFile(self._path(EPISODES_FILE))
         except OSError as error:
@@ -118,7 +132,7 @@ class RunLog(Log):
         self._summaries = Summaries(self._path(SUMMARIES_FOLDER))
         self._wall_seconds_before = max(wall_seconds, last_wall_seconds)
         self._started = clock()
-        self._interval.begin(self._wall_seconds_before, frames, agent_steps)
+        self._interval.begin(self._wall_seconds_before, begin.frames, begin.agent_steps)
         self._curve_wall_seconds = -math.inf
         self._picture_wall_seconds = -math.inf
         self._closed = False

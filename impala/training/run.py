@@ -24,7 +24,7 @@ from impala.networks.build import choose_network, create_agent, create_decoder
 from impala.runs import files as run_files
 from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
-from impala.runs.run_log import RunLog
+from impala.runs.run_log import Counters, RunLog
 from impala.runs.run_settings import (
     check_same_network,
     check_same_run,
@@ -261,10 +261,7 @@ def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]
         run.spec.num_action_repeats,
         config.total_environment_frames,
         config.log_secs,
-        frames=run.frames(learner),
-        agent_steps=agent_steps,
-        updates=updates,
-        wall_seconds=wall_seconds,
+        begin=Counters(run.frames(learner), agent_steps, updates, wall_seconds),
         suite=config.suite,
     ) as log:
         yield log

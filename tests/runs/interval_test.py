@@ -14,6 +14,7 @@ from run_logs import (
 )
 
 from impala import suites
+from impala.runs.run_log import Counters
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_levels_have_frames_and_speeds_of_their_own(logdir, clock):
     assert second[f'level_frames_per_second/{LEVELS[0]}'] == 0
     assert second[f'level_frames_per_second/{LEVELS[1]}'] == 12
     # The run goes on from the first line.
-    with create(logdir, clock, agent_steps=60, frames=240) as log:
+    with create(logdir, clock, begin=Counters(agent_steps=60, frames=240)) as log:
         log.record_agent_steps(np.array([0]), 20)
         clock.now += 10
         write(log, 80)

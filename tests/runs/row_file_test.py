@@ -14,6 +14,8 @@ from run_logs import (
     write,
 )
 
+from impala.runs.run_log import Counters
+
 
 @pytest.fixture
 def logdir(tmp_path):
@@ -32,7 +34,7 @@ def test_rows_behind_the_checkpoint_are_moved_away(logdir, clock):
             clock.now += 10
             write(log, agent_steps)
     stream = io.StringIO()
-    with create(logdir, clock, stream, frames=800, agent_steps=200, wall_seconds=20.5) as log:
+    with create(logdir, clock, stream, begin=Counters(800, 200, 0, 20.5)) as log:
         assert log.mean_return == 150.0
         assert 'Moved 2 rows' in stream.getvalue()
         assert log.wall_seconds == 20.5
@@ -54,7 +56,7 @@ def test_damaged_lines_are_told_and_left_out(logdir, clock):
     with open(path, 'a') as file:
         file.write('{"agent_steps": null, "wall_seconds": 3}\n{"agent_steps": \n')
     stream = io.StringIO()
-    with create(logdir, clock, stream, frames=400, agent_steps=100, wall_seconds=10.0):
+    with create(logdir, clock, stream, begin=Counters(400, 100, 0, 10.0)):
         pass
     assert f'WARNING: {path}, line 2 (and 1 more) is damaged and left out.\n' in stream.getvalue()
     assert 'Moved' not in stream.getvalue()
@@ -73,7 +75,7 @@ def test_a_cut_last_line_is_repaired(logdir, clock, cut):
     for name in ('metrics.jsonl', 'episodes.csv'):
         path = os.path.join(logdir, name)
         os.truncate(path, os.path.getsize(path) - cut)
-    with create(logdir, clock, frames=800, agent_steps=200) as log:
+    with create(logdir, clock, begin=Counters(800, 200)) as log:
         assert log.mean_return == 100.0
         record(log, [300])
         write(log, 300)

@@ -22,6 +22,7 @@ from run_logs import (
 
 from impala.runs import run_log
 from impala.runs.files import LogdirError
+from impala.runs.run_log import Counters
 from impala.trajectory import EpisodeEnd
 
 
@@ -184,7 +185,7 @@ def test_resumed_run_goes_on(logdir, clock):
         clock.now += 100
         write(log, 500, 5)
     clock.now += 5000
-    with create(logdir, clock, frames=2000, agent_steps=500, updates=5, wall_seconds=101.5) as log:
+    with create(logdir, clock, begin=Counters(2000, 500, 5, 101.5)) as log:
         assert log.mean_return == 1.0
         clock.now += 8.5
         record(log, [4.0] * 60)
