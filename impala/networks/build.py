@@ -56,7 +56,7 @@ def create_agent(
 
 
 def create_decoder(network: AgentConfig, spec: EnvironmentSpec) -> Decoder | None:
-    """Makes what trains the agent's encoder beside the agent; None for a torso that is none."""
+    """Makes what trains the encoder of an agent with an auto-encoder; None for other torsos."""
     if network.torso != 'autoencoder':
         return None
     return Decoder(network.latent_size, spec.observation['frame'], DTYPES[network.compute_dtype])
