@@ -40,7 +40,7 @@ from command_line import (
 )
 
 import experiment
-from impala.runs import checkpoint
+from impala.runs import files as run_files
 
 CARTPOLE_FRAMES = 250_000
 RANDOM_CARTPOLE_RETURN = 22
@@ -614,15 +614,12 @@ def test_levels_of_all_kinds(tmp_path):
         assert 'deep network with LSTM' in run.stderr
         (line,) = metrics(folder / 'run')[-1:]
         assert line['updates'] == 3
-        with open(folder / 'run' / checkpoint.NETWORK_FILE) as file:
+        with open(folder / 'run' / run_files.NETWORK_FILE) as file:
             return json.load(file)
 
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         networks = dict(zip(cases, executor.map(check, cases), strict=True))
-    speaks = {
-        name: next(value for key, value in network.items() if 'instructions' in key)
-        for name, network in networks.items()
-    }
+    speaks = {name: network['has_instructions'] for name, network in networks.items()}
     assert speaks == {'lab': True, 'babyai': True, 'vizdoom': False}
 
 
