@@ -16,6 +16,7 @@ processor time is meaningful.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -102,36 +103,21 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
     from benchmarks.infrastructure import TinyAgent
     from impala.acting.actor_processes import Workplace
     from impala.acting.local_actors import LocalActors
-    from impala.config import TrainingConfig
+    from impala.config import Config
     from impala.evaluation import test_mode as evaluation
-    from impala.learning.learner import LearnerConfig
 
     # As experiment.py does.
     tf.config.threading.set_inter_op_parallelism_threads(1)
     num_slots = slots_per_level * len(LEVELS)
-    options = evaluation.EvaluationConfig(num_episodes=num_episodes)
-    config = evaluation.settings_of_test(
-        TrainingConfig(
-            logdir='',
-            level_names=LEVELS,
-            seed=1,
-            num_actors=num_slots,
-            envs_per_process=-(-num_slots // num_processes),
-            total_environment_frames=1,
-            torso='shallow',
-            use_lstm=False,
-            compute_dtype='float32',
-            learner=LearnerConfig(),
-            environment=CONFIG,
-            inference_batch_size=0,
-            inference_timeout_ms=20.0,
-            queue_capacity=1,
-            max_actor_restarts=0,
-            save_checkpoint_secs=600.0,
-            log_secs=10.0,
-        ),
-        options,
+    run = Config.of(
+        mode='test',
+        num_actors=num_slots,
+        envs_per_process=-(-num_slots // num_processes),
+        torso='shallow',
+        test_num_episodes=num_episodes,
     )
+    run = dataclasses.replace(run, environment=CONFIG)
+    config = evaluation.settings_of_test(run, len(LEVELS))
     with Workplace(config.environment) as workplace:
         spec = workplace.common_spec(LEVELS, 1)
         tf.random.set_seed(1)
@@ -143,9 +129,15 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
             if schedule.is_complete:
                 actors.close()
 
-        schedule = Schedule(LEVELS, num_slots, num_episodes, config.seed, ended)
+        schedule = Schedule(LEVELS, num_slots, num_episodes, config.run.seed, ended)
         actors = LocalActors(
-            config, with_action_noise(spec), TinyAgent(spec.num_actions), workplace, print, schedule
+            config,
+            LEVELS,
+            with_action_noise(spec),
+            TinyAgent(spec.num_actions),
+            workplace,
+            print,
+            schedule,
         )
         stopwatch = Stopwatch()
         with actors:

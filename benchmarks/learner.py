@@ -35,7 +35,8 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
-from impala.learning.learner import Learner, LearnerConfig
+from impala.config import LearnerConfig
+from impala.learning.learner import Learner
 from impala.learning.losses import vtrace_loss
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import (
@@ -100,7 +101,9 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
         num_action_repeats=4,
     )
     agent = Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep', compute_dtype=dtype), spec)
-    config = LearnerConfig(unroll_length=setting['unroll_length'], batch_size=setting['batch_size'])
+    config = LearnerConfig.of(
+        unroll_length=setting['unroll_length'], batch_size=setting['batch_size']
+    )
     learner = Learner(agent, config)
     batch = _batch(agent, spec, config)
     parameters = agent.trainable_variables

@@ -37,6 +37,7 @@ import tensorflow as tf
 
 from benchmarks import machine, stages
 from impala.cluster.exchange import UnrollInbox
+from impala.config import LearnerConfig
 from impala.experience.batch import (
     UnrollBatch,
     batch_of_components,
@@ -44,7 +45,7 @@ from impala.experience.batch import (
     unroll_components,
 )
 from impala.experience.loading import Loading, move
-from impala.learning.learner import Learner, LearnerConfig
+from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import has_fast_bfloat16
 from impala.trajectory import (
@@ -183,7 +184,7 @@ def main() -> None:
     args = parser.parse_args()
     load = os.getloadavg()[0]
     devices = ', '.join(d.device_type for d in tf.config.list_physical_devices())
-    config = LearnerConfig(batch_size=args.batch_size, unroll_length=args.unroll_length)
+    config = LearnerConfig.of(batch_size=args.batch_size, unroll_length=args.unroll_length)
     dtype = 'bfloat16' if has_fast_bfloat16() else 'float32'
     agent = Agent(AgentConfig(torso='shallow', use_lstm=False, compute_dtype=dtype), SPEC)
     learner = Learner(agent, config)

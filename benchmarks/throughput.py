@@ -41,8 +41,9 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
+from impala.config import LearnerConfig
 from impala.environments import EnvironmentConfig, create_environment
-from impala.learning.learner import Learner, LearnerConfig
+from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import has_fast_bfloat16
 from impala.trajectory import (
@@ -182,7 +183,7 @@ def learning(
 ) -> Callable[[], Any]:
     """Returns a function that makes a step of a new learner."""
     agent = Agent(config, spec)
-    learner = Learner(agent, LearnerConfig(batch_size=batch_size, unroll_length=length))
+    learner = Learner(agent, LearnerConfig.of(batch_size=batch_size, unroll_length=length))
     dims = [length + 1, batch_size]
     batch = ActorOutput(
         tf.zeros([batch_size], tf.int32),

@@ -33,7 +33,8 @@ from impala.runs.tensorflow_start import starting_tensorflow
 with starting_tensorflow():
     import tensorflow as tf
 
-from impala.learning.learner import Learner, LearnerConfig
+from impala.config import LearnerConfig
+from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import create_decoder
 from impala.trajectory import (
@@ -148,7 +149,7 @@ def _times_of_learning(dtype: str, latent_size: int, seconds: float) -> dict[str
     """Returns the shortest seconds of the learner's step with each torso."""
     setting = _GAMES['Atari']
     spec = _spec(setting)
-    config = LearnerConfig(unroll_length=20, batch_size=4)
+    config = LearnerConfig.of(unroll_length=20, batch_size=4)
     calls = {}
     for torso in _TORSOS:
         network = AgentConfig(torso, setting['use_lstm'], 256, dtype, latent_size=latent_size)

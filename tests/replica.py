@@ -22,9 +22,10 @@ from agents import (
 )
 
 from impala.cluster import learner_group
+from impala.config import LearnerConfig
 from impala.experience import loading
 from impala.learning import devices as learner_devices
-from impala.learning.learner import Learner, LearnerConfig
+from impala.learning.learner import Learner
 
 BATCH_SIZE = 4
 UPDATES = 4
@@ -49,7 +50,7 @@ APPO = {
 
 def config(batch_size, **changes):
     """Everything that could differ between one learner and several is in use."""
-    return LearnerConfig(
+    return LearnerConfig.of(
         batch_size=batch_size,
         **{
             'unroll_length': 5,
@@ -105,7 +106,7 @@ def share(batch, part, num_parts):
 def replayed_share(learner, part, num_parts):
     """Which of the unrolls that are one learner's are replayed."""
     size = BATCH_SIZE // num_parts
-    if not learner.config.replay_fraction:
+    if not learner.config.replay.replay_fraction:
         return tf.zeros([size], tf.bool)
     return tf.constant(REPLAYED[part * size : (part + 1) * size])
 

@@ -10,7 +10,6 @@ The output is one JSON object: name of a check -> what it found.
 """
 
 import collections
-import dataclasses
 import functools
 import json
 import re
@@ -26,8 +25,9 @@ from configs import config
 from dynamic_batching import batch_fn
 from impala import training
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
+from impala.config import LearnerConfig
 from impala.evaluation import test_mode as evaluation
-from impala.learning.learner import Learner, LearnerConfig
+from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.decoder import Decoder
 from impala.trajectory import (
@@ -116,7 +116,7 @@ def on_the_cpu(next_creator, **kwargs):
 def whole_run(folder):
     """A run with actors of its own, which goes on, and its test."""
     run = config(
-        folder, level_names=('levels:short', 'levels:long'), use_lstm=True, popart=True,
+        folder, level_name='levels:short,levels:long', use_lstm='true', popart=True,
         total_environment_frames=60,
     )  # fmt: skip
     batches, learners = set(), []
@@ -130,8 +130,8 @@ def whole_run(folder):
     Learner.devices = property(lambda learner: [DEVICE])
     Learner.step_in_parts = noting_devices
     training.train(run)
-    training.train(dataclasses.replace(run, total_environment_frames=100))
-    returns = evaluation.evaluate(run, evaluation.EvaluationConfig(num_episodes=2), print)
+    training.train(run.replace(total_environment_frames=100))
+    returns = evaluation.evaluate(run.replace(mode='test', test_num_episodes=2), print)
     return {
         'batches': sorted(batches),
         'variables': sorted({v.device for learner in learners for v in learner.variables}),
@@ -147,14 +147,14 @@ def learner(name):
     def create_agent(**dtype):
         return Agent(AgentConfig(core_size=8, latent_size=6, **{**network, **dtype}), SPEC)
 
-    settings = LearnerConfig(batch_size=2, unroll_length=5, **changes)
+    settings = LearnerConfig.of(batch_size=2, unroll_length=5, **changes)
     agent = create_agent()
-    target = create_agent() if settings.target_update_steps else None
+    target = create_agent() if settings.loss.target_update_steps else None
     decoder = None
     if network['torso'] == 'autoencoder':
         decoder = Decoder(6, SPEC.observation['frame'], tf.float32)
     learner = Learner(agent, settings, None, target, decoder)
-    is_replayed = tf.constant([False, bool(settings.replay_fraction)])
+    is_replayed = tf.constant([False, bool(settings.replay.replay_fraction)])
     batch = batch_of(agent, settings)
     updates = [learner.step(batch, is_replayed=is_replayed) for _ in range(2)]
 

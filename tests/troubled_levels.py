@@ -43,6 +43,15 @@ def good(seed, config):
         return Level()
 
 
+def starts_late(seed, config):
+    """Is made when the process of `good` has ended."""
+    while True:
+        time.sleep(0.05)
+        others = [name for name in os.listdir(config.temp_folder) if name.startswith('level-')]
+        if others and not os.path.exists(f'/proc/{others[0].removeprefix("level-")}'):
+            return Level()
+
+
 def fails_early(seed, config):
     """Fails before any unroll is full, and talks first."""
     print('a lot of talk\n' * 1000)

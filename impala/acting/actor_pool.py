@@ -109,6 +109,7 @@ class ActorPool:
             for first in range(0, len(actors), envs_per_process)
         ]
         self._processes: dict[int, _ActorProcess] = {}
+        self._num_done = 0
         self._supervisor = threading.Thread(target=self._supervise, name='actor pool', daemon=True)
         self.restarts = 0
 
@@ -264,7 +265,7 @@ class ActorPool:
             progress = [activity.progress[actor] for actor in each.actors]
             signs[index] = None if is_waiting else (each.process.pid, *states, *progress)
         if self._start_progress is not None:
-            if len(signs) == len(self._groups) == self._num_up():
+            if self._num_up() == len(self._groups):
                 if self._start_progress.has_reported:
                     self._start_progress.tell()
                 self._start_progress = None
@@ -289,7 +290,8 @@ class ActorPool:
                 each.silent_seconds = 0.0
 
     def _num_up(self) -> int:
-        return sum(each.is_up for each in self._processes.values())
+        # Those that have played all their episodes were up, too.
+        return self._num_done + sum(each.is_up for each in self._processes.values())
 
     def _silence_report(self, silent: dict[int, float], activity: Activity) -> str:
         actors: list[int] = []
@@ -328,6 +330,7 @@ class ActorPool:
         # Soon this pool is closed, too, or the test is over for this one.
         if is_over or (self._schedule is not None and num_episodes == 0):
             self._forget(index)
+            self._num_done += 1
             return
         # An exit code alone may be the environment's own.
         sentence = sentence_of(places.tail(ended.errors, _SENTENCE_BYTES))

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 from impala.acting.actor import STACK_SIGNAL
-from impala.acting.silence import SilenceLimits, SilenceWatch, since
-from impala.config import ConfigError
-from impala.environments import EnvironmentConfig
+from impala.acting.silence import SilenceWatch, since
+from impala.config import ActorsConfig, ConfigError, EnvironmentConfig
 from impala.errors import LevelError
 from impala.runs.progress import report_to_stderr
 from impala.runs.start_progress import StartProgress
@@ -59,7 +58,7 @@ class Workplace:
     def __init__(
         self,
         config: EnvironmentConfig,
-        limits: SilenceLimits = SilenceLimits(),  # noqa: B008 (frozen)
+        limits: ActorsConfig = ActorsConfig(),  # noqa: B008 (frozen)
         report: Callable[[str], None] = report_to_stderr,
     ):
         """Prepares for actors.
@@ -292,7 +291,7 @@ class Workplace:
 
     def consequence(self, what: str) -> str:
         """Returns the end of a sentence about silence: what comes of it."""
-        timeout = self.limits.timeout
+        timeout = self.limits.actor_timeout
         return f': {what} after {timeout:g} s (--actor_timeout)' if timeout else ''
 
 

@@ -11,7 +11,7 @@ from impala.acting.actor_pool import ActorPool
 from impala.acting.actor_processes import ActorError, Workplace
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.acting.episode_series import Schedule
-from impala.config import ConfigError, TrainingConfig
+from impala.config import Config, ConfigError
 from impala.environments.level_cache import level_cache_statistics
 from impala.experience.batch import Mix, UnrollBatch
 from impala.networks.agent import Agent
@@ -29,7 +29,8 @@ class LocalActors:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: Config,
+        level_names: Sequence[str],
         spec: EnvironmentSpec,
         agent: Agent,
         workplace: Workplace,
@@ -40,6 +41,7 @@ class LocalActors:
 
         Args:
           config: of the run.
+          level_names: levels, given to the actors round robin.
           spec: of every actor's environment.
           agent: acts for all of them, with the weights that it has until others are published;
             nobody else may use it.
@@ -53,35 +55,38 @@ class LocalActors:
         # Nobody learns from what a test plays.
         self._max_discarded = 0
         if schedule is None:
-            self._max_discarded = max(_MIN_DISCARDED, _DISCARDED_PER_ACTOR * config.num_actors)
+            self._max_discarded = max(
+                _MIN_DISCARDED, _DISCARDED_PER_ACTOR * config.actors.num_actors
+            )
+        level_ids = [actor % len(level_names) for actor in range(config.actors.num_actors)]
         try:
             self._source = UnrollSource(
                 spec,
                 agent,
-                config.level_ids,
+                level_ids,
                 config.learner.unroll_length,
-                config.queue_capacity,
-                config.inference_batch_size or max(1, config.num_actors // 2),
-                config.inference_timeout_ms,
+                config.actors.queue_capacity,
+                config.actors.inference_batch_size or max(1, config.actors.num_actors // 2),
+                config.actors.inference_timeout_ms,
                 self._max_discarded,
             )
         except tf.errors.ResourceExhaustedError as error:
             raise ConfigError(
-                f'There is no memory for the unrolls of {config.num_actors} actors and '
-                f'--queue_capacity={config.queue_capacity}, each of '
+                f'There is no memory for the unrolls of {config.actors.num_actors} actors and '
+                f'--queue_capacity={config.actors.queue_capacity}, each of '
                 f'--unroll_length={config.learner.unroll_length} agent steps: give smaller values.'
             ) from error
-        self._level_names = [config.level_names[level] for level in config.level_ids]
+        self._level_names = [level_names[level] for level in level_ids]
         self._observation_names = list(spec.observation)
         self._behaviour = BehaviourPolicy(agent, self._source)
         self._pool = ActorPool(
             workplace,
             self._source.batcher,
             self._level_names,
-            config.seed,
-            config.max_actor_restarts,
+            config.run.seed,
+            config.actors.max_actor_restarts,
             report,
-            config.envs_per_process,
+            config.actors.envs_per_process,
             schedule,
         )
         self._temp_folder = str(workplace.config.temp_folder)

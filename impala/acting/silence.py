@@ -8,23 +8,11 @@ import datetime
 from collections.abc import Hashable, Mapping
 from typing import NamedTuple
 
+from impala.config import ActorsConfig
+
 # A line that is due takes in whoever has been silent for nearly as long: what hangs together is
 # told together.
 _NEARLY = 0.75
-
-
-@dataclasses.dataclass(frozen=True)
-class SilenceLimits:
-    """How long an environment may take for a step, or to be made.
-
-    Attributes:
-      report_secs: seconds of silence after which it is reported, and again after twice as many, and
-        so on; 0 for never.
-      timeout: seconds of silence after which its process is killed and replaced; 0 for never.
-    """
-
-    report_secs: float = 60.0
-    timeout: float = 600.0
 
 
 class Silences(NamedTuple):
@@ -56,9 +44,15 @@ class SilenceWatch:
     asleep, so may the others have been.
     """
 
-    def __init__(self, limits: SilenceLimits, longest_gap: float):
-        """Args: longest_gap: seconds that count between two looks, at most."""
-        self._limits = limits
+    def __init__(self, config: ActorsConfig, longest_gap: float):
+        """Begins with no keys.
+
+        Args:
+          config: `silence_secs` after which silence is reported, and again after twice as many,
+            and so on; `actor_timeout` after which it has lasted too long; 0 for never.
+          longest_gap: seconds that count between two looks, at most.
+        """
+        self._config = config
         self._longest_gap = longest_gap
         self._watched: dict[int, _Watched] = {}
         self._looked_at: float | None = None
@@ -72,7 +66,7 @@ class SilenceWatch:
         """
         gap = 0.0 if self._looked_at is None else min(now - self._looked_at, self._longest_gap)
         self._looked_at = now
-        report_secs, timeout = self._limits.report_secs, self._limits.timeout
+        report_secs, timeout = self._config.silence_secs, self._config.actor_timeout
         result = Silences({}, {}, {})
         for key in self._watched.keys() - signs.keys():
             self.forget(key)

@@ -6,17 +6,18 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
 
+from impala import suites
 from impala.acting.actor_processes import Workplace, require_files
 from impala.acting.local_actors import LocalActors
 from impala.cluster import remote_actors
 from impala.cluster.exchange import Reservation
 from impala.cluster.transport import Closed, Disconnected, LearnerConnection, Rejected, Stranger
-from impala.config import ConfigError, TrainingConfig, with_common_actions
+from impala.config import ClusterConfig, Config, ConfigError, with_common_actions
 from impala.experience.batch import flatten_unroll, unroll_components
 from impala.learning import memory_needs
 from impala.networks.agent import Agent, AgentConfig
@@ -33,26 +34,6 @@ _COMPLETE = 'Training is complete.'
 T = TypeVar('T')
 
 
-@dataclasses.dataclass(frozen=True)
-class ActorJobConfig:
-    """What an actor job is, beside the run that it is part of.
-
-    Attributes:
-      task: number of the job, from 0.
-      learner_address: `host:port`.
-      reconnect_timeout: seconds to wait for a learner that is not there.
-      shaping_flags: flags that the learner has a say in and that were given to this job -> their
-        values.
-      takes_levels: play the learner's levels, whatever the run's settings say here.
-    """
-
-    task: int
-    learner_address: str
-    reconnect_timeout: float
-    shaping_flags: dict[str, Any]
-    takes_levels: bool
-
-
 class LearnerLost(Exception):
     """The learner has been away for too long; the text is one sentence."""
 
@@ -65,12 +46,12 @@ class _Finished(Exception):
     """Training is complete, or this job was told to stop."""
 
 
-def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], None]) -> str:
+def run(config: Config, given: Collection[str], report: Callable[[str], None]) -> str:
     """Plays for the learner until training is complete or a signal comes. Main thread only.
 
     Args:
       config: what this job's flags say; what the learner says counts where they must agree.
-      job: who this is and where the learner is.
+      given: names of the settings that were given to this job, which it may not overrule.
       report: told, in lines, what happens.
 
     Returns:
@@ -86,23 +67,24 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        job, address = config.cluster, config.cluster.own_address
         patience = _Patience(job, report, stop)
-        with _before_play(), LearnerConnection(job.learner_address) as asking:
+        with _before_play(), LearnerConnection(address) as asking:
             settings = json.loads(patience.call(asking.settings))
             version = patience.call(asking.status).version
-        config = _agreed(config, job, settings)
-        if config.inference_batch_size > config.num_actors:
+        config, level_names = _agreed(config, given, settings)
+        num_actors = config.actors.num_actors
+        if config.actors.inference_batch_size > num_actors:
             raise ConfigError(
-                f'--inference_batch_size={config.inference_batch_size} is more than this job has '
-                f'environments (--envs_per_actor={config.num_actors}).'
+                f'--inference_batch_size={config.actors.inference_batch_size} is more than this '
+                f'job has environments (--envs_per_actor={num_actors}).'
             )
         # One that is started again does not play its episodes once more.
-        config = dataclasses.replace(
-            config, seed=derived_seed(config.seed, job.task, max(version, 0))
-        )
-        require_files(config.num_processes, 'envs_per_actor', config.num_actors)
-        workplace = stack.enter_context(Workplace(config.environment, config.silence, report))
-        spec = workplace.common_spec(config.level_names, config.seed)
+        seed = derived_seed(config.run.seed, job.task, max(version, 0))
+        config = config.replace(seed=seed)
+        require_files(config.actors.num_processes, 'envs_per_actor', num_actors)
+        workplace = stack.enter_context(Workplace(config.environment, config.actors, report))
+        spec = workplace.common_spec(level_names, seed)
         network = settings['network']
         agent_config = AgentConfig(
             torso=network['torso'],
@@ -111,13 +93,13 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
             latent_size=network['latent_size'],
         )
         # The spec is compared before it is given to a network that may not be able to serve it.
-        _check_network(network_settings(agent_config, spec), network, job.learner_address)
+        _check_network(network_settings(agent_config, spec), network, address)
         memory_needs.check(memory_needs.of_actors(config, spec, agent_config, 'envs_per_actor'))
         agent = Agent(agent_config, spec)
-        tf.random.set_seed(config.seed)
+        tf.random.set_seed(seed)
         connection = stack.enter_context(
             LearnerConnection(
-                job.learner_address,
+                address,
                 unroll_components(
                     spec,
                     agent.state_spec,
@@ -127,8 +109,8 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
                 [tf.TensorSpec(weight.shape, weight.dtype) for weight in agent.trainable_variables],
             )
         )
-        actors = LocalActors(config, spec, agent, workplace, report)
-        learner = _Learner(connection, actors, patience, job.task, config.num_actors)
+        actors = LocalActors(config, level_names, spec, agent, workplace, report)
+        learner = _Learner(connection, actors, patience, job.task, num_actors)
         with _before_play():
             learner.reserve(report)
             if learner.finished:
@@ -143,11 +125,11 @@ def run(config: TrainingConfig, job: ActorJobConfig, report: Callable[[str], Non
         stack.enter_context(actors)
         stack.enter_context(learner.watched())
         report(
-            f'Actor job {job.task}: {config.num_actors} environments of '
-            f'{", ".join(sorted(set(config.level_names)))} for the learner at {job.learner_address}'
+            f'Actor job {job.task}: {num_actors} environments of '
+            f'{", ".join(sorted({*level_names}))} for the learner at {address}'
         )
         with contextlib.suppress(_Finished, Closed):
-            _play(config, job, settings['level_names'], actors, learner)
+            _play(level_names, settings['level_names'], address, actors, learner)
         if not stop.received and not learner.finished:
             if learner.holder is not None:
                 raise learner.taken_error()
@@ -171,9 +153,9 @@ def _before_play():
 
 
 def _play(
-    config: TrainingConfig,
-    job: ActorJobConfig,
-    level_names: list[str],
+    level_names: Sequence[str],
+    names_of_run: list[str],
+    address: str,
     actors: LocalActors,
     learner: '_Learner',
 ) -> None:
@@ -181,9 +163,9 @@ def _play(
     rejected_in_a_row = 0
     for sequence, batch in enumerate(actors.batches(1), 1):
         unroll = flatten_unroll(batch, 0)
-        level = config.level_names[int(unroll[0])]
+        level = level_names[int(unroll[0])]
         # The learner counts the levels of the whole run.
-        unroll[0] = unroll[0].dtype.type(level_names.index(level))
+        unroll[0] = unroll[0].dtype.type(names_of_run.index(level))
         try:
             learner.send(unroll, level, sequence)
             rejected_in_a_row = 0
@@ -191,7 +173,7 @@ def _play(
             rejected_in_a_row += 1
             if rejected_in_a_row == _MAX_REJECTED:
                 raise ActorJobError(
-                    f'The learner at {job.learner_address} refused {_MAX_REJECTED} unrolls in a '
+                    f'The learner at {address} refused {_MAX_REJECTED} unrolls in a '
                     f'row, the last because: {error}'
                 ) from error
 
@@ -199,8 +181,9 @@ def _play(
 class _Patience:
     """Repeats calls to a learner that may be away for a while."""
 
-    def __init__(self, job: ActorJobConfig, report: Callable[[str], None], stop: StopSignal):
-        self._job = job
+    def __init__(self, config: ClusterConfig, report: Callable[[str], None], stop: StopSignal):
+        self._address = config.own_address
+        self._timeout = config.reconnect_timeout
         self._report = report
         self._stop = stop
 
@@ -224,10 +207,10 @@ class _Patience:
                     before_again()
                 result = function()
                 if away_since is not None:
-                    self._report(f'The learner at {self._job.learner_address} is there')
+                    self._report(f'The learner at {self._address} is there')
                 return result
             except _OfALostPolicy:
-                self._report(f'The learner at {self._job.learner_address} is there')
+                self._report(f'The learner at {self._address} is there')
                 raise
             except Stranger as error:
                 raise ConfigError(
@@ -239,13 +222,11 @@ class _Patience:
                 now = time.monotonic()
                 if away_since is None:
                     away_since = now
-                    self._report(
-                        f'{error} Waiting for it, {self._job.reconnect_timeout:g} seconds at most'
-                    )
-                if now - away_since > self._job.reconnect_timeout:
+                    self._report(f'{error} Waiting for it, {self._timeout:g} seconds at most')
+                if now - away_since > self._timeout:
                     raise LearnerLost(
-                        f'The learner at {self._job.learner_address} was not there for '
-                        f'{self._job.reconnect_timeout:g} seconds (--reconnect_timeout).'
+                        f'The learner at {self._address} was not there for '
+                        f'{self._timeout:g} seconds (--reconnect_timeout).'
                     ) from error
                 self.sleep(back_off)
                 back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
@@ -436,12 +417,17 @@ class _OfALostPolicy(Exception):
 
 
 def _agreed(
-    config: TrainingConfig, job: ActorJobConfig, settings: dict[str, Any]
-) -> TrainingConfig:
-    """Takes over what the learner says; refuses flags that say something else."""
+    config: Config, given: Collection[str], settings: dict[str, Any]
+) -> tuple[Config, list[str]]:
+    """Takes over what the learner says; refuses flags that say something else.
+
+    Returns:
+      The settings, and the level of each environment.
+    """
+    address = config.cluster.own_address
     if settings.get('protocol') != remote_actors.PROTOCOL:
         raise ConfigError(
-            f'The learner at {job.learner_address} runs another version of this program '
+            f'The learner at {address} runs another version of this program '
             f'(protocol {settings.get("protocol")}, here {remote_actors.PROTOCOL}): '
             'install the same one.'
         )
@@ -451,31 +437,37 @@ def _agreed(
     }
     environment = settings['environment']
     of_the_learner |= environment | {'num_action_repeats': settings['num_action_repeats']}
-    for flag, value in job.shaping_flags.items():
-        if value != of_the_learner[flag]:
+    own = config.agreed('jobs') | {'use_lstm': config.network.use_lstm == 'true'}
+    for flag in own.keys() & of_the_learner.keys() & {*given}:
+        value = own[flag]
+        is_open = config.value(flag) in ('auto', None)
+        if not is_open and value != of_the_learner[flag]:
             raise ConfigError(
-                f'--{flag}={value} does not fit the learner at {job.learner_address}, which has '
+                f'--{flag}={value} does not fit the learner at {address}, which has '
                 f'{of_the_learner[flag]}: leave it out.'
             )
     known = settings['level_names']
-    names = known if job.takes_levels else config.level_names
+    names = known
+    if 'level_name' in given:
+        names = suites.load(config.run.level_name).level_names
     for level in names:
         if level not in known:
             raise ConfigError(
                 f'--level_name={level} is none of the levels of the learner at '
-                f'{job.learner_address}: {", ".join(known)}.'
+                f'{address}: {", ".join(known)}.'
             )
     # Round robin over the levels, by job and environment.
-    first = job.task * config.num_actors
-    levels = [names[(first + i) % len(names)] for i in range(config.num_actors)]
-    return dataclasses.replace(
-        config,
-        level_names=tuple(levels),
+    num_actors = config.cluster.envs_per_actor
+    first = config.cluster.task * num_actors
+    levels = [names[(first + i) % len(names)] for i in range(num_actors)]
+    agreed = dataclasses.replace(
+        config.replace(num_actors=num_actors),
         environment=with_common_actions(
             dataclasses.replace(config.environment, **environment), known
         ),
         learner=dataclasses.replace(config.learner, unroll_length=settings['unroll_length']),
     )
+    return agreed, levels
 
 
 def _check_network(ours: dict[str, Any], learners: dict[str, Any], address: str) -> None:

@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.transport import ServerError, is_in_use, split_address
-from impala.config import ConfigError
+from impala.cluster.transport import ServerError, is_in_use
+from impala.config import (
+    GRADIENTS_PORT_OFFSET,
+    GROUP_PORT_OFFSET,
+    ConfigError,
+    split_address,
+)
 from impala.private_tensorflow import abort_collectives, disable_coordination_service
 from impala.runs.log import Log
 from impala.runs.progress import report_to_stderr
 from impala.runs.run_settings import flags_of
 from impala.trajectory import EpisodeEnd
-
-# Added to the port of a learner's address, at which its actors find it.
-GRADIENTS_PORT_OFFSET = 1000
-ROLL_CALL_PORT_OFFSET = 2000
 
 # Changes when learners of two versions could misunderstand each other.
 PROTOCOL = 4
@@ -63,35 +64,6 @@ class Member(NamedTuple):
     def is_first(self) -> bool:
         """Whether this is the one that writes checkpoints and logs."""
         return self.task == 0
-
-
-def check_member(member: Member) -> None:
-    """Sees to it that learners can have these addresses and numbers.
-
-    Raises:
-      ConfigError, ServerError: one sentence for the user.
-    """
-    if not 0 <= member.task < len(member.addresses):
-        raise ConfigError(
-            f'--task={member.task}: there are {len(member.addresses)} --learner_addresses, so '
-            f'learners are --task=0 to --task={len(member.addresses) - 1}.'
-        )
-    taken: dict[tuple[str, int], str] = {}
-    for address in member.addresses:
-        host, port = split_address(address)
-        if not 0 < port <= 65535 - ROLL_CALL_PORT_OFFSET:
-            raise ConfigError(
-                f'--learner_addresses: the port of {address} must be from 1 to '
-                f'{65535 - ROLL_CALL_PORT_OFFSET}; port + {ROLL_CALL_PORT_OFFSET} is used, too.'
-            )
-        for offset in (0, GRADIENTS_PORT_OFFSET, ROLL_CALL_PORT_OFFSET):
-            other = taken.setdefault((host, port + offset), address)
-            if other != address or (offset == 0 and member.addresses.count(address) > 1):
-                raise ConfigError(
-                    f'--learner_addresses: {other} and {address} would both use port '
-                    f'{port + offset}; a learner uses its port, and those {GRADIENTS_PORT_OFFSET} '
-                    f'and {ROLL_CALL_PORT_OFFSET} above.'
-                )
 
 
 def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.Strategy:
@@ -163,7 +135,7 @@ class LearnerGroup:
         self._settings = json.loads(json.dumps(settings))
         self._report = report
         host, port = split_address(member.addresses[0])
-        self._roll_call = host, port + ROLL_CALL_PORT_OFFSET
+        self._roll_call = host, port + GROUP_PORT_OFFSET
         # Guards all below.
         self._changed = threading.Condition()
         self._lines: dict[int, _Line] = {}

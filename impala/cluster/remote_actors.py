@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from impala.cluster.exchange import ActorStatistics, UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerServer
-from impala.config import TrainingConfig, environment_settings
+from impala.config import Config
 from impala.experience.batch import (
     Mix,
     UnrollBatch,
@@ -75,21 +75,21 @@ class RemoteActors:
 
     def __init__(
         self,
-        config: TrainingConfig,
+        config: Config,
+        level_names: Sequence[str],
         spec: EnvironmentSpec,
         agent: Agent,
         settings: dict[str, Any],
-        address: str,
         report: Callable[[str], None],
     ):
         """Listens.
 
         Args:
           config: of the run.
+          level_names: of the run, in the order of their ids.
           spec: of the environments.
           agent: of the network that learns; tells the shape of its state.
           settings: JSON-serialisable, for the actor jobs.
-          address: `host:port` to listen on.
           report: told who comes and goes.
 
         Raises:
@@ -99,11 +99,11 @@ class RemoteActors:
         self._state_structure = agent.state_spec
         self._report = report
         components = unroll_components(
-            spec, agent.state_spec, config.learner.unroll_length, len(config.level_names)
+            spec, agent.state_spec, config.learner.unroll_length, len(level_names)
         )
-        self._inbox = UnrollInbox(config.queue_capacity, components, 'policy_version')
+        self._inbox = UnrollInbox(config.actors.queue_capacity, components, 'policy_version')
         self._board = WeightsBoard(json.dumps(settings))
-        self._server = LearnerServer(address)
+        self._server = LearnerServer(config.cluster.own_address)
         self.port = self._server.port
         self._rows: list[dict[str, Any]] = []
         self._known: dict[int, ActorStatistics] = {}
@@ -211,12 +211,13 @@ class RemoteActors:
 
 
 def job_settings(
-    config: TrainingConfig, network: dict[str, Any], num_action_repeats: int
+    config: Config, level_names: Sequence[str], network: dict[str, Any], num_action_repeats: int
 ) -> dict[str, Any]:
     """Returns what actor jobs must agree with the learner on, JSON-serialisable.
 
     Args:
       config: of the run.
+      level_names: of the run, in the order of their ids.
       network: as of `run_settings.network_settings`.
       num_action_repeats: of the levels, whether a flag says it or not.
     """
@@ -224,7 +225,7 @@ def job_settings(
         'protocol': PROTOCOL,
         'network': network,
         'unroll_length': config.learner.unroll_length,
-        'level_names': list(config.level_names),
-        'environment': environment_settings(config.environment),
+        'level_names': list(level_names),
+        'environment': config.environment.agreed('jobs'),
         'num_action_repeats': num_action_repeats,
     }

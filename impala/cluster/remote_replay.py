@@ -35,13 +35,10 @@ from impala.cluster.transport import (
     Rejected,
     RemoteError,
     ReplayConnection,
-    ServerError,
     Stranger,
-    split_address,
 )
 from impala.config import ConfigError
 from impala.experience.replay import Packing
-from impala.learning.learner import LearnerConfig
 from impala.trajectory import UnrollArray
 
 # For a batch, the learner waits for all shards together for so many seconds at most.
@@ -585,41 +582,6 @@ class _Shard:
     def wish(self) -> Wish:
         """What is wanted of it when it is found."""
         return Wish.BEGIN if self.begins else Wish.TAKE
-
-
-def check_replay_jobs(addresses: Sequence[str], learner: LearnerConfig) -> None:
-    """Refuses addresses of replay jobs that make no sense, or settings that do not go with them.
-
-    Args:
-      addresses: `host:port` of each.
-      learner: how much is replayed, and the capacity of a replay that the learner would hold.
-
-    Raises:
-      ConfigError: names the flag.
-    """
-    if addresses and not learner.replay_fraction:
-        raise ConfigError(
-            f'--replay_addresses={",".join(addresses)} would hold trajectories that no one uses '
-            'again: give --replay_fraction=0.5, for instance, too.'
-        )
-    if addresses and learner.replay_capacity != LearnerConfig.replay_capacity:
-        raise ConfigError(
-            f'--replay_capacity={learner.replay_capacity} is for who holds the trajectories: with '
-            '--replay_addresses give it to the replay jobs, and leave it out of the learner.'
-        )
-    for address in addresses:
-        try:
-            split_address(address)
-        except ServerError as error:
-            raise ConfigError(
-                f"'{address}' in --replay_addresses is no address of a replay job, which reads "
-                'host:port.'
-            ) from error
-        if addresses.count(address) > 1:
-            raise ConfigError(
-                f'--replay_addresses has {address} more than once: give each replay job one of '
-                'its own.'
-            )
 
 
 def _read(asking: Connection) -> tuple[int, Answer]:

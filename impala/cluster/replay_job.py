@@ -30,6 +30,7 @@ import tensorflow as tf
 
 from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import ReplayServer, warn_of_network
+from impala.config import Config
 from impala.experience.replay import Replay, aligned
 from impala.memory import room_bytes
 from impala.runs.stop_signal import StopSignal
@@ -171,31 +172,12 @@ class Answer:
         return cls(**json.loads(text))
 
 
-@dataclasses.dataclass(frozen=True)
-class ReplayJobConfig:
-    """What a replay job is.
-
-    Attributes:
-      task: its number, from 0.
-      addresses: `host:port` of all replay jobs.
-      capacity: unrolls of them all; each holds an equal part.
-      seed: of what is drawn.
-      trusted_network: whether nobody need be told that others may reach its port.
-    """
-
-    task: int
-    addresses: tuple[str, ...]
-    capacity: int
-    seed: int
-    trusted_network: bool = False
-
-    @property
-    def own_capacity(self) -> int:
-        """Unrolls that this job holds."""
-        return -(-self.capacity // len(self.addresses))
+def own_capacity(config: Config) -> int:
+    """Returns the number of unrolls that this replay job holds, an equal part of all."""
+    return -(-config.learner.replay.replay_capacity // len(config.cluster.replay_addresses))
 
 
-def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
+def run(config: Config, report: Callable[[str], None]) -> str:
     """Serves until a signal comes. Main thread only.
 
     Args:
@@ -210,18 +192,19 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
       ReplayJobError: storing or drawing has failed.
       KeyboardInterrupt: a signal came before anything was held.
     """
+    task = config.cluster.task
     errors: list[Exception] = []
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         requests = UnrollInbox(_NUM_WAITING, REQUEST_COMPONENTS, 'version', REQUESTS)
         settings = {
             'protocol': PROTOCOL,
-            'capacity': config.own_capacity,
+            'capacity': own_capacity(config),
             'lease_seconds': LEASE_SECONDS,
         }
         board = WeightsBoard(json.dumps(settings), BOARD)
-        server = ReplayServer(config.addresses[config.task])
-        if not config.trusted_network:
+        server = ReplayServer(config.cluster.replay_addresses[task])
+        if not config.cluster.trusted_network:
             warn_of_network(server.port, report)
 
         def fail(error: Exception) -> None:
@@ -231,8 +214,9 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
         shard = stack.enter_context(_Shard(config, board, report, fail))
         stop.then(requests.close)
         report(
-            f'Replay job {config.task} of {len(config.addresses)}: up to {config.own_capacity:,} '
-            f'trajectories of what a learner says; waiting for it on port {server.port}'
+            f'Replay job {task} of {len(config.cluster.replay_addresses)}: up to '
+            f'{own_capacity(config):,} trajectories of what a learner says; waiting for it on port '
+            f'{server.port}'
         )
         with contextlib.suppress(tf.errors.CancelledError):
             while True:
@@ -243,7 +227,7 @@ def run(config: ReplayJobConfig, report: Callable[[str], None]) -> str:
     if errors:
         report(''.join(traceback.format_exception(errors[0])).rstrip())
         raise ReplayJobError(
-            f'Replay job {config.task} cannot go on: {type(errors[0]).__name__}: {errors[0]}; the '
+            f'Replay job {task} cannot go on: {type(errors[0]).__name__}: {errors[0]}; the '
             f'{number:,} trajectories held here are gone.'
         ) from errors[0]
     return f'Stopped; the {number:,} trajectories held here are gone.'
@@ -254,13 +238,14 @@ class _Shard:
 
     def __init__(
         self,
-        config: ReplayJobConfig,
+        config: Config,
         board: WeightsBoard,
         report: Callable[[str], None],
         on_error: Callable[[Exception], None],
     ):
         self._on_error = on_error
-        self._config = config
+        self._task, self._seed = config.cluster.task, config.run.seed
+        self._capacity = own_capacity(config)
         self._board = board
         self._report = report
         self._shelf: _Shelf | None = None
@@ -339,25 +324,23 @@ class _Shard:
         replay = None if self._shelf is None else self._shelf.replay
         held = 0 if replay is None else len(replay) * (replay.nbytes // replay.capacity)
         room = room_bytes(held)
-        if self._config.own_capacity * nbytes > room:
+        if self._capacity * nbytes > room:
             raise self._no_room(nbytes, room)
 
     def _no_room(self, nbytes: int, room: int) -> '_RefusedError':
         return _RefusedError(
-            f'{self._config.own_capacity:,} trajectories of {nbytes:,} bytes are more than there '
-            f'is room for in replay job {self._config.task}: {room / 1e9:.1f} GB, which is most of '
+            f'{self._capacity:,} trajectories of {nbytes:,} bytes are more than there '
+            f'is room for in replay job {self._task}: {room / 1e9:.1f} GB, which is most of '
             'the memory that is free now; start it with a smaller --replay_capacity, or start more '
             'of them elsewhere.'
         )
 
     def _begin(self, request: Request) -> None:
         layout, number = request.layout, next(self._numbers)
-        capacity = self._config.own_capacity
+        capacity = self._capacity
         nbytes = Replay(layout.components, 1, 0).nbytes
         try:
-            replay = Replay(
-                layout.components, capacity, (self._config.seed, self._config.task, number)
-            )
+            replay = Replay(layout.components, capacity, (self._seed, self._task, number))
         except MemoryError as error:
             raise self._no_room(nbytes, room_bytes()) from error
         shelf = _Shelf(replay, number, self._show, self._on_error)

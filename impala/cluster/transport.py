@@ -25,6 +25,7 @@ import tensorflow as tf
 
 from dynamic_batching.op_library import load_ops
 from impala.cluster.exchange import BOARD, INBOX, Reservation
+from impala.config import split_address
 from impala.trajectory import UnrollArray
 
 _ops = load_ops('impala.cluster')
@@ -506,18 +507,6 @@ def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
         socket.create_connection((host.strip('[]'), port), seconds).close()
     except UnicodeError as error:  # An empty part of the name, for one.
         raise OSError(f"'{host}' is no name of a machine ({error})") from error
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Returns host and port of `host:port`.
-
-    Raises:
-      ServerError: it is something else.
-    """
-    host, _, port = address.rpartition(':')
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ServerError(f"'{address}' is no address of a job, which reads host:port.")
-    return host, int(port)
 
 
 def _keep_memory() -> None:

@@ -4,13 +4,9 @@ Actor processes import this package, and there are many of them. So it never imp
 imports Gymnasium and other packages only when a level needs them.
 """
 
+from impala.config import EnvironmentConfig
 from impala.environments.create import create_environment
-from impala.environments.environment import (
-    DeclarationError,
-    Environment,
-    EnvironmentConfig,
-    Observation,
-)
+from impala.environments.environment import DeclarationError, Environment, Observation
 from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
 from impala.errors import LevelError
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from impala.config import EnvironmentConfig
 from impala.environments.environment import (
-    DEFAULT_SIZE,
     SUITE_FRAMES_PER_SECOND,
     Environment,
-    EnvironmentConfig,
     Observation,
 )
 from impala.errors import LevelError
@@ -89,7 +88,7 @@ class AtariEnvironment(Environment):
         self._screen = np.zeros(screen_shape, np.uint8)
         self._previous_screen = np.zeros(screen_shape, np.uint8)
         size = (config.width, config.height)
-        if size == DEFAULT_SIZE:
+        if size == (EnvironmentConfig.width, EnvironmentConfig.height):
             size = _DEFAULT_ATARI_SIZE
         self._stack = _FrameStack(size, config.frame_stack)
         self._observation = {'frame': self._stack.array}

@@ -3,10 +3,11 @@
 import sys
 from typing import Any
 
+from impala.config import EnvironmentConfig
 from impala.environments import checked_environment
 from impala.environments.atari import AtariEnvironment, AtariGame, atari_game
 from impala.environments.deepmind_lab import DeepMindLabEnvironment
-from impala.environments.environment import Environment, EnvironmentConfig
+from impala.environments.environment import Environment
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.environments.level_names import (
     import_registrations,

@@ -10,12 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from impala.environments.environment import (
-    SUITE_FRAMES_PER_SECOND,
-    Environment,
-    EnvironmentConfig,
-    Observation,
-)
+from impala.config import EnvironmentConfig
+from impala.environments.environment import SUITE_FRAMES_PER_SECOND, Environment, Observation
 from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
 from impala.environments.level_cache import LevelCache
 from impala.environments.level_names import DMLAB30_LEVELS, suggestion
@@ -228,7 +224,8 @@ def _lab_settings(config: EnvironmentConfig) -> dict[str, str]:
 def _level_cache(config: EnvironmentConfig) -> LevelCache | None:
     if not config.level_cache_dir:
         return None
-    return LevelCache(config.level_cache_dir, 1e9 * config.level_cache_gb, config.temp_folder)
+    folder = os.path.expanduser(config.level_cache_dir)
+    return LevelCache(folder, 1e9 * config.level_cache_gb, config.temp_folder)
 
 
 def _require_images(level_name: str, dataset_path: str) -> None:

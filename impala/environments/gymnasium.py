@@ -9,13 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from impala.config import EnvironmentConfig
 from impala.environments import observation_spaces
-from impala.environments.environment import (
-    DeclarationError,
-    Environment,
-    EnvironmentConfig,
-    Observation,
-)
+from impala.environments.environment import DeclarationError, Environment, Observation
 from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
 from impala.environments.minigrid import MiniGridPicture, is_minigrid, made_by, observation_maker
 from impala.errors import LevelError

@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from impala.config import EnvironmentConfig
 from impala.environments.atari import (
     ATARI_MAX_EPISODE_FRAMES,
     AtariEnvironment,
     AtariGame,
     atari_roms,
 )
-from impala.environments.environment import EnvironmentConfig
 from impala.errors import LevelError
 
 

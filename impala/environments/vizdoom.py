@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from typing import Any
 
-from impala.environments.environment import EnvironmentConfig, Observation
+from impala.config import EnvironmentConfig
+from impala.environments.environment import Observation
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.trajectory import EpisodeEnd
 

@@ -3,12 +3,12 @@
 Espeholt et al. 2018, section 4. Letters: T unroll length, B batch size.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import tensorflow as tf
 
+from impala.config import LearnerConfig, OptimizerConfig
 from impala.learning import losses
 from impala.learning.optimizers.adam import Adam
 from impala.learning.optimizers.rmsprop import RMSProp, sum_duplicates
@@ -16,60 +16,8 @@ from impala.networks.decoder import Decoder
 from impala.networks.popart import PopArt
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
 
-Optimizer = Literal['rmsprop', 'adam']
-
 # Unrolls, and which of them are replayed, bool `[B]`.
 _Part = tuple[ActorOutput, tf.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnerConfig(losses.LossConfig):
-    """What the learner does with a batch, beside the loss.
-
-    Attributes:
-      batch_size: B, unrolls per update; of several learners, each has so many.
-      unroll_length: T, agent steps per unroll.
-      sample_reuse: how often the loop trains on each batch; see `impala.experience.sample_reuse`.
-      reuse_buffer: batches that it holds for that.
-      replay_fraction: of the unrolls of each batch that come from the replay; 0 is without one. See
-        `impala.experience.replay`.
-      replay_capacity: unrolls that the replay holds.
-      target_update_steps: updates between those of the target network of `losses.appo_loss`; 0 for
-        none.
-      total_agent_steps: agent steps over which the learning rate and the entropy cost change.
-      learning_rate: at the start.
-      final_learning_rate: what `learning_rate` turns into, linearly over `total_agent_steps`.
-      final_entropy_cost: what `entropy_cost` turns into, linearly over `total_agent_steps`; None
-        leaves it.
-      optimizer: `'rmsprop'` or `'adam'`.
-      decay: RMSProp's, per update.
-      momentum: RMSProp's.
-      epsilon: RMSProp's, inside the root.
-      adam_beta1: Adam's, of the mean.
-      adam_beta2: Adam's, of the mean square.
-      adam_epsilon: Adam's, beside the root.
-      gradient_clip_norm: gradients are scaled down to this global norm; None leaves them.
-    """
-
-    batch_size: int = 2
-    unroll_length: int = 100
-    sample_reuse: int = 1
-    reuse_buffer: int = 1
-    replay_fraction: float = 0.0
-    replay_capacity: int = 10_000
-    target_update_steps: int = 0
-    total_agent_steps: int = 250_000_000
-    learning_rate: float = 0.00048
-    final_learning_rate: float = 0.0
-    final_entropy_cost: float | None = None
-    optimizer: Optimizer = 'rmsprop'
-    decay: float = 0.99
-    momentum: float = 0.0
-    epsilon: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    gradient_clip_norm: float | None = None
 
 
 class TrainableAgent(Protocol):
@@ -142,9 +90,9 @@ class Learner(tf.Module):
             network is missing or never updated.
         """
         super().__init__(name=name)
-        if (target_agent is None) != (config.target_update_steps == 0):
+        if (target_agent is None) != (config.loss.target_update_steps == 0):
             raise ValueError(
-                f'target_update_steps={config.target_update_steps} does not fit target_agent: '
+                f'target_update_steps={config.loss.target_update_steps} does not fit target_agent: '
                 'there is to be such an agent if it is updated, and only then'
             )
         self.agent = agent
@@ -161,7 +109,7 @@ class Learner(tf.Module):
                 f'a batch of {config.batch_size} unrolls cannot be divided among {self._num_parts} '
                 'devices'
             )
-        self.optimizer = _create_optimizer(self._parameters, config)
+        self.optimizer = _create_optimizer(self._parameters, config.optimizer)
         self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
         self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
         # Tensors, because each number would make a graph of its own.
@@ -315,7 +263,7 @@ class Learner(tf.Module):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
             given, reconstruction_loss = {}, None
-            if self.decoder is not None and self.config.autoencoder_cost:
+            if self.decoder is not None and self.config.loss.autoencoder_cost:
                 given['features'], reconstruction_loss = self._reconstruct(
                     batch.env_outputs.observation['frame']
                 )
@@ -327,10 +275,10 @@ class Learner(tf.Module):
                 learner_outputs = learner_outputs._replace(baseline=values)
             outputs = (batch.agent_outputs, learner_outputs, batch.env_outputs)
             entropy_cost = schedules.get('entropy_cost')
-            if self.config.loss == 'appo':
+            if self.config.loss.loss == 'appo':
                 total, parts, targets = losses.appo_loss(
                     *outputs,
-                    self.config,
+                    self.config.loss,
                     value_stddev,
                     entropy_cost,
                     target_outputs,
@@ -338,11 +286,11 @@ class Learner(tf.Module):
                 )
             else:
                 total, parts, targets = losses.vtrace_loss(
-                    *outputs, self.config, value_stddev, entropy_cost
+                    *outputs, self.config.loss, value_stddev, entropy_cost
                 )
             if reconstruction_loss is not None:
                 parts['autoencoder'] = reconstruction_loss
-                total += self.config.autoencoder_cost * reconstruction_loss
+                total += self.config.loss.autoencoder_cost * reconstruction_loss
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
         moments = None if popart is None else popart.moments(targets, batch.level_id)
@@ -400,7 +348,7 @@ class Learner(tf.Module):
                 f'{prefix}policy_lag_max': tf.reduce_max(lags),
             }
 
-        if not self.config.replay_fraction:
+        if not self.config.replay.replay_fraction:
             return of('', tf.ones_like(is_replayed))
         return {
             'replayed_fraction': tf.reduce_mean(tf.cast(is_replayed, tf.float32)),
@@ -423,9 +371,9 @@ class Learner(tf.Module):
 
         def apply() -> tf.Tensor:
             clipped = gradients
-            if self.config.gradient_clip_norm is not None:
+            if self.config.optimizer.gradient_clip_norm:
                 clipped, _ = tf.clip_by_global_norm(
-                    gradients, self.config.gradient_clip_norm, use_norm=norm
+                    gradients, self.config.optimizer.gradient_clip_norm, use_norm=norm
                 )
             self.optimizer.apply(clipped, parameters, learning_rate)
             if self.agent.popart is not None:
@@ -446,7 +394,7 @@ class Learner(tf.Module):
                 tf.raw_ops.AssignVariableOp(resource=target.handle, value=weight.read_value())
             return tf.constant(True)
 
-        is_due = tf.equal(self.updates % self.config.target_update_steps, 0)
+        is_due = tf.equal(self.updates % self.config.loss.target_update_steps, 0)
         tf.cond(is_due, copy, lambda: tf.constant(False))
 
     def _schedules(self) -> dict[str, tf.Tensor]:
@@ -459,9 +407,15 @@ class Learner(tf.Module):
             return end + (start - end) * left
 
         config = self.config
-        schedules = {'learning_rate': linear(config.learning_rate, config.final_learning_rate)}
-        if config.final_entropy_cost is not None:
-            schedules['entropy_cost'] = linear(config.entropy_cost, config.final_entropy_cost)
+        schedules = {
+            'learning_rate': linear(
+                config.optimizer.learning_rate, config.optimizer.final_learning_rate
+            )
+        }
+        if config.loss.final_entropy_cost is not None:
+            schedules['entropy_cost'] = linear(
+                config.loss.entropy_cost, config.loss.final_entropy_cost
+            )
         return {name: tf.cast(value, tf.float32) for name, value in schedules.items()}
 
     def _sum_over_replicas(self, value: tf.Tensor) -> tf.Tensor:
@@ -486,7 +440,7 @@ class Learner(tf.Module):
             )
 
 
-def _create_optimizer(parameters: Sequence[tf.Variable], config: LearnerConfig) -> RMSProp | Adam:
+def _create_optimizer(parameters: Sequence[tf.Variable], config: OptimizerConfig) -> RMSProp | Adam:
     if config.optimizer == 'adam':
         return Adam(parameters, config.adam_beta1, config.adam_beta2, config.adam_epsilon)
     return RMSProp(parameters, decay=config.decay, momentum=config.momentum, epsilon=config.epsilon)

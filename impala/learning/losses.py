@@ -11,58 +11,14 @@ All have the sums of IMPALA's experiments: every term is summed over time and ba
 Letters: T unroll length, B batch size, A number of actions, H, W, C frame height, width, channels.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
 
 import tensorflow as tf
 
 import vtrace
+from impala.config import LossConfig
 from impala.trajectory import AgentOutput, StepOutput
-
-Loss = Literal['vtrace', 'appo']
-RewardClipping = Literal['abs_one', 'soft_asymmetric', 'none']
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """What shapes the loss.
-
-    Attributes:
-      loss: `'vtrace'` or `'appo'`.
-      discounting: gamma, per agent step.
-      entropy_cost: weight of the negative entropy.
-      baseline_cost: weight of the baseline's squared error.
-      reward_clipping: see `clip_rewards`.
-      clip_rho_threshold: rho-bar of V-trace; None does not clip.
-      clip_c_threshold: c-bar of V-trace; None does not clip.
-      clip_pg_rho_threshold: rho-bar of the policy gradient; None does not clip. Of `vtrace_loss`.
-      lambda_: lambda of V-trace.
-      clip_epsilon: epsilon of the surrogate, as the next three of `appo_loss`.
-      clip_target_rho_threshold: rho of IMPACT, which bounds mu / pi_target; 1 or more.
-      kl_cost: weight of the divergence from the policy that the ratio is taken against.
-      normalize_advantages: whether the surrogate's advantages are brought to mean 0 and standard
-        deviation 1 over the batch.
-      gae_advantages: whether the surrogate's advantages are those of GAE, lambda being `lambda_`.
-      autoencoder_cost: weight of `autoencoder_loss`, where there is a decoder.
-    """
-
-    loss: Loss = 'vtrace'
-    discounting: float = 0.99
-    entropy_cost: float = 0.00025
-    baseline_cost: float = 0.5
-    reward_clipping: RewardClipping = 'abs_one'
-    clip_rho_threshold: float | None = 1.0
-    clip_c_threshold: float | None = 1.0
-    clip_pg_rho_threshold: float | None = 1.0
-    lambda_: float = 1.0
-    clip_epsilon: float = 0.2
-    clip_target_rho_threshold: float = 2.0
-    kl_cost: float = 0.0
-    normalize_advantages: bool = False
-    gae_advantages: bool = False
-    autoencoder_cost: float = 1.0
 
 
 def clip_rewards(rewards: tf.Tensor, clipping: str) -> tf.Tensor:
@@ -89,9 +45,7 @@ def clip_rewards(rewards: tf.Tensor, clipping: str) -> tf.Tensor:
         return 5.0 * tf.where(rewards < 0.0, 0.3 * squeezed, squeezed)
     if clipping == 'none':
         return rewards
-    raise ValueError(
-        f'reward_clipping must be one of {", ".join(get_args(RewardClipping))}, not {clipping!r}'
-    )
+    raise ValueError(f'reward_clipping must be abs_one, soft_asymmetric or none, not {clipping!r}')
 
 
 def policy_gradient_loss(action_log_probs: tf.Tensor, advantages: tf.Tensor) -> tf.Tensor:
@@ -251,7 +205,7 @@ def vtrace_loss(
         clip_rho_threshold=config.clip_rho_threshold,
         clip_c_threshold=config.clip_c_threshold,
         clip_pg_rho_threshold=config.clip_pg_rho_threshold,
-        lambda_=config.lambda_,
+        lambda_=config.vtrace_lambda,
     )
 
     errors, advantages = targets.vs - baseline, targets.pg_advantages
@@ -328,12 +282,12 @@ def appo_loss(
         bootstrap_value=bootstrap_value,
         clip_rho_threshold=config.clip_rho_threshold,
         clip_c_threshold=config.clip_c_threshold,
-        lambda_=config.lambda_,
+        lambda_=config.vtrace_lambda,
     )
     later = tf.concat([targets.vs[1:], bootstrap_value[tf.newaxis]], axis=0)
     if config.gae_advantages:
         next_values = tf.concat([values[1:], bootstrap_value[tf.newaxis]], axis=0)
-        later = next_values + config.lambda_ * (later - next_values)
+        later = next_values + config.vtrace_lambda * (later - next_values)
     advantages = rewards + discounts * later - values
     errors = targets.vs - learner_outputs.baseline[:-1]
     if value_stddev is not None:

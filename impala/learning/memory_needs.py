@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from impala import memory
-from impala.config import ConfigError, TrainingConfig
+from impala.config import Config, ConfigError
 from impala.experience.batch import unroll_components
 from impala.experience.replay import unroll_nbytes
 from impala.memory import Need
@@ -36,7 +36,7 @@ def check(needs: list[Need]) -> None:
 
 
 def of_actors(
-    config: TrainingConfig,
+    config: Config,
     spec: EnvironmentSpec,
     network: AgentConfig,
     flag: str = 'num_actors',
@@ -47,25 +47,25 @@ def of_actors(
       config: of the run, or with the number of actors of a test or an actor job.
       spec: of the environments.
       network: whose state is stored with every unroll.
-      flag: name of the one that has set `config.num_actors`.
+      flag: name of the one that has set `config.actors.num_actors`.
     """
     unroll = unroll_nbytes(_components(config, spec, network))
-    unrolls = {flag: config.num_actors, 'queue_capacity': config.queue_capacity}
+    unrolls = {flag: config.actors.num_actors, 'queue_capacity': config.actors.queue_capacity}
     flags = dict(sorted(unrolls.items(), key=lambda flag: -flag[1]))
     flags['unroll_length'] = config.learner.unroll_length
-    processes = math.ceil(config.num_actors / config.envs_per_process)
+    processes = math.ceil(config.actors.num_actors / config.actors.envs_per_process)
     return [
         Need('unrolls in shared memory', sum(unrolls.values()) * unroll, flags, unroll),
         Need(
             'actor processes',
             processes * ACTOR_PROCESS_BYTES,
-            {flag: config.num_actors, 'envs_per_process': config.envs_per_process},
-            ACTOR_PROCESS_BYTES / config.envs_per_process,
+            {flag: config.actors.num_actors, 'envs_per_process': config.actors.envs_per_process},
+            ACTOR_PROCESS_BYTES / config.actors.envs_per_process,
         ),
     ]
 
 
-def of_learner(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConfig) -> list[Need]:
+def of_learner(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> list[Need]:
     """Returns what a learner needs on this machine: batches, weights and replay.
 
     Args:
@@ -81,14 +81,14 @@ def of_learner(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConf
     unroll = unroll_nbytes(components)
     # Those that are ready on a GPU are not in this memory, nor are those that are held there.
     on_gpu = bool(tf.config.get_visible_devices('GPU'))
-    held = 0 if on_gpu else learner.reuse_buffer
+    held = 0 if on_gpu else learner.replay.reuse_buffer
     # There is one loader at least where nobody has said how many.
-    batches = max(1, config.loaders) + held
+    batches = max(1, learner.loaders) + held
     flags = {'batch_size': learner.batch_size, 'unroll_length': learner.unroll_length}
     if held > 1:
-        flags['reuse_buffer'] = learner.reuse_buffer
-    if config.loaders > 1:
-        flags['loaders'] = config.loaders
+        flags['reuse_buffer'] = learner.replay.reuse_buffer
+    if learner.loaders > 1:
+        flags['loaders'] = learner.loaders
     needs = [Need('batches', batches * learner.batch_size * unroll, flags, batches * unroll)]
 
     frame = spec.observation['frame']
@@ -99,9 +99,9 @@ def of_learner(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConf
     copies = 1 if on_gpu else _COPIES_OF_WEIGHTS
     weights = copies * _WEIGHT_BYTES * inputs * outputs
     needs.append(_of_weights(config, network, weights))
-    if learner.replay_fraction and not config.replay_addresses:
+    if learner.replay.replay_fraction and not config.cluster.replay_addresses:
         packed = unroll_nbytes(components, stack_of(spec))
-        capacity = learner.replay_capacity
+        capacity = learner.replay.replay_capacity
         needs.append(Need('the replay', capacity * packed, {'replay_capacity': capacity}, packed))
     return needs
 
@@ -112,7 +112,7 @@ def stack_of(spec: EnvironmentSpec) -> str | None:
     return 'frame' if is_stack else None
 
 
-def _of_weights(config: TrainingConfig, network: AgentConfig, nbytes: int) -> Need:
+def _of_weights(config: Config, network: AgentConfig, nbytes: int) -> Need:
     if network.torso == 'autoencoder' and network.latent_size > config.environment.width:
         flags = {'latent_size': network.latent_size}
     else:
@@ -120,7 +120,8 @@ def _of_weights(config: TrainingConfig, network: AgentConfig, nbytes: int) -> Ne
     return Need('weights of the network', nbytes, flags, nbytes / next(iter(flags.values())))
 
 
-def _components(config: TrainingConfig, spec: EnvironmentSpec, network: AgentConfig) -> list[Any]:
+def _components(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> list[Any]:
     core = ArraySpec((network.core_size,), 'float32')
     state = (core, core) if network.use_lstm else ()
-    return unroll_components(spec, state, config.learner.unroll_length, len(config.level_names))
+    # How many levels there are makes no difference to the size.
+    return unroll_components(spec, state, config.learner.unroll_length, 1)

@@ -1,28 +1,38 @@
 """Builds the network that a run's settings and its environment ask for."""
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
-from impala.config import ConfigError, TrainingConfig
+from impala.config import Config, ConfigError
 from impala.networks.agent import DTYPES, Agent, AgentConfig
 from impala.networks.decoder import Decoder
 from impala.trajectory import EnvironmentSpec
 
 
-def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig:
-    """Fills in what the flags leave to us.
+def choose_network(
+    config: Config, level_names: Sequence[str], spec: EnvironmentSpec
+) -> AgentConfig:
+    """Fills in what the flags leave open.
 
     Atari has the paper's shallow network without LSTM, vectors an MLP, everything else (DeepMind
     Lab first) the deep network with LSTM of the paper's released code.
+
+    Args:
+      config: of the run.
+      level_names: of the run, in the order of their ids.
+      spec: of their environments.
     """
     is_vector = len(spec.observation['frame'].shape) == 1
     is_atari = spec.suite == 'atari'
-    torso = config.torso
+    chosen = config.network
+    torso = chosen.torso
     if torso == 'auto':
         torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
-    use_lstm = config.use_lstm
-    if use_lstm is None:
+    use_lstm = chosen.use_lstm == 'true'
+    if chosen.use_lstm == 'auto':
         use_lstm = not (is_vector or is_atari)
-    compute_dtype = config.compute_dtype
+    compute_dtype = chosen.compute_dtype
     if compute_dtype == 'auto':
         # Asked for in a way that does not start TensorFlow: several learners have to prepare that.
         fast = has_fast_bfloat16() and not tf.config.get_visible_devices('GPU')
@@ -31,8 +41,8 @@ def choose_network(config: TrainingConfig, spec: EnvironmentSpec) -> AgentConfig
         torso=torso,
         use_lstm=use_lstm,
         compute_dtype=compute_dtype,
-        popart_levels=config.level_names if config.popart else (),
-        latent_size=config.latent_size,
+        popart_levels=tuple(level_names) if chosen.popart else (),
+        latent_size=chosen.latent_size,
     )
 
 

@@ -15,35 +15,15 @@ import tensorflow as tf
 from impala.runs.files import (
     CHECKPOINT_FOLDER,
     CHECKPOINT_PREFIX,
-    FLAG_FILE,
     LogdirError,
     checkpoint_number,
     checkpoint_paths,
-    write_atomically,
 )
 from impala.runs.progress import report_to_stderr
 
 
 class NoIntactCheckpointError(LogdirError):
     """All checkpoints, or the one asked for, are damaged, or not written to their end yet."""
-
-
-def write_flags(logdir: str, text: str) -> str:
-    """Writes the flag file that restores the run.
-
-    Args:
-      logdir: the log directory; created if missing.
-      text: what absl's `flags_into_string` returns.
-
-    Returns:
-      The path of the file.
-
-    Raises:
-      LogdirError: if it cannot be written; a file from before is left as it was.
-    """
-    path = os.path.join(logdir, FLAG_FILE)
-    write_atomically(path, text)
-    return path
 
 
 class Checkpointer:

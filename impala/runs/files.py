@@ -71,6 +71,16 @@ def lock_logdir(logdir: str) -> int:
     return descriptor
 
 
+@contextlib.contextmanager
+def locked(logdir: str) -> Iterator[None]:
+    """Holds the lock of a log directory within its block; see `lock_logdir`."""
+    descriptor = lock_logdir(logdir)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def try_checkpoint_folder(logdir: str) -> None:
     """Makes sure, before anything is trained, that checkpoints can be written.
 
@@ -87,6 +97,9 @@ def try_checkpoint_folder(logdir: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_TRIED_BYTES))
             file.flush()
+        # Unless it holds checkpoints, nothing is left if the run is refused after all.
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
     except OSError as error:
         raise LogdirError(
             f'Cannot write checkpoints in {folder}: {error.strerror}. Make room there, or give '

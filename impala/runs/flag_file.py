@@ -8,21 +8,9 @@ run's folder, so the run can be moved: its own `--flagfile` goes on with it wher
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from impala.runs.files import CHECKPOINT_FOLDER, FLAG_FILE, METRICS_FILE, NETWORK_FILE
-
-# Flags that say what to do, where or how to watch it, not what the run is.
-TEST_FLAGS = (
-    'test_num_episodes',
-    'test_max_frames',
-    'test_policy',
-    'checkpoint',
-    'watch',
-    'save_video',
-)
-NOT_OF_THE_RUN = ('mode', 'logdir', 'stop_at_frames', 'allow_level_change', *TEST_FLAGS)
 
 # How Python and absl begin to say that a value is not of a flag's type, and what it is to the user.
 _REASONS = {
@@ -115,27 +103,6 @@ def folder_of_run(path: str) -> str | None:
     return None
 
 
-def changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, str]:
-    """Returns which flags of a run are other than they were, as text for the user.
-
-    Args:
-      before: name -> value; a flag that is missing had its default.
-      now: see `before`.
-      defaults: name -> value, of all flags.
-
-    Returns:
-      Name -> `--NAME was A and is now B`.
-    """
-    texts = {}
-    for name, default in defaults.items():
-        old, new = before.get(name, default), now.get(name, default)
-        if old != new:
-            texts[name] = f'--{name} was {_shown(old)} and is now {_shown(new)}'
-    return texts
-
-
 def plainly(message: str) -> str:
     """Returns what absl says of a flag as a sentence that says what would be right, on one line."""
     message = message.removeprefix('ERROR:: ')
@@ -147,14 +114,6 @@ def plainly(message: str) -> str:
                 value = f'{value[:_LONGEST_VALUE]}...'
             message = f'--{name}={value} {reason}.'
     return ' '.join(message.split())
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return 'on' if value else 'off'
-    if isinstance(value, list):
-        value = ','.join(value)
-    return 'not given' if value in (None, '') else str(value)
 
 
 def _expand(
@@ -185,12 +144,6 @@ def _included(
         raise FlagFileError(f'{argument.origin}: the flag file {path} includes itself.')
     lines = read(path)
     folder = folder_of_run(path)
-    not_of_run = {*NOT_OF_THE_RUN}
-    if folder is not None:
-        # Runs of an earlier version left them all in their flag files.
-        lines = [
-            line for line in lines if not {line.name, line.name.removeprefix('no')} & not_of_run
-        ]
     yield from _expand(lines, has_logdir, (*within, identity))
     if folder is not None and not has_logdir:
         yield Argument(f'--logdir={folder}', path)

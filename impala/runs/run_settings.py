@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from impala.config import ConfigError, TrainingConfig
+from impala.config import ConfigError, LearnerConfig
 from impala.networks.agent import AgentConfig
 from impala.runs.files import NETWORK_FILE, LogdirError, checkpoint_paths, write_atomically
 from impala.trajectory import EnvironmentSpec
@@ -48,21 +48,21 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
 
 
 def checkpoint_settings(
-    config: TrainingConfig, network: AgentConfig, spec: EnvironmentSpec
+    config: LearnerConfig, network: AgentConfig, spec: EnvironmentSpec
 ) -> dict[str, Any]:
     """Returns what the variables of a checkpoint follow from, for `check_same_network`."""
     return network_settings(network, spec) | {
-        'optimizer': config.learner.optimizer,
-        'has_target_network': bool(config.learner.target_update_steps),
+        'optimizer': config.optimizer.optimizer,
+        'has_target_network': bool(config.loss.target_update_steps),
     }
 
 
-def counted_by(config: TrainingConfig, spec: EnvironmentSpec) -> dict[str, Any]:
+def counted_by(level_names: Sequence[str], spec: EnvironmentSpec) -> dict[str, Any]:
     """Returns what gives a run's counters and logs their meaning, for `check_same_run`.
 
     Agent steps are counted, and frames, with all schedules, are agent steps times the repeats.
     """
-    return {'num_action_repeats': spec.num_action_repeats, 'levels': list(config.level_names)}
+    return {'num_action_repeats': spec.num_action_repeats, 'levels': list(level_names)}
 
 
 def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from impala import exit_codes
+
 # What is said of a run that was interrupted before there was anything to save.
 INTERRUPTED = 'Interrupted before anything was done.'
 
@@ -18,7 +20,6 @@ SAME_SIGNAL_SECONDS = 1.0
 # A process that has nothing to lose gets this long to end, in seconds: TensorFlow may be at
 # something that takes longer and that nobody can interrupt.
 START_SECONDS = 4.0
-INTERRUPTED_EXIT_CODE = 130
 
 
 class StopSignal:
@@ -118,7 +119,7 @@ class StopSignal:
                 if self._may_be_lost:
                     with contextlib.suppress(OSError):
                         os.write(2, f'{INTERRUPTED}\n'.encode())
-                    os._exit(INTERRUPTED_EXIT_CODE)
+                    os._exit(exit_codes.INTERRUPTED)
                 continue
             number = os.read(self._read, 1)
             if not number:

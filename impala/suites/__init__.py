@@ -63,6 +63,13 @@ class Suite:
         return tuple(level.name for level in self.levels)
 
     @property
+    def text(self) -> str:
+        """What is played, in a few words."""
+        if len(self.levels) <= 3:
+            return ', '.join(self.level_names)
+        return f'{len(self.levels)} levels{" of " if self.name else ""}{self.name}'
+
+    @property
     def has_scores(self) -> bool:
         """Whether the returns of every level can be human-normalised."""
         return all(level.has_scores for level in self.levels)

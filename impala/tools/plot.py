@@ -35,7 +35,7 @@ _PUBLISHED_STYLE = (0, (8, 2, 1, 2))
 # How far beyond all else, in multiples of its range, a published score still is on the scale.
 _KNOWN_REACH = 2.0
 # What tells runs of one kind apart.
-_OF_ONE_RUN = ('seed', 'learner_address', 'task', *flag_file.NOT_OF_THE_RUN, 'nowatch')
+_OF_ONE_RUN = ('seed', 'learner_address', 'task')
 STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
 
 

@@ -3,6 +3,5 @@
 from impala.errors import TrainingError
 from impala.training.hooks import Hook, Update
 from impala.training.loop import train
-from impala.training.run import Placement
 
-__all__ = ['Hook', 'Placement', 'TrainingError', 'Update', 'train']
+__all__ = ['Hook', 'TrainingError', 'Update', 'train']

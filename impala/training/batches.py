@@ -32,44 +32,44 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
       ConfigError: the fraction or the capacity is too large.
     """
     config, settings, num_devices = run.config, run.config.learner, len(learner.devices)
-    if not settings.replay_fraction:
+    if not settings.replay.replay_fraction:
         return None
-    part_size = settings.batch_size // num_devices
-    if settings.replay_fraction * part_size > part_size - 1:
+    part_size, fraction = settings.batch_size // num_devices, settings.replay.replay_fraction
+    if fraction * part_size > part_size - 1:
         raise ConfigError(
-            f'--replay_fraction={settings.replay_fraction} would leave nothing new for some of '
+            f'--replay_fraction={fraction} would leave nothing new for some of '
             f'{num_devices} devices, each of which has {part_size} unrolls of '
             f'--batch_size={settings.batch_size}: give a larger batch or a smaller fraction.'
         )
     components = unroll_components(
-        run.spec, agent.state_spec, settings.unroll_length, len(config.level_names)
+        run.spec, agent.state_spec, settings.unroll_length, len(run.suite.level_names)
     )
     stack = memory_needs.stack_of(run.spec)
-    member = run.placement.member
-    seed = (config.seed, 0 if member is None else member.task)
-    if config.replay_addresses:
+    task = config.cluster.task if config.cluster.has_several_learners else 0
+    seed = (config.run.seed, task)
+    if config.cluster.replay_addresses:
         from impala.cluster.remote_replay import RemoteReplay
 
         shards = RemoteReplay(
             components,
             stack,
-            config.level_names,
+            run.suite.level_names,
             run.learners.run_id,
-            config.replay_addresses,
+            config.cluster.replay_addresses,
             settings.batch_size,
-            num_devices * math.ceil(settings.replay_fraction * part_size),
+            num_devices * math.ceil(fraction * part_size),
             seed,
             report_to_stderr,
         )
-        return ReplayMixer(shards, settings.replay_fraction, part_size)
+        return ReplayMixer(shards, fraction, part_size)
+    capacity = settings.replay.replay_capacity
     try:
-        replay = Replay(components, settings.replay_capacity, seed, stack)
+        replay = Replay(components, capacity, seed, stack)
     except MemoryError as error:
         raise ConfigError(
-            f'--replay_capacity={settings.replay_capacity} is more than there is memory for: give '
-            'a smaller one.'
+            f'--replay_capacity={capacity} is more than there is memory for: give a smaller one.'
         ) from error
-    return ReplayMixer(replay, settings.replay_fraction, part_size)
+    return ReplayMixer(replay, fraction, part_size)
 
 
 class Actors(Protocol):
@@ -95,20 +95,21 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
     Raises:
       ConfigError, ServerError: one sentence for the user.
     """
-    config, spec, address = run.config, run.spec, run.placement.learner_address
-    if address is None:
+    config, spec, level_names = run.config, run.spec, run.suite.level_names
+    if not config.cluster.is_distributed:
         # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing.
         acting_agent = Agent(dataclasses.replace(run.network, compute_dtype='float32'), spec)
         # A run that is resumed does not play its episodes once more.
-        seed = derived_seed(config.seed, learner.counts()[0])
-        playing = dataclasses.replace(config, seed=seed)
-        return LocalActors(playing, spec, acting_agent, run.workplace, log.message)
+        seed = derived_seed(config.run.seed, learner.counts()[0])
+        playing = config.replace(seed=seed)
+        return LocalActors(playing, level_names, spec, acting_agent, run.workplace, log.message)
     from impala.cluster.remote_actors import RemoteActors, job_settings
     from impala.cluster.transport import warn_of_network
 
-    settings = job_settings(config, network_settings(run.network, spec), spec.num_action_repeats)
-    actors = RemoteActors(config, spec, agent, settings, address, log.message)
-    if not run.placement.trusted_network:
+    network = network_settings(run.network, spec)
+    settings = job_settings(config, level_names, network, spec.num_action_repeats)
+    actors = RemoteActors(config, level_names, spec, agent, settings, log.message)
+    if not config.cluster.trusted_network:
         warn_of_network(actors.port, log.message)
     return actors
 
@@ -150,25 +151,27 @@ class BatchSource:
             self._enter_replay_jobs(stack)
             loading = Loading(
                 self.actors.assembler(settings.batch_size // len(devices), mix),
-                self._run.config.loaders or default_loaders(devices),
+                self._run.config.learner.loaders or default_loaders(devices),
                 devices,
             )
             # Ends after the actors, for whom its threads wait.
             stack.enter_context(loading)
             stack.enter_context(self.actors)
-            self.batches = reused(loading, settings.sample_reuse, settings.reuse_buffer)
+            self.batches = reused(
+                loading, settings.replay.sample_reuse, settings.replay.reuse_buffer
+            )
             self._stack = stack.pop_all()
         return self
 
     def _enter_replay_jobs(self, stack: contextlib.ExitStack) -> None:
-        if self.replay is None or not self._run.config.replay_addresses:
+        if self.replay is None or not self._run.config.cluster.replay_addresses:
             return
         from impala.cluster.remote_replay import RemoteReplay
 
         shards = self.replay.replay
         assert isinstance(shards, RemoteReplay)
         # Of a run that several learners begin, the first one does.
-        begins = self._run.placement.is_first and self._learner.counts()[0] == 0
+        begins = self._run.config.cluster.is_first and self._learner.counts()[0] == 0
         shards.start(begins, self._log.message)
         stack.enter_context(shards)
 

@@ -28,12 +28,14 @@ class Checkpoints(Hook):
         self._stop = run.stop
         self._learner = learner
         self._checkpointer: Checkpointer | None = None
-        if run.placement.is_first:
+        if run.config.cluster.is_first:
             config = run.config
-            self._checkpointer = Checkpointer(config.logdir, learner, config.save_checkpoint_secs)
+            self._checkpointer = Checkpointer(
+                config.run.logdir, learner, config.run.save_checkpoint_secs
+            )
             self._checkpointer.restore()
-            settings = checkpoint_settings(config, run.network, run.spec)
-            store_settings(config.logdir, settings, counted_by(config, run.spec))
+            settings = checkpoint_settings(config.learner, run.network, run.spec)
+            store_settings(config.run.logdir, settings, counted_by(run.suite.level_names, run.spec))
         self._restored_updates, _ = learner.counts()
 
     @property

@@ -122,7 +122,7 @@ class Reconstructions(Hook):
     def after_update(self, update: Update) -> None:
         """See `Hook`."""
         learner = update.learner
-        if learner.decoder is None or not learner.config.autoencoder_cost:
+        if learner.decoder is None or not learner.config.loss.autoencoder_cost:
             return
         if not update.log.picture_is_due:
             return
@@ -248,7 +248,7 @@ def recorders(run: Run, learner: Learner, source: BatchSource, timer: StageTimer
         Episodes(),
         News(run.learners),
         StageSeconds(source.actors, timer),
-        PopArtStatistics(learner, run.config.level_names),
+        PopArtStatistics(learner, run.suite.level_names),
         Reconstructions(),
     ]
     if source.replay is not None:

@@ -1,48 +1,45 @@
 """The training loop: Figure 1 of the paper."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from impala import suites
 from impala.acting.actor_pool import UnrollsLostError
-from impala.config import TrainingConfig
+from impala.config import Config, with_common_actions
 from impala.experience.batch import UnrollBatch
+from impala.learning import devices
 from impala.learning.learner import Learner
+from impala.runs import files
+from impala.runs.flags import store_flags
 from impala.runs.interval import WAIT_STAGE
 from impala.runs.log import Log
+from impala.runs.progress import report_to_stderr
 from impala.runs.start_progress import starting
+from impala.suites import Suite
 from impala.training.batches import BatchSource, create_actors, create_replay
 from impala.training.checkpoints import Checkpoints
 from impala.training.hooks import Hook, Logging, NonFiniteGuard, StageTimer, Update, recorders
 from impala.training.run import (
-    Placement,
     Run,
     announce,
     build_learner,
-    check_settings,
     opened_log,
     started,
 )
 
 
-def train(
-    config: TrainingConfig,
-    on_accepted: Callable[[], Any] | None = None,
-    placement: Placement | None = None,
-    hooks: Sequence[Hook] = (),
-) -> str | None:
+def train(config: Config, hooks: Sequence[Hook] = ()) -> str | None:
     """Trains until the frames are done, or until SIGINT or SIGTERM. Main thread only.
 
     A run with checkpoints in its logdir is resumed.
 
     Args:
-      config: of the run.
-      on_accepted: called once it is certain that the level can be played and that the network is
-        the one of the checkpoints, before anything is trained.
-      placement: where the run trains and plays; None for one learner with actors of its own.
+      config: of the run. With `config.cluster.task` the learner serves actor jobs, else it has
+        actors of its own.
       hooks: called after every update, in their order.
 
     Returns:
@@ -56,17 +53,28 @@ def train(
       LearnerGroupError: another learner has ended.
       ActorError: with the actor's own error text.
     """
-    placement = placement or Placement()
-    check_settings(config, placement)
+    cluster, learner_devices = config.cluster, config.learner.learner_devices
+    if learner_devices or cluster.has_several_learners:
+        devices.prepare(learner_devices, cluster.has_several_learners)
+    suite = suites.load(config.run.level_name)
+    environment = with_common_actions(config.environment, suite.level_names)
+    config = dataclasses.replace(config, environment=environment)
+    with files.locked(config.run.logdir) if cluster.is_first else contextlib.nullcontext():
+        if cluster.is_first:
+            files.try_checkpoint_folder(config.run.logdir)
+        return _train(config, suite, hooks)
+
+
+def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
     with contextlib.ExitStack() as stack:
-        run = stack.enter_context(started(config, placement))
+        run = stack.enter_context(started(config, suite))
         agent, learner = build_learner(run)
         replay = create_replay(run, agent, learner)
         checkpoints = Checkpoints(run, learner)
-        if on_accepted is not None:
-            on_accepted()
+        if config.cluster.is_first:
+            store_flags(config, report_to_stderr)
         learner.synchronize()
-        if run.frames(learner) >= config.last_frames:
+        if run.frames(learner) >= config.run.last_frames:
             run.learners.finish()
             return checkpoints.latest
         log = stack.enter_context(opened_log(run, learner, checkpoints.wall_seconds))
@@ -78,14 +86,14 @@ def train(
 
         timer = StageTimer()
         logging = Logging([*recorders(run, learner, source, timer), *hooks])
-        guard = NonFiniteGuard(config.learner.sample_reuse)
+        guard = NonFiniteGuard(config.learner.replay.sample_reuse)
         with checkpoints.saved_at_the_end(log):
             _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
             # For the last line, which may come early.
             logging.at_line(log)
             _end_together(run, source, log)
         # Actor jobs wait for a run that ends for now, whether by a signal or by its flag.
-        if not run.stop.received and run.frames(learner) >= config.total_environment_frames:
+        if not run.stop.received and run.frames(learner) >= config.run.total_environment_frames:
             actors.finish()
         try:
             actors.check_losses()
@@ -106,7 +114,7 @@ def _learn(
     """The learner of Figure 1: until the frames are done or the actors are closed."""
     step = _TrainStep(run, learner, log)
     frames = run.frames(learner)
-    while frames < run.config.last_frames:
+    while frames < run.config.run.last_frames:
         with timer(WAIT_STAGE):
             batch, is_fresh = next(source.batches, (None, False))
         # Behind the signal there may still be a batch that was assembled ahead.

@@ -22,18 +22,19 @@ from impala.acting import actor_processes as workplace
 from impala.acting.actor import NICENESS
 from impala.acting.actor_pool import ActorPool, UnrollsLostError
 from impala.acting.actor_processes import ActorError, Workplace
-from impala.acting.silence import SilenceLimits
+from impala.acting.episode_series import Schedule, with_action_noise
+from impala.config import ActorsConfig
 from impala.environments import EnvironmentConfig
 from impala.errors import LevelError
 from impala.runs import start_progress
 from impala.trajectory import ArraySpec
 
-PATIENT = SilenceLimits()
+PATIENT = ActorsConfig()
 PROMPTLY = 10  # Seconds that a busy machine may need for what is promised in 5.
 UNROLL_LENGTH = 10
 
 
-def make_batcher(num_actors):
+def make_batcher(num_actors, spec=troubled_levels.Level.spec):
     return UnrollBatcher(
         inputs=[
             ArraySpec((), 'float32'),
@@ -41,7 +42,7 @@ def make_batcher(num_actors):
             ArraySpec((), 'int32'),
             ArraySpec((), 'int32'),
             ArraySpec((), 'uint8'),
-            *troubled_levels.Level.spec.observation.values(),
+            *spec.observation.values(),
         ],
         outputs=[ArraySpec((), 'int32')],
         states=[],
@@ -68,7 +69,13 @@ def dequeue(batcher):
 
 @contextlib.contextmanager
 def running(
-    levels, max_restarts, limits=PATIENT, serve=(answer, dequeue), on_start=None, **options
+    levels,
+    max_restarts,
+    limits=PATIENT,
+    serve=(answer, dequeue),
+    on_start=None,
+    spec=None,
+    **options,
 ):
     """A pool whose actors are answered and whose unrolls are taken, and what it reports."""
     reports = []
@@ -79,7 +86,7 @@ def running(
 
     names = [f'troubled_levels:{level}' for level in levels]
     with Workplace(EnvironmentConfig(), limits) as workplace:
-        batcher = make_batcher(len(levels))
+        batcher = make_batcher(len(levels), spec or troubled_levels.Level.spec)
         threads = [threading.Thread(target=run, args=(batcher,)) for run in serve]
         for thread in threads:
             thread.start()
@@ -236,7 +243,9 @@ def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
 def test_an_environment_that_hangs_is_named_and_its_process_replaced(monkeypatch):
     monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.05)
     levels = ['hangs', 'hangs_to_start', 'good']
-    with running(levels, max_restarts=100, limits=SilenceLimits(0.5, 3.0)) as (_, _, pool, told):
+    with running(
+        levels, max_restarts=100, limits=ActorsConfig(silence_secs=0.5, actor_timeout=3.0)
+    ) as (_, _, pool, told):
         # Stopped, as from outside; it is the only one of them that can be.
         stopped = wait_until(lambda: all_three(pool))[2]
         wait_until(lambda: pool._batcher.statistics().completed_unrolls[2])
@@ -256,7 +265,7 @@ def test_an_environment_that_hangs_is_named_and_its_process_replaced(monkeypatch
 
 def test_actors_that_wait_for_the_learner_are_not_silent(monkeypatch):
     monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.02)
-    limits = SilenceLimits(0.1, 30)
+    limits = ActorsConfig(silence_secs=0.1, actor_timeout=30)
     with running(
         ['good'] * 4, max_restarts=0, limits=limits, serve=(answer,), envs_per_process=2
     ) as (_, batcher, pool, told):
@@ -315,6 +324,21 @@ def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
         assert told[0] == 'Starting: 0 of 3 actor processes are up'
         pool.check()
     assert told.count('Starting: 3 of 3 actor processes are up') == 1
+
+
+def test_processes_that_have_played_all_their_episodes_have_been_up(monkeypatch):
+    monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.0)
+    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
+    told = []
+    names = ['troubled_levels:good', 'troubled_levels:starts_late']
+    schedule = Schedule(names, 2, 1, 7)
+    spec = with_action_noise(troubled_levels.Level.spec)
+    levels = ['good', 'starts_late']
+    with running(levels, 0, on_start=told.append, spec=spec, schedule=schedule) as (_, _, pool, _):
+        wait_until(lambda: 'Starting: 2 of 2 actor processes are up' in told)
+        wait_until(lambda: schedule.is_complete)
+        pool.check()
+    assert told.count('Starting: 2 of 2 actor processes are up') == 1
 
 
 def test_a_level_that_cannot_be_played_is_not_tried_again():

@@ -14,8 +14,7 @@ from processes import is_running, janitor, wait_until
 
 from impala.acting import actor_processes as workplace
 from impala.acting.actor_processes import ActorError, Workplace
-from impala.acting.silence import SilenceLimits
-from impala.config import ConfigError, with_common_actions
+from impala.config import ActorsConfig, ConfigError, with_common_actions
 from impala.environments import EnvironmentConfig
 from impala.errors import LevelError
 from impala.runs import start_progress
@@ -91,7 +90,9 @@ def test_an_environment_that_is_never_made_is_named_and_given_up(monkeypatch):
     monkeypatch.setattr(start_progress, '_PAUSE_SECONDS', 0.5)
     told = []
     with (
-        Workplace(EnvironmentConfig(), SilenceLimits(0.3, 3.0), told.append) as place,
+        Workplace(
+            EnvironmentConfig(), ActorsConfig(silence_secs=0.3, actor_timeout=3.0), told.append
+        ) as place,
         pytest.raises(ActorError) as error,
     ):
         place.common_spec(['troubled_levels:good', 'troubled_levels:hangs_to_start'], 1)

@@ -1,6 +1,7 @@
 import datetime
 
-from impala.acting.silence import SilenceLimits, SilenceWatch, since
+from impala.acting.silence import SilenceWatch, since
+from impala.config import ActorsConfig
 
 
 def looks(watch, sequence):
@@ -9,7 +10,7 @@ def looks(watch, sequence):
 
 
 def test_who_hangs_is_reported_at_growing_intervals_and_given_up_in_the_end():
-    watch = SilenceWatch(SilenceLimits(report_secs=60, timeout=500), longest_gap=10)
+    watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=500), longest_gap=10)
     due, timed_out = {}, []
     for now in range(0, 520, 10):
         silences = watch.look(now, {0: 'step 3', 1: now})
@@ -22,7 +23,7 @@ def test_who_hangs_is_reported_at_growing_intervals_and_given_up_in_the_end():
 
 
 def test_who_waits_for_us_is_not_silent():
-    watch = SilenceWatch(SilenceLimits(60, 60), longest_gap=10)
+    watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=60), longest_gap=10)
     for now in range(0, 1000, 10):
         assert watch.look(now, {0: None}) == ({}, {}, {})
     # Its time begins when it is answered.
@@ -30,7 +31,7 @@ def test_who_waits_for_us_is_not_silent():
 
 
 def test_what_hangs_together_is_told_together_and_who_is_back_by_name():
-    watch = SilenceWatch(SilenceLimits(40, 0), longest_gap=10)
+    watch = SilenceWatch(ActorsConfig(silence_secs=40, actor_timeout=0), longest_gap=10)
     told = {}
     for now in range(0, 70, 10):
         # Number 1 has hung 10 seconds longer than number 2, and 3 for a moment only.
@@ -44,13 +45,13 @@ def test_what_hangs_together_is_told_together_and_who_is_back_by_name():
 
 def test_time_in_which_nobody_ran_does_not_count():
     """The watch's own process was stopped for an hour, or the machine asleep."""
-    watch = SilenceWatch(SilenceLimits(60, 60), longest_gap=5)
+    watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=60), longest_gap=5)
     for now in (0, 1, 3601, 7201, 7202):
         assert watch.look(now, {0: 'step'}) == ({}, {}, {})
 
 
 def test_a_process_that_was_replaced_begins_anew():
-    watch = SilenceWatch(SilenceLimits(60, 60), longest_gap=100)
+    watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=60), longest_gap=100)
     watch.look(0, {0: 'step'})
     watch.forget(0)
     assert watch.look(100, {0: 'step'}) == ({}, {}, {})
@@ -61,7 +62,7 @@ def test_a_process_that_was_replaced_begins_anew():
 
 
 def test_zero_is_never():
-    watch = SilenceWatch(SilenceLimits(0, 0), longest_gap=1e9)
+    watch = SilenceWatch(ActorsConfig(silence_secs=0, actor_timeout=0), longest_gap=1e9)
     assert looks(watch, [(0, {0: 'step'}), (1e8, {0: 'step'})])[1] == ({}, {}, {})
 
 

@@ -13,12 +13,11 @@ from learner_process import Learner
 
 from configs import config
 from impala.cluster import actor_job
-from impala.cluster.actor_job import ActorJobConfig, _agreed, _Learner, _Patience
+from impala.cluster.actor_job import _agreed, _Learner, _Patience
 from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import job_settings
 from impala.cluster.transport import LearnerServer, Rejected
-from impala.config import ConfigError
-from impala.environments import EnvironmentConfig
+from impala.config import ClusterConfig, ConfigError, EnvironmentConfig
 from impala.runs.stop_signal import StopSignal
 
 
@@ -45,12 +44,13 @@ def agree(of_the_learner, **flags):
 
     Level and learner know only how many frames a step has.
     """
-    learner = config('/nowhere', environment=EnvironmentConfig(**of_the_learner))
+    learner = config('/nowhere', **of_the_learner)
     repeats = of_the_learner.get('num_action_repeats') or 4
-    settings = json.loads(json.dumps(job_settings(learner, NETWORK, repeats)))
-    own = config('/elsewhere', environment=EnvironmentConfig(dataset_path='/here', **flags))
-    job = ActorJobConfig(0, 'learner:8000', 600.0, flags, True)
-    return _agreed(own, job, settings).environment
+    settings = json.loads(json.dumps(job_settings(learner, ('levels:short',), NETWORK, repeats)))
+    own = config('/elsewhere', dataset_path='/here', job_name='actor', task=0, **flags)
+    agreed, levels = _agreed(own, flags, settings)
+    assert levels == ['levels:short']
+    return agreed.environment
 
 
 # Of each, something else than the default.
@@ -65,15 +65,16 @@ SHAPING = {
     'frames_per_noop': 4,
     'frame_stack': 2,
 }
+LOCATION = {'dataset_path': '/here', 'level_cache_dir': ''}
 # Of the machine, or of tests.
 LOCAL = {'dataset_path', 'level_cache_dir', 'level_cache_gb', 'temp_folder', 'is_test', 'render'}
 
 
 def test_all_that_shapes_an_environment_is_the_learners():
     assert SHAPING.keys() | LOCAL == {field.name for field in dataclasses.fields(EnvironmentConfig)}
-    assert agree(SHAPING) == EnvironmentConfig(dataset_path='/here', **SHAPING)
+    assert agree(SHAPING) == EnvironmentConfig(**LOCATION, **SHAPING)
     # Said once more, as in a flag file for all jobs.
-    assert agree(SHAPING, **SHAPING) == EnvironmentConfig(dataset_path='/here', **SHAPING)
+    assert agree(SHAPING, **SHAPING) == EnvironmentConfig(**LOCATION, **SHAPING)
 
 
 @pytest.mark.parametrize(('flag', 'value'), SHAPING.items())
@@ -88,19 +89,26 @@ def test_action_repeats_that_the_level_has_anyway_may_be_said():
 
 def test_more_answers_at_once_than_environments_are_refused(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
-        own = config('/nowhere', inference_batch_size=5, num_actors=4)
-        board = WeightsBoard(json.dumps(job_settings(own, NETWORK, 1)))
-        job = ActorJobConfig(0, learner.address, 600.0, {}, True)
+        own = config(
+            '/nowhere',
+            inference_batch_size=5,
+            envs_per_actor=4,
+            job_name='actor',
+            task=0,
+            learner_address=learner.address,
+        )
+        settings = job_settings(own, ('levels:short',), NETWORK, 1)
+        board = WeightsBoard(json.dumps(settings))
         with contextlib.closing(board), pytest.raises(ConfigError) as error:
-            actor_job.run(own, job, print)
+            actor_job.run(own, (), print)
     assert str(error.value) == (
         '--inference_batch_size=5 is more than this job has environments (--envs_per_actor=4).'
     )
 
 
 def make_job(connection, publications, reconnect_timeout=600.0, **kwargs):
-    config = ActorJobConfig(0, connection.address, reconnect_timeout, {}, False)
-    return _Learner(connection, publications, _Patience(config, print, StopSignal()), **kwargs)
+    cluster = ClusterConfig(learner_address=connection.address, reconnect_timeout=reconnect_timeout)
+    return _Learner(connection, publications, _Patience(cluster, print, StopSignal()), **kwargs)
 
 
 def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(server, monkeypatch):

@@ -24,7 +24,6 @@ from impala.cluster import remote_actors
 from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import PROTOCOL
 from impala.cluster.transport import LearnerServer
-from impala.config import environment_settings
 from impala.environments import EnvironmentConfig
 from impala.networks.agent import AgentConfig
 from impala.runs.run_settings import network_settings
@@ -191,7 +190,7 @@ def show(server):
             'network': network_settings(AgentConfig(torso='mlp', use_lstm=False), spec),
             'unroll_length': 20,
             'level_names': ['CartPole-v1'],
-            'environment': environment_settings(EnvironmentConfig()),
+            'environment': EnvironmentConfig().agreed('jobs'),
             'num_action_repeats': 1,
         }
         assert changes.keys() <= settings.keys()

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 from ports import free_ports
 
-from impala.cluster import learner_group
 from impala.cluster.learner_group import FollowerLog, LearnerGroup, Member
-from impala.cluster.transport import ServerError
-from impala.config import ConfigError
+from impala.config import GROUP_PORT_OFFSET, ConfigError
 from impala.trajectory import EpisodeEnd
 
 PATIENCE_SECONDS = 60
@@ -109,7 +107,7 @@ def test_who_does_not_belong_is_refused_and_the_others_go_on(addresses, threads)
     with pytest.raises(ConfigError, match='--batch_size is 4 here and 2 at the first learner'):
         member(1, settings=SETTINGS | {'batch_size': 4})
     host, port = addresses[0].split(':')
-    roll_call = host, int(port) + learner_group.ROLL_CALL_PORT_OFFSET
+    roll_call = host, int(port) + GROUP_PORT_OFFSET
     for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'[]\n', b'{"task": "x"}\n', b'\xff\n'):
         with socket.create_connection(roll_call) as stranger:
             stranger.sendall(junk)
@@ -127,27 +125,6 @@ def test_who_does_not_belong_is_refused_and_the_others_go_on(addresses, threads)
     third = threads.submit(member, 2)
     for each in (first, second, third):
         each.result(PATIENCE_SECONDS)
-
-
-@pytest.mark.parametrize(
-    ('addresses', 'task', 'error', 'sentence'),
-    [
-        (('a:8000', 'b:8000'), 2, ConfigError, 'there are 2 --learner_addresses'),
-        (('a:8000', 'a:8000'), 0, ConfigError, 'a:8000 and a:8000 would both use port 8000'),
-        (('a:8000', 'a:9000'), 0, ConfigError, 'a:8000 and a:9000 would both use port 9000'),
-        (('a:9000', 'b:1', 'a:8000'), 0, ConfigError, 'would both use port 9000'),
-        (('a:8000', 'b:65000'), 0, ConfigError, 'port of b:65000 must be from 1 to 63535'),
-        (('a:0', 'b:1'), 0, ConfigError, 'port of a:0 must be from 1 to 63535'),
-        (('a:8000', 'b'), 0, ServerError, "'b' is no address"),
-    ],
-)
-def test_addresses_that_cannot_be(addresses, task, error, sentence):
-    with pytest.raises(error, match=sentence):
-        learner_group.check_member(Member(addresses, task))
-
-
-def test_addresses_that_can_be():
-    learner_group.check_member(Member(('a:8000', 'b:8000', 'b:8001', 'c:63535'), 3))
 
 
 def test_all_have_the_run_id_of_the_first(addresses, threads):

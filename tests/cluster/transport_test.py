@@ -34,7 +34,6 @@ from impala.cluster.transport import (
     Stranger,
     _sentence,
     _Session,
-    split_address,
 )
 
 TIMEOUT = 60  # Seconds; reached only by a deadlock.
@@ -425,16 +424,6 @@ def test_port_in_use_is_one_sentence():
             ServerError, match=f'cannot listen on {address}: another process does.$'
         ):
             LearnerServer(address)
-
-
-@pytest.mark.parametrize(
-    'address', ['localhost', 'localhost:', ':8000', 'localhost:port', 'a:70000']
-)
-def test_address_that_is_none(address):
-    with pytest.raises(ServerError, match='host:port'):
-        split_address(address)
-    with pytest.raises(ServerError):
-        LearnerConnection(address)
 
 
 class Peer:

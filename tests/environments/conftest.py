@@ -19,7 +19,8 @@ def make():
     made = []
 
     def make_one(level_name, seed=1, **config):
-        made.append(create_environment(level_name, seed, EnvironmentConfig(**config)))
+        config = EnvironmentConfig(**({'level_cache_dir': ''} | config))
+        made.append(create_environment(level_name, seed, config))
         return made[-1]
 
     yield make_one

@@ -107,7 +107,8 @@ def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
         ('rooms_watermaze', {'width': 98}, ['98', 'multiples of 4']),
     ):
         with pytest.raises(LevelError) as error:
-            create_environment(level_name, 1, EnvironmentConfig(temp_folder=tmp_path, **config))
+            config = {'level_cache_dir': '', 'temp_folder': tmp_path, **config}
+            create_environment(level_name, 1, EnvironmentConfig(**config))
         for part in parts:
             assert part in str(error.value)
         assert not os.listdir(tmp_path)

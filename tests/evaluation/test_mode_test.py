@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -15,12 +14,12 @@ import tensorflow as tf
 
 from configs import VECTOR, config
 from impala import config as run_config
-from impala import environments, suites, training
+from impala import training
 from impala.acting.actor_processes import ActorError
 from impala.acting.episode_series import Schedule, episode_seed, with_action_noise
 from impala.evaluation import test_mode as evaluation
-from impala.evaluation.test_mode import EvaluationConfig, evaluate
-from impala.learning.learner import LearnerConfig
+from impala.evaluation.test_agents import GreedyAgent, SamplingAgent
+from impala.evaluation.test_mode import evaluate
 from impala.networks.agent import Agent, AgentConfig
 from impala.runs import checkpoint
 from impala.runs import files as run_files
@@ -32,22 +31,27 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutput
 def logdir(tmp_path_factory):
     """A short run, trained as if every life were an episode."""
     folder = tmp_path_factory.mktemp('run')
-    lives_count = environments.EnvironmentConfig(end_episode_on_life_loss=True)
-    training.train(config(folder, level_names=('levels:lives',), environment=lives_count))
+    training.train(lives_config(folder))
     return folder
 
 
 def lives_config(logdir, **changes):
-    lives_count = environments.EnvironmentConfig(end_episode_on_life_loss=True)
-    return config(
-        logdir, **({'level_names': ('levels:lives',), 'environment': lives_count} | changes)
-    )
+    lives_count = {'level_name': 'levels:lives', 'end_episode_on_life_loss': True}
+    return config(logdir, **(lives_count | changes))
+
+
+def to_test(run, num_episodes=10, policy='sample', num_videos=0, max_frames=None, **changes):
+    """The settings of a run's test."""
+    return run.replace(
+        mode='test', test_num_episodes=num_episodes, test_policy=policy, save_video=num_videos,
+        test_max_frames=max_frames, **changes,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize('num_episodes', [1, 5])
 def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episodes):
     lines = []
-    returns = evaluate(lives_config(logdir), EvaluationConfig(num_episodes), lines.append)
+    returns = evaluate(to_test(lives_config(logdir), num_episodes), lines.append)
     # Three lives of four steps, 1 each.
     assert returns == {'levels:lives': [12.0] * num_episodes}
     assert lines[0] == f'Testing {logdir}/checkpoints/ckpt-1'
@@ -75,40 +79,33 @@ def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episod
 
 
 def test_what_the_learner_keeps_beside_the_network_is_not_in_the_way(tmp_path):
-    learner = LearnerConfig(
-        batch_size=2, unroll_length=10, loss='appo', target_update_steps=3, optimizer='adam'
-    )
-    run = config(tmp_path, learner=learner)
+    run = config(tmp_path, loss='appo', target_update_steps=3, optimizer='adam')
     training.train(run)
-    assert evaluate(run, EvaluationConfig(2), print) == {'levels:short': [5.0] * 2}
+    assert evaluate(to_test(run, 2), print) == {'levels:short': [5.0] * 2}
     network, spec = export.spec_of_run(str(tmp_path))
     assert (network.torso, network.use_lstm, spec.num_actions) == ('mlp', False, 2)
 
 
 def test_seeds_do_not_depend_on_who_plays(logdir):
     """Each return of this level is a function of the environment's seed."""
-    names = ('levels:seeded', 'levels:short')
+    names = 'levels:seeded,levels:short'
     expected = [float(episode_seed(1, 'levels:seeded', number) % 1_000_000) for number in range(5)]
     assert len({*expected}) == 5
     for num_actors, envs_per_process in ((1, 1), (6, 2), (20, 1)):
         run = lives_config(
-            logdir, level_names=names, num_actors=num_actors, envs_per_process=envs_per_process
+            logdir, level_name=names, num_actors=num_actors, envs_per_process=envs_per_process
         )
-        returns = evaluate(run, EvaluationConfig(5), print)
+        returns = evaluate(to_test(run, 5), print)
         assert returns == {'levels:seeded': expected, 'levels:short': [5.0] * 5}
 
 
-def test_every_level_plays_its_episodes_however_long_they_are(logdir):
+def test_every_level_plays_its_episodes_however_long_they_are(logdir, tmp_path):
     """In one process: the environment of the short ones takes over some of the others."""
-    names = ('levels:short', 'levels:long')
-    run = lives_config(logdir, num_actors=3, envs_per_process=3, level_names=names)
-    levels = (
-        suites.Level('levels:short', 'levels:short', 0.0, 10.0),
-        suites.Level('levels:long', 'levels:long', 0.0, 10.0),
-    )
-    run = dataclasses.replace(run, suite=suites.Suite('both', levels))
+    suite = tmp_path / 'both.csv'
+    suite.write_text('level,random,human\nlevels:short,0,10\nlevels:long,0,10\n')
+    run = lives_config(logdir, num_actors=3, envs_per_process=3, level_name=str(suite))
     lines = []
-    returns = evaluate(run, EvaluationConfig(4), lines.append)
+    returns = evaluate(to_test(run, 4), lines.append)
     assert returns == {'levels:short': [5.0] * 4, 'levels:long': [20.0] * 4}
     with open(logdir / 'test_scores.json') as file:
         scores = json.load(file)
@@ -122,10 +119,10 @@ def test_every_level_plays_its_episodes_however_long_they_are(logdir):
 
 def test_a_greedy_policy_does_what_is_most_probable(logdir):
     """The return counts how often action 1 was chosen; observations are always the same."""
-    run = lives_config(logdir, level_names=('levels:counting',))
-    greedy = evaluate(run, EvaluationConfig(4, 'greedy'), print)['levels:counting']
+    run = lives_config(logdir, level_name='levels:counting')
+    greedy = evaluate(to_test(run, 4, 'greedy'), print)['levels:counting']
     assert set(greedy) in ({0.0}, {50.0})
-    sampled = evaluate(run, EvaluationConfig(4), print)['levels:counting']
+    sampled = evaluate(to_test(run, 4), print)['levels:counting']
     assert all(5 < value < 45 for value in sampled)
 
 
@@ -134,7 +131,7 @@ def test_a_chosen_checkpoint(logdir, tmp_path):
     older = str(tmp_path / 'checkpoints' / 'ckpt-1')
     training.train(lives_config(tmp_path, total_environment_frames=140))
     lines = []
-    evaluate(lives_config(tmp_path), EvaluationConfig(1, checkpoint=older), lines.append)
+    evaluate(to_test(lives_config(tmp_path), 1, checkpoint=older), lines.append)
     assert lines[0] == f'Testing {older}'
     assert json.loads((tmp_path / 'test_scores.json').read_text())['agent_steps'] == 100
     for path, sentence in (
@@ -142,7 +139,7 @@ def test_a_chosen_checkpoint(logdir, tmp_path):
         (str(tmp_path / 'flags'), 'flags cannot be used'),
     ):
         with pytest.raises(checkpoint.LogdirError, match=sentence):
-            evaluate(lives_config(tmp_path), EvaluationConfig(1, checkpoint=path), print)
+            evaluate(to_test(lives_config(tmp_path), 1, checkpoint=path), print)
 
 
 def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_path):
@@ -162,20 +159,20 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
     timer = threading.Timer(3.0, finish_writing)
     timer.start()
     try:
-        returns = evaluate(dataclasses.replace(run), EvaluationConfig(2, watch=True), lines.append)
+        returns = evaluate(to_test(run, 2, watch=True), lines.append)
     finally:
         timer.join()
     assert returns == {'levels:lives': [12.0, 12.0]}
     assert lines[-1] == 'Training is complete.'
-    evaluate(run, EvaluationConfig(2, watch=True), lines.append)
+    evaluate(to_test(run, 2, watch=True), lines.append)
     rows = (tmp_path / 'test_history.csv').read_text().splitlines()
     assert rows == [
         'checkpoint,agent_steps,frames,level,episodes,mean,low,high,policy,seed',
         f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0,sample,1',
     ]
     # What differs in anything is another test.
-    for asked in (EvaluationConfig(2, 'greedy', watch=True), EvaluationConfig(1, watch=True)):
-        evaluate(run, asked, lines.append)
+    for num_episodes, policy in ((2, 'greedy'), (1, 'sample')):
+        evaluate(to_test(run, num_episodes, policy, watch=True), lines.append)
     assert (tmp_path / 'test_history.csv').read_text().splitlines() == [
         *rows,
         f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0,greedy,1',
@@ -190,10 +187,10 @@ def test_scores_that_cannot_be_written_are_shown(logdir, tmp_path, capsys):
     sentence = f'Cannot write the scores in {tmp_path}: Is a directory.'
     lines = []
     with pytest.raises(checkpoint.LogdirError, match=re.escape(sentence)):
-        evaluate(run, EvaluationConfig(2), lines.append)
+        evaluate(to_test(run, 2), lines.append)
     assert re.search(r'levels:lives +2 +12\.00', lines[-1])
     # Who watches goes on.
-    evaluate(run, EvaluationConfig(2, watch=True), lines.append)
+    evaluate(to_test(run, 2, watch=True), lines.append)
     assert lines[-1] == 'Training is complete.'
     assert f'WARNING: {sentence}' in capsys.readouterr().err
 
@@ -239,7 +236,7 @@ def test_watching_leaves_out_none_of_the_checkpoints_that_appear_during_a_test(
     add(1)
     capsys.readouterr()
     run = lives_config(tmp_path / 'run', total_environment_frames=180)
-    evaluate(run, EvaluationConfig(1, watch=True), report)
+    evaluate(to_test(run, 1, watch=True), report)
     assert tested == ['ckpt-1', 'ckpt-2', 'ckpt-5']
     rows = (tmp_path / 'run' / 'test_history.csv').read_text().splitlines()[1:]
     assert [row.split(',')[1] for row in rows] == ['100', '120', '180']
@@ -250,27 +247,21 @@ def test_watching_leaves_out_none_of_the_checkpoints_that_appear_during_a_test(
 @pytest.fixture(scope='module')
 def cartpole(tmp_path_factory):
     """A policy that has learned something, and the returns of training that learned no more."""
-    learner = LearnerConfig(
-        batch_size=8, unroll_length=20, learning_rate=0.003, epsilon=0.01, entropy_cost=0.01,
+    learned = config(
+        tmp_path_factory.mktemp('cartpole'), level_name='CartPole-v1', num_actors=8,
+        envs_per_process=4, queue_capacity=8, total_environment_frames=40_000, batch_size=8,
+        unroll_length=20, learning_rate=0.003, epsilon=0.01, entropy_cost=0.01,
         gradient_clip_norm=40,
     )  # fmt: skip
-    learned = config(
-        tmp_path_factory.mktemp('cartpole'), level_names=('CartPole-v1',), num_actors=8,
-        envs_per_process=4, queue_capacity=8, total_environment_frames=40_000, learner=learner,
-    )  # fmt: skip
     before = tf.train.load_checkpoint(training.train(learned))
-    num_episodes = sum(1 for _ in run_files.read_episodes(learned.logdir))
-    run = dataclasses.replace(
-        learned,
-        total_environment_frames=80_000,
-        learner=dataclasses.replace(learner, learning_rate=0.0),
-    )
+    num_episodes = sum(1 for _ in run_files.read_episodes(learned.run.logdir))
+    run = learned.replace(total_environment_frames=80_000, learning_rate=0.0)
     after = tf.train.load_checkpoint(training.train(run))
     weights = [name for name in after.get_variable_to_shape_map() if '/agent/' in name]
     assert len(weights) >= 8
     for name in weights:
         np.testing.assert_array_equal(before.get_tensor(name), after.get_tensor(name))
-    rows = list(run_files.read_episodes(run.logdir))[num_episodes:]
+    rows = list(run_files.read_episodes(run.run.logdir))[num_episodes:]
     return run, [row['return'] for row in rows]
 
 
@@ -278,17 +269,17 @@ def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpo
     """Played again, all at once, with nothing but Gymnasium and the network."""
     count = 24
     run = cartpole[0]
-    (returns,) = evaluate(run, EvaluationConfig(count, 'greedy'), print).values()
+    (returns,) = evaluate(to_test(run, count, 'greedy'), print).values()
 
     agent = Agent(AgentConfig(torso='mlp', use_lstm=False), VECTOR)
     restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
-    newest = run_files.newest_checkpoint(run.logdir)
+    newest = run_files.newest_checkpoint(run.run.logdir)
     restored.restore(newest).expect_partial().assert_existing_objects_matched()
     logits_of = tf.function(lambda *row: agent.step(row[0], row[1], ())[0].policy_logits)
     games = [gymnasium.make('CartPole-v1') for _ in range(count)]
     frames = np.array(
         [
-            game.reset(seed=episode_seed(run.seed, 'CartPole-v1', number))[0]
+            game.reset(seed=episode_seed(run.run.seed, 'CartPole-v1', number))[0]
             for number, game in enumerate(games)
         ],
         np.float32,
@@ -317,10 +308,8 @@ def test_returns_do_not_depend_on_who_plays(cartpole):
     """Actions are sampled; the number of rows that share a batch is another one each time."""
     played = []
     for num_actors, envs_per_process, count in ((8, 4, 12), (12, 4, 12), (1, 1, 4)):
-        run = dataclasses.replace(
-            cartpole[0], num_actors=num_actors, envs_per_process=envs_per_process
-        )
-        played.append(evaluate(run, EvaluationConfig(count), print)['CartPole-v1'])
+        run = cartpole[0].replace(num_actors=num_actors, envs_per_process=envs_per_process)
+        played.append(evaluate(to_test(run, count), print)['CartPole-v1'])
     assert played[0] == played[1]
     # Fewer episodes are the first of them.
     assert played[2] == played[0][:4]
@@ -334,11 +323,11 @@ SPEAKING = {'frame': ArraySpec((72, 96, 3), 'uint8'), 'instruction': ArraySpec((
 @pytest.mark.parametrize(
     ('agent_class', 'network', 'observation'),
     [
-        (evaluation._TestAgent, AgentConfig('mlp', True), {'frame': ArraySpec((376,), 'float32')}),
-        (evaluation._TestAgent, AgentConfig('shallow', False), IMAGE),
-        (evaluation._TestAgent, AgentConfig('nature', False), IMAGE),
-        (evaluation._TestAgent, AgentConfig('deep', True), SPEAKING),
-        (evaluation._GreedyAgent, AgentConfig('shallow', False), IMAGE),
+        (SamplingAgent, AgentConfig('mlp', True), {'frame': ArraySpec((376,), 'float32')}),
+        (SamplingAgent, AgentConfig('shallow', False), IMAGE),
+        (SamplingAgent, AgentConfig('nature', False), IMAGE),
+        (SamplingAgent, AgentConfig('deep', True), SPEAKING),
+        (GreedyAgent, AgentConfig('shallow', False), IMAGE),
     ],
 )
 def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
@@ -363,10 +352,12 @@ def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
     last_action = random.integers(5, size=count, dtype=np.int32)
     state = tf.nest.map_structure(rows_of, agent.state_spec)
 
+    compiled = tf.function(agent.step, autograph=False, reduce_retracing=True)
+
     def step(last_action, reward, done, state, chosen=slice(None)):
         rows = (last_action, StepOutput(reward, info, done, frames), state)
         rows = tf.nest.map_structure(lambda array: tf.constant(array[chosen]), rows)
-        return [output.numpy() for output in tf.nest.flatten(agent.step(*rows))]
+        return [output.numpy() for output in tf.nest.flatten(compiled(*rows))]
 
     together = step(last_action, reward, done, state)
     for chosen in ([7], [19, 7], [3, 7, *range(8, 17)]):
@@ -388,20 +379,19 @@ def test_scores_are_those_of_training_that_learns_nothing(cartpole):
     What the log of training lacks are the unfinished episodes, one of each environment at most.
     """
     run, trained = cartpole
-    (tested,) = evaluate(run, EvaluationConfig(300), print).values()
+    (tested,) = evaluate(to_test(run, 300), print).values()
     assert len(trained) > 100
-    missing = run.num_actors * np.ptp(trained + tested) / len(trained)
+    missing = run.actors.num_actors * np.ptp(trained + tested) / len(trained)
     error = np.hypot(*(np.std(returns) / len(returns) ** 0.5 for returns in (trained, tested)))
     assert abs(np.mean(trained) - np.mean(tested)) < 6 * error + missing
 
 
 def test_videos_show_what_agent_and_person_see(tmp_path):
-    run = config(tmp_path, level_names=('ALE/Boxing-v5',), total_environment_frames=20)
-    run = dataclasses.replace(
-        run, environment=environments.EnvironmentConfig(num_action_repeats=60)
+    run = config(
+        tmp_path, level_name='ALE/Boxing-v5', total_environment_frames=20, num_action_repeats=60
     )
     training.train(run)
-    evaluate(run, EvaluationConfig(2, num_videos=1), print)
+    evaluate(to_test(run, 2, num_videos=1), print)
     folder = tmp_path / 'videos' / 'ckpt-1'
     assert sorted(os.listdir(folder)) == ['ALE_Boxing_v5_0_agent.mp4', 'ALE_Boxing_v5_0_person.mp4']
     counts = set()
@@ -422,21 +412,21 @@ def test_videos_show_what_agent_and_person_see(tmp_path):
 
 def test_a_folder_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(checkpoint.LogdirError, match='There is no checkpoint in'):
-        evaluate(config(tmp_path), EvaluationConfig(1), print)
+        evaluate(to_test(config(tmp_path), 1), print)
     assert not list(tmp_path.iterdir())
     with pytest.raises(run_config.ConfigError, match='--watch'):
-        evaluate(config(tmp_path), EvaluationConfig(checkpoint='a', watch=True), print)
+        evaluate(to_test(config(tmp_path), checkpoint='a', watch=True), print)
 
 
 def test_another_network_is_refused(logdir):
     with pytest.raises(checkpoint.LogdirError, match='--use_lstm was false and is now true'):
-        evaluate(lives_config(logdir, use_lstm=True), EvaluationConfig(1), print)
+        evaluate(to_test(lives_config(logdir, use_lstm='true'), 1), print)
 
 
 def test_an_episode_without_an_end_is_cut_off(logdir):
-    run = lives_config(logdir, level_names=('levels:endless',))
+    run = lives_config(logdir, level_name='levels:endless')
     lines = []
-    returns = evaluate(run, EvaluationConfig(6, max_frames=30), lines.append)
+    returns = evaluate(to_test(run, 6, max_frames=30), lines.append)
     assert returns == {'levels:endless': [30.0] * 6}
     assert lines[-1].endswith(
         '\n6 of 6 episodes of levels:endless were cut off at --test_max_frames=30.'
@@ -462,12 +452,12 @@ def after_results(monkeypatch, number, act):
 
 def test_an_interrupted_test_leaves_what_was_played(logdir, tmp_path, monkeypatch):
     shutil.copytree(logdir, tmp_path, dirs_exist_ok=True)
-    names = ('levels:short', 'levels:endless')
-    run = lives_config(tmp_path, level_names=names, num_actors=2)
+    names = 'levels:short,levels:endless'
+    run = lives_config(tmp_path, level_name=names, num_actors=2)
     after_results(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     lines = []
     with pytest.raises(evaluation.EvaluationInterrupted, match='3 of 6 episodes were played'):
-        evaluate(run, EvaluationConfig(3), lines.append)
+        evaluate(to_test(run, 3), lines.append)
     assert 'PARTIAL: 3 of 6 episodes were played before' in lines[-1]
     scores = json.loads((tmp_path / 'test_scores.json').read_text())
     assert scores['partial'] is True
@@ -483,35 +473,31 @@ def test_an_interrupted_test_leaves_what_was_played(logdir, tmp_path, monkeypatc
     ]
     # The history is of whole tests only.
     with pytest.raises(evaluation.EvaluationInterrupted):
-        evaluate(run, EvaluationConfig(3, watch=True), lines.append)
+        evaluate(to_test(run, 3, watch=True), lines.append)
     assert not (tmp_path / 'test_history.csv').exists()
 
 
 def test_a_failing_environment_raises_its_error(logdir):
-    run = lives_config(logdir, level_names=('levels:failing',))
+    run = lives_config(logdir, level_name='levels:failing')
     with pytest.raises(Exception, match='the joystick is broken'):
-        evaluate(run, EvaluationConfig(1), print)
+        evaluate(to_test(run, 1), print)
 
 
 def test_no_episode_is_lost_or_played_twice_when_an_actor_dies(logdir, tmp_path, monkeypatch):
-    run = lives_config(
-        logdir, level_names=('levels:dies_once',), num_actors=1, max_actor_restarts=1
-    )
+    run = lives_config(logdir, level_name='levels:dies_once', num_actors=1, max_actor_restarts=1)
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
     seeds = [episode_seed(1, 'levels:dies_once', number) for number in range(8)]
-    returns = evaluate(run, EvaluationConfig(8), print)
+    returns = evaluate(to_test(run, 8), print)
     assert returns == {'levels:dies_once': [float(seed % 1_000_000) for seed in seeds]}
     assert (tmp_path / 'died').read_text().split() == [str(seeds[4])]
     assert (tmp_path / 'played').read_text().split() == list(map(str, seeds))
 
 
 def test_an_episode_that_cannot_be_played_ends_the_test(logdir, tmp_path, monkeypatch):
-    run = lives_config(
-        logdir, level_names=('levels:dies_again',), num_actors=1, max_actor_restarts=2
-    )
+    run = lives_config(logdir, level_name='levels:dies_again', num_actors=1, max_actor_restarts=2)
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
     with pytest.raises(ActorError, match='restarted 2 times'):
-        evaluate(run, EvaluationConfig(8), print)
+        evaluate(to_test(run, 8), print)
     # What was played before is not lost.
     scores = json.loads((logdir / 'test_scores.json').read_text())
     assert scores['partial'] and len(scores['levels']['levels:dies_again']['returns']) == 4
@@ -521,9 +507,9 @@ def test_an_episode_that_cannot_be_played_ends_the_test(logdir, tmp_path, monkey
 
 def test_restarts_with_an_episode_in_between_are_not_in_a_row(logdir, capsys):
     """Five processes play an episode each, and the first four die in another."""
-    run = lives_config(logdir, level_names=('levels:mortal',), num_actors=1, max_actor_restarts=1)
+    run = lives_config(logdir, level_name='levels:mortal', num_actors=1, max_actor_restarts=1)
     seeds = [episode_seed(1, 'levels:mortal', number) for number in range(5)]
-    returns = evaluate(run, EvaluationConfig(5), print)
+    returns = evaluate(to_test(run, 5), print)
     assert returns == {'levels:mortal': [float(seed % 1_000_000) for seed in seeds]}
     said = capsys.readouterr().err
     # The same error each time, on the 2nd and the 4th in short.

@@ -16,10 +16,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
+from absl import flags as absl_flags
 from command_line import WarmRun
 
-import experiment
 from fuzz import grammar
+from impala import exit_codes
+from impala.config import all_settings
+from impala.runs import flags
 
 CASE_SECONDS = 120
 REFUSED, ENDED_WELL = 'refused', 'ended well'
@@ -30,14 +33,15 @@ _one_at_a_time = threading.Lock()
 # What a run says of itself as it starts and goes on, which is no answer to the input.
 _PROGRESS = re.compile(
     r'Starting|Tracing|WARNING: |Going on from|Moved \d+ rows|.* frames \(|.*; all goes to |'
-    r'Replay of |Testing |Other flags than before|Learning rate and|Actor .* restarted|\s*$'
+    r'Replay of |Testing |Changed flags: |Learning rate and|Actor .* restarted|\s*$'
 )
 
 
 def flag_types() -> dict[str, str]:
     """Returns name -> type of each flag of the command."""
-    flags = experiment.FLAGS.flags_by_module_dict()['experiment']
-    return {flag.name: flag.flag_type() for flag in flags}
+    values = absl_flags.FlagValues()
+    flags.define(values)
+    return {name: values[name].flag_type() for name in all_settings()}
 
 
 def finished_run(folder: pathlib.Path) -> pathlib.Path:
@@ -75,9 +79,9 @@ def run_case(
         shutil.copytree(template, folder / 'run')
     if case.damage is not None:
         _damage(folder / 'run', case.damage)
-    flags = [flag.replace('{folder}', str(folder)) for flag in case.flags]
+    arguments = [flag.replace('{folder}', str(folder)) for flag in case.flags]
     with _one_at_a_time:
-        run = WarmRun(folder / 'process', *flags, pythonpath=[folder])
+        run = WarmRun(folder / 'process', *arguments, pythonpath=[folder])
     started = time.monotonic()
     try:
         code = None
@@ -109,7 +113,7 @@ def _fault(code: int, stdout: str, stderr: str) -> str:
             return f'{text!r} was printed'
     if code == 0:
         return '' if stdout.strip() else 'it ended without a word'
-    if code != experiment.BAD_INPUT_EXIT_CODE:
+    if code != exit_codes.BAD_INPUT:
         return 'neither refused nor ended well'
     lines = [line for line in stderr.splitlines() if not _PROGRESS.match(line)]
     if lines and 'lists the flags' in lines[-1]:

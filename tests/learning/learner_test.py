@@ -15,7 +15,8 @@ from agents import (
     mlp_agent,
 )
 
-from impala.learning.learner import Learner, LearnerConfig
+from impala.config import LearnerConfig
+from impala.learning.learner import Learner
 from impala.learning.losses import appo_loss, autoencoder_loss, vtrace_loss
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import (
@@ -34,7 +35,7 @@ class InfiniteSlopeAgent(EmbeddingAgent):
 
 
 def _config(**kwargs):
-    return LearnerConfig(**{'batch_size': 3, 'unroll_length': 5, **kwargs})
+    return LearnerConfig.of(**{'batch_size': 3, 'unroll_length': 5, **kwargs})
 
 
 def _with_reward(batch, reward):
@@ -308,7 +309,7 @@ _APPO = {
 
 def appo_learner(**changes):
     config = _config(**(_APPO | changes))
-    has_target = config.target_update_steps > 0
+    has_target = config.loss.target_update_steps > 0
     return Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
 
 
@@ -460,9 +461,9 @@ def test_a_target_network_and_its_updates_go_together(has_target):
 )
 def test_learns_to_choose_what_is_rewarded(changes):
     """In episodes of one step, the frame shows which action earns 1; the others earn 0."""
-    config = LearnerConfig(batch_size=32, unroll_length=4, total_agent_steps=10**6, **changes)
+    config = LearnerConfig.of(batch_size=32, unroll_length=4, total_agent_steps=10**6, **changes)
     agent = mlp_agent(use_lstm=False)
-    target_agent = mlp_agent(use_lstm=False) if config.target_update_steps else None
+    target_agent = mlp_agent(use_lstm=False) if config.loss.target_update_steps else None
     learner = Learner(agent, config, target_agent=target_agent)
     rng = np.random.default_rng(0)
     rows = (config.unroll_length + 1, config.batch_size)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from impala.config import LossConfig
 from impala.learning import losses
 from impala.trajectory import AgentOutput, StepOutput, StepOutputInfo
 
@@ -60,7 +61,7 @@ def _slow_loss(agent_outputs, learner_outputs, env_outputs, config):
 
 
 def test_vtrace_loss_equals_the_slow_one():
-    config = losses.LossConfig(discounting=0.9, entropy_cost=0.07, baseline_cost=0.3)
+    config = LossConfig(discounting=0.9, entropy_cost=0.07, baseline_cost=0.3)
     unrolls = _unrolls()
     total, parts, _ = losses.vtrace_loss(*unrolls, config)
     expected = _slow_loss(*unrolls, config)
@@ -75,7 +76,7 @@ def test_vtrace_loss_equals_the_slow_one():
 
 
 def test_rewards_in_another_unit_do_not_matter_if_it_is_given():
-    config = losses.LossConfig(reward_clipping='none', discounting=0.9)
+    config = LossConfig(reward_clipping='none', discounting=0.9)
     agent_outputs, learner_outputs, env_outputs = _unrolls()
     factors = np.array([1000.0, 1.0, 0.01], np.float32)
     normalised = tf.constant(learner_outputs.baseline)
@@ -101,7 +102,7 @@ def test_rewards_in_another_unit_do_not_matter_if_it_is_given():
 
 
 def test_gradient_is_that_of_section_4_2():
-    config = losses.LossConfig(discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
+    config = LossConfig(discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
     agent_outputs, learner_outputs, env_outputs = _unrolls(length=1, batch=2)
     agent_outputs = agent_outputs._replace(policy_logits=learner_outputs.policy_logits[[1, 0]])
     logits = tf.constant(learner_outputs.policy_logits)
@@ -140,7 +141,7 @@ def test_policy_gradient_does_not_flow_into_the_advantages():
 
 
 def test_terms_are_summed_over_time_and_batch():
-    config = losses.LossConfig()
+    config = LossConfig()
     agent_outputs, learner_outputs, env_outputs = _unrolls()
     twice = tf.nest.map_structure(
         lambda x: np.concatenate([x, x], axis=1), (agent_outputs, learner_outputs, env_outputs)
@@ -156,15 +157,15 @@ def test_terms_are_summed_over_time_and_batch():
         {'clip_rho_threshold': 0.3},
         {'clip_c_threshold': 0.3},
         {'clip_pg_rho_threshold': 0.3},
-        {'lambda_': 0.3},
+        {'vtrace_lambda': 0.3},
         {'reward_clipping': 'none'},
         {'reward_clipping': 'soft_asymmetric'},
     ],
 )
 def test_config_reaches_the_loss(change):
     unrolls = _unrolls()
-    plain, _, _ = losses.vtrace_loss(*unrolls, losses.LossConfig())
-    changed, _, _ = losses.vtrace_loss(*unrolls, losses.LossConfig(**change))
+    plain, _, _ = losses.vtrace_loss(*unrolls, LossConfig())
+    changed, _, _ = losses.vtrace_loss(*unrolls, LossConfig(**change))
     assert abs(float(plain) - float(changed)) > 1e-3
 
 
@@ -192,13 +193,13 @@ def test_where_nothing_is_clipped_appo_has_the_gradient_of_vtrace(lambda_):
     unrolls = (agent_outputs, _near(agent_outputs, learner_outputs), env_outputs)
     common = {
         'entropy_cost': 0.01,
-        'lambda_': lambda_,
+        'vtrace_lambda': lambda_,
         'clip_rho_threshold': None,
         'clip_c_threshold': None,
         'clip_pg_rho_threshold': None,
     }
-    _, _, expected = _appo_gradient(losses.LossConfig(**common), *unrolls)
-    config = losses.LossConfig(loss='appo', clip_epsilon=0.5, **common)
+    _, _, expected = _appo_gradient(LossConfig(**common), *unrolls)
+    config = LossConfig(loss='appo', clip_epsilon=0.5, **common)
     _, _, actual = _appo_gradient(config, *unrolls)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -208,8 +209,8 @@ def test_where_nothing_is_clipped_appo_has_the_gradient_of_vtrace(lambda_):
         policy_logits=np.roll(agent_outputs.policy_logits, -1, axis=0)
     )
     unrolls = (agent_outputs, on_policy, env_outputs)
-    _, _, expected = _appo_gradient(losses.LossConfig(), *unrolls)
-    _, _, actual = _appo_gradient(losses.LossConfig(loss='appo'), *unrolls)
+    _, _, expected = _appo_gradient(LossConfig(), *unrolls)
+    _, _, actual = _appo_gradient(LossConfig(loss='appo'), *unrolls)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -258,8 +259,12 @@ def _slow_appo(agent_outputs, learner_outputs, env_outputs, target_outputs, conf
             m = mu[t + 1, b, action]
             rho = min(1.0, old_pi[t, b, action] / m)
             delta = rho * (reward + gamma * value[t + 1, b] - value[t, b])
-            v = value[t, b] + delta + gamma * config.lambda_ * rho * (later_v - value[t + 1, b])
-            weight = config.lambda_ if config.gae_advantages else 1.0
+            v = (
+                value[t, b]
+                + delta
+                + gamma * config.vtrace_lambda * rho * (later_v - value[t + 1, b])
+            )
+            weight = config.vtrace_lambda if config.gae_advantages else 1.0
             later = (1 - weight) * value[t + 1, b] + weight * later_v
             advantages[t, b] = reward + gamma * later - value[t, b]
             if target_outputs is None:
@@ -283,12 +288,12 @@ def _slow_appo(agent_outputs, learner_outputs, env_outputs, target_outputs, conf
 @pytest.mark.parametrize('normalize, gae', [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize('has_target', [False, True])
 def test_appo_loss_equals_the_slow_one(has_target, normalize, gae):
-    config = losses.LossConfig(
+    config = LossConfig(
         loss='appo',
         discounting=0.9,
         entropy_cost=0.07,
         baseline_cost=0.3,
-        lambda_=0.8,
+        vtrace_lambda=0.8,
         clip_epsilon=0.3,
         clip_target_rho_threshold=1.5,
         kl_cost=0.2,
@@ -322,8 +327,8 @@ def test_on_policy_advantages_of_gae(lambda_):
         [agent_outputs.policy_logits[:1], learner_outputs.policy_logits[:-1]]
     )
     agent_outputs = agent_outputs._replace(policy_logits=behaviour)
-    config = losses.LossConfig(
-        loss='appo', discounting=0.9, lambda_=lambda_, gae_advantages=True, entropy_cost=0.0,
+    config = LossConfig(
+        loss='appo', discounting=0.9, vtrace_lambda=lambda_, gae_advantages=True, entropy_cost=0.0,
         baseline_cost=0.0,
     )  # fmt: skip
     _, parts, (by_logits, _) = _appo_gradient(config, agent_outputs, learner_outputs, env_outputs)
@@ -349,7 +354,7 @@ def test_a_target_network_that_is_the_learner_gives_the_ratio_its_slope_only():
     """Then pi / pi_target is 1: the loss is the sum of advantages, the slope that of log pi."""
     agent_outputs, learner_outputs, env_outputs = _unrolls(length=1, batch=2)
     agent_outputs = agent_outputs._replace(policy_logits=learner_outputs.policy_logits[[1, 0]])
-    config = losses.LossConfig(loss='appo', discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
+    config = LossConfig(loss='appo', discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
     _, parts, (by_logits, by_baseline) = _appo_gradient(
         config, agent_outputs, learner_outputs, env_outputs, target_outputs=learner_outputs
     )
@@ -367,13 +372,13 @@ def test_a_target_network_that_is_the_learner_gives_the_ratio_its_slope_only():
 def test_appo_counts_values_in_the_unit_of_their_level():
     """Errors and advantages of a unit of 2 are halves; the targets stay in units of the rewards."""
     unrolls = _unrolls()
-    config = losses.LossConfig(loss='appo')
+    config = LossConfig(loss='appo')
     _, plain, targets = losses.appo_loss(*unrolls, config)
     _, parts, same = losses.appo_loss(*unrolls, config, value_stddev=tf.fill([3], 2.0))
     np.testing.assert_allclose(parts['policy_gradient'], plain['policy_gradient'] / 2, rtol=1e-5)
     np.testing.assert_allclose(parts['baseline'], plain['baseline'] / 4, rtol=1e-5)
     np.testing.assert_array_equal(same, targets)
-    _, _, of_vtrace = losses.vtrace_loss(*unrolls, losses.LossConfig())
+    _, _, of_vtrace = losses.vtrace_loss(*unrolls, LossConfig())
     np.testing.assert_allclose(targets, of_vtrace, rtol=1e-5)
 
 
@@ -428,7 +433,7 @@ def test_autoencoder_loss_equals_the_slow_one_and_is_summed_over_frames_not_pixe
 @pytest.mark.parametrize('loss', ['vtrace', 'appo'])
 def test_entropy_cost_of_the_moment_counts(loss):
     unrolls = _unrolls()
-    config = losses.LossConfig(loss=loss, entropy_cost=0.25)
+    config = LossConfig(loss=loss, entropy_cost=0.25)
     total, parts, _ = _appo_gradient(config, *unrolls)
     later, _, _ = _appo_gradient(config, *unrolls, entropy_cost=tf.constant(0.0))
     np.testing.assert_allclose(total - later, 0.25 * parts['entropy'], rtol=1e-4)

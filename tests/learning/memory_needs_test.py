@@ -15,22 +15,21 @@ from impala import config as run_config
 from impala.acting.behaviour_policy import UnrollSource
 from impala.acting.local_actors import LocalActors
 from impala.learning import memory_needs
-from impala.learning.learner import LearnerConfig
 from impala.networks import build
 from impala.networks.agent import Agent
 from impala.trajectory import ArraySpec
 
 
 def network_of(run, spec):
-    return build.choose_network(run, spec)
+    return build.choose_network(run, ('levels:short',), spec)
 
 
 def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):
-    run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', use_lstm=True)
+    run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', use_lstm='true')
     network = network_of(run, IMAGE)
     unrolls, processes = memory_needs.of_actors(run, IMAGE, network)
-    source = UnrollSource(IMAGE, Agent(network, IMAGE), run.level_ids, run.learner.unroll_length,
-                          run.queue_capacity, 1, 1.0)  # fmt: skip
+    source = UnrollSource(IMAGE, Agent(network, IMAGE), [0, 0, 0], run.learner.unroll_length,
+                          run.actors.queue_capacity, 1, 1.0)  # fmt: skip
     made = os.fstat(source.batcher.fd).st_size
     source.batcher.close()
     # Outputs and states are in memory of their own.
@@ -38,14 +37,16 @@ def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):
     assert unrolls.nbytes == pytest.approx(made + 7 * own, rel=0.01)
     assert list(unrolls.flags.items())[0] == ('queue_capacity', 4)
     assert processes.nbytes == 3 * memory_needs.ACTOR_PROCESS_BYTES
-    shared = dataclasses.replace(run, envs_per_process=2)
+    shared = run.replace(envs_per_process=2)
     _, processes = memory_needs.of_actors(shared, IMAGE, network, 'envs_per_actor')
     assert processes.nbytes == 2 * memory_needs.ACTOR_PROCESS_BYTES
     assert processes.flags == {'envs_per_actor': 3, 'envs_per_process': 2}
 
 
 def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
-    learner = LearnerConfig(
+    run = config(
+        tmp_path,
+        loaders=2,
         batch_size=4,
         unroll_length=9,
         sample_reuse=2,
@@ -53,7 +54,6 @@ def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
         replay_fraction=0.5,
         replay_capacity=100,
     )
-    run = config(tmp_path, learner=learner, loaders=2)
     network = network_of(run, STACK)
     batches, weights, replay = memory_needs.of_learner(run, STACK, network)
     pixels = math.prod(STACK.observation['frame'].shape)
@@ -63,11 +63,9 @@ def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
         'batch_size': 4, 'unroll_length': 9, 'reuse_buffer': 3, 'loaders': 2,
     }  # fmt: skip
     # One that is held and one in the making, which is what nobody has said.
-    single = dataclasses.replace(run, learner=dataclasses.replace(learner, reuse_buffer=1))
     for loaders in (0, 1):
-        batches, *_ = memory_needs.of_learner(
-            dataclasses.replace(single, loaders=loaders), STACK, network
-        )
+        single = run.replace(reuse_buffer=1, loaders=loaders)
+        batches, *_ = memory_needs.of_learner(single, STACK, network)
         assert batches.nbytes == pytest.approx(2 * 4 * 10 * pixels, rel=0.01)
     # Of each stack of 4 one frame is kept, and three more.
     assert replay.nbytes == pytest.approx(100 * 13 * pixels / 4, rel=0.01)
@@ -81,7 +79,8 @@ def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
 def test_nearly_all_weights_are_in_the_linear_layer(tmp_path, torso, size):
     frame = ArraySpec((*size, 3), 'uint8')
     spec = dataclasses.replace(IMAGE, observation={'frame': frame})
-    run = config(tmp_path, torso=torso, latent_size=256, use_lstm=False)
+    size = {'latent_size': 256} if torso == 'autoencoder' else {}
+    run = config(tmp_path, torso=torso, use_lstm='false', **size)
     network = network_of(run, spec)
     made = [weight.shape for weight in Agent(network, spec).trainable_variables]
     largest = max(math.prod(shape) for shape in made)
@@ -92,10 +91,7 @@ def test_nearly_all_weights_are_in_the_linear_layer(tmp_path, torso, size):
 def test_a_network_of_a_frame_that_is_too_large_is_refused_unmade(tmp_path):
     frame = ArraySpec((4096, 4096, 4), 'uint8')
     spec = dataclasses.replace(STACK, observation={'frame': frame})
-    run = config(tmp_path, torso='shallow')
-    run = dataclasses.replace(
-        run, environment=dataclasses.replace(run.environment, width=4096, height=4096)
-    )
+    run = config(tmp_path, torso='shallow', width=4096, height=4096)
     needs = memory_needs.of_learner(run, spec, network_of(run, spec))
     huge = [need for need in needs if need.what == 'weights of the network']
     # 32 channels of 510 x 510, 256 outputs, of 4 bytes, 5 times.
@@ -124,14 +120,12 @@ def little_memory(nbytes):
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-@pytest.mark.parametrize(('queue_capacity', 'unroll_length'), [(2**31 - 9, 10_000), (10**8, 1)])
+@pytest.mark.parametrize(('queue_capacity', 'unroll_length'), [(10**6, 10**5), (10**6, 100)])
 def test_unrolls_that_cannot_be_allocated_are_refused(tmp_path, queue_capacity, unroll_length):
     """Should an estimate be wrong: more than can be addressed, and more than is given out."""
-    run = config(tmp_path, queue_capacity=queue_capacity)
-    learner = dataclasses.replace(run.learner, unroll_length=unroll_length)
-    run = dataclasses.replace(run, learner=learner)
+    run = config(tmp_path, queue_capacity=queue_capacity, unroll_length=unroll_length)
     network = network_of(run, VECTOR)
     agent = Agent(network, VECTOR)
     sentence = f'no memory .* --queue_capacity={queue_capacity}'
     with little_memory(10**9), pytest.raises(run_config.ConfigError, match=sentence):
-        LocalActors(run, VECTOR, agent, None, print)
+        LocalActors(run, ('levels:short',), VECTOR, agent, None, print)

@@ -9,16 +9,16 @@ from impala.networks import build
     ('level', 'spec', 'flags', 'expected'),
     [
         ('ALE/Pong-v5', STACK, {}, ('shallow', False)),
-        ('ALE/Pong-v5', STACK, {'torso': 'deep', 'use_lstm': True}, ('deep', True)),
+        ('ALE/Pong-v5', STACK, {'torso': 'deep', 'use_lstm': 'true'}, ('deep', True)),
         ('CartPole-v1', VECTOR, {}, ('mlp', False)),
-        ('CartPole-v1', VECTOR, {'use_lstm': True}, ('mlp', True)),
+        ('CartPole-v1', VECTOR, {'use_lstm': 'true'}, ('mlp', True)),
         ('explore_goal_locations_small', IMAGE, {}, ('deep', True)),
-        ('explore_goal_locations_small', IMAGE, {'use_lstm': False}, ('deep', False)),
+        ('explore_goal_locations_small', IMAGE, {'use_lstm': 'false'}, ('deep', False)),
         ('VizdoomBasic-v1', IMAGE, {'torso': 'shallow'}, ('shallow', True)),
     ],
 )
 def test_the_network_follows_the_level_where_flags_leave_it_open(level, spec, flags, expected):
-    network = build.choose_network(config('/nowhere', level_names=(level,), **flags), spec)
+    network = build.choose_network(config('/nowhere', **flags), (level,), spec)
     assert (network.torso, network.use_lstm) == expected
 
 
@@ -38,5 +38,5 @@ def test_bfloat16_is_chosen_only_on_processors_made_for_it(tmp_path, monkeypatch
     run = config('/nowhere', compute_dtype='auto')
     monkeypatch.setattr(build, 'has_fast_bfloat16', lambda: has_it)
     expected = 'bfloat16' if has_it and not tf.config.list_logical_devices('GPU') else 'float32'
-    assert build.choose_network(run, STACK).compute_dtype == expected
-    assert build.choose_network(config('/nowhere'), STACK).compute_dtype == 'float32'
+    assert build.choose_network(run, ('a',), STACK).compute_dtype == expected
+    assert build.choose_network(config('/nowhere'), ('a',), STACK).compute_dtype == 'float32'

@@ -10,7 +10,8 @@ from agents import batch_of, mlp_agent
 from command_line import WarmRun, assert_one_sentence, metrics
 
 import vtrace
-from impala.learning.learner import Learner, LearnerConfig
+from impala.config import LearnerConfig
+from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.popart import PopArt
 from impala.trajectory import (
@@ -117,7 +118,7 @@ def test_the_standard_deviation_is_bounded(mean, second_moment, stddev):
 @pytest.mark.parametrize('use_lstm', [True, False])
 def test_who_acts_computes_the_policy_only(use_lstm):
     agent = mlp_agent(use_lstm, ('a', 'b'))
-    batch = batch_of(LearnerConfig(batch_size=3, unroll_length=2), agent.initial_state(3))
+    batch = batch_of(LearnerConfig.of(batch_size=3, unroll_length=2), agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
     assert outputs.baseline.shape == (3, 3, 2)
     first = tf.nest.map_structure(lambda t: t[0], batch.env_outputs)
@@ -133,7 +134,7 @@ def poisoned(batch):
 
 
 def test_a_learner_updates_statistics_and_preserves_values():
-    config = LearnerConfig(
+    config = LearnerConfig.of(
         batch_size=3, unroll_length=5, learning_rate=0.0, reward_clipping='none', discounting=0.9
     )
     agent = mlp_agent(False, ('a', 'b'))
@@ -199,7 +200,7 @@ class Bandits:
         self.rng = np.random.default_rng(0)
         levels = ('small', 'large') if popart else ()
         self.agent = Agent(AgentConfig('mlp', use_lstm=False, popart_levels=levels), SPEC)
-        self.config = LearnerConfig(
+        self.config = LearnerConfig.of(
             batch_size=32,
             unroll_length=4,
             learning_rate=0.002,

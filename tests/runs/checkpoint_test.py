@@ -38,6 +38,12 @@ class Learner(tf.Module):
         return [variable.numpy() for variable in self.variables]
 
 
+def write_flags(logdir, text):
+    path = os.path.join(logdir, run_files.FLAG_FILE)
+    run_files.write_atomically(path, text)
+    return path
+
+
 def trained(updates, **kwargs):
     learner = Learner(**kwargs)
     learner.train(updates)
@@ -360,12 +366,12 @@ def test_leftovers_of_a_killed_save_are_removed(logdir):
 
 
 def test_flags_are_replaced_as_a_whole(logdir):
-    path = checkpoint.write_flags(logdir, '--seed=1\n')
+    path = write_flags(logdir, '--seed=1\n')
     with file_size_limit(4), pytest.raises(checkpoint.LogdirError, match=re.escape(path)):
-        checkpoint.write_flags(logdir, '--seed=2\n')
+        write_flags(logdir, '--seed=2\n')
     assert pathlib.Path(path).read_text() == '--seed=1\n'
     assert os.listdir(logdir) == ['flags.txt']
-    checkpoint.write_flags(logdir, '--seed=3\n')
+    write_flags(logdir, '--seed=3\n')
     assert pathlib.Path(path).read_text() == '--seed=3\n'
 
 
@@ -399,7 +405,7 @@ def test_names_that_tensorflow_cannot_restore_from(tmp_path, name):
 def test_unusable_logdir(tmp_path):
     path = tmp_path / 'file'
     path.write_text('')
-    for use in (run_files.lock_logdir, lambda name: checkpoint.write_flags(name, '')):
+    for use in (run_files.lock_logdir, lambda name: write_flags(name, '')):
         with pytest.raises(checkpoint.LogdirError, match=re.escape(str(path))):
             use(str(path))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -80,9 +81,12 @@ def test_damaged_lines_are_left_out_and_told_once(tmp_path):
 
 def test_a_folder_of_checkpoints_that_cannot_be_written_is_told(tmp_path):
     run_files.try_checkpoint_folder(str(tmp_path))
-    assert os.listdir(tmp_path / 'checkpoints') == []
+    assert os.listdir(tmp_path) == []
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     run_files.try_checkpoint_folder(str(tmp_path))
-    (tmp_path / 'checkpoints').rmdir()
+    assert os.listdir(tmp_path / 'checkpoints') == ['ckpt-1.index']
+    shutil.rmtree(tmp_path / 'checkpoints')
     (tmp_path / 'checkpoints').write_text('x')
     with pytest.raises(
         run_files.LogdirError,

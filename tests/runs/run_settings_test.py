@@ -24,7 +24,7 @@ from impala.trajectory import ArraySpec
 )
 def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
     logdir = str(tmp_path)
-    network = build.choose_network(config(logdir), VECTOR)
+    network = build.choose_network(config(logdir), ('a',), VECTOR)
     (tmp_path / 'checkpoints').mkdir()
     run_settings.store_settings(logdir, run_settings.network_settings(network, VECTOR), {})
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
@@ -39,7 +39,7 @@ def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
 
 def test_with_popart_other_levels_are_another_network(tmp_path):
     levels = ('a', 'b')
-    network = build.choose_network(config(tmp_path, level_names=levels, popart=True), VECTOR)
+    network = build.choose_network(config(tmp_path, popart=True), levels, VECTOR)
     settings = run_settings.network_settings(network, VECTOR)
     assert run_settings.popart_levels(json.loads(json.dumps(settings))) == levels
     (tmp_path / 'checkpoints').mkdir()
@@ -55,7 +55,7 @@ def test_with_popart_other_levels_are_another_network(tmp_path):
                 str(tmp_path), run_settings.network_settings(changed, VECTOR)
             )
     # Without PopArt the network does not know its levels.
-    plain = build.choose_network(config(tmp_path, level_names=levels), VECTOR)
+    plain = build.choose_network(config(tmp_path), levels, VECTOR)
     assert run_settings.popart_levels(run_settings.network_settings(plain, VECTOR)) == ()
 
 
@@ -70,14 +70,14 @@ def test_with_popart_other_levels_are_another_network(tmp_path):
     ],
 )
 def test_another_level_is_another_network_if_its_spec_is(spec):
-    network = build.choose_network(config('/nowhere'), IMAGE)
+    network = build.choose_network(config('/nowhere'), ('a',), IMAGE)
     assert run_settings.network_settings(network, IMAGE) != run_settings.network_settings(
         network, spec
     )
 
 
 def test_another_type_of_frames_is_another_network(tmp_path):
-    network = build.choose_network(config(tmp_path), VECTOR)
+    network = build.choose_network(config(tmp_path), ('a',), VECTOR)
     of_bytes = dataclasses.replace(VECTOR, observation={'frame': ArraySpec((4,), 'uint8')})
     (tmp_path / 'checkpoints').mkdir()
     stored = run_settings.network_settings(network, VECTOR)
@@ -89,7 +89,7 @@ def test_another_type_of_frames_is_another_network(tmp_path):
 
 
 def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
-    network = build.choose_network(config(tmp_path), STACK)
+    network = build.choose_network(config(tmp_path), ('a',), STACK)
     (tmp_path / 'checkpoints').mkdir()
     run_settings.store_settings(str(tmp_path), run_settings.network_settings(network, STACK), {})
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
@@ -111,7 +111,7 @@ def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
 
 def test_what_counts_frames_and_which_levels_are_played_stay(tmp_path):
     logdir = str(tmp_path)
-    before = run_settings.counted_by(config(logdir, level_names=('a', 'b')), STACK)
+    before = run_settings.counted_by(('a', 'b'), STACK)
     assert before == {'num_action_repeats': STACK.num_action_repeats, 'levels': ['a', 'b']}
     run_settings.store_settings(logdir, {'torso': 'mlp'}, before)
     assert run_settings.stored_settings(logdir) == {'torso': 'mlp'}

@@ -36,7 +36,9 @@ print(json.dumps(rows))
 @pytest.mark.parametrize(('use_lstm', 'popart'), [(True, False), (False, False), (False, True)])
 def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
     logdir = tmp_path / 'run'
-    training.train(config(logdir, use_lstm=use_lstm, popart=popart, total_environment_frames=20))
+    training.train(
+        config(logdir, use_lstm=str(use_lstm).lower(), popart=popart, total_environment_frames=20)
+    )
     output = tmp_path / 'model'
     assert export.main([str(logdir), f'--output={output}']) == 0
 
@@ -86,7 +88,7 @@ def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
 
 def test_an_autoencoder_is_exported_without_its_decoder(tmp_path, monkeypatch):
     logdir = tmp_path / 'run'
-    run = config(logdir, level_names=('levels:picture',), torso='autoencoder', latent_size=5)
+    run = config(logdir, level_name='levels:picture', torso='autoencoder', latent_size=5)
     training.train(run)
     monkeypatch.setenv('HOME', str(tmp_path))
     options = ['--output=~/model', '--checkpoint=~/run/checkpoints/ckpt-1']
@@ -111,7 +113,7 @@ def test_an_autoencoder_is_exported_without_its_decoder(tmp_path, monkeypatch):
 def test_observations_keep_their_type(tmp_path, level, shape, dtype):
     """Bytes are scaled and floats are not, so the same numbers are others to the network."""
     logdir = tmp_path / 'run'
-    run = config(logdir, level_names=(level,), torso='mlp', use_lstm=False)
+    run = config(logdir, level_name=level, torso='mlp', use_lstm='false')
     training.train(run)
     assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
     agent = Agent(

@@ -1,5 +1,4 @@
 import concurrent.futures
-import dataclasses
 import functools
 import itertools
 import json
@@ -17,13 +16,10 @@ from warm_process import context
 
 from configs import config
 from impala import config as run_config
-from impala import environments, training
+from impala import training
 from impala.acting.actor_processes import ActorError
-from impala.cluster import remote_replay
-from impala.cluster.learner_group import Member
 from impala.errors import LevelError
 from impala.learning import devices as learner_devices
-from impala.learning.learner import LearnerConfig
 from impala.networks.agent import AgentConfig
 from impala.runs import checkpoint, run_summary, stop_signal
 from impala.runs import files as run_files
@@ -33,15 +29,20 @@ from impala.trajectory import ArraySpec, EnvironmentSpec
 
 
 def test_learners_agree_on_all_that_shapes_an_environment():
-    environment = environments.EnvironmentConfig(sticky_actions=0.25, max_noops=7)
+    run = config(
+        '/nowhere',
+        sticky_actions=0.25,
+        max_noops=7,
+        learner_addresses=('a:8000', 'b:8000'),
+        task=1,
+    )
     settings = training_run.shared_settings(
-        config('/nowhere', environment=environment),
-        Member(('a:8000', 'b:8000'), 1),
+        run,
         EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 4),
         AgentConfig(torso='mlp', use_lstm=False),
     )
     # The repeats of the level, whether they are said or not.
-    expected = {**run_config.environment_settings(environment), 'num_action_repeats': 4}
+    expected = {**run.environment.agreed('jobs'), 'num_action_repeats': 4}
     assert settings['sticky_actions'] == 0.25
     assert settings['max_noops'] == 7
     assert expected.items() <= settings.items()
@@ -52,11 +53,11 @@ def test_neither_another_seed_nor_a_run_that_goes_on_plays_the_same_episodes(tmp
 
     def play(folder, seed, frames):
         run = config(
-            tmp_path / folder, level_names=('levels:seeded',), seed=seed, num_actors=4,
+            tmp_path / folder, level_name='levels:seeded', seed=seed, num_actors=4,
             total_environment_frames=frames,
         )  # fmt: skip
         training.train(run)
-        return [row['return'] for row in run_files.read_episodes(run.logdir)]
+        return [row['return'] for row in run_files.read_episodes(run.run.logdir)]
 
     first = play('a', 1, 200)
     later = play('a', 1, 400)[len(first) :]
@@ -67,10 +68,9 @@ def test_neither_another_seed_nor_a_run_that_goes_on_plays_the_same_episodes(tmp
 
 
 def test_trains_on_several_levels_and_goes_on(tmp_path):
-    accepted = []
-    run = config(tmp_path, level_names=('levels:short', 'levels:long'))
-    first = training.train(run, on_accepted=lambda: accepted.append(1))
-    assert accepted == [1]
+    run = config(tmp_path, level_name='levels:short,levels:long')
+    first = training.train(run)
+    assert '--level_name=levels:short,levels:long\n' in (tmp_path / 'flags.txt').read_text()
     assert first == str(tmp_path / 'checkpoints' / 'ckpt-1')
 
     rows = [line.split(',') for line in (tmp_path / 'episodes.csv').read_text().splitlines()[1:]]
@@ -81,7 +81,7 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     # Batches of 2 unrolls of 10 steps.
     assert {row[1] for row in rows} <= {'20', '40', '60', '80', '100'}
     assert rows
-    second = training.train(dataclasses.replace(run, total_environment_frames=110))
+    second = training.train(run.replace(total_environment_frames=110))
     assert second == str(tmp_path / 'checkpoints' / 'ckpt-2')
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert [line.split('"frames": ')[1].split(',')[0] for line in lines] == [
@@ -89,12 +89,12 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     ]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
     with pytest.raises(run_files.LogdirError, match='was levels:short,levels:long and is now'):
-        training.train(dataclasses.replace(run, level_names=('levels:long',)))
+        training.train(run.replace(level_name='levels:long'))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
     # What was allowed once is what the run is from then on.
-    other = dataclasses.replace(run, level_names=('levels:long',), allow_level_change=True)
+    other = run.replace(level_name='levels:long', allow_level_change=True)
     assert training.train(other) == second
-    assert training.train(dataclasses.replace(other, allow_level_change=False)) == second
+    assert training.train(other.replace(allow_level_change=False)) == second
     stored = json.loads((tmp_path / 'network.json').read_text())
     assert stored['counted_by'] == {'num_action_repeats': 1, 'levels': ['levels:long']}
     stored['counted_by']['num_action_repeats'] = 2
@@ -124,16 +124,14 @@ def test_a_signal_at_the_end_of_the_first_train_step_leaves_time_to_save_it(tmp_
 
 
 def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
-    run = config(tmp_path, stop_at_frames=40)
-    run = dataclasses.replace(
-        run, learner=dataclasses.replace(run.learner, learning_rate=0.1, epsilon=0.1)
-    )
+    run = config(tmp_path, stop_at_frames=40, learning_rate=0.1, epsilon=0.1)
     first = training.train(run)
-    # Weights do not move where epsilon is huge, nor do they for entropy's sake without its cost.
-    other = dataclasses.replace(
-        run.learner, learning_rate=0.5, epsilon=1e30, entropy_cost=0.0, baseline_cost=0.0
-    )
-    second = training.train(dataclasses.replace(run, stop_at_frames=80, learner=other))
+    # Weights do not move where epsilon is large and gradients are clipped to next to nothing.
+    other = run.replace(
+        stop_at_frames=80, learning_rate=0.5, epsilon=1e6, gradient_clip_norm=1e-9,
+        entropy_cost=0.0, baseline_cost=0.0,
+    )  # fmt: skip
+    second = training.train(other)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [line['frames'] for line in lines] == [20, 40, 60, 80]
     # Falls over all 100 frames, from where it starts now.
@@ -153,7 +151,7 @@ def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=1e-12)
     # There is nothing to do before a stop that lies behind.
-    assert training.train(dataclasses.replace(run, stop_at_frames=60)) == second
+    assert training.train(run.replace(stop_at_frames=60)) == second
 
 
 def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
@@ -166,7 +164,7 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
     ):
         failing = config(
             tmp_path,
-            level_names=(level,),
+            level_name=level,
             total_environment_frames=1000,
             allow_level_change=True,
         )
@@ -177,8 +175,8 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
 
 def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
     """The reward is infinite in every 37th step, and an episode has ten."""
-    run = config(tmp_path, level_names=('levels:sometimes_infinite',), total_environment_frames=400)
-    run = dataclasses.replace(run, learner=dataclasses.replace(run.learner, unroll_length=2))
+    run = config(tmp_path, level_name='levels:sometimes_infinite', total_environment_frames=400)
+    run = run.replace(unroll_length=2)
     training.train(run)
     text = capfd.readouterr().err
     assert text.count('WARNING') == 1
@@ -191,9 +189,9 @@ def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
     assert sum('loss/total' in line for line in lines) == len({line['updates'] for line in lines})
     # Row 37 is within an unroll, row 74 ends one and starts the next.
     assert sum(line['unrolls_discarded'] for line in lines) >= 3
-    returns = [row['return'] for row in run_files.read_episodes(run.logdir)]
+    returns = [row['return'] for row in run_files.read_episodes(run.run.logdir)]
     assert {10.0, float('inf')} == {*returns}
-    summary = run_summary.read_summary(run.logdir)
+    summary = run_summary.read_summary(run.run.logdir)
     assert summary['mean_return_last_100'] == 10
     assert summary['episodes_not_finite'] == returns.count(float('inf'))
 
@@ -204,12 +202,12 @@ def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
         ({'torso': 'autoencoder'}, r'The autoencoder torso needs .*\[2\]; use the mlp torso'),
         ({'latent_size': 32}, '--latent_size=32 belongs to --torso=autoencoder; .*--torso=auto'),
         (
-            {'torso': 'mlp', 'learner': LearnerConfig(autoencoder_cost=0.5)},
+            {'torso': 'mlp', 'autoencoder_cost': 0.5},
             '--autoencoder_cost=0.5 belongs to --torso=autoencoder; .*--torso=mlp',
         ),
         ({'torso': 'deep'}, 'The deep torso needs uint8 frames .*use the mlp torso'),
         (
-            {'level_names': ('levels:short', 'levels:long', 'levels:lives')},
+            {'level_name': 'levels:short,levels:long,levels:lives'},
             '--num_actors=2 would leave some of the 3 levels out: give --num_actors=3',
         ),
         ({'inference_batch_size': 3}, 'inference_batch_size=3 is more than .*num_actors=2'),
@@ -217,18 +215,13 @@ def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, flags, sentence):
     with pytest.raises(run_config.ConfigError, match=sentence):
-        training.train(config(tmp_path, **({'level_names': ('levels:short',)} | flags)))
+        training.train(config(tmp_path, **({'level_name': 'levels:short'} | flags)))
     assert not (tmp_path / 'checkpoints').exists()
 
 
 def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
-    accepted = []
     with pytest.raises(LevelError, match='lacks'):
-        training.train(
-            config(tmp_path, level_names=('levels:none',)),
-            on_accepted=lambda: accepted.append(1),
-        )
-    assert not accepted
+        training.train(config(tmp_path, level_name='levels:none'))
     assert not list(tmp_path.iterdir())
     assert 'stop signal' not in {thread.name for thread in threading.enumerate()}
 
@@ -239,7 +232,9 @@ def test_a_run_begins_with_the_weights_that_were_asked_for(tmp_path):
         run = config(
             tmp_path / initializer,
             initializer=initializer,
-            learner=LearnerConfig(batch_size=2, unroll_length=10, learning_rate=0.0),
+            batch_size=2,
+            unroll_length=10,
+            learning_rate=0.0,
             total_environment_frames=20,
         )
         reader = tf.train.load_checkpoint(training.train(run))
@@ -290,20 +285,14 @@ def _num_devices(choice):
     return max(1, len(choice['learner_devices']))
 
 
-def _learner(choice):
-    names = {field.name for field in dataclasses.fields(LearnerConfig)}
-    of_learner = {name: value for name, value in choice.items() if name in names}
-    return LearnerConfig(batch_size=2 * _num_devices(choice), unroll_length=10, **of_learner)
-
-
 def _run(logdir, choice):
-    names = {field.name for field in dataclasses.fields(run_config.TrainingConfig)}
+    use_lstm = str(choice['use_lstm']).lower()
     return config(
         logdir,
-        **{name: value for name, value in choice.items() if name in names},
+        **choice | {'use_lstm': use_lstm},
         # Of odd frames and instructions, or vectors.
-        level_names=('levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',),
-        learner=_learner(choice),
+        level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
+        batch_size=2 * _num_devices(choice),
         total_environment_frames=200 * _num_devices(choice),
     )
 
@@ -311,9 +300,7 @@ def _run(logdir, choice):
 def _refusal(choice):
     """Returns why a choice is refused, None if it is not."""
     try:
-        run_config.check_learner(_learner(choice), choice['popart'])
-        run_config.check_torso(_run('', choice))
-        remote_replay.check_replay_jobs(choice['replay_addresses'], _learner(choice))
+        _run('nowhere', choice)
     except run_config.ConfigError as error:
         return str(error)
     return None
@@ -404,11 +391,9 @@ def _train(folder, number, shard):
     """Trains as one of the choices says, in a folder of its own; returns its last checkpoint."""
     choice = _pairwise()[number]
     run = _run(folder / str(number), choice)
-    if run.replay_addresses:
-        run = dataclasses.replace(run, replay_addresses=(shard,))
-    return training.train(
-        run, placement=training.Placement(learner_devices=choice['learner_devices'])
-    )
+    if run.cluster.replay_addresses:
+        run = run.replace(replay_addresses=(shard,))
+    return training.train(run)
 
 
 def train_on_devices(folder, number, shard):
@@ -528,29 +513,24 @@ def _uses(batches, times, buffer_size):
     ],
 )
 def test_settings_without_effect_are_refused_by_name(tmp_path, changes, sentence):
-    learner = LearnerConfig(batch_size=2, unroll_length=10, **changes)
     with pytest.raises(run_config.ConfigError, match=sentence):
-        training.train(config(tmp_path, learner=learner))
-    assert not list(tmp_path.iterdir())
+        config(tmp_path, **changes)
 
 
 def test_a_replay_larger_than_the_memory_is_refused(tmp_path):
-    replay = {'replay_fraction': 0.5, 'replay_capacity': 10**12}
+    replay = {'replay_fraction': 0.5, 'replay_capacity': 10**9}
     with pytest.raises(
         run_config.ConfigError,
         match=r'^This run needs [\d,]+\.\d GB .* room for [\d.]+ GB.* for the replay '
-        r'\(--replay_capacity=1000000000000\); --replay_capacity=\d+ would do\.$',
+        r'\(--replay_capacity=1000000000\); --replay_capacity=\d+ would do\.$',
     ):
-        training.train(
-            config(tmp_path, learner=LearnerConfig(batch_size=2, unroll_length=10, **replay))
-        )
+        training.train(config(tmp_path, batch_size=2, unroll_length=10, **replay))
     assert not (tmp_path / 'checkpoints').exists()
 
 
 def test_a_target_network_and_popart_do_not_go_together(tmp_path):
-    learner = LearnerConfig(batch_size=2, unroll_length=10, loss='appo', target_update_steps=2)
     with pytest.raises(run_config.ConfigError, match='--target_update_steps=2 .* with --popart'):
-        training.train(config(tmp_path, learner=learner, popart=True))
+        config(tmp_path, loss='appo', target_update_steps=2, popart=True)
 
 
 @pytest.mark.parametrize(
@@ -569,19 +549,20 @@ def test_a_run_goes_on_with_another_loss_but_not_with_other_variables(tmp_path, 
         training.train(
             config(
                 tmp_path,
-                learner=LearnerConfig(batch_size=2, unroll_length=10, **changes),
+                batch_size=2,
+                unroll_length=10,
+                **changes,
                 total_environment_frames=200,
             )
         )
-    appo = LearnerConfig(batch_size=2, unroll_length=10, loss='appo', sample_reuse=2)
-    run = config(tmp_path, learner=appo, total_environment_frames=200)
+    run = config(tmp_path, loss='appo', sample_reuse=2, total_environment_frames=200)
     assert training.train(run) == str(tmp_path / 'checkpoints' / 'ckpt-2')
 
 
 def test_an_autoencoder_trains_in_bfloat16_and_goes_on_with_another_cost_only(tmp_path):
     run = config(
         tmp_path,
-        level_names=('levels:picture',),
+        level_name='levels:picture',
         torso='autoencoder',
         latent_size=5,
         compute_dtype='bfloat16',
@@ -592,9 +573,8 @@ def test_an_autoencoder_trains_in_bfloat16_and_goes_on_with_another_cost_only(tm
         ({'torso': 'shallow', 'latent_size': 64}, '--torso was "autoencoder" and is now "shallow"'),
     ):
         with pytest.raises(checkpoint.LogdirError, match=sentence):
-            training.train(dataclasses.replace(run, **changes))
-    learner = dataclasses.replace(run.learner, autoencoder_cost=0.0)
-    more = dataclasses.replace(run, learner=learner, total_environment_frames=200)
+            training.train(run.replace(**changes))
+    more = run.replace(autoencoder_cost=0.0, total_environment_frames=200)
     assert training.train(more) == str(tmp_path / 'checkpoints' / 'ckpt-2')
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert ['loss/autoencoder' in line for line in lines] == 5 * [True] + 5 * [False]

@@ -12,22 +12,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags as absl_flags
 
-# Defines the flags that members take.
-import experiment
-from impala.runs import flag_file
+from impala.config import all_settings
+from impala.runs import flag_file, flags
 
 METHODS = ('random', 'pbt')
 
 # What a sweep decides itself, or what makes no member.
 _RESERVED_FLAGS = (
-    *flag_file.NOT_OF_THE_RUN,
+    *(name for name, known in all_settings().items() if known.setting.on_resume == 'not_stored'),
     'job_name',
     'task',
     'learner_address',
     'learner_addresses',
 )
+# The flags of members, which are other processes.
+_MEMBER_FLAGS = absl_flags.FlagValues()
+flags.define(_MEMBER_FLAGS)
 # What may change while a run goes on and stays in range however often it is multiplied.
 PBT_FLAGS = ('entropy_cost', 'learning_rate', 'epsilon', 'baseline_cost', 'gradient_clip_norm')
 
@@ -274,8 +276,7 @@ class _Section:
 
     def flag(self, name: str, values: Sequence[Any]) -> None:
         """Fails unless a flag of experiment.py takes all the values."""
-        known = experiment_flags()
-        self.one_of(name, known, '')
+        self.one_of(name, [*all_settings(), 'flagfile'], '')
         if name in _RESERVED_FLAGS:
             self.fail(name, 'a sweep sets this flag itself, or has no use for it')
         for value in values:
@@ -287,7 +288,7 @@ class _Section:
                 continue
             try:
                 text = flag_text(name, value).partition('=')[2]
-                flags.FLAGS[name].parser.parse(text)
+                _MEMBER_FLAGS[name].parser.parse(text)
             except ValueError as error:
                 reason = flag_file.plainly(f'flag --{name}={text}: {error}')
                 self.fail(name, reason.removesuffix('.'))
@@ -303,12 +304,6 @@ class _Section:
         if value is None:
             self.fail(key, 'it is missing')
         return value
-
-
-def experiment_flags() -> list[str]:
-    """Returns the names of the flags that experiment.py has."""
-    own = flags.FLAGS.flags_by_module_dict()[experiment.__name__]
-    return [*(flag.name for flag in own), 'flagfile']
 
 
 def _is_number(value: Any) -> bool:

@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-import experiment
-from impala import suites
+import impala
+from impala import exit_codes, suites
 from impala.errors import LevelError
 from impala.runs.files import (
     CHECKPOINT_FOLDER,
@@ -289,7 +289,7 @@ class Sweep:
         member = process.member
         end = self._config.round_end(self.state.round)
         run = self._note_frames(member)
-        if process.exit_code == experiment.BAD_INPUT_EXIT_CODE:
+        if process.exit_code == exit_codes.BAD_INPUT:
             member.error = f'was refused: {(process.said().splitlines() or [""])[-1]}'
             self._refused += 1
         elif run is None or process.exit_code != 0:
@@ -315,7 +315,7 @@ class Sweep:
         if self._refused == min(_MAX_REFUSED, len(self.state.members)) and not any(
             each.frames for each in self.state.members
         ):
-            raise SweepError(f'{member.name} {member.error}', experiment.BAD_INPUT_EXIT_CODE)
+            raise SweepError(f'{member.name} {member.error}', exit_codes.BAD_INPUT)
         if self._config.pbt is None:
             self._draw()
 
@@ -425,6 +425,11 @@ class Sweep:
         sweep_report.draw(self._logdir, self.state, self._config, runs)
 
 
+def _program() -> str:
+    """Returns the path of experiment.py, which stands next to this package."""
+    return os.path.join(os.path.dirname(os.path.dirname(impala.__file__)), 'experiment.py')
+
+
 class _Process:
     """A member's process. It is told to stop when the sweep dies, and has a session of its own."""
 
@@ -442,7 +447,7 @@ class _Process:
         with open(self.output_path, 'ab') as output:
             self._start = output.tell()
             self._process = subprocess.Popen(
-                [sys.executable, os.path.abspath(experiment.__file__), *flags],
+                [sys.executable, _program(), *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -534,7 +539,7 @@ def main(argv: list[str]) -> int:
             os.close(lock)
     except (SweepConfigError, LogdirError, LevelError) as error:
         print(error, file=sys.stderr)
-        return experiment.BAD_INPUT_EXIT_CODE
+        return exit_codes.BAD_INPUT
     except SweepError as error:
         print(error, file=sys.stderr)
         return error.exit_code

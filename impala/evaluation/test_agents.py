@@ -1,0 +1,66 @@
+"""The agents of test mode, whose episodes do not depend on what else is played."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from impala.acting.episode_series import ACTION_NOISE
+from impala.networks.agent import Agent
+from impala.trajectory import AgentOutput, ArraySpec, StepOutput
+
+
+class SamplingAgent(Agent):
+    """Acts by what a row itself holds, so that an episode does not depend on any other.
+
+    It samples with the action noise of `EpisodeSeries`; an episode begins with the last action and
+    the last reward 0, as the first one of an environment does; and the network is computed for one
+    row at a time. In a batch, a row's sums may be made in another order, which depends on the size
+    of the batch, the row's place in it and the processor, and a return may depend on the last bit
+    of a logit.
+    """
+
+    def step(
+        self, prev_action: tf.Tensor, env_output: StepOutput, state: Any
+    ) -> tuple[AgentOutput, Any]:
+        is_first = env_output.done
+        prev_action = tf.where(is_first, 0, prev_action)
+        reward = tf.where(is_first, 0.0, env_output.reward)
+        env_output = env_output._replace(reward=reward)
+        scalar = ArraySpec((), 'float32')
+        logits = ArraySpec((self._num_actions,), 'float32')
+        output = AgentOutput(ArraySpec((), 'int32'), logits, scalar)
+        return row_by_row(super().step, (prev_action, env_output, state), (output, self.state_spec))
+
+    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        noise = env_output.observation[ACTION_NOISE]
+        return tf.argmax(logits + noise, -1, tf.int32)
+
+
+class GreedyAgent(SamplingAgent):
+    """Does what it deems best."""
+
+    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        return tf.argmax(logits, -1, tf.int32)
+
+
+def row_by_row(function: Callable[..., Any], arguments: tuple[Any, ...], result_spec: Any) -> Any:
+    """Calls a function with one row at a time.
+
+    Args:
+      function: takes nests of `[1, ...]` and returns one.
+      arguments: of the function, nests of `[B, ...]`.
+      result_spec: nest of `ArraySpec` of a row that it returns.
+
+    Returns:
+      What the function returns, a nest of `[B, ...]`.
+    """
+    results = tf.map_fn(
+        lambda row: function(*row),
+        tf.nest.map_structure(lambda rows: tf.expand_dims(rows, 1), arguments),
+        parallel_iterations=1,
+        fn_output_signature=tf.nest.map_structure(
+            lambda spec: tf.TensorSpec([1, *spec.shape], spec.dtype), result_spec
+        ),
+    )
+    return tf.nest.map_structure(lambda rows: tf.squeeze(rows, 1), results)

@@ -1,0 +1,230 @@
+"""The flags of the command line, and the flag file of a run: both follow from `impala.config`."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from impala.config import Config, ConfigError, Known, all_settings
+from impala.runs.files import FLAG_FILE, checkpoint_paths, write_atomically
+from impala.runs.flag_file import Argument, FlagFileError, plainly, read
+
+_LONGEST_REASON = 400
+_BOUNDED: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_UNBOUNDED: dict[type, Any] = {
+    bool: flags.DEFINE_boolean,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_list,
+}
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines a flag for each setting.
+
+    Args:
+      values: where; the flags of this process, or others, to read a flag file for instance.
+    """
+    for name, known in all_settings().items():
+        # The help shows the flags of a module together.
+        place: dict[str, Any] = {'flag_values': values, 'module_name': known.group}
+        text = known.setting.help
+        if known.setting.only_with is not None:
+            text = f'With --{"=".join(known.setting.only_with)}: {text[0].lower()}{text[1:]}'
+        if known.setting.choices:
+            flags.DEFINE_enum(name, known.default, known.setting.choices, text, **place)
+        elif known.kind in _BOUNDED:
+            text += f' Unit: {known.setting.unit}.' if known.setting.unit else ''
+            _BOUNDED[known.kind](
+                name,
+                known.default,
+                text,
+                lower_bound=known.setting.low,
+                upper_bound=known.setting.high,
+                **place,
+            )
+        else:
+            default = list(known.default) if known.kind is tuple else known.default
+            _UNBOUNDED[known.kind](name, default, text, **place)
+
+
+def short_help(values: flags.FlagValues = flags.FLAGS) -> str:
+    """Returns all flags, in groups."""
+    groups = dict.fromkeys(known.group for known in all_settings().values())
+    return '\n'.join(values.module_help(group) for group in groups)
+
+
+def config_of(values: flags.FlagValues = flags.FLAGS) -> Config:
+    """Returns what the flags say.
+
+    Raises:
+      ConfigError: they do not fit together.
+    """
+    return Config.of(**{name: values[name].value for name in all_settings()})
+
+
+def given(values: flags.FlagValues = flags.FLAGS) -> set[str]:
+    """Returns the names of the settings that a command line, or a flag file in it, has set."""
+    return {name for name in all_settings() if values[name].present}
+
+
+def parse(
+    program: str, arguments: Sequence[Argument], values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
+    """Sets flags.
+
+    Args:
+      program: its name.
+      arguments: what follows it; flag files have been expanded.
+      values: the flags.
+
+    Returns:
+      The program and the arguments that are no flags.
+
+    Raises:
+      FlagFileError: one sentence about what makes no sense, and where it stands if in a file.
+    """
+    try:
+        return values([program, *(argument.text for argument in arguments)])
+    except (flags.Error, ValueError) as error:
+        # The latter for --nopopart=1. What the user has given is repeated, whatever it is.
+        reason = plainly(str(error))
+        if len(reason) > _LONGEST_REASON:
+            reason = f'{reason[:_LONGEST_REASON]}...'
+        for argument in arguments:
+            name = re.escape(argument.name)
+            if argument.origin and name and re.search(rf"--{name}\b|'{name}'", reason):
+                reason = f'{argument.origin}: {reason}'
+                break
+        raise FlagFileError(reason) from error
+
+
+def parse_stored(arguments: Sequence[Argument]) -> dict[str, Any]:
+    """Returns name -> value of all settings as the flag file of a run has them.
+
+    Raises:
+      FlagFileError: a line makes no sense.
+    """
+    values = flags.FlagValues()
+    define(values)
+    parse('', arguments, values)
+    return {name: values[name].value for name in all_settings()}
+
+
+def to_text(config: Config) -> str:
+    """Returns the flag file that restores a run."""
+    lines = (_line(name, known, config.value(name)) for name, known in _stored())
+    return ''.join(f'{line}\n' for line in lines if line)
+
+
+def shown(name: str, value: Any) -> str:
+    """Returns a flag as it is given on a command line."""
+    return _line(name, all_settings()[name], value)
+
+
+def _stored() -> Iterable[tuple[str, Known]]:
+    settings = all_settings().items()
+    return ((name, known) for name, known in settings if known.setting.on_resume != 'not_stored')
+
+
+def _line(name: str, known: Known, value: Any) -> str:
+    if value is None:
+        return ''
+    if known.kind is bool:
+        return f'--{name}' if value else f'--no{name}'
+    return f'--{name}={",".join(value) if known.kind is tuple else value}'
+
+
+def refuse_unused(config: Config, arguments: Sequence[str]) -> None:
+    """Refuses flags that would have no effect in this mode or kind of job.
+
+    A flag file may be shared by jobs of all kinds; on the command line of the wrong one a flag is a
+    mistake.
+
+    Args:
+      config: what the flags say.
+      arguments: the command line, without the program.
+
+    Raises:
+      ConfigError: names the flag.
+    """
+    names = {Argument(text).name for text in arguments}
+    changed = {
+        name: known.setting
+        for name, known in all_settings().items()
+        if name in names and config.value(name) != known.default
+    }
+    mode, job = config.run.mode, config.cluster.job_name
+    for name, known in changed.items():
+        text = shown(name, config.value(name))
+        if known.only_in == 'test' and mode == 'train':
+            raise ConfigError(f'{text} is for tests: give --mode=test, too, or leave it out.')
+        if known.only_in == 'actor' and job != 'actor':
+            raise ConfigError(f'{text} is for actor jobs (--job_name=actor): leave it out here.')
+    if mode == 'train' and config.cluster.task < 0:
+        for name in {'learner_address', 'learner_addresses'} & changed.keys():
+            raise ConfigError(
+                f'{shown(name, config.value(name))} is for distributed jobs, which have a number: '
+                'give --task=0, for instance, too, or leave it out to train on this machine alone.'
+            )
+        if 'job_name' in names and 'task' not in names:
+            raise ConfigError(
+                '--job_name=learner needs --task=0 for actor jobs to find it: give that, too, or '
+                'leave it out to train on this machine alone.'
+            )
+
+
+def describe_changes(stored: Mapping[str, Any], config: Config) -> list[str]:
+    """Returns which settings of a resumed run have other values, as lines for the user.
+
+    Args:
+      stored: name -> value, as of `parse_stored`.
+      config: of the run from now on.
+    """
+    changes, on_resume = [], set()
+    for name, known in _stored():
+        old, new = _plain(stored[name]), _plain(config.value(name))
+        if old != new and known.setting.on_resume != 'free':
+            changes.append(f'--{name} was {_told(old)} and is now {_told(new)}')
+            on_resume.add(known.setting.on_resume)
+    lines = [f'Changed flags: {", ".join(changes)}.'] if changes else []
+    if 'schedule' in on_resume:
+        lines.append(
+            'Learning rate and entropy cost are from now on what they would be at this frame if '
+            'the run had begun with the new flags.'
+        )
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, bool):
+        return 'on' if value else 'off'
+    if isinstance(value, list):
+        value = ','.join(value)
+    return 'not given' if value in (None, '') else str(value)
+
+
+def store_flags(config: Config, report: Callable[[str], None]) -> None:
+    """Says which flags a resumed run has other values of, and writes those that restore it.
+
+    Args:
+      config: of the run.
+      report: told lines.
+
+    Raises:
+      LogdirError: they cannot be written.
+    """
+    path = os.path.join(config.run.logdir, FLAG_FILE)
+    if checkpoint_paths(config.run.logdir):
+        try:
+            lines = describe_changes(parse_stored(read(path)), config)
+        except FlagFileError as error:
+            lines = [f'WARNING: {error} So changes of flags cannot be shown.']
+        for line in lines:
+            report(line)
+    write_atomically(path, to_text(config))
