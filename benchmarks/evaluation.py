@@ -101,7 +101,7 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
     import tensorflow as tf
 
     from benchmarks.infrastructure import TinyAgent
-    from impala.acting.actor_processes import Workplace
+    from impala.acting.actor_processes import ActorHost
     from impala.acting.local_actors import LocalActors
     from impala.config import Config
     from impala.evaluation import test_mode as evaluation
@@ -118,8 +118,8 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
     )
     run = dataclasses.replace(run, environment=CONFIG)
     config = evaluation.settings_of_test(run, len(LEVELS))
-    with Workplace(config.environment) as workplace:
-        spec = workplace.common_spec(LEVELS, 1)
+    with ActorHost(config.environment) as actor_host:
+        spec = actor_host.common_spec(LEVELS, 1)
         tf.random.set_seed(1)
         steps = 0
 
@@ -135,7 +135,7 @@ def with_agent(num_episodes: int, num_processes: int, slots_per_level: int) -> t
             LEVELS,
             with_action_noise(spec),
             TinyAgent(spec.num_actions),
-            workplace,
+            actor_host,
             print,
             schedule,
         )

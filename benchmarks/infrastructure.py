@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from benchmarks import machine, stages
 from impala.acting.actor_pool import ActorPool
-from impala.acting.actor_processes import Workplace
+from impala.acting.actor_processes import ActorHost
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.environments import EnvironmentConfig
 from impala.trajectory import AgentOutput
@@ -58,15 +58,17 @@ def measure(
 ) -> tuple[float, dict[str, float]]:
     """Returns agent steps per second, and the seconds of each stage meanwhile."""
     with contextlib.ExitStack() as stack:
-        workplace = stack.enter_context(Workplace(EnvironmentConfig()))
-        spec = workplace.environment_spec(LEVEL, seed=1)
+        actor_host = stack.enter_context(ActorHost(EnvironmentConfig()))
+        spec = actor_host.environment_spec(LEVEL, seed=1)
         agent = TinyAgent(spec.num_actions)
         source = UnrollSource(
             spec, agent, [0] * num_actors, unroll_length, 1, inference_batch_size, timeout_ms=20
         )
         behaviour = BehaviourPolicy(agent, source)
         stack.enter_context(behaviour.serving())
-        stack.enter_context(ActorPool(workplace, source.batcher, [LEVEL] * num_actors, 1, 0, print))
+        stack.enter_context(
+            ActorPool(actor_host, source.batcher, [LEVEL] * num_actors, 1, 0, print)
+        )
         batches = source.batches(batch_size)
         for _ in range(3):
             touch(next(batches))

@@ -15,9 +15,9 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import IO, Any
 
 from dynamic_batching.unroll_batcher import Activity, ActorState, UnrollBatcher
-from impala.acting import actor_processes as places
+from impala.acting import actor_processes
 from impala.acting.actor import BAD_INPUT_EXIT_CODE, STACK_SIGNAL, sentence_of
-from impala.acting.actor_processes import ActorError, LinePipe, Workplace
+from impala.acting.actor_processes import ActorError, ActorHost, LinePipe
 from impala.acting.crash_log import CrashLog
 from impala.acting.episode_series import Episodes, Schedule
 from impala.acting.silence import SilenceWatch, since
@@ -59,7 +59,7 @@ class ActorPool:
 
     def __init__(
         self,
-        workplace: Workplace,
+        actor_host: ActorHost,
         batcher: UnrollBatcher,
         level_names: Sequence[str],
         seed: int,
@@ -71,7 +71,7 @@ class ActorPool:
         """Prepares; processes start with the `with` block.
 
         Args:
-          workplace: where they run.
+          actor_host: starts the processes.
           batcher: what they connect to; closed when the pool gives up or ends.
           level_names: of each actor.
           seed: of the run; every actor and every restart has one of its own that follows from it.
@@ -83,7 +83,7 @@ class ActorPool:
           schedule: of the episodes to be played, told of their results on another thread; None for
             actors that play until the batcher is closed.
         """
-        self._workplace = workplace
+        self._actor_host = actor_host
         self._batcher = batcher
         self._level_names = level_names
         self._seed = seed
@@ -92,7 +92,7 @@ class ActorPool:
         self._schedule = schedule
         self._failure: Exception | None = None
         self._crashes = CrashLog()
-        self._silence = SilenceWatch(workplace.limits, places.LONGEST_GAP_SECONDS)
+        self._silence = SilenceWatch(actor_host.limits, actor_processes.LONGEST_GAP_SECONDS)
         self._start_progress: StartProgress | None = None
         self._looked_at = 0.0
         self._unrolls_completed, self._unrolls_lost = 0, 0  # Of processes that have died.
@@ -194,12 +194,12 @@ class ActorPool:
                 'series': self._schedule.series_settings,
             }
             descriptors.append(self._results.write_end)
-        with places.limits_in_words(), contextlib.ExitStack() as stack:
+        with actor_processes.limits_in_words(), contextlib.ExitStack() as stack:
             errors = stack.enter_context(tempfile.TemporaryFile())
             # What is printed after a cut goes to the new end.
             fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
-            process = self._workplace.start(settings, descriptors, errors)
-            stack.callback(self._workplace.end, process)
+            process = self._actor_host.start(settings, descriptors, errors)
+            stack.callback(self._actor_host.end, process)
             descriptor = os.pidfd_open(process.pid)
             self._processes[index] = _ActorProcess(
                 actors, process, errors, descriptor, sum(map(len, episodes)), restarts_in_a_row
@@ -221,7 +221,7 @@ class ActorPool:
                 self._start(index, restarts_in_a_row=0)
                 if not self._attend(0.0):
                     return
-            while self._attend(places.WATCH_SECONDS):
+            while self._attend(actor_processes.WATCH_SECONDS):
                 pass
         except Exception as error:  # Raised again where the training loop looks.
             self._failure = error
@@ -237,7 +237,7 @@ class ActorPool:
             else:
                 self._replace(key.data)
         now = time.monotonic()
-        if now - self._looked_at >= places.WATCH_SECONDS:
+        if now - self._looked_at >= actor_processes.WATCH_SECONDS:
             self._looked_at = now
             self._cut_output()
             self._watch(now)
@@ -246,7 +246,7 @@ class ActorPool:
     def _cut_output(self) -> None:
         for each in self._processes.values():
             if os.fstat(each.errors.fileno()).st_size > MAX_PRINTED_BYTES:
-                end = places.tail(each.errors).encode()
+                end = actor_processes.tail(each.errors).encode()
                 os.ftruncate(each.errors.fileno(), 0)
                 os.write(each.errors.fileno(), end + b'\n')
 
@@ -275,12 +275,12 @@ class ActorPool:
         if silences.due:
             self._report(self._silence_report(silences.due, activity))
         for index, seconds in silences.back.items():
-            who = self._who(self._processes[index].actors)
+            who = self._actor_names(self._processes[index].actors)
             self._report(f'A sign of life after {seconds:.0f} s of silence, of {who}')
         for index, seconds in silences.timed_out.items():
             each = self._processes[index]
             if each.silent_seconds:
-                self._workplace.signal(each.process, signal.SIGKILL)
+                self._actor_host.signal(each.process, signal.SIGKILL)
             else:
                 # Where it hangs is its own error; next time it is killed.
                 os.kill(each.process.pid, STACK_SIGNAL)
@@ -304,8 +304,8 @@ class ActorPool:
                     break
         return (
             f'No sign of life for {since(max(silent.values()))}, of the environment of '
-            f'{self._who(actors)}'
-            + self._workplace.consequence('its process is killed and restarted')
+            f'{self._actor_names(actors)}'
+            + self._actor_host.consequence('its process is killed and restarted')
         )
 
     def _pass_warnings_on(self) -> None:
@@ -322,7 +322,7 @@ class ActorPool:
 
     def _replace(self, index: int) -> None:
         ended = self._processes[index]
-        code = self._workplace.end(ended.process)
+        code = self._actor_host.end(ended.process)
         # What it has written before its end counts.
         self._record_results()
         num_episodes = sum(map(len, self._episodes(index)))
@@ -333,10 +333,10 @@ class ActorPool:
             self._num_done += 1
             return
         # An exit code alone may be the environment's own.
-        sentence = sentence_of(places.tail(ended.errors, _SENTENCE_BYTES))
+        sentence = sentence_of(actor_processes.tail(ended.errors, _SENTENCE_BYTES))
         if code == BAD_INPUT_EXIT_CODE and sentence is not None:
             raise LevelError(sentence)
-        text = sentence or places.tail(ended.errors)
+        text = sentence or actor_processes.tail(ended.errors)
         completed = self._batcher.statistics().completed_unrolls
         num_completed = sum(completed[actor] for actor in ended.actors)
         if self._schedule is None:
@@ -345,15 +345,15 @@ class ActorPool:
             # Full unrolls prove nothing: an episode that was begun is played again from its start.
             has_worked = num_episodes < ended.num_episodes
         in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
-        how = places.how_ended(code)
+        how = actor_processes.how_ended(code)
         if ended.silent_seconds:
             how = f'was silent for {ended.silent_seconds:.0f} s (--actor_timeout), was killed'
-        who = self._who(ended.actors)
+        who = self._actor_names(ended.actors)
         who = who[0].upper() + who[1:]
         if in_a_row > self._max_restarts:
             raise ActorError(
                 f'{who} {how}, though restarted {self._max_restarts} times in a row before. The '
-                f'error:\n{text or places.NOTHING}'
+                f'error:\n{text or actor_processes.NOTHING}'
             )
         shown = self._crashes.take(who, how, text)
         if shown is not None:
@@ -382,17 +382,17 @@ class ActorPool:
         for each in self._processes.values():
             # It would not hear of the end before its environments are made.
             if all(states[actor] == ActorState.IDLE for actor in each.actors):
-                self._workplace.signal(each.process, signal.SIGTERM)
-        places.have_ended(
-            [each.descriptor for each in self._processes.values()], places.GRACE_SECONDS
+                self._actor_host.signal(each.process, signal.SIGTERM)
+        actor_processes.have_ended(
+            [each.descriptor for each in self._processes.values()], actor_processes.GRACE_SECONDS
         )
         for each in self._processes.values():
-            self._workplace.signal(each.process, signal.SIGKILL)
+            self._actor_host.signal(each.process, signal.SIGKILL)
         for index, each in list(self._processes.items()):
-            self._workplace.end(each.process)
+            self._actor_host.end(each.process)
             self._forget(index)
 
-    def _who(self, actors: Sequence[int]) -> str:
+    def _actor_names(self, actors: Sequence[int]) -> str:
         """Returns actors with their levels, as 'actors 0-3, 7 (Pong), 4 (Breakout)'."""
         numbers: dict[str, list[int]] = {}
         for actor in sorted(actors):

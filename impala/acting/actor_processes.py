@@ -47,7 +47,7 @@ class ActorError(Exception):
     """Actors died too often; the text holds the last one's own error."""
 
 
-class Workplace:
+class ActorHost:
     """What actor processes share: a temporary folder, and a pipe that tells them of our end.
 
     Both go when the block is left. If this process is killed instead, the pipe is closed by the
@@ -90,7 +90,7 @@ class Workplace:
         self.limits = limits
         self._report = report
 
-    def __enter__(self) -> 'Workplace':
+    def __enter__(self) -> 'ActorHost':
         return self
 
     def __exit__(self, *unused: Any) -> None:

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from impala.acting.actor import describe_non_finite
 from impala.acting.actor_pool import ActorPool
-from impala.acting.actor_processes import ActorError, Workplace
+from impala.acting.actor_processes import ActorError, ActorHost
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.acting.episode_series import Schedule
 from impala.config import Config, ConfigError
@@ -33,7 +33,7 @@ class LocalActors:
         level_names: Sequence[str],
         spec: EnvironmentSpec,
         agent: Agent,
-        workplace: Workplace,
+        actor_host: ActorHost,
         report: Callable[[str], None],
         schedule: Schedule | None = None,
     ):
@@ -45,7 +45,7 @@ class LocalActors:
           spec: of every actor's environment.
           agent: acts for all of them, with the weights that it has until others are published;
             nobody else may use it.
-          workplace: where the processes run.
+          actor_host: starts the processes.
           report: told, in a few lines, of every process that died.
           schedule: see `ActorPool`.
 
@@ -80,7 +80,7 @@ class LocalActors:
         self._observation_names = list(spec.observation)
         self._behaviour = BehaviourPolicy(agent, self._source)
         self._pool = ActorPool(
-            workplace,
+            actor_host,
             self._source.batcher,
             self._level_names,
             config.run.seed,
@@ -89,7 +89,7 @@ class LocalActors:
             config.actors.envs_per_process,
             schedule,
         )
-        self._temp_folder = str(workplace.config.temp_folder)
+        self._temp_folder = str(actor_host.config.temp_folder)
         self._stack = contextlib.ExitStack()
         self._reported_restarts = 0
         self._reported_discarded = 0

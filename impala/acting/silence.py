@@ -30,7 +30,7 @@ class Silences(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Watched:
+class _KeyState:
     signs: Hashable
     seconds: float = 0.0
     next_report: float = 0.0
@@ -54,7 +54,7 @@ class SilenceWatch:
         """
         self._config = config
         self._longest_gap = longest_gap
-        self._watched: dict[int, _Watched] = {}
+        self._states: dict[int, _KeyState] = {}
         self._looked_at: float | None = None
 
     def look(self, now: float, signs: Mapping[int, Hashable]) -> Silences:
@@ -68,20 +68,20 @@ class SilenceWatch:
         self._looked_at = now
         report_secs, timeout = self._config.silence_secs, self._config.actor_timeout
         result = Silences({}, {}, {})
-        for key in self._watched.keys() - signs.keys():
+        for key in self._states.keys() - signs.keys():
             self.forget(key)
         for key, sign in signs.items():
-            watched = self._watched.get(key)
-            if watched is not None and sign is not None and watched.signs == sign:
-                watched.seconds += gap
-                if timeout and watched.seconds >= timeout:
-                    result.timed_out[key] = watched.seconds
+            state = self._states.get(key)
+            if state is not None and sign is not None and state.signs == sign:
+                state.seconds += gap
+                if timeout and state.seconds >= timeout:
+                    result.timed_out[key] = state.seconds
                 continue
-            if watched is not None and watched.is_reported:
-                result.back[key] = watched.seconds + gap
-            self._watched[key] = _Watched(sign, next_report=report_secs)
-        if report_secs and any(each.seconds >= each.next_report for each in self._watched.values()):
-            for key, each in self._watched.items():
+            if state is not None and state.is_reported:
+                result.back[key] = state.seconds + gap
+            self._states[key] = _KeyState(sign, next_report=report_secs)
+        if report_secs and any(each.seconds >= each.next_report for each in self._states.values()):
+            for key, each in self._states.items():
                 if each.seconds >= _NEARLY * each.next_report:
                     result.due[key] = each.seconds
                     each.is_reported = True
@@ -90,7 +90,7 @@ class SilenceWatch:
 
     def forget(self, key: int) -> None:
         """Begins anew with a key, whose process was replaced."""
-        self._watched.pop(key, None)
+        self._states.pop(key, None)
 
 
 def since(seconds: float) -> str:

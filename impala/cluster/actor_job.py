@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from impala import suites
-from impala.acting.actor_processes import Workplace, require_files
+from impala.acting.actor_processes import ActorHost, require_files
 from impala.acting.local_actors import LocalActors
 from impala.cluster import remote_actors
 from impala.cluster.exchange import Reservation
@@ -83,8 +83,8 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
         seed = derived_seed(config.run.seed, job.task, max(version, 0))
         config = config.replace(seed=seed)
         require_files(config.actors.num_processes, 'envs_per_actor', num_actors)
-        workplace = stack.enter_context(Workplace(config.environment, config.actors, report))
-        spec = workplace.common_spec(level_names, seed)
+        actor_host = stack.enter_context(ActorHost(config.environment, config.actors, report))
+        spec = actor_host.common_spec(level_names, seed)
         network = settings['network']
         agent_config = AgentConfig(
             torso=network['torso'],
@@ -109,7 +109,7 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
                 [tf.TensorSpec(weight.shape, weight.dtype) for weight in agent.trainable_variables],
             )
         )
-        actors = LocalActors(config, level_names, spec, agent, workplace, report)
+        actors = LocalActors(config, level_names, spec, agent, actor_host, report)
         learner = _Learner(connection, actors, patience, job.task, num_actors)
         with _before_play():
             learner.reserve(report)

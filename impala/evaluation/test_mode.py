@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import tensorflow as tf
 
 from impala import suites
-from impala.acting.actor_processes import Workplace, require_files
+from impala.acting.actor_processes import ActorHost, require_files
 from impala.acting.episode_series import Schedule, with_action_noise
 from impala.acting.local_actors import LocalActors
 from impala.config import Config
@@ -126,8 +126,8 @@ def evaluate(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         require_files(config.actors.num_processes, 'num_actors', config.actors.num_actors)
-        workplace = stack.enter_context(Workplace(config.environment, config.actors))
-        tester = _Tester(config, suite, workplace, stop, report)
+        actor_host = stack.enter_context(ActorHost(config.environment, config.actors))
+        tester = _Tester(config, suite, actor_host, stop, report)
         tester.restore()
         _check_writable(config.run.logdir)
         stop.then(tester.close, nothing_to_lose=True)
@@ -200,7 +200,7 @@ class _Tester:
         self,
         config: Config,
         suite: Suite,
-        workplace: Workplace,
+        actor_host: ActorHost,
         stop: StopSignal,
         report: Callable[[str], None],
     ):
@@ -209,7 +209,7 @@ class _Tester:
         Args:
           config: as of `settings_of_test`.
           suite: whose levels are played.
-          workplace: where their processes run.
+          actor_host: starts the processes.
           stop: told when there is something to lose.
           report: told in lines what is tested and what came out.
 
@@ -218,11 +218,11 @@ class _Tester:
         """
         self._config = config
         self._suite = suite
-        self._workplace = workplace
+        self._actor_host = actor_host
         self._stop = stop
         self._report = report
         self._players = _Players()
-        self._spec = workplace.common_spec(suite.level_names, config.run.seed)
+        self._spec = actor_host.common_spec(suite.level_names, config.run.seed)
         network = self._network()
         memory_needs.check(memory_needs.of_actors(config, self._spec, network))
         is_greedy = config.test.test_policy == 'greedy'
@@ -369,7 +369,7 @@ class _Tester:
             self._suite.level_names,
             with_action_noise(self._spec),
             self._agent,
-            self._workplace,
+            self._actor_host,
             report_to_stderr,
             schedule,
         )

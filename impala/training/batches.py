@@ -102,7 +102,7 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
         # A run that is resumed does not play its episodes once more.
         seed = derived_seed(config.run.seed, learner.counts()[0])
         playing = config.replace(seed=seed)
-        return LocalActors(playing, level_names, spec, acting_agent, run.workplace, log.message)
+        return LocalActors(playing, level_names, spec, acting_agent, run.actor_host, log.message)
     from impala.cluster.remote_actors import RemoteActors, job_settings
     from impala.cluster.transport import warn_of_network
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from impala.acting.actor_processes import Workplace, require_files
+from impala.acting.actor_processes import ActorHost, require_files
 from impala.config import (
     Config,
     ConfigError,
@@ -43,7 +43,7 @@ class Run:
     Attributes:
       config: of the run.
       suite: what is played.
-      workplace: where the processes of actors run.
+      actor_host: starts the actor processes.
       spec: of every level.
       network: the agent's.
       learners: this one and the others, which are there.
@@ -52,7 +52,7 @@ class Run:
 
     config: Config
     suite: Suite
-    workplace: Workplace
+    actor_host: ActorHost
     spec: EnvironmentSpec
     network: AgentConfig
     learners: Learners
@@ -93,8 +93,8 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
         stop = stack.enter_context(StopSignal())
         if not cluster.is_distributed:
             require_files(config.actors.num_processes, 'num_actors', num_actors)
-        workplace = stack.enter_context(Workplace(config.environment, config.actors))
-        spec = workplace.common_spec(suite.level_names, config.run.seed)
+        actor_host = stack.enter_context(ActorHost(config.environment, config.actors))
+        spec = actor_host.common_spec(suite.level_names, config.run.seed)
         network = choose_network(config, suite.level_names, spec)
         if config.cluster.is_first:
             logdir, counting = config.run.logdir, counted_by(suite.level_names, spec)
@@ -114,7 +114,7 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
             member = Member(cluster.learner_addresses, cluster.task)
             settings = shared_settings(config, spec, network)
             learners = stack.enter_context(LearnerGroup(member, settings, report_to_stderr, run_id))
-        yield Run(config, suite, workplace, spec, network, learners, stop)
+        yield Run(config, suite, actor_host, spec, network, learners, stop)
 
 
 def shared_settings(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> dict[str, Any]:

@@ -17,11 +17,10 @@ import troubled_levels
 from processes import TIMEOUT, is_running, janitor, wait_until
 
 from dynamic_batching.unroll_batcher import ActorState, UnrollBatcher
-from impala.acting import actor_pool
-from impala.acting import actor_processes as workplace
+from impala.acting import actor_pool, actor_processes
 from impala.acting.actor import NICENESS
 from impala.acting.actor_pool import ActorPool, UnrollsLostError
-from impala.acting.actor_processes import ActorError, Workplace
+from impala.acting.actor_processes import ActorError, ActorHost
 from impala.acting.episode_series import Schedule, with_action_noise
 from impala.config import ActorsConfig
 from impala.environments import EnvironmentConfig
@@ -85,14 +84,14 @@ def running(
         (on_start or str if text.startswith('Starting: ') else reports.append)(text)
 
     names = [f'troubled_levels:{level}' for level in levels]
-    with Workplace(EnvironmentConfig(), limits) as workplace:
+    with ActorHost(EnvironmentConfig(), limits) as actor_host:
         batcher = make_batcher(len(levels), spec or troubled_levels.Level.spec)
         threads = [threading.Thread(target=run, args=(batcher,)) for run in serve]
         for thread in threads:
             thread.start()
         try:
-            with ActorPool(workplace, batcher, names, 1, max_restarts, report, **options) as pool:
-                yield workplace, batcher, pool, reports
+            with ActorPool(actor_host, batcher, names, 1, max_restarts, report, **options) as pool:
+                yield actor_host, batcher, pool, reports
         finally:
             batcher.close()
             for thread in threads:
@@ -121,7 +120,7 @@ def test_actors_let_the_learner_go_first():
 
 def test_actors_that_die_are_replaced_and_reported():
     with running(['good', 'fails_late', 'good'], max_restarts=1) as (
-        workplace,
+        actor_host,
         batcher,
         pool,
         told,
@@ -155,7 +154,7 @@ def test_actors_that_die_are_replaced_and_reported():
         for process in processes:
             with open(f'/proc/{process.pid}/maps', encoding='utf-8') as file:
                 assert 'tensorflow' not in file.read()
-        folder = workplace.config.temp_folder
+        folder = actor_host.config.temp_folder
         assert glob.glob(f'{folder}/level-*')
         started = time.monotonic()
     assert time.monotonic() - started < 20
@@ -223,7 +222,7 @@ def test_what_environments_warn_of_is_passed_on_once():
 def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
     limit = 100_000
     monkeypatch.setattr(actor_pool, 'MAX_PRINTED_BYTES', limit)
-    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
+    monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.01)
     with running(['chatters'], max_restarts=0) as (_, _, pool, _):
         sizes = []
 
@@ -241,7 +240,7 @@ def test_what_actors_print_does_not_fill_the_disk(monkeypatch):
 
 
 def test_an_environment_that_hangs_is_named_and_its_process_replaced(monkeypatch):
-    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.05)
+    monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.05)
     levels = ['hangs', 'hangs_to_start', 'good']
     with running(
         levels, max_restarts=100, limits=ActorsConfig(silence_secs=0.5, actor_timeout=3.0)
@@ -264,7 +263,7 @@ def test_an_environment_that_hangs_is_named_and_its_process_replaced(monkeypatch
 
 
 def test_actors_that_wait_for_the_learner_are_not_silent(monkeypatch):
-    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.02)
+    monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.02)
     limits = ActorsConfig(silence_secs=0.1, actor_timeout=30)
     with running(
         ['good'] * 4, max_restarts=0, limits=limits, serve=(answer,), envs_per_process=2
@@ -287,10 +286,10 @@ def test_actors_that_wait_for_the_learner_are_not_silent(monkeypatch):
 
 
 def test_what_an_environment_starts_ends_with_it():
-    with running(['has_an_engine', 'good'], max_restarts=1) as (workplace, batcher, pool, _):
+    with running(['has_an_engine', 'good'], max_restarts=1) as (actor_host, batcher, pool, _):
 
         def engines():
-            paths = glob.glob(f'{workplace.config.temp_folder}/child-*')
+            paths = glob.glob(f'{actor_host.config.temp_folder}/child-*')
             return [int(path.rpartition('-')[2]) for path in paths]
 
         wait_until(lambda: batcher.statistics()[1][0] > 0)
@@ -317,7 +316,7 @@ def test_a_start_is_cut_short_when_the_batcher_is_closed():
 def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
     monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.0)
     monkeypatch.setattr(start_progress, '_PAUSE_SECONDS', 0.0)
-    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
+    monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.01)
     told = []
     with running(['good'] * 3, max_restarts=0, on_start=told.append) as (_, _, pool, _):
         wait_until(lambda: 'Starting: 3 of 3 actor processes are up' in told)
@@ -328,7 +327,7 @@ def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
 
 def test_processes_that_have_played_all_their_episodes_have_been_up(monkeypatch):
     monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.0)
-    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.01)
+    monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.01)
     told = []
     names = ['troubled_levels:good', 'troubled_levels:starts_late']
     schedule = Schedule(names, 2, 1, 7)
@@ -364,12 +363,12 @@ import sys
 import threading
 import actor_pool_test
 with actor_pool_test.running(['good', 'has_an_engine', 'has_an_engine'], 0) as (
-    workplace, batcher, pool, _
+    actor_host, batcher, pool, _
 ):
     actor_pool_test.wait_until(lambda: all(batcher.statistics()[1]))
-    engines = glob.glob(f'{workplace.config.temp_folder}/child-*')
+    engines = glob.glob(f'{actor_host.config.temp_folder}/child-*')
     engines = [path.rpartition('-')[2] for path in engines]
-    print(workplace.config.temp_folder, *pool.process_ids, *engines, flush=True)
+    print(actor_host.config.temp_folder, *pool.process_ids, *engines, flush=True)
     threading.Event().wait()
 """
 

@@ -12,8 +12,8 @@ import pytest
 import troubled_levels
 from processes import is_running, janitor, wait_until
 
-from impala.acting import actor_processes as workplace
-from impala.acting.actor_processes import ActorError, Workplace
+from impala.acting import actor_processes
+from impala.acting.actor_processes import ActorError, ActorHost
 from impala.config import ActorsConfig, ConfigError, with_common_actions
 from impala.environments import EnvironmentConfig
 from impala.errors import LevelError
@@ -21,39 +21,39 @@ from impala.runs import start_progress
 
 
 def test_the_folder_goes_when_its_janitor_was_killed():
-    with Workplace(EnvironmentConfig()) as workplace:
-        folder = workplace.config.temp_folder
+    with ActorHost(EnvironmentConfig()) as actor_host:
+        folder = actor_host.config.temp_folder
         assert os.path.isdir(folder)
         janitor(psutil.Process(), folder).kill()
     assert not os.path.exists(folder)
 
 
 def test_specs_come_from_a_process_of_their_own():
-    with Workplace(EnvironmentConfig()) as workplace:
-        spec = workplace.environment_spec('troubled_levels:good', 1)
+    with ActorHost(EnvironmentConfig()) as actor_host:
+        spec = actor_host.environment_spec('troubled_levels:good', 1)
         assert spec == troubled_levels.Level.spec
         with pytest.raises(LevelError, match=r'^.*no_such_module.*$'):
-            workplace.environment_spec('no_such_module:level', 1)
+            actor_host.environment_spec('no_such_module:level', 1)
         with pytest.raises(
             LevelError, match=r'RuntimeError: there is no joystick \(troubled_levels.py, line \d+\)'
         ):
-            workplace.environment_spec('troubled_levels:fails_to_start', 1)
+            actor_host.environment_spec('troubled_levels:fails_to_start', 1)
         with pytest.raises(ActorError, match='engine: out of polygons'):
-            workplace.environment_spec('troubled_levels:prints_and_exits', 1)
+            actor_host.environment_spec('troubled_levels:prints_and_exits', 1)
 
 
 def test_several_levels_have_one_spec_or_are_refused_by_name():
-    with Workplace(EnvironmentConfig()) as workplace:
-        spec = workplace.common_spec(['levels:short', 'levels:long', 'levels:short'], 1)
-        assert spec == workplace.environment_spec('levels:long', 1)
+    with ActorHost(EnvironmentConfig()) as actor_host:
+        spec = actor_host.common_spec(['levels:short', 'levels:long', 'levels:short'], 1)
+        assert spec == actor_host.environment_spec('levels:long', 1)
         for other, what in (
             ('levels:wide', 'observations: levels:short has frame float32 2, but levels:wide'),
             ('levels:three_actions', 'actions: levels:short has 2, but levels:three_actions 3'),
         ):
             with pytest.raises(LevelError, match=what):
-                workplace.common_spec(['levels:short', other, 'levels:long'], 1)
+                actor_host.common_spec(['levels:short', other, 'levels:long'], 1)
         with pytest.raises(LevelError) as error:
-            workplace.common_spec(
+            actor_host.common_spec(
                 ['levels:none', 'levels:short', 'levels:incomplete', 'CartPol-v1'], 1
             )
         text = str(error.value)
@@ -62,40 +62,40 @@ def test_several_levels_have_one_spec_or_are_refused_by_name():
         assert "CartPol-v1: Gymnasium has no 'CartPol-v1'. Did you mean 'CartPole-v1'?" in text
         assert 'levels:short' not in text
         with pytest.raises(ActorError, match='(?s)troubled_levels:prints_and_exits.*polygons'):
-            workplace.common_spec(['levels:short', 'troubled_levels:prints_and_exits'], 1)
+            actor_host.common_spec(['levels:short', 'troubled_levels:prints_and_exits'], 1)
 
 
 def test_several_atari_games_have_one_set_of_actions():
     names = ['ALE/Pong-v5', 'ALE/Breakout-v5']
-    with Workplace(EnvironmentConfig()) as workplace, pytest.raises(LevelError, match='actions'):
-        workplace.common_spec(names, 1)
+    with ActorHost(EnvironmentConfig()) as actor_host, pytest.raises(LevelError, match='actions'):
+        actor_host.common_spec(names, 1)
     config = with_common_actions(EnvironmentConfig(), names)
-    with Workplace(config) as workplace:
-        assert workplace.common_spec(names, 1).num_actions == 18
+    with ActorHost(config) as actor_host:
+        assert actor_host.common_spec(names, 1).num_actions == 18
     assert with_common_actions(EnvironmentConfig(), names[:1]) == EnvironmentConfig()
 
 
 def test_what_an_environment_starts_neither_holds_up_its_description_nor_stays():
     """It holds the pipes of the process that tells what the level is like."""
-    with Workplace(EnvironmentConfig()) as place:
-        spec = place.environment_spec('troubled_levels:has_a_fork', 1)
+    with ActorHost(EnvironmentConfig()) as actor_host:
+        spec = actor_host.environment_spec('troubled_levels:has_a_fork', 1)
         assert spec == troubled_levels.Level.spec
-        (path,) = glob.glob(f'{place.config.temp_folder}/child-*')
+        (path,) = glob.glob(f'{actor_host.config.temp_folder}/child-*')
         wait_until(lambda: not is_running(int(path.rpartition('-')[2])))
 
 
 def test_an_environment_that_is_never_made_is_named_and_given_up(monkeypatch):
-    monkeypatch.setattr(workplace, 'WATCH_SECONDS', 0.05)
+    monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.05)
     monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.1)
     monkeypatch.setattr(start_progress, '_PAUSE_SECONDS', 0.5)
     told = []
     with (
-        Workplace(
+        ActorHost(
             EnvironmentConfig(), ActorsConfig(silence_secs=0.3, actor_timeout=3.0), told.append
-        ) as place,
+        ) as actor_host,
         pytest.raises(ActorError) as error,
     ):
-        place.common_spec(['troubled_levels:good', 'troubled_levels:hangs_to_start'], 1)
+        actor_host.common_spec(['troubled_levels:good', 'troubled_levels:hangs_to_start'], 1)
     text = str(error.value)
     assert 'The environment troubled_levels:hangs_to_start failed.' in text
     assert 'It did not answer for 3 seconds (--actor_timeout).' in text
@@ -110,14 +110,14 @@ def test_an_environment_that_is_never_made_is_named_and_given_up(monkeypatch):
 
 
 def test_an_environment_that_ends_its_process_failed():
-    with Workplace(EnvironmentConfig()) as place, pytest.raises(ActorError) as error:
-        place.environment_spec('troubled_levels:exits_to_start', 1)
+    with ActorHost(EnvironmentConfig()) as actor_host, pytest.raises(ActorError) as error:
+        actor_host.environment_spec('troubled_levels:exits_to_start', 1)
     assert 'exits_to_start failed. It ended with exit code 83.' in str(error.value)
 
 
 def test_an_interruption_ends_the_process_that_describes(monkeypatch):
     processes = []
-    start = Workplace.start
+    start = ActorHost.start
 
     def start_and_remember(*args):
         processes.append(start(*args))
@@ -126,24 +126,24 @@ def test_an_interruption_ends_the_process_that_describes(monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Workplace, 'start', start_and_remember)
-    monkeypatch.setattr(workplace, 'have_ended', interrupt)
-    with Workplace(EnvironmentConfig()) as place:
+    monkeypatch.setattr(ActorHost, 'start', start_and_remember)
+    monkeypatch.setattr(actor_processes, 'have_ended', interrupt)
+    with ActorHost(EnvironmentConfig()) as actor_host:
         with pytest.raises(KeyboardInterrupt):
-            place.environment_spec('troubled_levels:hangs_to_start', 1)
+            actor_host.environment_spec('troubled_levels:hangs_to_start', 1)
         assert processes[0].returncode is not None
-        assert not os.listdir(os.path.join(place.config.temp_folder, 'process_groups'))
+        assert not os.listdir(os.path.join(actor_host.config.temp_folder, 'process_groups'))
 
 
 def test_a_process_that_was_ended_gets_no_more_signals(monkeypatch):
-    with Workplace(EnvironmentConfig()) as place, tempfile.TemporaryFile() as errors:
-        process = place.start({'no': 'settings'}, [], errors)
-        code = place.end(process)
+    with ActorHost(EnvironmentConfig()) as actor_host, tempfile.TemporaryFile() as errors:
+        process = actor_host.start({'no': 'settings'}, [], errors)
+        code = actor_host.end(process)
         # By now the system may have given its number to somebody else's group.
         signals = []
         monkeypatch.setattr(os, 'killpg', lambda *sent: signals.append(sent))
-        assert place.end(process) == code
-        place.signal(process, signal.SIGTERM)
+        assert actor_host.end(process) == code
+        actor_host.signal(process, signal.SIGTERM)
         assert not signals
 
 
@@ -152,23 +152,23 @@ def test_open_files_are_had_or_refused_in_a_sentence(monkeypatch):
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: limits[-1])
     monkeypatch.setattr(resource, 'setrlimit', lambda kind, limit: limits.append(limit))
     with pytest.raises(ConfigError) as error:
-        workplace.require_files(200, 'num_actors', 400)
+        actor_processes.require_files(200, 'num_actors', 400)
     text = str(error.value)
     assert text.startswith('--num_actors=400 needs ')
     assert 'permits 256 (`ulimit -n`)' in text
     # As many as the sentence says are possible.
     possible = int(text.partition('no more than ')[2].split()[0])
-    workplace.require_files(possible, 'num_actors', 400)
+    actor_processes.require_files(possible, 'num_actors', 400)
     assert len(limits) == 1
     with pytest.raises(ConfigError):
-        workplace.require_files(possible + 1, 'num_actors', 400)
+        actor_processes.require_files(possible + 1, 'num_actors', 400)
 
     for hard in (4096, resource.RLIM_INFINITY):
         limits[:] = [(256, hard)]
-        workplace.require_files(200, 'num_actors', 400)
+        actor_processes.require_files(200, 'num_actors', 400)
         assert 400 < limits[-1][0] <= 4096 and limits[-1][1] == hard
     limits[:] = [(resource.RLIM_INFINITY, resource.RLIM_INFINITY)]
-    workplace.require_files(10**6, 'num_actors', 10**6)
+    actor_processes.require_files(10**6, 'num_actors', 10**6)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_process_that_is_not_permitted_is_one_sentence(number, limit, monkeypa
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    with Workplace(EnvironmentConfig()) as place:
-        monkeypatch.setattr(workplace.subprocess, 'Popen', refuse)
+    with ActorHost(EnvironmentConfig()) as actor_host:
+        monkeypatch.setattr(actor_processes.subprocess, 'Popen', refuse)
         with pytest.raises(ConfigError, match=f'no more {limit}.*--num_actors'):
-            place.environment_spec('troubled_levels:good', 1)
+            actor_host.environment_spec('troubled_levels:good', 1)
