@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from impala.evaluation import evaluate
     from impala.learning.learner import Learner
     from impala.networks.agent import Agent
-    from impala.training import train
+    from impala.training import Hook, Update, train
 
-__all__ = ['Agent', 'Config', 'Learner', 'evaluate', 'train']
+__all__ = ['Agent', 'Config', 'Hook', 'Learner', 'Update', 'evaluate', 'train']
 
 _MODULES = {
     'Agent': 'impala.networks.agent',
     'Config': 'impala.config',
+    'Hook': 'impala.training',
     'Learner': 'impala.learning.learner',
+    'Update': 'impala.training',
     'evaluate': 'impala.evaluation',
     'train': 'impala.training',
 }

@@ -1,0 +1,60 @@
+"""Tests of the public names of impala/__init__.py, and of docs/library.md, which shows them."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import impala
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _run(folder, *arguments):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_the_script_of_the_page_trains_and_tests_cartpole(tmp_path):
+    (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'library.md').read_text(), re.S)
+    script = tmp_path / 'script.py'
+    script.write_text(code)
+    done = _run(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    # The hook has printed every 100 of the 312 updates.
+    assert re.findall(r'^([\d,]+) frames, loss -?\d+$', done.stdout, re.M) == [
+        '16,000',
+        '32,000',
+        '48,000',
+    ]
+    logdir = tmp_path / 'runs' / 'cartpole'
+    assert {'checkpoints', 'episodes.csv', 'flags.txt', 'metrics.jsonl'} <= {*os.listdir(logdir)}
+    assert '--level_name=CartPole-v1' in (logdir / 'flags.txt').read_text()
+    scores = json.loads((logdir / 'test_scores.json').read_text())
+    level = scores['levels']['CartPole-v1']
+    assert scores['frames'] >= 50_000 and len(level['returns']) == 20
+    assert done.stdout.endswith(
+        f'runs/cartpole/checkpoints/ckpt-1: mean return {level["mean"]:.1f}\n'
+    )
+    # Random actions reach 22, with a standard error of 2.6 over 20 episodes.
+    assert level['mean'] > 28
+
+
+def test_public_names_are_loaded_when_they_are_used(tmp_path):
+    code = "import sys, impala; impala.Config.of(seed=3); assert 'tensorflow' not in sys.modules"
+    done = _run(tmp_path, '-c', code)
+    assert done.returncode == 0, done.stderr
+    for name in impala.__all__:
+        assert getattr(impala, name).__name__ == name
+    with pytest.raises(AttributeError, match="'impala' has no attribute 'Trainer'"):
+        impala.Trainer  # noqa: B018
