@@ -1,14 +1,18 @@
-"""The actor process: environments and their seats at the batcher, without TensorFlow.
+"""The actor process: environments and their clients of the batcher, without TensorFlow.
 
-Run by `impala.acting.actor_pool` as `python -m impala.acting.actor`, with its settings as JSON on
-stdin: they may be longer than an argument. Exit codes: 83 the batcher was closed or all episodes
-asked for are played, 82 the environment cannot be made or played as asked (one sentence on stderr),
-84 after its first reset it returned something that its spec does not declare (one sentence, too),
-anything else a failure with its traceback on stderr, if there is one. Warnings of `environments` go
-to a pipe, a line each, as stderr is read only when the process has died, and so do results of
-episodes that were asked for.
+`impala.acting.actor_pool` runs it as `python -m impala.acting.actor`, with its settings as JSON on
+stdin because they may be longer than an argument. Exit codes:
 
-What environments start stays in this process's group, and what ends the process ends the group.
+    82: an environment cannot be made or played with these settings (one sentence on stderr).
+    83: the batcher was closed, or all requested episodes are played.
+    84: an environment returned, after its first reset, something that its spec does not declare
+        (one sentence on stderr).
+    Others: a failure, with its traceback on stderr if there is one.
+
+Warnings of `environments` go to a pipe, one per line, because stderr is read only when the process
+has died. Results of requested episodes go to another pipe.
+
+Processes that environments start stay in this process's group and end with it.
 """
 
 import contextlib
@@ -30,34 +34,34 @@ from impala.environments.user_code import describe_failure
 from impala.errors import LevelError
 from impala.trajectory import EnvironmentSpec, EpisodeEnd
 
-# Codes with which no environment's own library ends the process.
+# Exit codes that the libraries of environments do not use.
 BAD_INPUT_EXIT_CODE = 82
 CLOSED_EXIT_CODE = 83
 CONTRACT_EXIT_CODE = 84
 
-# Has the process print where in the code it is; it is sent to one that shows no sign of life.
+# Makes a process that shows no sign of life print its stack.
 STACK_SIGNAL = signal.SIGUSR1
 
-# Begins the line of stderr that holds a sentence for the user, among all that libraries print.
+# Marks the line of stderr that holds the sentence for the user, among the output of libraries.
 _SENTENCE_MARK = 'impala.acting.actor says '
 
-# The learner and those who answer actors go first: all actors wait for these.
+# The learner and the behaviour policy have priority: all actors wait for them.
 NICENESS = 5
 
 
 class ContractError(Exception):
-    """An environment broke its own declaration while it was played; the text is one sentence."""
+    """An environment violated its spec while it was played; the text is one sentence."""
 
 
 def describe_non_finite(
     level_name: str, observation_names: Sequence[str], index: int, value: float
 ) -> str:
-    """Says what of an environment is not finite.
+    """Says which value of an environment is not finite.
 
     Args:
       level_name: of the environment.
       observation_names: in the order of its spec.
-      index: what it is, as `ActorClient.send` returns it.
+      index: 0 for the reward, else 1 + the observation's index; see `ActorClient.send`.
       value: NaN or infinity.
     """
     what = 'reward' if index == 0 else f'observation {observation_names[index - 1]!r}'
@@ -65,19 +69,19 @@ def describe_non_finite(
 
 
 class _NonFiniteWarnings:
-    """Warns, once for each level and what it is of it, of values that are not finite."""
+    """Warns of values that are not finite, once per level and kind of value."""
 
     def __init__(self, observation_names: Sequence[str]):
         self._observation_names = observation_names
         self._known: set[tuple[str, int]] = set()
 
     def warn(self, level_name: str, values: Mapping[int, float], is_learned_from: bool) -> None:
-        """Takes what `ActorClient.send` returned of a level.
+        """Warns of what `ActorClient.send` returned for a level.
 
         Args:
           level_name: of the environment.
           values: index -> NaN or infinity.
-          is_learned_from: whether its unrolls would be learned from else; those of a test are not.
+          is_learned_from: whether the learner uses its unrolls; False in a test.
         """
         effect = 'the agent sees 0 in its place'
         if is_learned_from:
@@ -97,22 +101,22 @@ def act(
     clients: Sequence[ActorClient],
     level_names: Sequence[str],
 ) -> None:
-    """Plays until the batcher is closed: Figure 1's actors, with the policy at the batcher's end.
+    """Plays until the batcher is closed: the actors of Figure 1, whose policy is at the batcher.
 
     Returns when all environments are `EpisodeSeries` that are done.
 
-    Several environments take turns in one process: fewer switches between processes, between which
-    the processor's caches would have to take in interpreter and game engine anew.
+    Several environments take turns in one process. This saves switches between processes, each of
+    which refills the processor's caches with interpreter and game engine.
 
     Args:
       environment_list: at least one.
-      clients: of each environment.
-      level_names: of each environment, for warnings.
+      clients: the client of each environment.
+      level_names: the level of each environment, for warnings.
 
     Raises:
       ClosedError: the batcher was closed.
       LevelError: an environment cannot be played.
-      ContractError: an environment has returned, after its first reset, what it did not declare.
+      ContractError: an environment returned, after its first reset, what it did not declare.
     """
     actors = list(zip(environment_list, clients, level_names, strict=True))
     names = tuple(environment_list[0].spec.observation)
@@ -120,7 +124,7 @@ def act(
     for environment, client, level_name in actors:
         observation = environment.reset()
         check_observation(level_name, environment.spec, observation)
-        # An unroll's first row starts an episode: nothing before it may reach the recurrent state.
+        # The first row starts an episode: the recurrent state must be reset.
         non_finite = client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
         if non_finite:
             warnings.warn(level_name, non_finite, not isinstance(environment, EpisodeSeries))
@@ -137,7 +141,7 @@ def act(
                 raise ContractError(str(error)) from error
             frames = environment.spec.num_action_repeats
             if end and end != EpisodeEnd.LIFE_LOST:
-                # The end may have cut the action short.
+                # The episode may have ended during the action.
                 frames = environment.last_action_frames or frames
             try:
                 non_finite = client.send(reward, end, [observation[name] for name in names], frames)
@@ -149,7 +153,7 @@ def act(
 
 
 def _explain(level_name: str, spec: EnvironmentSpec, observation: Any) -> None:
-    """Raises what is wrong with an observation that could not be sent, if that was the reason."""
+    """Raises an error if a wrong observation is the reason that it could not be sent."""
     try:
         check_observation(level_name, spec, observation)
     except environments.DeclarationError as error:
@@ -157,7 +161,7 @@ def _explain(level_name: str, spec: EnvironmentSpec, observation: Any) -> None:
 
 
 def _exit_with_parent(lifeline: int) -> None:
-    """Ends this process when the parent is gone, which closes the other end of `lifeline`."""
+    """Ends this process when its parent ends, which closes the other end of `lifeline`."""
 
     def wait() -> None:
         os.read(lifeline, 1)
@@ -169,12 +173,12 @@ def _exit_with_parent(lifeline: int) -> None:
 
 
 def say(sentence: object) -> None:
-    """Prints a sentence on stderr from which `sentence_of` gets it back, lines and all."""
+    """Prints a sentence on stderr in a form that `sentence_of` reads."""
     print(f'\n{_SENTENCE_MARK}{json.dumps(str(sentence))}', file=sys.stderr, flush=True)
 
 
 def sentence_of(printed: str) -> str | None:
-    """Returns the sentence that `say` printed last, if there is one among all that was printed."""
+    """Returns the last sentence that `say` printed, None if the output has none."""
     for line in reversed(printed.splitlines()):
         if line.startswith(_SENTENCE_MARK):
             with contextlib.suppress(ValueError):
@@ -183,14 +187,14 @@ def sentence_of(printed: str) -> str | None:
 
 
 def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig) -> str:
-    """Returns, as JSON, the spec of a level or the sentence that says why there is none."""
+    """Returns JSON: the spec of a level, or the sentence that says why it has none."""
     try:
         try:
             environment = environments.create_environment(level_name, seed, config)
         except LevelError:
             raise
         except (Exception, SystemExit) as error:
-            # What fails at once is to be mended. Of an actor it may be a failure of chance.
+            # A failure at the first attempt is the user's to fix. Later ones may be accidents.
             raise LevelError(
                 f'{level_name!r} cannot be made: {describe_failure(error)}.'
             ) from error
@@ -202,21 +206,21 @@ def _describe(level_name: str, seed: int, config: environments.EnvironmentConfig
 
 
 def main(settings: dict[str, Any]) -> int:
-    """Runs actors, or tells the specs of levels; returns the exit code."""
+    """Runs actors, or describes levels; returns the exit code."""
     _exit_with_parent(settings['lifeline'])
     faulthandler.register(STACK_SIGNAL, all_threads=False)
     for name in ('lifeline', 'spec_pipe', 'segment', 'warnings', 'results'):
         if name in settings:
-            # What an environment starts must not keep the others waiting for its end.
+            # Processes that an environment starts must not keep these open.
             os.set_inheritable(settings[name], False)
     if 'process_groups' in settings:
-        # For whoever ends what is left of this group, should nobody else be there to.
+        # If the parent is killed, a shell finds the groups to kill by these files.
         with open(os.path.join(settings['process_groups'], str(os.getpid())), 'w'):
             pass
     os.nice(NICENESS)
     config = environments.EnvironmentConfig(**settings['environment'])
     if 'segment' not in settings:
-        # On its own descriptor: environments may print whatever they like.
+        # On a separate descriptor, because environments may print to stdout.
         with os.fdopen(settings['spec_pipe'], 'w') as pipe:
             for level_name in settings['level_names']:
                 print(_describe(level_name, settings['seed'], config), file=pipe, flush=True)

@@ -26,9 +26,9 @@ from impala.errors import LevelError
 from impala.runs.start_progress import StartProgress
 from impala.seeds import derived_seed
 
-# Of what an actor prints not much more is kept until it dies.
+# An actor's output is cut when it grows beyond this.
 MAX_PRINTED_BYTES = 1_000_000
-# A sentence may be longer than what is shown of other output.
+# How much of the output is searched for a sentence, which may be longer than the tail shown.
 _SENTENCE_BYTES = 100_000
 
 
@@ -36,7 +36,7 @@ class UnrollsLostError(Exception):
     """Actors kept dying, and most of their unrolls were lost; the text is one sentence.
 
     Attributes:
-      checkpoint: path of the last checkpoint, None where there is none.
+      checkpoint: path of the last checkpoint, None if there is none.
     """
 
     checkpoint: str | None = None
@@ -48,10 +48,10 @@ class _ActorProcess:
     process: subprocess.Popen
     errors: IO[bytes]
     descriptor: int  # Readable when the process has ended.
-    num_episodes: int  # That it was given.
+    num_episodes: int  # Given to it at its start.
     restarts_in_a_row: int = 0
     is_up: bool = False  # All its environments have been made and reset.
-    silent_seconds: float = 0.0  # For which it was silent when it was given up.
+    silent_seconds: float = 0.0  # Length of its silence when it was given up.
 
 
 class ActorPool:
@@ -68,20 +68,20 @@ class ActorPool:
         envs_per_process: int = 1,
         schedule: Schedule | None = None,
     ):
-        """Prepares; processes start with the `with` block.
+        """Prepares; processes start when the block is entered.
 
         Args:
           actor_host: starts the processes.
-          batcher: what they connect to; closed when the pool gives up or ends.
-          level_names: of each actor.
-          seed: of the run; every actor and every restart has one of its own that follows from it.
-          max_restarts: of one process without a full unroll in between, or, with a schedule, an
-            episode, before the pool gives up.
-          report: told, in a few lines, of every process that died, and once of what environments
-            warn of.
-          envs_per_process: consecutive actors that share a process, and its fate.
-          schedule: of the episodes to be played, told of their results on another thread; None for
-            actors that play until the batcher is closed.
+          batcher: the actors connect to it; closed when the pool gives up or ends.
+          level_names: the level of each actor.
+          seed: of the run; every actor and every restart derives its own seed from it.
+          max_restarts: consecutive restarts of a process before the pool gives up. A full unroll,
+            or with a schedule an episode, resets the count.
+          report: takes a few lines for every process that died, and each warning of an environment
+            once.
+          envs_per_process: consecutive actors that share a process; they die together.
+          schedule: the episodes to play; receives their results on another thread. None: actors
+            play until the batcher is closed.
         """
         self._actor_host = actor_host
         self._batcher = batcher
@@ -95,12 +95,12 @@ class ActorPool:
         self._silence = SilenceWatch(actor_host.limits, actor_processes.LONGEST_GAP_SECONDS)
         self._start_progress: StartProgress | None = None
         self._looked_at = 0.0
-        self._unrolls_completed, self._unrolls_lost = 0, 0  # Of processes that have died.
+        self._unrolls_completed, self._unrolls_lost = 0, 0  # By processes that have died.
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe()
         self._results = LinePipe()
         self._warnings = LinePipe()
-        # No actor waits for a pool that is not listening any more.
+        # An actor must not block on a pool that no longer reads.
         os.set_blocking(self._warnings.write_end, False)
         self._reported_warnings: set[bytes] = set()
         actors = range(len(level_names))
@@ -142,15 +142,16 @@ class ActorPool:
 
     @property
     def process_ids(self) -> list[int]:
-        """Of the actors, in their order; one that is being replaced is left out."""
-        processes = self._processes.copy()  # At once: the supervisor may be replacing one.
+        """Ids of the actor processes, in order; one that is being replaced is left out."""
+        # One atomic copy: the supervisor may be replacing a process.
+        processes = self._processes.copy()
         return [processes[index].process.pid for index in sorted(processes)]
 
     def check(self) -> None:
-        """Raises the error that made the pool give up, if it has.
+        """Raises the error that made the pool give up, if any.
 
         Raises:
-          LevelError: an environment cannot be played as asked.
+          LevelError: an environment cannot be played with these settings.
           ConfigError: the system permits no more processes.
           ActorError: an actor died more than `max_restarts` times in a row.
         """
@@ -160,11 +161,11 @@ class ActorPool:
     def check_losses(self) -> None:
         """Raises an error if most unrolls were lost.
 
-        An unroll is lost if it was not full when the process of its actor died.
+        An unroll is lost if its actor's process died before it was full.
 
         Raises:
-          UnrollsLostError: processes died more than once, and fewer than half of the unrolls that
-            were begun, but for those under way now, were completed.
+          UnrollsLostError: processes died more than once, and more unrolls were lost than
+            completed.
         """
         completed = self._unrolls_completed + sum(self._batcher.statistics().completed_unrolls)
         if self.restarts > 1 and completed < self._unrolls_lost:
@@ -185,7 +186,7 @@ class ActorPool:
         descriptors = [self._batcher.fd, self._warnings.write_end]
         episodes = self._episodes(index)
         if self._schedule is None:
-            # The same episodes again might well end in the same crash.
+            # The same seed might lead to the same crash.
             settings['seeds'] = [derived_seed(self._seed, self.restarts, actor) for actor in actors]
         else:
             settings |= {
@@ -196,7 +197,7 @@ class ActorPool:
             descriptors.append(self._results.write_end)
         with actor_processes.limits_in_words(), contextlib.ExitStack() as stack:
             errors = stack.enter_context(tempfile.TemporaryFile())
-            # What is printed after a cut goes to the new end.
+            # After a cut, the process continues at the new end of the file.
             fcntl.fcntl(errors, fcntl.F_SETFL, fcntl.fcntl(errors, fcntl.F_GETFL) | os.O_APPEND)
             process = self._actor_host.start(settings, descriptors, errors)
             stack.callback(self._actor_host.end, process)
@@ -204,11 +205,11 @@ class ActorPool:
             self._processes[index] = _ActorProcess(
                 actors, process, errors, descriptor, sum(map(len, episodes)), restarts_in_a_row
             )
-            stack.pop_all()  # All of it is the process's now.
+            stack.pop_all()  # `_forget` closes them from here on.
         self._selector.register(descriptor, selectors.EVENT_READ, index)
 
     def _episodes(self, index: int) -> list[Episodes]:
-        """Returns those without a result, of each actor of a process; none without a schedule."""
+        """Returns the unfinished episodes of each actor of a process; empty without a schedule."""
         if self._schedule is None:
             return []
         return [self._schedule.episodes_of(actor) for actor in self._groups[index]]
@@ -223,12 +224,12 @@ class ActorPool:
                     return
             while self._attend(actor_processes.WATCH_SECONDS):
                 pass
-        except Exception as error:  # Raised again where the training loop looks.
+        except Exception as error:  # `check` raises it in the training loop.
             self._failure = error
             self._batcher.close()
 
     def _attend(self, seconds: float) -> bool:
-        """Waits for events and acts on them; returns False when the pool is to end."""
+        """Waits for events and handles them; returns False when the pool must end."""
         for key, _ in self._selector.select(seconds):
             if key.data is None:
                 return False
@@ -251,7 +252,7 @@ class ActorPool:
                 os.write(each.errors.fileno(), end + b'\n')
 
     def _watch(self, now: float) -> None:
-        """Looks for signs of life: reports processes that show none, and kills them in the end."""
+        """Reports processes that show no sign of life, and kills them after the timeout."""
         activity = self._batcher.activity()
         if activity.closed:
             return
@@ -259,8 +260,8 @@ class ActorPool:
         for index, each in self._processes.items():
             states = [activity.states[actor] for actor in each.actors]
             each.is_up = each.is_up or ActorState.IDLE not in states
-            # Who sleeps waits for the policy or the learner, who take what time they need. A
-            # process does so for one of its actors, while others may have been answered.
+            # A sleeping actor waits for the policy or the learner, which may take any time. The
+            # process sleeps for one of its actors; others may already have their answers.
             is_waiting = ActorState.SLEEPING in states
             progress = [activity.progress[actor] for actor in each.actors]
             signs[index] = None if is_waiting else (each.process.pid, *states, *progress)
@@ -282,7 +283,8 @@ class ActorPool:
             if each.silent_seconds:
                 self._actor_host.signal(each.process, signal.SIGKILL)
             else:
-                # Where it hangs is its own error; next time it is killed.
+                # Makes it print where it hangs, which then serves as the error. Next time it is
+                # killed.
                 os.kill(each.process.pid, STACK_SIGNAL)
             each.silent_seconds = seconds
         for index, each in self._processes.items():
@@ -290,14 +292,14 @@ class ActorPool:
                 each.silent_seconds = 0.0
 
     def _num_up(self) -> int:
-        # Those that have played all their episodes were up, too.
+        # Processes that have played all their episodes count, too.
         return self._num_done + sum(each.is_up for each in self._processes.values())
 
     def _silence_report(self, silent: dict[int, float], activity: Activity) -> str:
         actors: list[int] = []
         for index in silent:
             group = self._processes[index].actors
-            # Of a process only one environment can have the turn, unless all wait for their first.
+            # Only one environment of a process runs at a time, unless none has started.
             for state in (ActorState.ACTING, ActorState.IDLE, ActorState.ANSWERED):
                 if those := [actor for actor in group if activity.states[actor] == state]:
                     actors += those
@@ -310,29 +312,29 @@ class ActorPool:
 
     def _pass_warnings_on(self) -> None:
         for line in self._warnings.read_lines():
-            # All actors have much the same to say.
+            # All actors tend to give the same warnings.
             if line not in self._reported_warnings:
                 self._reported_warnings.add(line)
                 self._report(f'WARNING: {line.decode(errors="replace")}')
 
     def _record_results(self) -> None:
         for line in self._results.read_lines():
-            assert self._schedule is not None  # Or nobody would have written.
+            assert self._schedule is not None  # Otherwise no actor writes results.
             self._schedule.record(*json.loads(line))
 
     def _replace(self, index: int) -> None:
         ended = self._processes[index]
         code = self._actor_host.end(ended.process)
-        # What it has written before its end counts.
+        # Results that it wrote before it ended count.
         self._record_results()
         num_episodes = sum(map(len, self._episodes(index)))
         is_over = self._batcher.activity().closed
-        # Soon this pool is closed, too, or the test is over for this one.
+        # The pool is about to close, or this process has played all its episodes.
         if is_over or (self._schedule is not None and num_episodes == 0):
             self._forget(index)
             self._num_done += 1
             return
-        # An exit code alone may be the environment's own.
+        # The environment may use the same exit code: require the sentence, too.
         sentence = sentence_of(actor_processes.tail(ended.errors, _SENTENCE_BYTES))
         if code == BAD_INPUT_EXIT_CODE and sentence is not None:
             raise LevelError(sentence)
@@ -342,7 +344,7 @@ class ActorPool:
         if self._schedule is None:
             has_worked = num_completed > 0
         else:
-            # Full unrolls prove nothing: an episode that was begun is played again from its start.
+            # Full unrolls prove nothing: an unfinished episode is played again from its start.
             has_worked = num_episodes < ended.num_episodes
         in_a_row = 1 if has_worked else ended.restarts_in_a_row + 1
         how = actor_processes.how_ended(code)
@@ -366,7 +368,7 @@ class ActorPool:
             self._batcher.reset_actor(actor)
         try:
             self._start(index, in_a_row)
-        except ConfigError as error:  # No mistake in the run's settings, which were good so far.
+        except ConfigError as error:  # The settings worked so far, so they are not at fault.
             raise ActorError(str(error)) from error
 
     def _forget(self, index: int) -> None:
@@ -380,7 +382,7 @@ class ActorPool:
     def _end_processes(self) -> None:
         states = self._batcher.activity().states
         for each in self._processes.values():
-            # It would not hear of the end before its environments are made.
+            # It would notice the end only after its environments are made.
             if all(states[actor] == ActorState.IDLE for actor in each.actors):
                 self._actor_host.signal(each.process, signal.SIGTERM)
         actor_processes.have_ended(
@@ -393,7 +395,7 @@ class ActorPool:
             self._forget(index)
 
     def _actor_names(self, actors: Sequence[int]) -> str:
-        """Returns actors with their levels, as 'actors 0-3, 7 (Pong), 4 (Breakout)'."""
+        """Returns actors with their levels: 'actors 0-3, 7 (Pong), 4 (Breakout)'."""
         numbers: dict[str, list[int]] = {}
         for actor in sorted(actors):
             numbers.setdefault(self._level_names[actor], []).append(actor)
@@ -402,7 +404,7 @@ class ActorPool:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Returns ascending numbers, as '0-3, 7'."""
+    """Returns ascending numbers as text: '0-3, 7'."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

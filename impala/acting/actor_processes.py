@@ -1,4 +1,4 @@
-"""Where actor processes run: how they are started and ended, and what their levels are like."""
+"""Starts and ends actor processes on this machine, and finds out the specs of their levels."""
 
 import contextlib
 import dataclasses
@@ -24,14 +24,14 @@ from impala.runs.progress import report_to_stderr
 from impala.runs.start_progress import StartProgress
 from impala.trajectory import EnvironmentSpec
 
-# What a process gets to end by itself, in seconds, before it is killed.
+# Seconds that a process gets to end by itself before it is killed.
 GRACE_SECONDS = 2.0
-# Between two looks whether processes show signs of life, and how much of that time counts at most.
+# Seconds between two checks for signs of life, and the most that such a pause counts as silence.
 WATCH_SECONDS = 1.0
 LONGEST_GAP_SECONDS = 5.0
-# Of what an actor prints so much is passed on when it dies.
+# How much of an actor's output is passed on when it dies.
 ERROR_BYTES = 4000
-# Files that a process of an actor costs, and those that may be opened later by everything else.
+# Open files that an actor process costs, and those kept free for everything else.
 _FILES_PER_PROCESS = 2
 _SPARE_FILES = 64
 _GROUPS_FOLDER = 'process_groups'
@@ -44,15 +44,16 @@ _LIMITS = {
 
 
 class ActorError(Exception):
-    """Actors died too often; the text holds the last one's own error."""
+    """Actors died too often; the text includes the last one's error."""
 
 
 class ActorHost:
-    """What actor processes share: a temporary folder, and a pipe that tells them of our end.
+    """What all actor processes of this machine share: a temporary folder and a lifeline.
 
-    Both go when the block is left. If this process is killed instead, the pipe is closed by the
-    kernel, whereupon the actors exit and a shell that waited for that kills what they have left
-    behind and removes the folder.
+    A context manager. The lifeline is a pipe that closes when this process ends. Leaving the block
+    closes it and removes the folder. If this process is killed, the kernel closes the pipe: the
+    actors exit, and a shell that waits for this kills what they leave behind and removes the
+    folder.
     """
 
     def __init__(
@@ -61,19 +62,19 @@ class ActorHost:
         limits: ActorsConfig = ActorsConfig(),  # noqa: B008 (frozen)
         report: Callable[[str], None] = report_to_stderr,
     ):
-        """Prepares for actors.
+        """Makes the folder and the lifeline.
 
         Args:
-          config: of their environments; its `temp_folder` is replaced.
-          limits: of processes that show no sign of life.
-          report: told, in lines, of levels whose environments take long to be made.
+          config: settings of the environments; `temp_folder` is replaced.
+          limits: when silent processes are reported or given up.
+          report: takes a line for each level whose environment takes long to make.
         """
         self._lifeline, self._held_end = os.pipe()
         self._temp_folder = tempfile.mkdtemp(prefix='impala-')
         self._groups_folder = os.path.join(self._temp_folder, _GROUPS_FOLDER)
         os.mkdir(self._groups_folder)
-        # A job scheduler's signal to all processes of a run is not for this one. Once more a moment
-        # later: an actor may just have been writing.
+        # The shell ignores the signals that a job scheduler sends to all processes of a run. It
+        # removes the folder a second time because an actor may still have been writing.
         clean_up = (
             'trap "" HUP INT TERM; read _; '
             f'for group in "$0"/{_GROUPS_FOLDER}/*; do kill -KILL "-${{group##*/}}"; done; '
@@ -97,18 +98,18 @@ class ActorHost:
         os.close(self._held_end)
         os.close(self._lifeline)
         self._janitor.wait()
-        # In case somebody killed it.
+        # In case the shell was killed.
         shutil.rmtree(self._temp_folder, ignore_errors=True)
 
     def start(
         self, settings: dict[str, Any], descriptors: Sequence[int], errors: IO[bytes]
     ) -> subprocess.Popen:
-        """Starts an actor process, in a session of its own. It must be ended by `end`.
+        """Starts an actor process in its own session; `end` must end it.
 
         Args:
-          settings: for `impala.acting.actor.main`, but for those that all processes have.
-          descriptors: that it inherits, under their own numbers.
-          errors: file for what it prints.
+          settings: for `impala.acting.actor.main`, without those that all processes share.
+          descriptors: file descriptors that it inherits, with unchanged numbers.
+          errors: file that receives its output.
 
         Raises:
           ConfigError: the system permits no more processes or open files; one sentence.
@@ -118,7 +119,7 @@ class ActorHost:
             'process_groups': self._groups_folder,
             'environment': dataclasses.asdict(self.config),
         }
-        # One environment per core: threads of its libraries would only take it from the others.
+        # Environments already use all cores: more threads in their libraries would only compete.
         threads = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_THREADS'), '1')
         with limits_in_words(), tempfile.TemporaryFile('w+') as settings_file:
             json.dump(settings, settings_file)
@@ -129,27 +130,27 @@ class ActorHost:
                 stdout=errors,
                 stderr=errors,
                 pass_fds=(self._lifeline, *descriptors),
-                # What a terminal or a job scheduler sends to all processes of a run is for this
-                # one. And what the environment starts can be ended with it.
+                # Signals of a terminal or job scheduler then reach only this process, and the
+                # processes that an environment starts can be ended as a group.
                 start_new_session=True,
-                # A level may be a callable of the user's own, found wherever this process finds it.
+                # A level may be the user's callable: search for it where this process would.
                 env=os.environ
                 | threads
                 | {'LP_NUM_THREADS': '0', 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
             )
 
     def end(self, process: subprocess.Popen, grace_seconds: float = 0.0) -> int:
-        """Ends a process that was started here, and what its environments have started.
+        """Ends a process of `start` and everything that its environments have started.
 
-        Nobody else may wait for it or poll it: as long as it is not waited for, the number of its
-        group cannot be another's.
+        No other code may wait for the process or poll it: until someone waits, its group id cannot
+        be reused.
 
         Args:
-          process: as of `start`.
-          grace_seconds: that it has to end by itself.
+          process: returned by `start`.
+          grace_seconds: time it gets to end by itself.
 
         Returns:
-          Its exit code, minus the signal's number if one ended it.
+          Its exit code, or minus the signal's number if a signal ended it.
         """
         if grace_seconds:
             with _descriptor(process) as descriptor:
@@ -160,8 +161,8 @@ class ActorHost:
         return process.wait()
 
     def signal(self, process: subprocess.Popen, number: int) -> None:
-        """Sends a signal to a process and to all of its group, unless it has been ended."""
-        # By then its number may be that of somebody else's group.
+        """Sends a signal to a process and its group, unless `end` has ended it."""
+        # After that the system may have reused its group id.
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
@@ -171,15 +172,15 @@ class ActorHost:
         return self.common_spec([level_name], seed)
 
     def common_spec(self, level_names: Sequence[str], seed: int) -> EnvironmentSpec:
-        """Returns the spec that all levels have, asked of a process that tries each of them.
+        """Returns the spec that all levels share. A process makes each environment to find out.
 
         Args:
-          level_names: at least one; repetitions do not matter.
-          seed: of the environments that are made for it.
+          level_names: at least one; may have duplicates.
+          seed: for these environments.
 
         Raises:
-          LevelError: levels cannot be played, or not by one agent; all of them are named.
-          ActorError: an environment failed, or took too long; the text has its traceback.
+          LevelError: some levels cannot be played, or one agent cannot play them all; names them.
+          ActorError: an environment failed or took too long; the text includes its traceback.
         """
         names = list(dict.fromkeys(level_names))
         answers = self._describe(names, seed)
@@ -218,7 +219,7 @@ class ActorHost:
         return common
 
     def _describe(self, level_names: list[str], seed: int) -> dict[str, Any]:
-        """Returns level name -> what `impala.acting.actor` tells of it, in a process of its own."""
+        """Returns level name -> its description by `impala.acting.actor`, run in a process."""
         lines: list[bytes] = []
         with contextlib.ExitStack() as stack:
             errors = stack.enter_context(tempfile.TemporaryFile())
@@ -249,13 +250,14 @@ class ActorHost:
         level_names: list[str],
         lines: list[bytes],
     ) -> str:
-        """Reads a line for each level, or until the process has ended.
+        """Reads one line per level, until all are there, the process ends or the time is up.
 
-        Not to the end of the pipe, which whatever an environment starts may hold open.
+        It does not wait for the end of the pipe: a process that an environment starts may keep the
+        pipe open.
 
         Returns:
-          A sentence that says why no more are waited for; none if the process has ended or all
-          lines are there.
+          A sentence that says why the wait was given up; '' if the process ended or all lines are
+          there.
         """
         progress = StartProgress(
             self._report,
@@ -284,19 +286,19 @@ class ActorHost:
             for seconds in silences.timed_out.values():
                 if has_asked:
                     return f'It did not answer for {seconds:.0f} seconds (--actor_timeout).'
-                # Where it hangs is its own error.
+                # Makes it print where it hangs, which then serves as the error.
                 os.kill(process.pid, STACK_SIGNAL)
                 has_asked = True
         return ''
 
     def consequence(self, what: str) -> str:
-        """Returns the end of a sentence about silence: what comes of it."""
+        """Returns the end of a sentence about silence: its consequence, '' without a timeout."""
         timeout = self.limits.actor_timeout
         return f': {what} after {timeout:g} s (--actor_timeout)' if timeout else ''
 
 
 class LinePipe:
-    """What actor processes write, line by line."""
+    """A pipe from actor processes, read line by line without blocking."""
 
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe()
@@ -304,7 +306,7 @@ class LinePipe:
         self._unfinished = b''
 
     def read_lines(self) -> list[bytes]:
-        """Returns all lines that have been written."""
+        """Returns the complete lines that were written since the last call."""
         text = self._unfinished
         with contextlib.suppress(BlockingIOError):
             while part := os.read(self.read_end, 65536):
@@ -319,17 +321,15 @@ class LinePipe:
 
 
 def require_files(num_processes: int, flag: str, value: int) -> None:
-    """Sees to it that as many actor processes may be started as the flags ask for.
-
-    The limit of open files is raised as far as this process may.
+    """Checks that the open files suffice for the actor processes, and raises the limit if needed.
 
     Args:
-      num_processes: to be started.
-      flag: name of what asks for them.
-      value: that it has.
+      num_processes: actor processes that will start.
+      flag: name of the flag that asks for them.
+      value: the flag's value.
 
     Raises:
-      ConfigError: they need more open files than are permitted; one sentence.
+      ConfigError: they need more open files than this process may have; one sentence.
     """
     taken = len(os.listdir('/proc/self/fd')) + _SPARE_FILES
     needed = taken + _FILES_PER_PROCESS * num_processes
@@ -348,12 +348,12 @@ def require_files(num_processes: int, flag: str, value: int) -> None:
 
 
 def have_ended(descriptors: Sequence[int], seconds: float, wake_up: int | None = None) -> bool:
-    """Waits until all of some processes have ended; returns whether they have.
+    """Waits until all given processes have ended; returns whether they have.
 
     Args:
-      descriptors: of the processes, as of `os.pidfd_open`.
-      seconds: at most.
-      wake_up: a descriptor; returns, too, when it can be read.
+      descriptors: the processes, as returned by `os.pidfd_open`.
+      seconds: longest wait.
+      wake_up: a descriptor that ends the wait early as soon as it is readable.
     """
     deadline = time.monotonic() + seconds
     poll = select.poll()
@@ -380,16 +380,16 @@ def _descriptor(process: subprocess.Popen) -> Iterator[int]:
 
 
 def how_ended(code: int) -> str:
-    """Returns an exit code in words, as 'ended with signal 9'."""
+    """Returns an exit code in words, for instance 'ended with signal 9'."""
     return f'ended with signal {-code}' if code < 0 else f'ended with exit code {code}'
 
 
-# In the place of an error, where there is none.
+# Stands for the error where a process printed none.
 NOTHING = '(it printed nothing)'
 
 
 def tail(errors: IO[bytes], num_bytes: int = ERROR_BYTES) -> str:
-    """Returns the end of what a process has printed."""
+    """Returns the end of a process's output, at most `num_bytes` of it."""
     errors.seek(0, os.SEEK_END)
     errors.seek(max(0, errors.tell() - num_bytes))
     return errors.read().decode(errors='replace').strip()
@@ -397,10 +397,10 @@ def tail(errors: IO[bytes], num_bytes: int = ERROR_BYTES) -> str:
 
 @contextlib.contextmanager
 def limits_in_words() -> Iterator[None]:
-    """Has a limit of the system that is met in the block be one sentence.
+    """Turns errors about limits of the system, raised in the block, into one sentence.
 
     Raises:
-      ConfigError: in place of the system's error.
+      ConfigError: instead of the `OSError`.
     """
     try:
         yield

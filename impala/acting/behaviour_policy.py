@@ -1,4 +1,4 @@
-"""The behaviour policy: the agent that answers the actors, and the unrolls that come of it.
+"""The behaviour policy: the agent that answers the actors, and the unrolls that result.
 
 Espeholt et al. 2018, Figure 1 (left), with dynamic batching as in Table 1: one copy of the weights
 acts for all environments.
@@ -23,7 +23,7 @@ from impala.trajectory import (
 
 
 class UnrollSource:
-    """The batcher of the actor processes, in terms of the agent and the environment."""
+    """The batcher of the actor processes, in the structures of agent and environment."""
 
     def __init__(
         self,
@@ -36,11 +36,11 @@ class UnrollSource:
         timeout_ms: float,
         max_discarded_in_a_row: int = 0,
     ):
-        """Makes the batcher; see `UnrollBatcher` for the arguments that are not specs.
+        """Makes the batcher; see `UnrollBatcher` for most arguments.
 
         Args:
           spec: of every actor's environment.
-          agent: whose state the batcher keeps.
+          agent: gives the spec of the recurrent state, which the batcher keeps.
           level_ids: the level of each actor.
           unroll_length: T, agent steps.
           queue_capacity: unrolls.
@@ -73,7 +73,7 @@ class UnrollSource:
         )
 
     def answer(self, agent: Agent, policy_version: tf.Tensor) -> None:
-        """Waits for requests, lets the agent act on them, and answers them.
+        """Waits for requests and answers them with the agent's actions.
 
         Raises:
           tf.errors.CancelledError: the batcher is closed.
@@ -93,8 +93,8 @@ class UnrollSource:
 
         Args:
           batch_size: B, unrolls.
-          mix: has a part of each batch replayed, as `impala.experience.mixture.ReplayMixer.batch`
-            does, and decides how many are waited for.
+          mix: adds replayed unrolls and decides how many new ones to wait for; see
+            `impala.experience.mixture.ReplayMixer.batch`.
         """
 
         def dequeue(batch_size: int) -> UnrollBatch:
@@ -115,14 +115,14 @@ class UnrollSource:
         return compiled(lambda: mix(dequeue) if mix else dequeue(batch_size))
 
     def batches(self, batch_size: int, mix: Mix | None = None) -> Iterator[UnrollBatch]:
-        """Yields batches, as of `assembler`, until the batcher is closed, one ahead of use."""
+        """Yields batches of `assembler`, prepared one ahead, until the batcher is closed."""
         return _ahead(self.assembler(batch_size, mix))
 
     def discard(self) -> None:
-        """Takes unrolls and throws them away, so that actors can go on, until it is closed."""
-        # Half of the queue at a time: the rest of it is room enough meanwhile.
+        """Discards unrolls, so that actors do not block, until the batcher is closed."""
+        # Half of the queue at a time: the other half takes what comes in the meantime.
         batch_size = max(1, self._queue_capacity // 2)
-        # Observations, which are nearly all there is of an unroll, are not touched.
+        # Observations, by far the largest part of an unroll, are not copied.
         take = compiled(lambda: self.batcher.dequeue(batch_size, num_inputs=1).actors)
         for _ in _ahead(take):
             pass
@@ -139,18 +139,18 @@ class UnrollSource:
 
 
 class BehaviourPolicy(tf.Module):
-    """Acts with a copy of the weights that is replaced as a whole, between two batches.
+    """Acts with a copy of the weights that is replaced as a whole between two batches.
 
-    Actors therefore never see weights of which some are new and some old, and nobody waits while
-    the network computes.
+    Actors therefore never see a mixture of old and new weights, and `publish` does not wait for the
+    network's computation.
     """
 
     def __init__(self, agent: Agent, source: UnrollSource):
         """Wraps an agent.
 
         Args:
-          agent: of its own variables; nobody else may use it.
-          source: whose requests it answers.
+          agent: has its own variables; no other code may use it.
+          source: supplies the requests to answer.
         """
         super().__init__()
         self._agent = agent
@@ -165,12 +165,12 @@ class BehaviourPolicy(tf.Module):
 
     @tf.function(autograph=False)
     def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
-        """Makes weights available to the actors, from their next batch on.
+        """Gives the actors new weights from the next batch on.
 
         Args:
           weights: of the learner's agent, in the order of its `trainable_variables`. On the CPU
             their values are shared, not copied.
-          version: i64 scalar, learner updates behind them.
+          version: i64 scalar, number of learner updates that made these weights.
         """
         values = [tf.convert_to_tensor(weight) for weight in weights]
 
@@ -200,7 +200,7 @@ class BehaviourPolicy(tf.Module):
 
     @tf.function(autograph=False)
     def _serve(self) -> None:
-        # One call lasts a whole run: the loop is TensorFlow's, not Python's.
+        # One call lasts for the whole run: TensorFlow runs the loop, not Python.
         def body(batches: tf.Tensor) -> tf.Tensor:
             tf.cond(
                 tf.equal(self._version, self._published_version),
@@ -219,17 +219,17 @@ class BehaviourPolicy(tf.Module):
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Answers actors, on a thread of its own, until the block is left."""
+        """Answers actors on a separate thread until the block is left."""
 
         def run() -> None:
             try:
                 self._serve()
             except tf.errors.CancelledError:
                 pass
-            except BaseException as error:  # Raised again where the training loop looks.
+            except BaseException as error:  # `check` raises it in the training loop.
                 self._failure = error
             finally:
-                # Nobody would answer any more: whoever waits must hear of it.
+                # No one answers from here on: wake all who wait.
                 self._source.batcher.close()
 
         thread = threading.Thread(target=run, name='behaviour policy', daemon=True)
@@ -241,13 +241,13 @@ class BehaviourPolicy(tf.Module):
             thread.join()
 
     def check(self) -> None:
-        """Raises what ended the serving thread, if it was an error."""
+        """Raises the error that ended the serving thread, if any."""
         if self._failure is not None:
             raise self._failure
 
 
 def _ahead(assemble: Callable[[], Batch]) -> Iterator[Batch]:
-    """Yields what is assembled until the source is closed, one ahead of use."""
+    """Yields assembled batches, prepared one ahead, until the source is closed."""
     loading = Loading(assemble)
     try:
         for (batch,) in loading:
@@ -257,10 +257,10 @@ def _ahead(assemble: Callable[[], Batch]) -> Iterator[Batch]:
 
 
 def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:
-    """Returns a value that is there when the operations are done.
+    """Returns a value that is available only after the operations.
 
-    A critical section is left as soon as what it returns is there: operations that this does not
-    depend on would run outside of it.
+    A critical section ends when its result is available. Operations on which the result does not
+    depend could run after its end.
     """
     with tf.control_dependencies(operations):
         return tf.identity(value)

@@ -1,21 +1,21 @@
-"""Shows each error of the actors once, and then how often it came again."""
+"""Shows each error of the actors once, then how often it recurred."""
 
 import re
 
-# How the stack of a process that hung begins, as `faulthandler` prints it.
+# `faulthandler` prints this above the stack of a process that hung.
 STACK = 'Stack (most recent call first):'
 _NUMBER = re.compile(r'0x[0-9a-fA-F]+|\d+(\.\d+)?')
 _PLACE = re.compile(r'^ *File "(?P<file>[^"]+)", line (?P<line>\d+)', re.MULTILINE)
 
 
 class CrashLog:
-    """Remembers what actor processes ended with.
+    """Remembers the errors with which actor processes ended.
 
-    Two errors are the same if they come from the same line of code and their last lines differ in
-    numbers only, such as seeds.
+    Two errors are the same if they come from the same line of code and their last lines differ only
+    in numbers, such as seeds.
 
     Attributes:
-      count: ends so far.
+      count: processes that ended so far.
     """
 
     def __init__(self) -> None:
@@ -24,16 +24,16 @@ class CrashLog:
         self._last = ''
 
     def take(self, who: str, how: str, error: str) -> str | None:
-        """Takes note of an end.
+        """Records the end of a process.
 
         Args:
           who: 'Actor 3 (Pong)', or 'Actors 3-5 (Pong)'.
           how: 'ended with exit code 1'.
-          error: what the process printed last; may be empty.
+          error: the last output of the process; may be empty.
 
         Returns:
-          What is to be shown: all of it the first time, a line the 2nd, 4th, 8th, ... time that the
-          same error comes, and None in between.
+          The text to show: the whole error the first time, one line the 2nd, 4th, 8th, ... time
+          that the same error occurs, and None in between.
         """
         self.count += 1
         line, place = _essence(error)
@@ -50,7 +50,7 @@ class CrashLog:
         return f'{self._last} (as before, {count} times so far)'
 
     def summary(self) -> str | None:
-        """Returns one line on all ends, None if there was none."""
+        """Returns one line about all ends, None if there was none."""
         if not self.count:
             return None
         times = 'once' if self.count == 1 else f'{self.count} times'
@@ -58,11 +58,11 @@ class CrashLog:
 
 
 def _essence(error: str) -> tuple[str, str]:
-    """Returns the last line of an error, and the place in the code if there is one."""
+    """Returns the last line of an error and its place in the code, '' for what is missing."""
     _, mark, stack = error.rpartition(STACK)
     places = [f'{match["file"]}, line {match["line"]}' for match in _PLACE.finditer(error)]
     if mark and 'Traceback' not in stack:
-        # What hung has no message, and the innermost call comes first.
+        # A process that hung has no message, and its innermost call comes first.
         places = [f'{match["file"]}, line {match["line"]}' for match in _PLACE.finditer(stack)]
         return '', places[0] if places else ''
     lines = error.strip().splitlines()

@@ -1,6 +1,6 @@
-"""Episodes that are fixed beforehand: what actor processes play in test mode.
+"""Predetermined episodes, which actor processes play in test mode.
 
-It knows no TensorFlow: actor processes import it.
+It does not import TensorFlow, because actor processes import it.
 """
 
 import bisect
@@ -22,13 +22,13 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 ACTION_NOISE = 'action_noise'
 
 _MIN_SIDE = 168
-# In videos of environments that have no speed of their own.
+# For videos of environments that declare no frame rate.
 _FRAMES_PER_SECOND = 10.0
-# Part of every seed, so that a test does not repeat the episodes trained on.
+# Part of every seed, so that a test does not repeat episodes of training.
 _TEST = 0x7E57
-# Part of the seed of an episode's action noise, so that it is not the environment's own stream.
+# Part of the seed of action noise, so that it differs from the environment's random numbers.
 _ACTIONS = 0xAC7
-# Agent steps whose action noise is drawn at once; the stream is the same with any number.
+# Agent steps whose action noise is drawn at once; does not change the numbers.
 _NOISE_STEPS = 64
 
 
@@ -36,8 +36,8 @@ class Episode(NamedTuple):
     """An episode to be played.
 
     Attributes:
-      level_name: what is played.
-      seed: as if an environment had been made with it for this episode.
+      level_name: its level.
+      seed: the episode is the first of an environment made with this seed.
       number: within the level, from 0.
     """
 
@@ -47,24 +47,24 @@ class Episode(NamedTuple):
 
 
 class Episodes(Sequence[Episode]):
-    """Episodes of one level, each made when it is asked for: there may be millions of them."""
+    """Episodes of one level, made lazily because there may be millions."""
 
     def __init__(
         self, level_name: str, seed: int, numbers: range, without: Sequence[int] = ()
     ) -> None:
-        """Names them.
+        """Stores the numbers.
 
         Args:
-          level_name: what is played.
+          level_name: the level.
           seed: of the test.
-          numbers: within the level.
-          without: those of `numbers` that are left out.
+          numbers: numbers of the episodes within the level.
+          without: numbers of `numbers` that are left out.
         """
         self._level_name = level_name
         self._seed = seed
         self._numbers = numbers
         self._without = sorted(without)
-        # How many episodes stand before each gap.
+        # How many episodes come before each gap.
         self._gaps = [numbers.index(gap) - i for i, gap in enumerate(self._without)]
 
     def __len__(self) -> int:
@@ -93,11 +93,11 @@ class Episodes(Sequence[Episode]):
 
 
 class Schedule:
-    """Which episodes are played, who has them at first, and what has come of them.
+    """The episodes of a test: their assignment to actors, and their results.
 
     Attributes:
       num_played: episodes that have a result.
-      series_settings: of all `EpisodeSeries`, JSON-serialisable keyword arguments.
+      series_settings: JSON-serialisable keyword arguments of every `EpisodeSeries`.
     """
 
     def __init__(
@@ -111,17 +111,17 @@ class Schedule:
         num_videos: int = 0,
         max_frames: int | None = None,
     ):
-        """Decides on the episodes.
+        """Assigns the episodes to the actors.
 
         Args:
-          level_names: that actors have in turns; no two are alike.
+          level_names: levels without duplicates, assigned to the actors round-robin.
           num_actors: at least one for each level.
           num_episodes: of each level.
           seed: of the test.
-          ended: told the agent steps of each episode that has ended, once it is recorded.
+          ended: called with the agent steps of each episode after its result is recorded.
           video_folder: existing folder for videos.
-          num_videos: episodes with lower numbers than this are filmed.
-          max_frames: after which an episode is cut off; None for no limit.
+          num_videos: episodes with numbers below this are filmed.
+          max_frames: frames after which an episode is cut off; None for no limit.
         """
         self.series_settings: dict[str, Any] = {
             'video_folder': video_folder,
@@ -141,10 +141,10 @@ class Schedule:
             self._shares.append((level_names[level], range(row, num_episodes, stride)))
 
     def episodes_of(self, actor: int) -> Episodes:
-        """Returns those of an actor that have no result yet."""
+        """Returns the episodes of an actor that have no result yet."""
         name, numbers = self._shares[actor]
         played = self._returns[name]
-        # An actor plays its own from the first on, and those who help it from the last on.
+        # An actor starts with its first episode; actors that help it start with the last one.
         low, high = 0, len(numbers)
         while low < high and numbers[low] in played:
             low += 1
@@ -161,7 +161,7 @@ class Schedule:
         steps: int,
         is_cut_off: bool = False,
     ) -> None:
-        """Takes the result of an episode."""
+        """Records the result of an episode."""
         self._returns[level_name][number] = episode_return
         self._cut_off[level_name] += is_cut_off
         self.num_played += 1
@@ -173,16 +173,16 @@ class Schedule:
         return self.num_played == self._num_episodes
 
     def returns(self) -> dict[str, list[float]]:
-        """Returns level name -> returns so far, in the order of the episodes' numbers."""
+        """Returns level name -> returns so far, ordered by episode number."""
         return {
             name: [value for _, value in sorted(values.items())]
             for name, values in self._returns.items()
         }
 
     def levels_text(self) -> str:
-        """Returns how many of several levels are complete, to be put behind a number of episodes.
+        """Returns text that says how many of several levels are complete; '' for one level.
 
-        From any thread.
+        It continues a line that states a number of episodes. Thread-safe.
         """
         if len(self._returns) == 1:
             return ''
@@ -196,24 +196,24 @@ class Schedule:
 
 
 def episode_seed(seed: int, level_name: str, number: int) -> int:
-    """Returns the seed of a level's episode with a number, in `[0, 2**31)`."""
+    """Returns the seed of a level's episode with this number, in `[0, 2**31)`."""
     return derived_seed(seed, _TEST, zlib.crc32(level_name.encode()), number)
 
 
 def with_action_noise(spec: EnvironmentSpec) -> EnvironmentSpec:
-    """Returns the spec of `EpisodeSeries` of environments with some spec.
+    """Returns the spec of an `EpisodeSeries` whose environments have the given spec.
 
-    Its observations have one entry more, `ACTION_NOISE`, f32 `[A]`: independent draws of the
-    standard Gumbel distribution. The action `argmax(logits + noise)` is then a sample of the policy
-    (Maddison et al. 2014, https://arxiv.org/abs/1411.0030), and it follows from episode and agent
-    step, whatever other episodes are played meanwhile.
+    Observations have an additional entry `ACTION_NOISE`, f32 `[A]`: independent draws from the
+    standard Gumbel distribution. The action `argmax(logits + noise)` is then a sample from the
+    policy (Maddison et al. 2014, https://arxiv.org/abs/1411.0030). It depends only on the episode
+    and the agent step, not on the other episodes that are being played.
     """
     noise = ArraySpec((spec.num_actions,), 'float32')
     return dataclasses.replace(spec, observation=spec.observation | {ACTION_NOISE: noise})
 
 
 class _NoiseStream:
-    """The action noise of an episode, one agent step after the other."""
+    """The action noise of an episode, step by step."""
 
     def __init__(self, seed: int, num_actions: int):
         self._random = np.random.default_rng((_ACTIONS, seed))
@@ -221,7 +221,7 @@ class _NoiseStream:
         self._rows: Iterator[np.ndarray] = iter(())
 
     def next(self) -> np.ndarray:
-        """Returns that of the next agent step, f32 `[A]`."""
+        """Returns the noise of the next agent step, f32 `[A]`."""
         row = next(self._rows, None)
         if row is None:
             rows = self._random.gumbel(size=(_NOISE_STEPS, self._num_actions))
@@ -231,31 +231,31 @@ class _NoiseStream:
 
 
 class EpisodeQueues:
-    """The episodes that the environments of one process have not begun.
+    """The episodes that the environments of one process have not started.
 
-    An environment that has no more takes over from the one that has the most, and stays with its
-    level, as another costs a new environment. Else the longest games would be played alone at the
-    end.
+    An environment that has finished its episodes takes over some of the environment that has the
+    most left. Otherwise the longest games would be played one at a time at the end. It stays with
+    that source, because another level requires a new environment.
     """
 
     def __init__(self, episodes: Sequence[Sequence[Episode]]):
-        """Args: episodes: of each environment, in their order."""
+        """Takes the episodes of each environment, in the order in which they are played."""
         self._episodes = list(episodes)
-        # First and behind the last of those that have not begun.
+        # Half-open range of the episodes that have not started.
         self._bounds = [[0, len(each)] for each in episodes]
         self._sources = list(range(len(self._episodes)))
 
     def first(self, index: int) -> Episode | None:
-        """Returns what an environment would take, if that is where it took the last one from."""
+        """Returns the next episode of an environment's present source, None if it has no more."""
         source = self._sources[index]
         low, high = self._bounds[source]
         if low == high:
             return None
-        # Others begin at the end, so that what an environment has prepared for is taken last.
+        # Others take from the end, so that an environment's prepared episode is taken last.
         return self._episodes[source][low if source == index else high - 1]
 
     def take(self, index: int) -> Episode | None:
-        """Returns what an environment is to play now; None if all episodes have begun."""
+        """Takes the episode that an environment must play next; None if all have started."""
         if not self._num_left(self._sources[index]):
             self._sources[index] = max(range(len(self._bounds)), key=self._num_left)
         episode = self.first(index)
@@ -273,11 +273,11 @@ class EpisodeQueues:
 
 
 class EpisodeSeries(environments.Environment):
-    """Plays episodes one after the other, each as in an environment of its own.
+    """Plays a sequence of episodes, each as if in a newly made environment.
 
     Attributes:
       spec: see `with_action_noise`.
-      is_done: whether there are no more; it must not be stepped then.
+      is_done: whether all episodes are played; it must not be stepped after that.
     """
 
     def __init__(
@@ -294,17 +294,17 @@ class EpisodeSeries(environments.Environment):
         """Makes the environment of the first episode.
 
         Args:
-          level_name: what to make if there is no episode.
-          config: of the environments.
-          queues: where it takes its episodes from.
-          index: whose they are there in the first place.
-          record: told of each episode that has ended; see `Schedule.record`.
+          level_name: level to make if there is no episode.
+          config: settings of the environments.
+          queues: supplies the episodes.
+          index: index of this environment in `queues`.
+          record: called with the result of each episode; see `Schedule.record`.
           video_folder: existing folder for videos.
-          num_videos: episodes with lower numbers than this are filmed.
-          max_frames: after which an episode is cut off; None for no limit.
+          num_videos: episodes with numbers below this are filmed.
+          max_frames: frames after which an episode is cut off; None for no limit.
 
         Raises:
-          LevelError: as `environments.create_environment`.
+          LevelError: see `environments.create_environment`.
         """
         self._config = config
         self._queues = queues
@@ -356,9 +356,9 @@ class EpisodeSeries(environments.Environment):
         )
 
     def _begin(self) -> None:
-        """After a reset: what comes next has to be known before this episode ends."""
+        """Starts an episode after a reset, and prepares the next one before this one ends."""
         upcoming = self._queues.first(self._index)
-        # Behind the last one, the map that has just been played costs less than yet another.
+        # After the last episode, loading the same map again is cheaper than another one.
         seed = (upcoming or self._episode).seed
         self._prepared = upcoming if self._environment.seed_next(seed) else None
         self._return, self._steps = 0.0, 0
@@ -397,14 +397,14 @@ class EpisodeSeries(environments.Environment):
 
 
 class _Film:
-    """Videos of an episode: the frames of the agent, and what a person would see."""
+    """Videos of an episode: what the agent sees, and what a person would see."""
 
     def __init__(self, path: str, environment: environments.Environment):
         self._path = path
         self._environment = environment
         frames_per_second = environment.frames_per_second or _FRAMES_PER_SECOND
         rate = frames_per_second / environment.spec.num_action_repeats
-        # Encoders take fractions of small numbers.
+        # Encoders accept only fractions of small integers.
         self._rate = max(0.1, round(rate, 2))
         self._is_atari = environment.spec.suite == 'atari'
         self._writers: dict[str, Any] = {}
@@ -413,10 +413,10 @@ class _Film:
         frame = observation['frame']
         if frame.dtype == np.uint8 and frame.ndim == 3:
             if frame.shape[2] in (3, 4) and not self._is_atari:
-                # A fourth channel says how opaque a picture is.
+                # A fourth channel is the opacity.
                 rgb = frame[..., :3]
             else:
-                # The newest one of a stack of grey frames is the last.
+                # The last frame of a stack of grey frames is the newest.
                 rgb = np.repeat(frame[..., -1:], 3, axis=2)
             self._write('agent', rgb)
         picture = self._environment.render()
@@ -431,7 +431,7 @@ class _Film:
         import cv2
 
         height, width = rgb.shape[:2]
-        # Encoders want even sides, and players larger ones than the agent sees.
+        # Encoders require even sides, and players larger frames than the agent sees.
         scale = max(1, -(-_MIN_SIDE // min(height, width)))
         size = (width * scale // 2 * 2, height * scale // 2 * 2)
         if kind not in self._writers:

@@ -1,4 +1,4 @@
-"""The actors of this machine: their processes, the batcher, and the policy that answers them."""
+"""The actors of this machine: their processes, the batcher and the behaviour policy."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from impala.networks.agent import Agent
 from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
-# Unrolls in a row, of all actors, that are discarded for values that are not finite until the run
-# ends: so many for each actor, and so many at least.
+# The run ends when this many consecutive unrolls, of all actors, were discarded for values that are
+# not finite: a number per actor, and a minimum.
 _DISCARDED_PER_ACTOR = 10
 _MIN_DISCARDED = 100
 
 
 class LocalActors:
-    """Actors that play within the block of this context manager."""
+    """Actors that play while the block of this context manager runs."""
 
     def __init__(
         self,
@@ -41,18 +41,18 @@ class LocalActors:
 
         Args:
           config: of the run.
-          level_names: levels, given to the actors round robin.
+          level_names: levels, assigned to the actors round-robin.
           spec: of every actor's environment.
-          agent: acts for all of them, with the weights that it has until others are published;
-            nobody else may use it.
+          agent: acts for all actors, with its present weights until others are published; no other
+            code may use it.
           actor_host: starts the processes.
-          report: told, in a few lines, of every process that died.
+          report: takes a few lines for every process that died.
           schedule: see `ActorPool`.
 
         Raises:
           ConfigError: there is no memory for the unrolls.
         """
-        # Nobody learns from what a test plays.
+        # No learner uses the unrolls of a test.
         self._max_discarded = 0
         if schedule is None:
             self._max_discarded = max(
@@ -105,11 +105,11 @@ class LocalActors:
         self._stack.__exit__(*error)
 
     def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
-        """Has the actors act with other weights; see `BehaviourPolicy.publish`."""
+        """Gives the actors new weights; see `BehaviourPolicy.publish`."""
         self._behaviour.publish(weights, version)
 
     def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
-        """Returns what assembles batches until the actors are closed, for `Loading`."""
+        """Returns a function that assembles batches until the actors are closed; see `Loading`."""
         return self._source.assembler(batch_size, mix)
 
     def batches(self, batch_size: int) -> Iterator[UnrollBatch]:
@@ -117,20 +117,20 @@ class LocalActors:
         return self._source.batches(batch_size)
 
     def discard_unrolls(self) -> None:
-        """Has actors play on until they are closed, for nobody; see `UnrollSource.discard`."""
+        """Discards all unrolls until the actors are closed; see `UnrollSource.discard`."""
         self._source.discard()
 
     def close(self) -> None:
-        """Ends playing, and whoever waits for a batch. From any thread, at any time, repeatedly."""
+        """Ends the actors and every wait for a batch. Thread-safe; may be called repeatedly."""
         self._source.batcher.close()
 
     def check(self) -> None:
-        """Raises what ended the actors, if it was not `close`.
+        """Raises the error that ended the actors, unless `close` did.
 
         Raises:
-          LevelError: an environment cannot be played as asked.
+          LevelError: an environment cannot be played with these settings.
           ConfigError: the system permits no more processes.
-          ActorError: an actor died too often, or nothing came any more that can be learned from.
+          ActorError: an actor died too often, or only unrolls came that cannot be learned from.
         """
         self._behaviour.check()
         self._pool.check()
@@ -151,22 +151,22 @@ class LocalActors:
         self._pool.check_losses()
 
     def finish(self) -> None:
-        """Ends playing when training is complete."""
+        """Ends the actors when training is complete."""
         self.close()
 
     def level_cache(self) -> dict[str, float]:
-        """Returns what the level cache did so far; see `level_cache.level_cache_statistics`."""
+        """Returns statistics of the level cache; see `level_cache.level_cache_statistics`."""
         return level_cache_statistics(self._temp_folder)
 
     def discarded_unrolls(self) -> int:
-        """Returns how many unrolls were not learned from, for values that are not finite."""
+        """Returns how many unrolls were discarded for values that are not finite."""
         return self._source.batcher.statistics().discarded_unrolls
 
     def record(self, log: Log) -> dict[str, float]:
-        """Hands what there is to know of the actors to the log.
+        """Records the state of the actors in the log.
 
         Returns:
-          The seconds spent so far in each stage of actors, batcher and queue.
+          Stage of actors, batcher or queue -> seconds spent in it so far.
         """
         statistics = self._source.batcher.statistics()
         if statistics.batches:

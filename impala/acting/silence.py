@@ -1,6 +1,6 @@
-"""Tells which actor processes have shown no sign of life, and since when.
+"""Finds out which actor processes show no sign of life, and for how long.
 
-It knows neither processes nor batchers, only keys and what they were last seen doing.
+It knows neither processes nor batchers, only keys and their last signs of life.
 """
 
 import dataclasses
@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 from impala.config import ActorsConfig
 
-# A line that is due takes in whoever has been silent for nearly as long: what hangs together is
-# told together.
+# A report that is due includes keys that have been silent for nearly as long: processes that hang
+# for one reason appear in one report.
 _NEARLY = 0.75
 
 
 class Silences(NamedTuple):
-    """What a look at all keys has shown.
+    """Result of a look at all keys.
 
     Attributes:
-      due: key -> seconds of silence, of those to be reported now.
-      back: key -> seconds of a silence that was reported and is over.
-      timed_out: key -> seconds of silence, of those that have been silent for too long.
+      due: key -> seconds of silence that must be reported now.
+      back: key -> seconds of a reported silence that is over.
+      timed_out: key -> seconds of silence, for keys that have reached the timeout.
     """
 
     due: dict[int, float]
@@ -40,17 +40,17 @@ class _KeyState:
 class SilenceWatch:
     """Adds up silence from look to look.
 
-    Only so much of the time between two looks counts: when this process was stopped, or the machine
-    asleep, so may the others have been.
+    The time that counts between two looks is limited: if this process was stopped or the machine
+    asleep, the others probably were, too.
     """
 
     def __init__(self, config: ActorsConfig, longest_gap: float):
         """Begins with no keys.
 
         Args:
-          config: `silence_secs` after which silence is reported, and again after twice as many,
-            and so on; `actor_timeout` after which it has lasted too long; 0 for never.
-          longest_gap: seconds that count between two looks, at most.
+          config: silence is reported after `silence_secs`, then each time it has doubled, and times
+            out after `actor_timeout`; 0 for never.
+          longest_gap: most seconds that count between two looks.
         """
         self._config = config
         self._longest_gap = longest_gap
@@ -61,8 +61,9 @@ class SilenceWatch:
         """Compares signs of life with those of the last look.
 
         Args:
-          now: seconds of a clock that never goes back.
-          signs: of each key; the same again is silence, and None says that silence is in order.
+          now: seconds of a monotonic clock.
+          signs: key -> sign of life. An unchanged sign is silence; None means that silence is
+            expected.
         """
         gap = 0.0 if self._looked_at is None else min(now - self._looked_at, self._longest_gap)
         self._looked_at = now
@@ -89,11 +90,11 @@ class SilenceWatch:
         return result
 
     def forget(self, key: int) -> None:
-        """Begins anew with a key, whose process was replaced."""
+        """Forgets a key, whose process was replaced."""
         self._states.pop(key, None)
 
 
 def since(seconds: float) -> str:
-    """Returns a duration and when it began, as `60 s, since 14:03:12`."""
+    """Returns a duration and its start: `60 s, since 14:03:12`."""
     began = datetime.datetime.now() - datetime.timedelta(seconds=seconds)
     return f'{seconds:.0f} s, since {began:%H:%M:%S}'
