@@ -268,7 +268,7 @@ class ActorPool:
         if self._start_progress is not None:
             if self._num_up() == len(self._groups):
                 if self._start_progress.has_reported:
-                    self._start_progress.tell()
+                    self._start_progress.report()
                 self._start_progress = None
             else:
                 self._start_progress.look(now)

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder and tells its user: checkpoints, logs, flag files."""
+"""What a run writes to its folder and reports to its user: checkpoints, logs, flag files."""

@@ -1,6 +1,6 @@
-"""What survives a run in its `--logdir`: checkpoints and the flag file.
+"""Saves and restores the checkpoints in a run's `--logdir`.
 
-Everything here fails with a `LogdirError`, whose text is one sentence for the user.
+All errors are `LogdirError`s, whose text is one sentence for the user.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from impala.runs.progress import report_to_stderr
 
 
 class NoIntactCheckpointError(LogdirError):
-    """All checkpoints, or the one asked for, are damaged, or not written to their end yet."""
+    """All checkpoints, or the requested one, are damaged or incomplete."""
 
 
 class Checkpointer:
@@ -31,7 +31,7 @@ class Checkpointer:
 
     A checkpoint holds all variables of the learner (weights, optimizer, counters of updates and
     agent steps) and the seconds spent training. Checkpoints are found by their files, not by
-    TensorFlow's state file, so that a lost or damaged state file does not make a run start anew.
+    TensorFlow's state file: a run with a lost or damaged state file still resumes.
     """
 
     def __init__(
@@ -42,23 +42,23 @@ class Checkpointer:
         max_to_keep: int = 3,
         report: Callable[[str], None] = report_to_stderr,
     ):
-        """Makes nothing on disk.
+        """Writes nothing yet.
 
         Args:
           logdir: the log directory.
-          learner: what is saved; its variables exist already. To restore an agent alone, give a
-            module that has it under the learner's attribute name.
+          learner: is saved; its variables exist already. To restore only the agent, pass a module
+            that has the agent as the learner's attribute.
           save_secs: seconds of training between checkpoints of `maybe_save`.
-          max_to_keep: how many checkpoints stay; at least 2, so that there is one to fall back to.
-          report: takes a line for the user about what went wrong without ending the run.
+          max_to_keep: number of checkpoints kept; at least 2, so that one is left to fall back to.
+          report: takes a line about each problem that does not end the run.
 
         Raises:
-          LogdirError: if TensorFlow cannot restore from a directory of this name.
+          LogdirError: TensorFlow cannot restore from a directory of this name.
         """
         if max_to_keep < 2:
             raise ValueError(f'max_to_keep must be at least 2, not {max_to_keep}.')
         if re.search(r'[][*?\\]', logdir):
-            # TensorFlow would save there, but takes the path for a pattern when it restores.
+            # TensorFlow would save there, but treats the path as a pattern when it restores.
             raise LogdirError(
                 f'{logdir} cannot be a log directory: none of *, ?, [, ] and \\ may be in it.'
             )
@@ -70,7 +70,7 @@ class Checkpointer:
         with tf.device('/cpu:0'):
             self._wall_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
         self._checkpoint = tf.train.Checkpoint(learner=learner, wall_seconds=self._wall_seconds)
-        # Made on first use; one that is missing while restoring leads to warnings of TensorFlow.
+        # The first access makes it; without it TensorFlow warns when it restores.
         self._save_counter = self._checkpoint.save_counter
         self._manager: tf.train.CheckpointManager | None = None
         self._last_attempt = 0.0
@@ -78,7 +78,7 @@ class Checkpointer:
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of training behind the checkpoint saved or restored last; 0 if there is none."""
+        """Seconds of training at the checkpoint saved or restored last; 0 if there is none."""
         return float(self._wall_seconds.numpy())
 
     @property
@@ -89,9 +89,9 @@ class Checkpointer:
     def restore(self, path: str | None = None) -> bool:
         """Restores the newest intact checkpoint, or a given one.
 
-        Damaged newer ones are reported and passed over: at most some minutes of training are
-        lost, where refusing would stop a run that restarts unattended. Another process may be
-        writing and removing checkpoints all the while.
+        Damaged newer checkpoints are reported and skipped. This costs some minutes of training, but
+        an error would stop a run that restarts unattended. Another process may write and remove
+        checkpoints during the call.
 
         Args:
           path: of the checkpoint, without file extension; None for the newest.
@@ -100,9 +100,9 @@ class Checkpointer:
           Whether there was a checkpoint.
 
         Raises:
-          NoIntactCheckpointError: if there are checkpoints and all are damaged, or the given one
-            is or is not there.
-          LogdirError: if the one restored does not fit the learner.
+          NoIntactCheckpointError: all checkpoints are damaged, or the given one is damaged or
+            missing.
+          LogdirError: the checkpoint does not fit the learner.
         """
         if path is not None:
             self._restore_given(path)
@@ -122,7 +122,7 @@ class Checkpointer:
                 self._read(path)
                 return
             except LogdirError:
-                # Or it has just been removed.
+                # Another process may have removed it during the read.
                 fault = _fault(path)
                 if not fault:
                     raise
@@ -152,7 +152,7 @@ class Checkpointer:
     def maybe_save(self, wall_seconds: float) -> bool:
         """Saves if `save_secs` of training have passed since the last attempt.
 
-        A failure is reported, and tried again after the next `save_secs`.
+        A failure is reported; the next attempt follows after another `save_secs`.
 
         Args:
           wall_seconds: seconds of training so far, over all resumptions.
@@ -181,8 +181,8 @@ class Checkpointer:
           The path of the checkpoint, without file extension.
 
         Raises:
-          LogdirError: if it cannot be written; the checkpoints from before are untouched and
-            nothing of the new one stays.
+          LogdirError: it cannot be written; earlier checkpoints are untouched and no part of the
+            new one remains.
         """
         self._last_attempt = wall_seconds
         before = checkpoint_paths(self._logdir)
@@ -192,11 +192,11 @@ class Checkpointer:
         try:
             if self._manager is None:
                 self._manager = self._create_manager(before)
-            # A failed attempt has counted already.
+            # A failed attempt has already increased the counter.
             self._save_counter.assign(number)
             self._manager.save()
         except (OSError, tf.errors.OpError) as error:
-            # The last thing written is TensorFlow's state file, which nothing depends on.
+            # TensorFlow writes its state file last; if only this failed, the checkpoint is intact.
             if _fault(path):
                 _remove_checkpoint(path)
                 raise LogdirError(
@@ -211,8 +211,8 @@ class Checkpointer:
         for leftover in glob.glob(f'{glob.escape(self._folder)}/{CHECKPOINT_PREFIX}-*_temp'):
             shutil.rmtree(leftover, ignore_errors=True)
         if paths:
-            # The manager deletes old checkpoints by the state file, which may be lost or damaged.
-            # It takes only those into its care that are newer than what it has preserved for good.
+            # The manager reads from the state file, which may be lost or damaged, which checkpoints
+            # it may delete: only those newer than the last that it preserves forever.
             tf.compat.v1.train.update_checkpoint_state(
                 self._folder,
                 paths[-1],
@@ -242,10 +242,10 @@ class Checkpointer:
 
 
 def _fault(path: str) -> str:
-    """Reads all of a checkpoint; returns what is wrong with it, '' if nothing is.
+    """Reads a whole checkpoint; returns its fault, '' if it has none.
 
-    TensorFlow keeps a checksum of every block of the index and of every tensor, and compares it
-    only when that tensor is read.
+    TensorFlow stores a checksum of every block of the index and of every tensor, and compares it
+    only when it reads that block or tensor.
     """
     if not os.path.exists(f'{path}.index'):
         return 'its .index file is missing'
@@ -254,13 +254,13 @@ def _fault(path: str) -> str:
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)
     except Exception as error:
-        # Which type of exception comes depends on where the damage lies; IndexError is among them.
+        # The type depends on the place of the damage; even IndexError occurs.
         return _reason(error)
     return ''
 
 
 def _reason(error: Exception) -> str:
-    """Returns the operating system's or TensorFlow's reason without names of ops and devices."""
+    """Returns the reason that the system or TensorFlow gives, without names of ops and devices."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = getattr(error, 'message', None) or str(error)

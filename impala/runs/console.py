@@ -11,12 +11,12 @@ from impala.runs.learning_curve import LearningCurve
 
 
 class Console:
-    """Shows progress: a bar where somebody looks at it, plain lines in a file or pipe.
+    """Shows progress: a bar on a terminal, plain lines in a file or pipe.
 
-    A terminal that goes away does not end the run.
+    A terminal that closes does not end the run.
 
     Attributes:
-      unrolls_discarded: since the process started; shown unless it is 0.
+      unrolls_discarded: since the process started; shown if it is not 0.
     """
 
     def __init__(self, stream: TextIO, frames: int, total_frames: int, num_action_repeats: int):
@@ -25,7 +25,7 @@ class Console:
         Args:
           stream: to print to.
           frames: of the run so far.
-          total_frames: at which the run will end.
+          total_frames: frames at which the run ends.
           num_action_repeats: frames per agent step.
         """
         self.unrolls_discarded = 0
@@ -49,7 +49,7 @@ class Console:
             )
 
     def print(self, text: str) -> None:
-        """Shows a line without tearing the bar."""
+        """Shows a line above the bar."""
         with contextlib.suppress(OSError, ValueError):
             if self._bar is not None:
                 self._bar.write(text, file=self._stream)
@@ -57,7 +57,7 @@ class Console:
                 print(text, file=self._stream, flush=True)
 
     def advance(self, frames: int, curve: LearningCurve) -> None:
-        """Moves the bar; it redraws itself twice a second at most."""
+        """Moves the bar, which redraws itself at most twice a second."""
         if self._bar is None:
             return
         parts = []
@@ -69,7 +69,7 @@ class Console:
         self._bar.update(min(frames, self._total_frames) - self._bar.n)
 
     def line(self, line: Mapping[str, float], curve: LearningCurve) -> None:
-        """Prints the plain line that belongs to a line of metrics, unless there is a bar."""
+        """Prints a line of metrics as text, unless there is a bar."""
         if self._bar is not None:
             return
         frames, speed = int(line['frames']), line['frames_per_second']
@@ -88,7 +88,7 @@ class Console:
         self.print(', '.join(parts))
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -99,14 +99,14 @@ class Console:
 
 
 def _shown_return(curve: LearningCurve) -> list[str]:
-    """Returns what a line says of the mean return; nothing before an episode has ended."""
+    """Returns a line's text about the mean return; empty before the first episode has ended."""
     if curve.num_episodes:
         return [f'return {curve.mean:.4g}']
     return ['no return is finite'] if curve.num_not_finite else []
 
 
 def _has_width(stream: TextIO) -> bool:
-    """Returns whether a stream is a terminal that has columns; some in containers have none."""
+    """Returns whether a stream is a terminal with columns; in containers some have none."""
     try:
         return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):

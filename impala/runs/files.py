@@ -1,4 +1,4 @@
-"""The files of a run's `--logdir`, for those who read them without TensorFlow."""
+"""The files of a run's `--logdir`, for readers without TensorFlow."""
 
 import contextlib
 import csv
@@ -28,20 +28,20 @@ EPISODES_HEADER = (
     'ended_by',
 )
 
-# Less than any checkpoint has; where there is no room for this there is none for one.
+# Less than any checkpoint: without room for this there is none for a checkpoint.
 _TRIED_BYTES = 4096
-# Counters of TensorFlow are 64 bits wide. All numbers of a log are smaller.
+# TensorFlow's counters have 64 bits; larger numbers in a log are damage.
 _LARGEST_NUMBER = 2**62
 
 
 class LogdirError(Exception):
-    """What lies in the log directory cannot be used, or nothing can be written there."""
+    """The contents of the log directory cannot be used, or it is not writable."""
 
 
 def lock_logdir(logdir: str) -> int:
-    """Makes this process the only run that writes to a log directory, until it ends in any way.
+    """Makes this process the only run that writes to a log directory, until it ends.
 
-    Two runs that share a directory, easily done with a default one, would delete each other's
+    Two runs in one directory, a likely mistake with the default one, would delete each other's
     checkpoints and mix their logs.
 
     Args:
@@ -51,7 +51,7 @@ def lock_logdir(logdir: str) -> int:
       The file descriptor that holds the lock; `os.close` releases it.
 
     Raises:
-      LogdirError: if another run holds it, or the directory cannot be made.
+      LogdirError: another run holds the lock, or the directory cannot be made.
     """
     try:
         os.makedirs(logdir, exist_ok=True)
@@ -66,7 +66,7 @@ def lock_logdir(logdir: str) -> int:
             f'Another run is writing to {logdir}: stop it, or give this one another --logdir.'
         ) from None
     except OSError:
-        # Some network file systems cannot lock directories; that is no reason not to train there.
+        # Some network file systems cannot lock directories; train there anyway.
         pass
     return descriptor
 
@@ -82,7 +82,7 @@ def locked(logdir: str) -> Iterator[None]:
 
 
 def try_checkpoint_folder(logdir: str) -> None:
-    """Makes sure, before anything is trained, that checkpoints can be written.
+    """Checks before training that checkpoints can be written.
 
     Args:
       logdir: the log directory, which exists.
@@ -97,7 +97,7 @@ def try_checkpoint_folder(logdir: str) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(_TRIED_BYTES))
             file.flush()
-        # Unless it holds checkpoints, nothing is left if the run is refused after all.
+        # A run that another check rejects leaves no empty folder.
         with contextlib.suppress(OSError):
             os.rmdir(folder)
     except OSError as error:
@@ -108,15 +108,15 @@ def try_checkpoint_folder(logdir: str) -> None:
 
 
 def run_id(logdir: str) -> str:
-    """Returns what tells the run in a log directory from all others, for who serves several runs.
+    """Returns the unique id of the run in a log directory, by which replay jobs know it.
 
-    It is made when it is first asked for, and stays with the directory.
+    The first call makes the id; it is stored in the directory.
 
     Args:
       logdir: the log directory; created if missing.
 
     Raises:
-      LogdirError: if it cannot be read or written.
+      LogdirError: it cannot be read or written.
     """
     path = os.path.join(logdir, RUN_ID_FILE)
     try:
@@ -133,17 +133,17 @@ def run_id(logdir: str) -> str:
 
 
 def newest_checkpoint(logdir: str) -> str | None:
-    """Returns the path of the newest checkpoint that seems to be complete, None without any."""
+    """Returns the path of the newest checkpoint that seems complete, None if there is none."""
     complete = complete_checkpoints(logdir)
     return complete[-1] if complete else None
 
 
 def complete_checkpoints(logdir: str, after: str | None = None) -> list[str]:
-    """Returns the checkpoints that seem to be complete, oldest first.
+    """Returns the checkpoints that seem complete, oldest first.
 
     Args:
       logdir: the log directory.
-      after: path of a checkpoint, there or not; only newer ones are returned.
+      after: path of a checkpoint, which need not exist; only newer ones are returned.
     """
     return [
         path
@@ -159,7 +159,7 @@ def checkpoint_number(path: str) -> int:
 
 
 def checkpoint_paths(logdir: str) -> list[str]:
-    """Returns the checkpoints, oldest first; one that lacks a file is listed too."""
+    """Returns all checkpoints, oldest first, including incomplete ones."""
     folder = os.path.join(logdir, CHECKPOINT_FOLDER)
     try:
         names = os.listdir(folder)
@@ -173,10 +173,10 @@ def checkpoint_paths(logdir: str) -> list[str]:
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
-    """Replaces a file as a whole; its folder is made if missing.
+    """Replaces a file as a whole; makes its folder if missing.
 
     Raises:
-      LogdirError: if it cannot be written; a file from before is left as it was.
+      LogdirError: it cannot be written; an earlier file is unchanged.
     """
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
@@ -196,17 +196,17 @@ def write_atomically(path: str, content: str | bytes) -> None:
 def read_episodes(
     logdir: str, report: Callable[[str], Any] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Yields the episodes of a run, in their order.
+    """Yields the episodes of a run, oldest first.
 
     Args:
       logdir: the log directory.
-      report: told of damaged lines, in a sentence.
+      report: takes a sentence about damaged lines.
 
     Yields:
       `wall_seconds`, `frames`, `agent_steps`, `level` and `return` (not always finite).
 
     Raises:
-      LogdirError: if there is no run there.
+      LogdirError: there is no run there.
     """
     path = os.path.join(logdir, EPISODES_FILE)
     try:
@@ -218,11 +218,11 @@ def read_episodes(
 
 
 def read_metrics(logdir: str, report: Callable[[str], Any] | None = None) -> list[dict[str, Any]]:
-    """Returns the lines of `metrics.jsonl`; none if it is not there yet.
+    """Returns the lines of `metrics.jsonl`, an empty list if it does not exist yet.
 
     Args:
-      logdir: folder of a run, which may go on.
-      report: told of damaged lines, in a sentence.
+      logdir: folder of a run, which may still be training.
+      report: takes a sentence about damaged lines.
 
     Raises:
       OSError: the file cannot be read.
@@ -231,7 +231,7 @@ def read_metrics(logdir: str, report: Callable[[str], Any] | None = None) -> lis
 
 
 def parse_episode(line: bytes) -> dict[str, Any]:
-    """Parses a row of episodes.csv; raises ValueError if it is none."""
+    """Parses a row of episodes.csv; raises ValueError if it is damaged."""
     try:
         (fields,) = csv.reader([line.decode()])
     except csv.Error as error:
@@ -247,9 +247,9 @@ def parse_episode(line: bytes) -> dict[str, Any]:
 
 
 def parse_metrics(line: bytes) -> dict[str, Any]:
-    """Parses a line of metrics.jsonl; raises ValueError if it is none.
+    """Parses a line of metrics.jsonl; raises ValueError if it is damaged.
 
-    All values are finite numbers, but for `actors`, a list of objects.
+    All values are finite numbers, except `actors`, which is a list of objects.
     """
     try:
         row = json.loads(line)
@@ -275,13 +275,13 @@ def read_rows(
     missing_ok: bool = True,
     report: Callable[[str], Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file, without its header and a last line that was cut.
+    """Yields the rows of a file, without its header and an incomplete last line.
 
     Args:
       path: of the file.
-      parse: raises ValueError for a line that is damaged, which is left out.
-      missing_ok: whether a file that is not there has no rows, in place of an error.
-      report: told of damaged lines, in a sentence, after the last row.
+      parse: raises ValueError for a damaged line, which is left out.
+      missing_ok: whether a missing file counts as empty instead of raising an error.
+      report: takes a sentence about damaged lines, after the last row.
     """
     if missing_ok and not os.path.exists(path):
         return
@@ -309,7 +309,7 @@ def damage_text(path: str, numbers: Sequence[int]) -> str:
 
     Args:
       path: of the file.
-      numbers: of the lines, from 1.
+      numbers: their line numbers, from 1.
     """
     more = f' (and {len(numbers) - 1} more)' if len(numbers) > 1 else ''
     return f'WARNING: {path}, line {numbers[0]}{more} is damaged and left out.'

@@ -1,8 +1,8 @@
-"""Flag files: what is in them, what their lines stand for on a command line, and whose they are.
+"""Reads flag files and puts their lines into the command line.
 
 A line is a flag as on the command line; empty lines and those that start with `#` or `//` are
-comments. A flag file may include others with `--flagfile`. The flag file of a run stands in the
-run's folder, so the run can be moved: its own `--flagfile` goes on with it wherever it is now.
+comments. A flag file may include others with `--flagfile`. The flag file of a run lies in the
+run's folder: given as `--flagfile`, it resumes the run there, even if the folder was moved.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from impala.runs.files import CHECKPOINT_FOLDER, FLAG_FILE, METRICS_FILE, NETWORK_FILE
 
-# How Python and absl begin to say that a value is not of a flag's type, and what it is to the user.
+# Start of Python's or absl's message about a value of the wrong type -> reason for the user.
 _REASONS = {
     'invalid literal for int()': 'is not a whole number',
     'Exceeds the limit': 'has too many digits',
@@ -21,7 +21,7 @@ _REASONS = {
 }
 _LONGEST_VALUE = 80
 
-# A flag file has some kilobytes; a device or a picture does not end or has far more.
+# A flag file has a few kilobytes; a picture has far more, and a device may never end.
 _MAX_BYTES = 1 << 20
 
 
@@ -34,8 +34,8 @@ class Argument:
     """An argument of the command line.
 
     Attributes:
-      text: of it.
-      origin: `FILE, line N`; '' if it stands on the command line itself.
+      text: the argument as written.
+      origin: `FILE, line N`; '' for the command line itself.
     """
 
     text: str
@@ -43,17 +43,17 @@ class Argument:
 
     @property
     def name(self) -> str:
-        """Name of the flag as it is written, `nopopart` for instance; '' if it is none."""
+        """Name of the flag as written, for instance `nopopart`; '' if it is not a flag."""
         if not self.text.startswith('-'):
             return ''
         return self.text.lstrip('-').partition('=')[0]
 
 
 def read(path: str) -> list[Argument]:
-    """Returns the flags in a file; `--flagfile` in it stands for itself.
+    """Returns the flags in a file, without expanding `--flagfile` in it.
 
     Raises:
-      FlagFileError: it cannot be read, or a line is no flag.
+      FlagFileError: it cannot be read, or a line is not a flag.
     """
     try:
         with open(path, 'rb') as file:
@@ -78,13 +78,12 @@ def read(path: str) -> list[Argument]:
 
 
 def expand(arguments: Sequence[str]) -> list[Argument]:
-    """Puts what is in flag files in the place of each `--flagfile`.
+    """Replaces each `--flagfile` by the contents of the file.
 
-    The flag file of a run stands for the run in its folder, whatever the folder was called when it
-    was written, unless `--logdir` is given.
+    The flag file of a run also sets `--logdir` to its folder, unless `--logdir` is given.
 
     Args:
-      arguments: of the command line, without the program.
+      arguments: the command line without the program.
 
     Raises:
       FlagFileError: a flag file cannot be used.
@@ -95,7 +94,7 @@ def expand(arguments: Sequence[str]) -> list[Argument]:
 
 
 def folder_of_run(path: str) -> str | None:
-    """Returns the folder of the run whose flag file this is; None if it is not a run's."""
+    """Returns the folder of the run whose flag file this is; None if it belongs to no run."""
     folder, name = os.path.split(os.path.abspath(path))
     others = (NETWORK_FILE, CHECKPOINT_FOLDER, METRICS_FILE)
     if name == FLAG_FILE and any(os.path.exists(os.path.join(folder, other)) for other in others):
@@ -104,7 +103,7 @@ def folder_of_run(path: str) -> str | None:
 
 
 def plainly(message: str) -> str:
-    """Returns what absl says of a flag as a sentence that says what would be right, on one line."""
+    """Returns absl's message about a flag as a plain sentence on one line."""
     message = message.removeprefix('ERROR:: ')
     for beginning, reason in _REASONS.items():
         match = re.match(rf'flag --(\w+)=(.*?): {re.escape(beginning)}', message, re.DOTALL)

@@ -1,4 +1,4 @@
-"""The flags of the command line, and the flag file of a run: both follow from `impala.config`."""
+"""The flags of the command line and the flag file of a run, both made from `impala.config`."""
 
 import os
 import re
@@ -24,10 +24,11 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines a flag for each setting.
 
     Args:
-      values: where; the flags of this process, or others, to read a flag file for instance.
+      values: where to define them: the flags of this process, or others, for instance to read a
+        flag file.
     """
     for name, known in all_settings().items():
-        # The help shows the flags of a module together.
+        # The help groups flags by module.
         place: dict[str, Any] = {'flag_values': values, 'module_name': known.group}
         text = known.setting.help
         if known.setting.only_with is not None:
@@ -56,7 +57,7 @@ def short_help(values: flags.FlagValues = flags.FLAGS) -> str:
 
 
 def config_of(values: flags.FlagValues = flags.FLAGS) -> Config:
-    """Returns what the flags say.
+    """Returns the flags as a config.
 
     Raises:
       ConfigError: they do not fit together.
@@ -65,7 +66,7 @@ def config_of(values: flags.FlagValues = flags.FLAGS) -> Config:
 
 
 def given(values: flags.FlagValues = flags.FLAGS) -> set[str]:
-    """Returns the names of the settings that a command line, or a flag file in it, has set."""
+    """Returns the names of the settings that the command line or its flag files set."""
     return {name for name in all_settings() if values[name].present}
 
 
@@ -75,20 +76,20 @@ def parse(
     """Sets flags.
 
     Args:
-      program: its name.
-      arguments: what follows it; flag files have been expanded.
+      program: name of the program.
+      arguments: its arguments, with flag files expanded.
       values: the flags.
 
     Returns:
-      The program and the arguments that are no flags.
+      The program and the arguments that are not flags.
 
     Raises:
-      FlagFileError: one sentence about what makes no sense, and where it stands if in a file.
+      FlagFileError: one sentence about an invalid argument, with its file and line if it has one.
     """
     try:
         return values([program, *(argument.text for argument in arguments)])
     except (flags.Error, ValueError) as error:
-        # The latter for --nopopart=1. What the user has given is repeated, whatever it is.
+        # --nopopart=1 raises ValueError. The message repeats the argument, which may be long.
         reason = plainly(str(error))
         if len(reason) > _LONGEST_REASON:
             reason = f'{reason[:_LONGEST_REASON]}...'
@@ -101,10 +102,10 @@ def parse(
 
 
 def parse_stored(arguments: Sequence[Argument]) -> dict[str, Any]:
-    """Returns name -> value of all settings as the flag file of a run has them.
+    """Returns name -> value of all settings as in the flag file of a run.
 
     Raises:
-      FlagFileError: a line makes no sense.
+      FlagFileError: a line is invalid.
     """
     values = flags.FlagValues()
     define(values)
@@ -119,7 +120,7 @@ def to_text(config: Config) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """Returns a flag as it is given on a command line."""
+    """Returns a flag as written on a command line."""
     return _line(name, all_settings()[name], value)
 
 
@@ -137,14 +138,13 @@ def _line(name: str, known: Known, value: Any) -> str:
 
 
 def refuse_unused(config: Config, arguments: Sequence[str]) -> None:
-    """Refuses flags that would have no effect in this mode or kind of job.
+    """Rejects flags on the command line that have no effect in this mode or kind of job.
 
-    A flag file may be shared by jobs of all kinds; on the command line of the wrong one a flag is a
-    mistake.
+    In a flag file they are allowed, because jobs of all kinds may share it.
 
     Args:
-      config: what the flags say.
-      arguments: the command line, without the program.
+      config: the settings that the flags make.
+      arguments: the command line without the program.
 
     Raises:
       ConfigError: names the flag.
@@ -176,17 +176,17 @@ def refuse_unused(config: Config, arguments: Sequence[str]) -> None:
 
 
 def describe_changes(stored: Mapping[str, Any], config: Config) -> list[str]:
-    """Returns which settings of a resumed run have other values, as lines for the user.
+    """Returns lines for the user about the settings that a resumed run changes.
 
     Args:
-      stored: name -> value, as of `parse_stored`.
-      config: of the run from now on.
+      stored: name -> earlier value, from `parse_stored`.
+      config: of the resumed run.
     """
     changes, on_resume = [], set()
     for name, known in _stored():
         old, new = _plain(stored[name]), _plain(config.value(name))
         if old != new and known.setting.on_resume != 'free':
-            changes.append(f'--{name} was {_told(old)} and is now {_told(new)}')
+            changes.append(f'--{name} was {_value_text(old)} and is now {_value_text(new)}')
             on_resume.add(known.setting.on_resume)
     lines = [f'Changed flags: {", ".join(changes)}.'] if changes else []
     if 'schedule' in on_resume:
@@ -201,7 +201,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _told(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if isinstance(value, bool):
         return 'on' if value else 'off'
     if isinstance(value, list):
@@ -210,14 +210,14 @@ def _told(value: Any) -> str:
 
 
 def store_flags(config: Config, report: Callable[[str], None]) -> None:
-    """Says which flags a resumed run has other values of, and writes those that restore it.
+    """Writes the flag file of a run; reports first which flags a resumed run changes.
 
     Args:
       config: of the run.
-      report: told lines.
+      report: takes lines for the user.
 
     Raises:
-      LogdirError: they cannot be written.
+      LogdirError: the file cannot be written.
     """
     path = os.path.join(config.run.logdir, FLAG_FILE)
     if checkpoint_paths(config.run.logdir):

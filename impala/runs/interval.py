@@ -13,25 +13,25 @@ WAIT_STAGE = 'learner/wait'
 
 
 class Interval:
-    """Collects what happens since the last line, and makes the next line's numbers of it.
+    """Collects events since the last line and computes the numbers of the next line.
 
     Attributes:
       wall_seconds: of the last line.
       agent_steps: of the last line.
-      level_frames: level name -> frames that the learner has taken in of it over the whole run;
-        empty with a single level, whose frames are those of the run.
+      level_frames: level name -> frames of this level trained on in the whole run; empty with a
+        single level, whose frames are those of the run.
       unrolls_discarded: since the last line.
     """
 
     def __init__(
         self, level_names: Sequence[str], num_action_repeats: int, suite: Suite | None = None
     ):
-        """Begins with nothing.
+        """Starts empty.
 
         Args:
-          level_names: names that level ids stand for.
+          level_names: level names, indexed by level id.
           num_action_repeats: frames per agent step.
-          suite: of the levels; its scores are told if it has a name and they can be normalised.
+          suite: of the levels; lines include its scores if it has a name and reference scores.
         """
         self._level_names = list(level_names)
         self._num_action_repeats = num_action_repeats
@@ -43,7 +43,7 @@ class Interval:
         self.begin(0.0, 0, 0)
 
     def begin(self, wall_seconds: float, frames: int, agent_steps: int) -> None:
-        """Forgets what happened since the last line, and takes the counters of a new one."""
+        """Starts a new interval at a line with these counters."""
         self.wall_seconds = wall_seconds
         self._frames = frames
         self.agent_steps = agent_steps
@@ -58,7 +58,7 @@ class Interval:
         self.unrolls_discarded = 0
 
     def add_update(self, metrics: Mapping[str, Any]) -> None:
-        """Takes metrics of an update; see `Log.record_update`."""
+        """Adds the metrics of an update; see `Log.record_update`."""
         for name, value in metrics.items():
             value = float(value)
             if not math.isfinite(value):
@@ -73,7 +73,7 @@ class Interval:
                 self._values.setdefault(name, []).append(value)
 
     def add_episode(self, level: str, episode_return: float, frames: int) -> None:
-        """Takes an episode that has ended."""
+        """Adds an episode that has ended."""
         self._lengths.setdefault(level, []).append(frames)
         if math.isfinite(episode_return):
             self._returns.setdefault(level, []).append(episode_return)
@@ -82,33 +82,33 @@ class Interval:
             self._num_non_finite += 1
 
     def add_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
-        """Takes in which levels steps were made; see `Log.record_agent_steps`."""
+        """Adds agent steps to their levels; see `Log.record_agent_steps`."""
         if self.level_frames:
             for level_id in level_ids:
                 self.level_frames[self._level_names[level_id]] += steps * self._num_action_repeats
 
     def set_stage_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Takes the seconds of stages so far; see `Log.record_stage_seconds`."""
+        """Stores the total seconds of stages; see `Log.record_stage_seconds`."""
         self._stage_seconds.update(seconds)
 
     def add_actor_restarts(self, count: int) -> None:
-        """Counts actors that were started again."""
+        """Counts actors that were restarted."""
         self._actor_restarts += count
 
     def add_discarded_unrolls(self, count: int) -> None:
-        """Counts unrolls that are not learned from."""
+        """Counts discarded unrolls."""
         self.unrolls_discarded += count
 
     def line(
         self, wall_seconds: float, frames: int, agent_steps: int, updates: int
     ) -> dict[str, float]:
-        """Returns the numbers of a line; those that are not finite are left out and counted.
+        """Returns the numbers of a line; values that are not finite are left out and counted.
 
         Args:
           wall_seconds: seconds of training so far, over all resumptions.
-          frames: of the whole run, as the next two.
-          agent_steps: see `frames`.
-          updates: of the learner.
+          frames: of the whole run.
+          agent_steps: of the whole run.
+          updates: of the learner in the whole run.
         """
         # Two lines within the clock's resolution still have finite speeds.
         seconds = max(wall_seconds - self.wall_seconds, 1e-9)
@@ -155,14 +155,14 @@ class Interval:
         return means
 
     def _suite_score(self) -> dict[str, float]:
-        """Returns the suite's scores, if every level has an episode since they were last told."""
+        """Returns the suite's scores, if every level has had an episode since the last ones."""
         suite = self._suite
         if suite is None or any(name not in self._suite_returns for name in suite.level_names):
             return {}
         score = scores.suite_score(self._suite_returns, suite.levels)
         self._suite_returns.clear()
         return {
-            # The first two under the names of the released code.
+            # The first two names are those of the released code.
             f'{suite.name}/training_no_cap': score.mean_no_cap,
             f'{suite.name}/training_cap_100': score.mean_cap_100,
             f'{suite.name}/training_median_no_cap': score.median_no_cap,

@@ -31,12 +31,12 @@ _MAX_LEVELS_WITH_DOTS = 4
 class LearningCurve:
     """Returns of one level's episodes and their mean over the last `WINDOW` episodes.
 
-    Memory does not grow with the run: when `MAX_POINTS` episodes are held, every other one is
-    thrown away, and from then on every other one is taken. The mean is over all episodes.
+    Memory is bounded: when `MAX_POINTS` episodes are stored, every other one is dropped, and from
+    then on only every other one is stored. The mean still covers all episodes.
 
     Attributes:
-      num_episodes: with finite returns.
-      num_not_finite: others, which are counted and nothing else.
+      num_episodes: episodes with finite returns.
+      num_not_finite: other episodes, which are only counted.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class LearningCurve:
         self._stride = 1
 
     def add(self, agent_steps: int, wall_seconds: float, episode_return: float) -> None:
-        """Adds the episode that came next."""
+        """Adds the next episode."""
         if not math.isfinite(episode_return):
             self.num_not_finite += 1
             return
@@ -64,26 +64,26 @@ class LearningCurve:
 
     @property
     def mean(self) -> float:
-        """Mean return of the last `WINDOW` episodes, of fewer at the start; NaN without any."""
+        """Mean return of the last `WINDOW` episodes, fewer at the start; NaN if there is none."""
         return sum(self._window) / len(self._window) if self._window else math.nan
 
     def points(self) -> np.ndarray:
-        """Returns f64 `[N, 4]`: agent steps, wall seconds, return, mean return up to there."""
+        """Returns f64 `[N, 4]`: agent steps, wall seconds, return and mean return at that time."""
         return self._points[: self._num_points].copy()
 
 
 def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> None:
-    """Draws the curves of all levels, left over agent steps and right over wall time.
+    """Draws the curves of all levels, on the left over agent steps, on the right over wall time.
 
     Args:
       path: of the PNG file; replaced as a whole.
       curves: level name -> its curve.
-      title: stands above.
+      title: of the figure.
 
     Raises:
-      OSError: if it cannot be written; a file from before is left as it was.
+      OSError: the file cannot be written; an earlier file is unchanged.
     """
-    # Matplotlib takes a while to import, and only a run that ends needs it.
+    # Imported here because Matplotlib is slow to import.
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Log(Protocol):
-    """Takes what happens in a run; see `impala.runs.run_log.RunLog`. Used by one thread.
+    """Records the events of a run; see `impala.runs.run_log.RunLog`. Used by one thread.
 
     Letters: T unroll length, B batch size, N episodes.
     """
@@ -28,74 +28,74 @@ class Log(Protocol):
         """Shows a line to the user."""
 
     def record_update(self, metrics: Mapping[str, Any]) -> None:
-        """Takes the metrics of one update of the learner.
+        """Records the metrics of one learner update.
 
         Args:
-          metrics: name -> scalar. The next line has the mean over updates, except of names that
-            end in `_max` (their maximum), `learning_rate` (the last one) and `skipped` (their sum,
-            as `updates_skipped`).
+          metrics: name -> scalar. The next line has their means over updates, except for names that
+            end in `_max` (the maximum), `learning_rate` (the last value) and `skipped` (the sum, as
+            `updates_skipped`).
         """
 
     def record_episodes(
         self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
-        """Takes the episodes of one batch.
+        """Records the episodes of one batch.
 
-        All have the same shape or are broadcast to it, so that rows of a whole batch `[T, B]` may
-        be given with level ids `[B]`: only those that ended by `TERMINATED` or `TRUNCATED` count.
+        The arguments are broadcast to a common shape, for instance all rows `[T, B]` of a batch
+        with level ids `[B]`. Only rows whose end is `TERMINATED` or `TRUNCATED` count.
 
         Args:
-          level_ids: integer `[N]`, index into the level names.
+          level_ids: integer `[N]`, indices into the level names.
           returns: f32 `[N]`, undiscounted and unclipped.
           frames: i32 `[N]`, lengths.
           ends: integer `[N]`, values of `EpisodeEnd`.
         """
 
     def record_agent_steps(self, level_ids: np.ndarray, steps: int) -> None:
-        """Takes in which levels the learner's agent steps were made.
+        """Records the levels of the agent steps that the learner trained on.
 
         Args:
-          level_ids: integer `[B]`, index into the level names, one for each unroll.
-          steps: agent steps of each of them.
+          level_ids: integer `[B]`, the level of each unroll, as index into the level names.
+          steps: agent steps per unroll.
         """
 
     def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
-        """Takes how long each stage has worked or waited.
+        """Records how long each stage has worked or waited.
 
         Args:
-          seconds: stage -> seconds in total since the process started, summed over its threads or
-            actors. A stage that restarts may go back to zero.
+          seconds: stage -> total seconds since the process started, summed over its threads or
+            actors. A stage that restarts may start again at zero.
         """
 
     def record_actor_restart(self, count: int = 1) -> None:
-        """Counts actors that died and were started again."""
+        """Counts actors that died and were restarted."""
 
     def record_discarded_unrolls(self, count: int) -> None:
-        """Counts unrolls that are not learned from, for values that are not finite."""
+        """Counts unrolls that were discarded for values that are not finite."""
 
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
-        """Takes the state of actor jobs.
+        """Records the state of actor jobs.
 
         Args:
-          rows: JSON-serialisable, one for each.
-          learner: whose actors they are, of several learners.
+          rows: JSON-serialisable, one for each actor job.
+          learner: index of the learner that they serve.
         """
 
     def record_picture(self, name: str, pixels: np.ndarray) -> None:
-        """Takes a picture.
+        """Records a picture.
 
         Args:
           name: of the picture.
-          pixels: uint8 `[H, W, C]`, C 1 for grey or 3 for RGB.
+          pixels: uint8 `[H, W, C]`, C is 1 for grey or 3 for RGB.
         """
 
     def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
-        """Writes what was recorded, if it is time to. Called after every update.
+        """Writes a line if one is due. Called after every update.
 
         Args:
-          frames: of the whole run, as the next two.
-          agent_steps: see `frames`.
-          updates: of the learner.
+          frames: of the whole run.
+          agent_steps: of the whole run.
+          updates: of the learner in the whole run.
 
         Returns:
           Whether a line was written.

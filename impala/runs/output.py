@@ -1,4 +1,4 @@
-"""Output that may lose its reader: a pipe into `head`, a terminal that is gone, a full disk."""
+"""Output that may lose its reader: a pipe into `head`, a closed terminal, a full disk."""
 
 import contextlib
 import io
@@ -9,13 +9,13 @@ from typing import Any
 
 
 class _LastingFile(io.FileIO):
-    """A descriptor for output; what cannot be written to it is dropped."""
+    """An output descriptor that drops what cannot be written."""
 
     def write(self, data: Any, /) -> int:
         try:
             written = super().write(data)
             if written is None:
-                # Somebody else has made the terminal or pipe non-blocking, and it is full.
+                # Another process has made the terminal or pipe non-blocking, and it is full.
                 select.select([], [self], [])
             return written or 0
         except OSError:
@@ -23,18 +23,18 @@ class _LastingFile(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """From now on the process does its work and ends as it would whether its output is read or not.
+    """Makes the process independent of whether its output can be written.
 
-    Replaces `sys.stdout` and `sys.stderr`. Without it, a line that cannot be written raises an
-    error somewhere in the middle of the work, and what is left in the buffer has Python end with
-    exit code 120.
+    Replaces `sys.stdout` and `sys.stderr`. Otherwise a line that cannot be written would raise an
+    error in the middle of the work, and unwritten text in the buffer would change Python's exit
+    code to 120.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # The next file to be opened would get its number, and be printed into. This gets the
-            # lowest one that is free, and lower ones are not.
+            # Otherwise the next file opened would get this number and receive the output. `open`
+            # takes the lowest free number, which is this one.
             os.open(os.devnull, os.O_RDWR)
     sys.stdout = _stream(1, sys.stdout, 'strict')
     sys.stderr = _stream(2, sys.stderr, 'backslashreplace')

@@ -1,4 +1,4 @@
-"""Says how far a long piece of work is: a bar on a terminal, elsewhere a line now and then."""
+"""Shows the progress of a long task: a bar on a terminal, occasional lines elsewhere."""
 
 import contextlib
 import sys
@@ -9,21 +9,24 @@ from typing import Any
 
 import tqdm
 
-# Between two lines where there is no terminal.
+# Seconds between two lines where there is no terminal.
 LINE_SECONDS = 10.0
 _BAR_SECONDS = 1.0
 
 
 def report_to_stderr(text: str) -> None:
-    """Prints a line to stderr without tearing a progress bar that stands there."""
+    """Prints a line to stderr above a progress bar, if there is one."""
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(text, file=sys.stderr)
 
 
 class Progress:
-    """Shows on stderr how much is done while the block of this context manager runs.
+    """Shows progress on stderr while the block of this context manager runs.
 
-    A thread of its own does that, so that something is seen also where nothing advances.
+    A separate thread shows it, so that the display is updated even when no unit is completed.
+
+    Attributes:
+      done: units completed.
     """
 
     def __init__(
@@ -36,10 +39,11 @@ class Progress:
         """Prepares; nothing is shown yet.
 
         Args:
-          total: of units.
-          unit: of what is done, in the singular.
-          detail: returns what there is to add to a line; called on another thread.
-          line_seconds: between two lines where there is no terminal; None for `LINE_SECONDS`.
+          total: number of units.
+          unit: name of a unit, in the singular.
+          detail: returns text to append to a line; called on another thread.
+          line_seconds: seconds between two lines where there is no terminal; None for
+            `LINE_SECONDS`.
         """
         self.done = 0
         self._total = total
@@ -64,7 +68,7 @@ class Progress:
             self._bar.close()
 
     def update(self, number: int = 1) -> None:
-        """Notes that so many more units are done."""
+        """Counts `number` more units as done."""
         self.done += number
         if self._bar is not None:
             self._bar.update(number)

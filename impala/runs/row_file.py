@@ -1,4 +1,4 @@
-"""Files of rows, which a run appends to and repairs when it is resumed."""
+"""Files of rows: a run appends to them, and repairs them when it is resumed."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ _MAX_UNWRITTEN_BYTES = 16 << 20
 
 
 class RowFile:
-    """A file to which whole rows are appended: of every call all bytes get there, or none.
+    """A file to which whole rows are appended: each call writes all of its bytes or none.
 
-    What cannot be written is kept and goes first with the next call.
+    Text that cannot be written is kept and written first by the next call.
     """
 
     def __init__(self, path: str):
-        """Opens the file, which is made if missing.
+        """Opens the file; makes it if missing.
 
         Raises:
           OSError: it cannot be opened.
@@ -33,16 +33,16 @@ class RowFile:
 
     @property
     def num_unwritten(self) -> int:
-        """Bytes that could not be written so far."""
+        """Bytes kept because they could not be written."""
         return len(self._unwritten)
 
     def append(self, text: str) -> None:
-        """Appends text, after what could not be written before.
+        """Appends text, after earlier text that could not be written.
 
         Raises:
           OSError: it cannot be written; it is kept.
         """
-        # On a disk that stays full for days the newest rows are given up, not the memory.
+        # If the disk stays full for days, the newest rows are dropped to bound the memory.
         if len(self._unwritten) < _MAX_UNWRITTEN_BYTES:
             self._unwritten += text.encode()
         size = self.size
@@ -56,7 +56,7 @@ class RowFile:
         self._unwritten = b''
 
     def close(self) -> int:
-        """Tries once more what is unwritten; returns how many bytes are lost."""
+        """Tries once more to write what is left; returns how many bytes are lost."""
         with contextlib.suppress(OSError):
             self.append('')
         os.close(self._descriptor)
@@ -69,18 +69,18 @@ def keep_rows(
     agent_steps: int,
     report: Callable[[str], Any],
 ) -> int:
-    """Keeps the rows of a file up to an agent step; moves the others, see `_keep_lines`.
+    """Keeps the rows of a file up to an agent step; moves later ones, see `_keep_lines`.
 
-    Damaged lines are moved with those.
+    Damaged lines are moved, too.
 
     Args:
       path: of the file.
-      parse: returns a row with its `agent_steps`; raises ValueError for a line that is damaged.
+      parse: returns a row with its `agent_steps`; raises ValueError for a damaged line.
       agent_steps: of the last row that stays.
-      report: told of damaged lines, in a sentence.
+      report: takes a sentence about damaged lines.
 
     Returns:
-      How many rows lay beyond.
+      How many later rows were moved.
     """
     damaged = []
 
@@ -100,14 +100,15 @@ def keep_rows(
 
 
 def _keep_lines(path: str, keep: Callable[[int, bytes], bool]) -> int:
-    """Moves the lines that are not to be kept to `<stem>.dropped<extension>`; returns how many.
+    """Moves the lines that do not stay to `<stem>.dropped<extension>`; returns how many.
 
-    A last line without its end, of a run that was killed while writing it, is just removed. The
-    file is replaced as a whole, and only if something is to be moved.
+    An incomplete last line, of a run that was killed while it wrote the line, is removed. The file
+    is replaced as a whole, and only if a line does not stay.
 
     Args:
       path: of the file.
-      keep: returns whether a line, given with its number from 1, stays; called once for each.
+      keep: takes a line's number, from 1, and the line; returns whether it stays. Called once per
+        line.
     """
     if not os.path.exists(path):
         return 0

@@ -1,10 +1,9 @@
-"""What a run tells while it trains: `metrics.jsonl`, `episodes.csv`, TensorBoard, the terminal.
+"""The log of a training run: `metrics.jsonl`, `episodes.csv`, TensorBoard, the terminal.
 
 Counters are totals of the whole run, over all resumptions; `wall_seconds` is time spent training,
-not time of the calendar. A run that was killed goes on from its last checkpoint, so rows written
-after that checkpoint tell of weights that are lost: when the run is resumed they are moved to
-`metrics.dropped.jsonl` and `episodes.dropped.csv`, and the curve is that of the weights that
-survived.
+not calendar time. A killed run resumes from its last checkpoint, so rows written after that
+checkpoint describe lost weights. They are then moved to `metrics.dropped.jsonl` and
+`episodes.dropped.csv`, and the learning curve shows only weights that survived.
 
 A full disk does not end a run: rows that cannot be written are kept and tried again.
 """
@@ -51,7 +50,7 @@ _ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncat
 
 
 class Counters(NamedTuple):
-    """How far a run is, over all resumptions.
+    """The progress of a run, over all resumptions.
 
     Attributes:
       frames: trained on.
@@ -70,7 +69,7 @@ START = Counters()
 
 
 class RunLog(Log):
-    """Collects what happens in a run and writes it down every `log_secs`.
+    """Collects the events of a run and writes a line every `log_secs`.
 
     A context manager: leaving it writes the last line and draws the curve. Used by one thread.
     """
@@ -88,22 +87,21 @@ class RunLog(Log):
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Goes on with the files in `logdir`.
+        """Opens the files in `logdir`, and continues them if they exist.
 
         Args:
           logdir: the log directory; created if missing.
-          level_names: names that level ids stand for.
+          level_names: level names, indexed by level id.
           num_action_repeats: frames per agent step.
-          total_frames: frames at which the run will end.
+          total_frames: frames at which the run ends.
           log_secs: seconds between lines.
-          begin: of the checkpoint from which the run is resumed; rows of more agent steps are moved
-            away.
-          suite: of the levels; its scores are told if it has a name and they can be normalised.
-          stream: where progress is shown, stderr by default: a bar on a terminal, else plain lines.
+          begin: counters of the checkpoint from which the run resumes; later rows are moved away.
+          suite: of the levels; lines include its scores if it has a name and reference scores.
+          stream: shows progress, as a bar on a terminal, else in plain lines; None for stderr.
           clock: returns seconds.
 
         Raises:
-          LogdirError: if the directory or files in it cannot be written or read.
+          LogdirError: the directory or files in it cannot be written or read.
         """
         self._logdir = logdir
         self._level_names = list(level_names)
@@ -150,7 +148,7 @@ class RunLog(Log):
 
     @property
     def mean_return(self) -> float:
-        """Mean return of the last 100 episodes of any level; NaN before the first."""
+        """Mean return of the last 100 episodes over all levels; NaN before the first."""
         return self._all_levels.mean
 
     def record_update(self, metrics: Mapping[str, Any]) -> None:
@@ -160,7 +158,7 @@ class RunLog(Log):
     def record_episodes(
         self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray
     ) -> None:
-        """See `Log`; the episodes are written by the next `maybe_write`."""
+        """See `Log`; the next `maybe_write` writes the episodes."""
         ends = np.asarray(ends)
         is_end = (ends == EpisodeEnd.TERMINATED) | (ends == EpisodeEnd.TRUNCATED)
         if not is_end.any():
@@ -183,20 +181,20 @@ class RunLog(Log):
         self._interval.add_agent_steps(level_ids, steps)
 
     def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
-        """See `Log`; lines have the time since the last line."""
+        """See `Log`; each line has the seconds since the line before."""
         self._interval.set_stage_seconds(seconds)
 
     def record_actor_restart(self, count: int = 1) -> None:
-        """Counts actors that died and were started again."""
+        """Counts actors that died and were restarted."""
         self._interval.add_actor_restarts(count)
 
     def record_discarded_unrolls(self, count: int) -> None:
-        """Counts unrolls that are not learned from, for values that are not finite."""
+        """Counts unrolls that were discarded for values that are not finite."""
         self._interval.add_discarded_unrolls(count)
         self._console.unrolls_discarded += count
 
     def record_actors(self, rows: Sequence[Mapping[str, Any]], learner: int = 0) -> None:
-        """See `Log`; lines have the state as `actors` until there is another."""
+        """See `Log`; lines have the latest state as `actors`."""
         self._actors[learner] = list(rows)
 
     @property
@@ -206,11 +204,11 @@ class RunLog(Log):
 
     @property
     def picture_is_due(self) -> bool:
-        """Whether the next line may have a picture, as one a minute does."""
+        """Whether the next line may have a picture; at most one line per minute does."""
         return self.line_is_due and self.wall_seconds - self._picture_wall_seconds >= _PICTURE_SECS
 
     def record_picture(self, name: str, pixels: np.ndarray) -> None:
-        """See `Log`; writes the file NAME.png at once, and for TensorBoard with the next line."""
+        """See `Log`; writes the file NAME.png now, and to TensorBoard with the next line."""
         self._picture_wall_seconds = self.wall_seconds
         png = encode_png(pixels)
         height, width, _ = pixels.shape
@@ -222,11 +220,11 @@ class RunLog(Log):
             self.message(f'WARNING: {error}')
 
     def message(self, text: str) -> None:
-        """Shows a line without tearing the progress bar."""
+        """Shows a line above the progress bar."""
         self._console.print(text)
 
     def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
-        """See `Log`; writes the episodes recorded, and a line if `log_secs` have passed."""
+        """See `Log`; writes the recorded episodes, and a line if `log_secs` have passed."""
         self._frames, self._agent_steps, self._updates = frames, agent_steps, updates
         wall_seconds = self.wall_seconds
         self._write_episodes(wall_seconds)
@@ -236,14 +234,14 @@ class RunLog(Log):
         self._write_line(wall_seconds)
         if self._all_levels.num_episodes and wall_seconds - self._curve_wall_seconds >= _CURVE_SECS:
             self._draw_curve()
-            # A figure is full of reference cycles. Python looks for those once there are many new
-            # objects in proportion to the old ones, and TensorFlow's are close to a million: dozens
-            # of figures, of megabytes each, would gather until then.
+            # A figure is full of reference cycles. Python collects those when the new objects are
+            # many compared to the old ones, and TensorFlow has nearly a million: dozens of figures,
+            # megabytes each, would pile up until then.
             gc.collect()
         return True
 
     def close(self) -> None:
-        """Writes what is left, draws the learning curve, ends the progress bar. Safe to repeat."""
+        """Writes what is left, draws the learning curve, closes the progress bar. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -263,7 +261,7 @@ class RunLog(Log):
         return os.path.join(self._logdir, name)
 
     def _read_back(self, agent_steps: int) -> float:
-        """Repairs the files, takes over their episodes; returns the last row's wall seconds."""
+        """Repairs the files, reads their episodes; returns the last row's wall seconds."""
         wall_seconds = 0.0
         num_dropped = 0
         path = self._path(EPISODES_FILE)

@@ -1,7 +1,7 @@
-"""The settings that a run keeps: `network.json` holds those that its weights and counters need.
+"""The settings that must not change in a run, stored in `network.json`.
 
-They have plain names there, and where learners and actor jobs compare theirs; `flags_of` says by
-which flags a user gives them.
+Weights and counters depend on them. Learners and actor jobs compare them, too. `flags_of` returns
+the flags that set them.
 """
 
 import json
@@ -14,9 +14,9 @@ from impala.networks.agent import AgentConfig
 from impala.runs.files import NETWORK_FILE, LogdirError, checkpoint_paths, write_atomically
 from impala.trajectory import EnvironmentSpec
 
-# In the file, what `check_same_run` compares.
+# Key of the settings that `check_same_run` compares.
 _COUNTED_BY = 'counted_by'
-# Settings that are not given by the flag of the same name.
+# Settings that are not set by the flag of the same name.
 _FLAGS = {
     'num_actions': '--level_name or --full_action_set (number of actions)',
     'frame_shape': '--level_name, --width, --height or --frame_stack (shape of the frames)',
@@ -28,12 +28,12 @@ _FLAGS = {
 
 
 def flags_of(setting: str) -> str:
-    """Returns the flags that give a setting, for a sentence about it."""
+    """Returns the flags that set a setting, for a sentence about it."""
     return _FLAGS.get(setting, f'--{setting}')
 
 
 def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns what the shapes of the network follow from; JSON-serialisable."""
+    """Returns the settings that determine the shapes of the network; JSON-serialisable."""
     frame = spec.observation['frame']
     return {
         'torso': network.torso,
@@ -50,7 +50,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
 def checkpoint_settings(
     config: LearnerConfig, network: AgentConfig, spec: EnvironmentSpec
 ) -> dict[str, Any]:
-    """Returns what the variables of a checkpoint follow from, for `check_same_network`."""
+    """Returns the settings that determine the variables of a checkpoint; JSON-serialisable."""
     return network_settings(network, spec) | {
         'optimizer': config.optimizer.optimizer,
         'has_target_network': bool(config.loss.target_update_steps),
@@ -58,18 +58,18 @@ def checkpoint_settings(
 
 
 def counted_by(level_names: Sequence[str], spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns what gives a run's counters and logs their meaning, for `check_same_run`.
+    """Returns the settings that give a run's counters and logs their meaning; JSON-serialisable.
 
-    Agent steps are counted, and frames, with all schedules, are agent steps times the repeats.
+    A run counts agent steps; frames and all schedules follow from these and the action repeats.
     """
     return {'num_action_repeats': spec.num_action_repeats, 'levels': list(level_names)}
 
 
 def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Returns `AgentConfig.popart_levels` of what `network_settings` returned.
+    """Returns `AgentConfig.popart_levels` from `network_settings` of a file or another process.
 
     Raises:
-      ConfigError: it comes from a file or another process and is damaged.
+      ConfigError: the settings are damaged.
     """
     levels = settings.get('popart_levels')
     if not _are_names(levels):
@@ -80,7 +80,7 @@ def popart_levels(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def stored_settings(logdir: str) -> dict[str, Any] | None:
-    """Returns the `checkpoint_settings` that `store_settings` stored, None if there are none.
+    """Returns the `checkpoint_settings` in the log directory, None if there are none.
 
     Raises:
       LogdirError: the file cannot be read.
@@ -90,12 +90,12 @@ def stored_settings(logdir: str) -> dict[str, Any] | None:
 
 
 def store_settings(logdir: str, settings: dict[str, Any], counted_by: dict[str, Any]) -> None:
-    """Stores what must not change from now on, or only if the user says so.
+    """Stores the settings that must not change when the run resumes.
 
     Args:
       logdir: the log directory; created if missing.
-      settings: as of `checkpoint_settings`.
-      counted_by: as of `counted_by`.
+      settings: from `checkpoint_settings`.
+      counted_by: from the function `counted_by`.
 
     Raises:
       LogdirError: the file cannot be written.
@@ -105,17 +105,17 @@ def store_settings(logdir: str, settings: dict[str, Any], counted_by: dict[str, 
 
 
 def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
-    """Refuses settings whose variables are not those of the run's checkpoints.
+    """Rejects settings whose variables differ from those of the run's checkpoints.
 
-    As long as there is no checkpoint nothing depends on them, and any will do.
+    Without a checkpoint, any settings are accepted.
 
     Args:
       logdir: the log directory.
-      settings: as of `checkpoint_settings`.
+      settings: from `checkpoint_settings`.
 
     Raises:
-      LogdirError: the run was started with others; names the flags with both values. Also if the
-        file cannot be read.
+      LogdirError: the run was started with other settings, and the text names the flags and both
+        values; or the file cannot be read.
     """
     settings = json.loads(json.dumps(settings))
     stored = stored_settings(logdir) if checkpoint_paths(logdir) else None
@@ -134,15 +134,16 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
 
 
 def check_same_run(logdir: str, counted_by: dict[str, Any], allow_level_change: bool) -> None:
-    """Refuses what would give the run's counters or logs another meaning half-way.
+    """Rejects settings that would change the meaning of the run's counters or logs.
 
     Args:
       logdir: the log directory.
-      counted_by: as of `counted_by`.
-      allow_level_change: whether the levels may be others.
+      counted_by: from the function `counted_by`.
+      allow_level_change: whether the levels may differ.
 
     Raises:
-      LogdirError: the run was started with others; names the flag. Also if the file cannot be read.
+      LogdirError: the run was started with other settings, and the text names the flag; or the file
+        cannot be read.
     """
     settings = _stored(logdir) if checkpoint_paths(logdir) else None
     if settings is None:
@@ -170,7 +171,7 @@ def check_same_run(logdir: str, counted_by: dict[str, Any], allow_level_change: 
 
 
 def _stored(logdir: str) -> dict[str, Any] | None:
-    """Returns all that `store_settings` stored; see `stored_settings`."""
+    """Returns everything that `store_settings` stored, None if there is no file."""
     path = os.path.join(logdir, NETWORK_FILE)
     try:
         with open(path, encoding='utf-8') as file:

@@ -1,4 +1,4 @@
-"""What a run has come to, from its files, in numbers and in sentences."""
+"""Sums up a run from its files, in numbers and in sentences."""
 
 import os
 from collections.abc import Mapping
@@ -21,14 +21,14 @@ def read_summary(logdir: str) -> dict[str, Any]:
       logdir: the log directory.
 
     Returns:
-      JSON-serialisable: `wall_seconds`, `frames`, `agent_steps`, `updates` and
-      `agent_steps_per_second` over the whole run; `episodes`; `mean_return_last_100` over episodes
-      of any level, None without any; `episodes_not_finite`: further episodes, whose returns are not
-      finite; `updates_skipped` and `unrolls_discarded` of the whole run; `levels`: name -> its
+      JSON-serialisable: `wall_seconds`, `frames`, `agent_steps`, `updates`,
+      `agent_steps_per_second`, `updates_skipped` and `unrolls_discarded` of the whole run;
+      `episodes` (those with finite returns) and `episodes_not_finite` (the others);
+      `mean_return_last_100` over all levels, None without episodes; `levels`: name -> its
       `episodes` and `mean_return_last_100`.
 
     Raises:
-      LogdirError: if there is no run there.
+      LogdirError: there is no run there.
     """
     curves: dict[str, learning_curve.LearningCurve] = {}
     together = learning_curve.LearningCurve()
@@ -67,7 +67,7 @@ def read_summary(logdir: str) -> dict[str, Any]:
 
 
 def describe_summary(summary: Mapping[str, Any]) -> str:
-    """Returns what `read_summary` found out, in sentences; lines but for the last one's end."""
+    """Returns the result of `read_summary` in sentences, one per line, without a final newline."""
     mean_return, not_finite = summary['mean_return_last_100'], summary['episodes_not_finite']
     discarded, skipped = summary['unrolls_discarded'], summary['updates_skipped']
     if mean_return is not None:

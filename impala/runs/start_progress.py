@@ -1,26 +1,30 @@
-"""Says what a run is doing before it trains, if that takes long."""
+"""Reports what a run does before it trains, if this takes long."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-# A start that takes no longer says nothing.
+# A start that takes less than this is not reported.
 _FIRST_SECONDS = 2.0
-# The first pause between two lines, and what each is longer than the one before.
+# The first pause between two lines, and the factor by which each later one grows.
 _PAUSE_SECONDS = 4.0
 _GROWTH = 1.5
 
 
 class StartProgress:
-    """Reports how far something is, at growing intervals."""
+    """Reports progress at growing intervals.
+
+    Attributes:
+      has_reported: whether it has reported at least once.
+    """
 
     def __init__(self, report: Callable[[str], None], state: Callable[[], str]):
-        """Begins now.
+        """Starts the clock.
 
         Args:
-          report: told lines.
-          state: returns how far it is.
+          report: takes lines.
+          state: returns the progress in words.
         """
         self._report = report
         self._state = state
@@ -29,14 +33,14 @@ class StartProgress:
         self.has_reported = False
 
     def look(self, now: float) -> None:
-        """Reports if it is time to; `now` is of `time.monotonic`."""
+        """Reports if it is time to; `now` comes from `time.monotonic`."""
         if now >= self._next:
-            self.tell()
+            self.report()
             self._next = now + self._pause
             self._pause *= _GROWTH
 
-    def tell(self) -> None:
-        """Reports in any case."""
+    def report(self) -> None:
+        """Reports now."""
         self._report(f'Starting: {self._state()}')
         self.has_reported = True
 
@@ -45,12 +49,12 @@ class StartProgress:
 def starting(
     report: Callable[[str], None], what: str, seconds: float | None = None
 ) -> Iterator[None]:
-    """Reports what is being done in the block, if that takes long.
+    """Reports the work of the block, if it takes long.
 
     Args:
-      report: told a line.
-      what: is being done.
-      seconds: after which it is reported; None for those after which a start is long.
+      report: takes a line.
+      what: a clause that describes the work.
+      seconds: time after which it is reported; None for the default, 2 s.
     """
     seconds = _FIRST_SECONDS if seconds is None else seconds
     timer = threading.Timer(seconds, report, [f'Starting: {what}'])

@@ -1,4 +1,4 @@
-"""Ends a run cleanly on the signals that ask for it."""
+"""Ends a run cleanly on SIGINT, SIGTERM or SIGHUP."""
 
 import contextlib
 import os
@@ -11,28 +11,27 @@ from typing import Any
 
 from impala import exit_codes
 
-# What is said of a run that was interrupted before there was anything to save.
+# Printed when a run was interrupted before there was anything to save.
 INTERRUPTED = 'Interrupted before anything was done.'
 
-# A second signal this soon is the first one once more: `timeout` and job schedulers send theirs to
-# a process and to its group.
+# A second signal within this time is a copy of the first: `timeout` and job schedulers send a
+# signal both to a process and to its group.
 SAME_SIGNAL_SECONDS = 1.0
-# A process that has nothing to lose gets this long to end, in seconds: TensorFlow may be at
-# something that takes longer and that nobody can interrupt.
+# Seconds that a process with nothing to lose gets to end: TensorFlow may be in a call that takes
+# longer and cannot be interrupted.
 START_SECONDS = 4.0
 
 
 class StopSignal:
     """Ends a run cleanly on SIGINT, SIGTERM or SIGHUP. A context manager, main thread only.
 
-    As long as nothing runs that must be brought to an end, the signal raises KeyboardInterrupt.
-    Afterwards it calls the function given to `then`, once and on a thread of its own: the main
-    thread may well be inside TensorFlow, waiting for data, where Python's own handlers do not run,
-    and the function must be what lets it return. A second signal, more than `SAME_SIGNAL_SECONDS`
-    after the first, ends the process at once.
+    Before `then` is called, the signal raises KeyboardInterrupt. After that, it calls the function
+    given to `then`, once and on another thread: the main thread may be waiting for data inside
+    TensorFlow, where Python's handlers do not run, and the function must make that wait return. A
+    second signal, at least `SAME_SIGNAL_SECONDS` after the first, ends the process at once.
 
-    Until there is something to lose, the process is ended `START_SECONDS` after the signal if the
-    block has not been left by then.
+    Until there is something to lose, the process ends `START_SECONDS` after the signal if the block
+    has not been left by then.
 
     Attributes:
       received: whether a signal has come.
@@ -48,27 +47,27 @@ class StopSignal:
         self.received = False
 
     def then(self, stop: Callable[[], Any], nothing_to_lose: bool = False) -> None:
-        """From now on the signal calls a function.
+        """Makes the signal call a function from now on.
 
         Args:
           stop: function without arguments, called on another thread.
-          nothing_to_lose: whether, until `begun` is called, the process may be ended by force.
+          nothing_to_lose: whether the process may be killed until `begun` is called.
         """
         self._may_be_lost = nothing_to_lose
         self._stop = stop
         self._interrupts = False
-        if self.received:  # It came in the lines above, and may have found either.
+        if self.received:  # The signal came during the lines above and may have missed `stop`.
             stop()
 
     def begun(self) -> None:
-        """Says that from now on there is something to lose."""
+        """Declares that from now on there is something to lose."""
         self._may_be_lost = False
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Has the signal raise KeyboardInterrupt within the block, too, as before `then`.
+        """Makes the signal raise KeyboardInterrupt within the block, as before `then`.
 
-        For work of the main thread that takes long and may be left unfinished.
+        For long work of the main thread that may be left unfinished.
         """
         self._interrupts = True
         try:
@@ -81,7 +80,7 @@ class StopSignal:
     def __enter__(self) -> 'StopSignal':
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # `nohup` ignores SIGHUP so that a run outlives its terminal.
+        # `nohup` ignores SIGHUP so that a run survives its terminal.
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         self._numbers = [number for number in self._SIGNALS if number not in ignored]
         self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
@@ -99,7 +98,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: Any) -> None:
-        # Later on it exists only so that the signal does nothing here: `_watch` acts on it.
+        # Otherwise it does nothing, and only replaces the default action: `_watch` handles the
+        # signal.
         if self._interrupts and not self._has_interrupted:
             self._has_interrupted = True
             self.received = True
@@ -115,7 +115,7 @@ class StopSignal:
                 seconds = received_at + START_SECONDS - time.monotonic()
                 milliseconds = max(0.0, 1000 * seconds)
             if not poll.poll(milliseconds):
-                # It may have begun in the meantime.
+                # `begun` may have been called in the meantime.
                 if self._may_be_lost:
                     with contextlib.suppress(OSError):
                         os.write(2, f'{INTERRUPTED}\n'.encode())

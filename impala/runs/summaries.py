@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run."""
+"""Writes a run's metrics and pictures for TensorBoard."""
 
 import contextlib
 import math
@@ -11,10 +11,10 @@ _RETRY_SECS = 300.0
 
 
 class Summaries:
-    """Writes scalars and pictures for TensorBoard, which need not be installed."""
+    """Writes scalars and pictures for TensorBoard, which does not have to be installed."""
 
     def __init__(self, folder: str):
-        """Makes nothing on disk until there is something to write."""
+        """Creates no file until the first `write`."""
         self._folder = folder
         self._writer: tf.summary.SummaryWriter | None = None
         self._not_before = -math.inf
@@ -29,11 +29,11 @@ class Summaries:
 
         Args:
           agent_steps: of the run so far.
-          scalars: name -> value; `wall_seconds` among them.
+          scalars: name -> value; must include `wall_seconds`.
           pictures: name -> width, height and PNG.
         """
-        # tf.summary.scalar and image exist only where TensorBoard is installed, which a machine
-        # that trains does not need; these are the same records.
+        # tf.summary.scalar and tf.summary.image require TensorBoard, which training should not
+        # need; these are the same records.
         of_scalars = _metadata('scalars', 'DATA_CLASS_SCALAR')
         of_images = _metadata('images', 'DATA_CLASS_BLOB_SEQUENCE')
         try:
@@ -41,8 +41,7 @@ class Summaries:
                 if scalars['wall_seconds'] < self._not_before:
                     return
                 self._writer = tf.summary.create_file_writer(self._folder)
-            # Of each Python number that it is given TensorFlow keeps a tensor for ever; of NumPy's
-            # it does not.
+            # TensorFlow caches a tensor for each Python number forever, but not for NumPy numbers.
             step = tf.constant(np.int64(agent_steps))
             with self._writer.as_default(step), tf.device('/cpu:0'):
                 for name, value in scalars.items():
@@ -52,25 +51,25 @@ class Summaries:
                     tf.summary.write(name, image, metadata=of_images)
             self._writer.flush()
         except (OSError, tf.errors.OpError):
-            # The same numbers are in metrics.jsonl. The file may be cut in a record, so a new one
-            # is begun, though not at every line as long as the disk is full.
+            # The same numbers are in metrics.jsonl. The last record may be incomplete, so the next
+            # attempt starts a new file, but not at every line while the disk is full.
             self._writer = None
             self._not_before = scalars['wall_seconds'] + _RETRY_SECS
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         if self._writer is not None:
             with contextlib.suppress(tf.errors.OpError):
                 self._writer.close()
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """Returns a PNG of pixels uint8 `[H, W, C]`, C 1 for grey or 3 for RGB."""
+    """Returns a PNG of pixels uint8 `[H, W, C]`, C is 1 for grey or 3 for RGB."""
     with tf.device('/cpu:0'):
         return tf.io.encode_png(pixels).numpy()
 
 
 def _metadata(plugin: str, data_class: str) -> tf.compat.v1.SummaryMetadata:
-    """Returns what tells TensorBoard how to show a record."""
+    """Returns the metadata from which TensorBoard knows how to show a record."""
     metadata = tf.compat.v1.SummaryMetadata
     return metadata(plugin_data=metadata.PluginData(plugin_name=plugin), data_class=data_class)

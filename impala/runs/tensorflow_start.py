@@ -1,4 +1,4 @@
-"""How TensorFlow is started: quietly, with oneDNN's convolutions, and sharing GPUs."""
+"""Starts TensorFlow: quietly, with oneDNN's convolutions, and with shared GPUs."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from impala.runs.start_progress import starting
 
-# Loading usually takes a few seconds, which nobody need be told of.
+# Loading usually takes a few seconds, which needs no report.
 _LONG_SECONDS = 6.0
 
 
@@ -20,19 +20,19 @@ def _write(descriptor: int, line: str) -> None:
 
 @contextlib.contextmanager
 def starting_tensorflow() -> Iterator[None]:
-    """Surrounds the first import of TensorFlow, which reads environment variables then or later.
+    """Surrounds the first import of TensorFlow and sets its environment variables.
 
-    TF_ENABLE_ONEDNN_OPTS: on x86 processors TensorFlow uses oneDNN unasked only with instructions
-    made for neural networks. Without them, too, oneDNN takes half the time or less for a train
-    step. Whoever sets the variable decides.
+    Variables that the user has set are unchanged.
 
-    TF_FORCE_GPU_ALLOW_GROWTH: the first process that uses a GPU takes all of its memory otherwise,
-    and a test, a sweep's other runs or an actor job beside it would get none. Whoever sets the
-    variable decides.
+    TF_ENABLE_ONEDNN_OPTS=1: on x86 processors without instructions for neural networks, TensorFlow
+    does not use oneDNN by default, although it at least halves the time of a train step.
 
-    TF_CPP_MIN_LOG_LEVEL: what TensorFlow's C++ code says before it looks at that is kept off the
-    terminal, too. Who sets that variable gets to see it all, and so does everybody if loading
-    fails. What goes to the terminal if it takes long is one line that says so.
+    TF_FORCE_GPU_ALLOW_GROWTH=true: otherwise the first process that uses a GPU takes all of its
+    memory and leaves none for a test, an actor job or another run of a sweep.
+
+    TF_CPP_MIN_LOG_LEVEL=3: hides the messages of TensorFlow's C++ code. Those that it prints before
+    it reads the variable are hidden, too, and shown only if loading fails. If loading takes long,
+    one line says so.
     """
     if platform.machine() == 'x86_64':
         os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
