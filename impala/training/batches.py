@@ -1,4 +1,4 @@
-"""Where the learner's batches come from: actors, replay, loaders and re-use."""
+"""The source of the learner's batches: actors, replay, loaders and sample re-use."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,9 @@ from impala.training.run import Run
 
 
 def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | None:
-    """Makes what fills a part of each batch, or of each device's part, if the flags say so.
+    """Makes the replay and the mixer that adds its unrolls to each batch; None without replay.
+
+    With several devices, each device's part of a batch has its own share of replayed unrolls.
 
     Raises:
       ConfigError: the fraction or the capacity is too large.
@@ -73,9 +75,9 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
 
 
 class Actors(Protocol):
-    """Where unrolls come from and weights go: `LocalActors` or `RemoteActors`, which say how.
+    """The source of unrolls, to which weights are published: `LocalActors` or `RemoteActors`.
 
-    A context manager, which plays within its block.
+    A context manager: the actors play while its block runs.
     """
 
     def __enter__(self) -> Any: ...
@@ -90,16 +92,16 @@ class Actors(Protocol):
 
 
 def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
-    """Makes the actors of this machine, or the learner's end of those on others.
+    """Makes the actors of this machine, or the learner's end of actors on other machines.
 
     Raises:
       ConfigError, ServerError: one sentence for the user.
     """
     config, spec, level_names = run.config, run.spec, run.suite.level_names
     if not config.cluster.is_distributed:
-        # Acting is bound by the work per row, not by matrix products: bfloat16 gains nothing.
+        # The work per row, not matrix products, limits acting: bfloat16 would not help.
         acting_agent = Agent(dataclasses.replace(run.network, compute_dtype='float32'), spec)
-        # A run that is resumed does not play its episodes once more.
+        # A resumed run must not repeat its earlier episodes.
         seed = derived_seed(config.run.seed, learner.counts()[0])
         playing = config.replace(seed=seed)
         return LocalActors(playing, level_names, spec, acting_agent, run.actor_host, log.message)
@@ -115,13 +117,13 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
 
 
 class BatchSource:
-    """Batches from actors and replay, made ahead by loaders. A context manager.
+    """Batches from actors and replay, prepared ahead by loaders. A context manager.
 
     Attributes:
-      actors: where unrolls come from.
-      replay: fills a part of each batch; None without.
-      batches: within the block, yields batches until the actors are closed. A batch has a part for
-        each of the learner's devices; with it comes whether this is its first use.
+      actors: the source of unrolls.
+      replay: fills a part of each batch; None without replay.
+      batches: within the block, yields pairs until the actors are closed: a batch, with a part for
+        each of the learner's devices, and whether this is its first use.
     """
 
     def __init__(
@@ -130,11 +132,11 @@ class BatchSource:
         """Prepares; nothing plays yet.
 
         Args:
-          run: of the batches.
-          learner: is as it was restored.
-          actors: to be entered here.
-          replay: as of `create_replay`.
-          log: told what the replay jobs are doing.
+          run: the run.
+          learner: already restored.
+          actors: entered with this context manager's block.
+          replay: from `create_replay`.
+          log: shows messages about the replay jobs.
         """
         self._run = run
         self._learner = learner
@@ -154,7 +156,7 @@ class BatchSource:
                 self._run.config.learner.loaders or default_loaders(devices),
                 devices,
             )
-            # Ends after the actors, for whom its threads wait.
+            # Ends after the actors, because its threads wait for them.
             stack.enter_context(loading)
             stack.enter_context(self.actors)
             self.batches = reused(
@@ -170,7 +172,7 @@ class BatchSource:
 
         shards = self.replay.replay
         assert isinstance(shards, RemoteReplay)
-        # Of a run that several learners begin, the first one does.
+        # If several learners start a run, only the first one starts it in the replay jobs.
         begins = self._run.config.cluster.is_first and self._learner.counts()[0] == 0
         shards.start(begins, self._log.message)
         stack.enter_context(shards)

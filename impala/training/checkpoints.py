@@ -1,4 +1,4 @@
-"""Checkpoints of a run while it trains."""
+"""Saves checkpoints of a run during training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from impala.training.run import Run
 
 
 class Checkpoints(Hook):
-    """Restores a run, saves it every so often, and when it ends.
+    """Restores a run, and saves it at intervals and when it ends.
 
-    Of several learners, only the first one does; the others take its variables over.
+    Of several learners only the first one does so; the others receive its variables.
     """
 
     def __init__(self, run: Run, learner: Learner):
@@ -40,12 +40,12 @@ class Checkpoints(Hook):
 
     @property
     def latest(self) -> str | None:
-        """Path of the checkpoint saved or restored last; None if there is none here."""
+        """Path of the checkpoint saved or restored last; None if this learner has none."""
         return None if self._checkpointer is None else self._checkpointer.latest
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds of training behind `latest`; 0 if there is none here."""
+        """Seconds of training at `latest`; 0 if this learner has none."""
         return 0.0 if self._checkpointer is None else self._checkpointer.wall_seconds
 
     def after_update(self, update: Update) -> None:
@@ -55,15 +55,15 @@ class Checkpoints(Hook):
 
     @contextlib.contextmanager
     def saved_at_the_end(self, log: Log) -> Iterator[None]:
-        """Saves the run when the block ends, however it ends.
+        """Saves the run when the block ends, also after an error.
 
-        Whatever goes wrong in it, the weights are good: updates that were not finite are skipped.
+        The weights are always valid, because updates that are not finite are skipped.
 
         Args:
           log: of the run.
 
         Raises:
-          TrainingError: the block has ended well, but the checkpoint cannot be written.
+          TrainingError: the block ended without an error, but the checkpoint cannot be written.
         """
         try:
             yield
@@ -79,8 +79,8 @@ class Checkpoints(Hook):
             raise TrainingError(str(error)) from error
 
     def _save(self, wall_seconds: float) -> None:
-        # A run that fails each time it is started must not push its good checkpoints out.
+        # A run that fails at every start must not replace its good checkpoints.
         if self._checkpointer is not None and self._learner.counts()[0] > self._restored_updates:
-            # The signal may have come at the end of the first train step.
+            # The signal may have come at the end of the first train step, before its `begun`.
             self._stop.begun()
             self._checkpointer.save(wall_seconds)

@@ -1,6 +1,6 @@
-"""What looks at a run while it trains: its log, its checkpoints, its guard, and a user's own hooks.
+"""Hooks that observe a run during training: log, checkpoints, guard, and the user's own.
 
-A hook is called by the thread that trains, so the learner waits for it.
+The training thread calls the hooks, so the learner waits for them.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from impala.training.batches import Actors, BatchSource
 from impala.training.learners import Learners
 from impala.training.run import Run
 
-# Updates in a row with a loss or gradient that is not finite, after which a run stops.
+# A run stops after this many consecutive updates whose loss or gradient is not finite.
 MAX_SKIPPED_UPDATES = 10
 NUM_RECONSTRUCTIONS = 8
 
@@ -29,13 +29,14 @@ class Update(NamedTuple):
     """An update of the weights, as hooks see it.
 
     Attributes:
-      batch: what it was made of, a part for each of `learner.devices`. To keep it beyond the call
-        costs the memory of a batch.
+      batch: its batch, with a part for each of `learner.devices`. A hook that keeps it after the
+        call keeps its memory in use.
       is_fresh: whether the batch is used for the first time.
-      metrics: as of `Learner.step`.
-      updates: of the whole run so far, without skipped ones, as the next two.
-      agent_steps: see `updates`.
-      frames: see `updates`.
+      metrics: name -> value, from `Learner.step`.
+      updates: of the whole run so far, without skipped ones.
+      agent_steps: of the whole run so far, with those of skipped updates; each new unroll counts
+        once, however often it is used.
+      frames: `agent_steps` times the frames per agent step.
       learner: has the weights.
       log: of the run.
     """
@@ -51,21 +52,21 @@ class Update(NamedTuple):
 
 
 class Hook:
-    """Base class of hooks, which does nothing.
+    """Base class of hooks; does nothing.
 
-    An error that a hook raises ends the run, which is saved; a `TrainingError` is shown to the user
+    An error that a hook raises ends the run, which is saved first. The user sees a `TrainingError`
     as one sentence.
     """
 
     def after_update(self, update: Update) -> None:
-        """Looks at an update; its weights are published already."""
+        """Called after every update, when its weights are published."""
 
     def at_line(self, log: Log) -> None:
-        """Records what a line of the log holds; called when one is about to be written."""
+        """Called just before a line of the log is written, to record values for it."""
 
 
 class Metrics(Hook):
-    """Records the metrics of updates, and the policy lags of reused batches by themselves."""
+    """Records the metrics of updates; policy lags of reused batches get separate names."""
 
     def after_update(self, update: Update) -> None:
         """See `Hook`."""
@@ -93,7 +94,7 @@ def _record_episodes(log: Log, batch: UnrollBatch) -> None:
     is_new = ~batch.is_replayed.numpy()
     level_ids = batch.actor_output.level_id.numpy()[is_new]
     log.record_agent_steps(level_ids, info.episode_step.shape[0] - 1)
-    # Row 0 stands in the unroll before, too, or is the first of an actor.
+    # Row 0 is also the last row of the unroll before, or an actor's very first row.
     log.record_episodes(
         level_ids,
         info.episode_return.numpy()[1:, is_new],
@@ -103,10 +104,10 @@ def _record_episodes(log: Log, batch: UnrollBatch) -> None:
 
 
 class PopArtStatistics(Hook):
-    """Records mean and standard deviation of each level's values, if PopArt keeps them."""
+    """Records PopArt's mean and standard deviation of each level's values, if PopArt is used."""
 
     def __init__(self, learner: Learner, level_names: Sequence[str]):
-        """Keeps the learner, and the names of the levels in the order of their ids."""
+        """Takes the learner, and the level names in the order of their ids."""
         self._popart = learner.agent.popart
         self._level_names = level_names
 
@@ -117,7 +118,7 @@ class PopArtStatistics(Hook):
 
 
 class Reconstructions(Hook):
-    """Records some frames of a batch now and then, each above what the decoder makes of it."""
+    """Records a picture at intervals: some frames of a batch above their reconstructions."""
 
     def after_update(self, update: Update) -> None:
         """See `Hook`."""
@@ -127,7 +128,7 @@ class Reconstructions(Hook):
         if not update.log.picture_is_due:
             return
         frames = update.batch[0].actor_output.env_outputs.observation['frame']
-        # Of different times and, as far as there are enough, different actors.
+        # Frames of different rows and, if there are enough, of different unrolls.
         rows, size = frames.shape[:2]
         shown = [(i * rows // NUM_RECONSTRUCTIONS, i % size) for i in range(NUM_RECONSTRUCTIONS)]
         frames = tf.stack([frames[row, column] for row, column in shown])
@@ -136,10 +137,10 @@ class Reconstructions(Hook):
 
 
 class News(Hook):
-    """Records what the other learners have told this one of their actors."""
+    """Records what the other learners have reported about their actors."""
 
     def __init__(self, learners: Learners):
-        """Keeps the learners."""
+        """Takes all learners of the run."""
         self._learners = learners
 
     def after_update(self, update: Update) -> None:
@@ -148,10 +149,10 @@ class News(Hook):
 
 
 class ReplayState(Hook):
-    """Records how full the replay is, and the seconds of its stages."""
+    """Records the metrics of the replay and the seconds of its stages."""
 
     def __init__(self, mixer: ReplayMixer):
-        """Keeps what mixes the batches."""
+        """Takes the mixer, which holds the replay."""
         self._mixer = mixer
 
     def at_line(self, log: Log) -> None:
@@ -161,7 +162,7 @@ class ReplayState(Hook):
 
 
 class StageTimer:
-    """Adds up the seconds of named stages; cleanba's answer to "what is my bottleneck?".
+    """Adds up the seconds of named stages, to show the bottleneck of a run.
 
     Attributes:
       seconds: stage -> seconds so far.
@@ -182,10 +183,10 @@ class StageTimer:
 
 
 class StageSeconds(Hook):
-    """Records the state of the actors, and the seconds of their stages and the learner's."""
+    """Records the state of the actors, and the seconds of their and the learner's stages."""
 
     def __init__(self, actors: Actors, timer: StageTimer):
-        """Keeps the actors, and what times the learner's stages."""
+        """Takes the actors, and the timer of the learner's stages."""
         self._actors = actors
         self._timer = timer
 
@@ -195,10 +196,10 @@ class StageSeconds(Hook):
 
 
 class Logging(Hook):
-    """Has other hooks record, and writes the log."""
+    """Calls the hooks that record, then writes the log."""
 
     def __init__(self, recorders: Sequence[Hook]):
-        """Keeps the other hooks, in the order in which they are called."""
+        """Takes these hooks, in the order in which they are called."""
         self._recorders = recorders
 
     def after_update(self, update: Update) -> None:
@@ -216,13 +217,13 @@ class Logging(Hook):
 
 
 class NonFiniteGuard(Hook):
-    """Ends a run whose updates are all skipped, as loss or gradient are not finite."""
+    """Ends a run if too many consecutive updates have a loss or gradient that is not finite."""
 
     def __init__(self, sample_reuse: int = 1):
-        """Begins to count.
+        """Starts the count at 0.
 
         Args:
-          sample_reuse: uses of each batch: one bad batch is not many, however often it is used.
+          sample_reuse: uses of each batch; all uses of one bad batch count as one.
         """
         self._most = MAX_SKIPPED_UPDATES * sample_reuse
         self._skipped_in_a_row = 0
@@ -242,7 +243,7 @@ class NonFiniteGuard(Hook):
 
 
 def recorders(run: Run, learner: Learner, source: BatchSource, timer: StageTimer) -> list[Hook]:
-    """Returns the hooks that record what every run logs."""
+    """Returns the hooks that record the log's standard contents."""
     hooks: list[Hook] = [
         Metrics(),
         Episodes(),

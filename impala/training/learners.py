@@ -1,4 +1,4 @@
-"""What a learner asks of the others that train the same model, if there are any."""
+"""The interface between a learner and the others that train the same model, if any."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -12,52 +12,52 @@ class Learners(Protocol):
     """All learners of a run; `impala.cluster.learner_group.LearnerGroup` connects several.
 
     Attributes:
-      run_id: of the run, as replay jobs know it.
+      run_id: the id by which replay jobs know the run.
     """
 
     run_id: str
 
     def then(self, stop: Callable[[], Any]) -> None:
-        """From now on, the end of another learner calls a function."""
+        """Makes the end of another learner call a function from now on."""
 
     def stop(self) -> None:
-        """Ends the training of all learners, since this one was told to. From any thread."""
+        """Ends the training of all learners, after a signal to this one. Thread-safe."""
 
     def explain(self, error: tf.errors.OpError) -> None:
-        """Finds out, for `check`, why a step failed."""
+        """Finds out why a train step failed, so that `check` can raise the reason."""
 
     def check(self) -> None:
-        """Raises what ended the training, if it was not `stop`."""
+        """Raises the error that ended the training, unless `stop` did."""
 
     def finish(self) -> None:
         """Waits until all learners have taken their last step."""
 
     def collect(self, log: Log) -> None:
-        """Hands what the other learners have told to the log."""
+        """Records in the log what the other learners have reported."""
 
 
 class OnlyLearner:
     """A learner without others."""
 
     def __init__(self, run_id: str = ''):
-        """Keeps the id of the run."""
+        """Takes the id of the run."""
         self.run_id = run_id
 
     def then(self, stop: Callable[[], Any]) -> None:
-        """Does nothing: there is no other to end."""
+        """Does nothing: there is no other learner that could end."""
 
     def stop(self) -> None:
-        """Does nothing: there is no other to be told."""
+        """Does nothing: there is no other learner to stop."""
 
     def explain(self, error: tf.errors.OpError) -> None:
-        """Raises the error: it is this learner's own."""
+        """Raises the error, which is this learner's own."""
         raise error
 
     def check(self) -> None:
-        """Does nothing: no other has ended."""
+        """Does nothing: no other learner can have ended."""
 
     def finish(self) -> None:
-        """Does nothing: there is no other to wait for."""
+        """Does nothing: there is no other learner to wait for."""
 
     def collect(self, log: Log) -> None:
-        """Does nothing: nobody has told anything."""
+        """Does nothing: no other learner reports anything."""

@@ -33,25 +33,25 @@ from impala.training.run import (
 
 
 def train(config: Config, hooks: Sequence[Hook] = ()) -> str | None:
-    """Trains until the frames are done, or until SIGINT or SIGTERM. Main thread only.
+    """Trains until all frames are done, or until SIGINT or SIGTERM. Main thread only.
 
-    A run with checkpoints in its logdir is resumed.
+    If `config.run.logdir` has checkpoints, the run resumes from the newest. If it has all its
+    frames already, the function returns at once.
 
     Args:
-      config: of the run. With `config.cluster.task` the learner serves actor jobs, else it has
-        actors of its own.
-      hooks: called after every update, in their order.
+      config: of the run. If `config.cluster.task` is 0 or more, the learner serves actor jobs;
+        otherwise it runs its own actors.
+      hooks: called in this order after every update.
 
     Returns:
-      The path of the last checkpoint, None if there is none yet or another learner has it. At once
-      if all frames were done before.
+      The path of the last checkpoint; None if there is none yet or another learner has it.
 
     Raises:
-      KeyboardInterrupt: SIGINT or SIGTERM came before training had begun.
+      KeyboardInterrupt: SIGINT or SIGTERM came before training had started.
       UnrollsLostError: training has ended and is saved, but actors kept dying.
       ConfigError, LevelError, LogdirError, ServerError, TrainingError: one sentence for the user.
       LearnerGroupError: another learner has ended.
-      ActorError: with the actor's own error text.
+      ActorError: actors died too often; the text includes the last one's error.
     """
     cluster, learner_devices = config.cluster, config.learner.learner_devices
     if learner_devices or cluster.has_several_learners:
@@ -89,10 +89,10 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
         guard = NonFiniteGuard(config.learner.replay.sample_reuse)
         with checkpoints.saved_at_the_end(log):
             _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
-            # For the last line, which may come early.
+            # For the last line, which is written even if none is due.
             logging.at_line(log)
             _end_together(run, source, log)
-        # Actor jobs wait for a run that ends for now, whether by a signal or by its flag.
+        # If the run can still be resumed, its actor jobs keep waiting for it.
         if not run.stop.received and run.frames(learner) >= config.run.total_environment_frames:
             actors.finish()
         try:
@@ -111,13 +111,13 @@ def _learn(
     timer: StageTimer,
     hooks: Sequence[Hook],
 ) -> None:
-    """The learner of Figure 1: until the frames are done or the actors are closed."""
+    """The learner of Figure 1: trains until the frames are done or the actors are closed."""
     step = _TrainStep(run, learner, log)
     frames = run.frames(learner)
     while frames < run.config.run.last_frames:
         with timer(WAIT_STAGE):
             batch, is_fresh = next(source.batches, (None, False))
-        # Behind the signal there may still be a batch that was assembled ahead.
+        # After the signal there may still be a batch that was assembled ahead.
         if batch is None or run.stop.received:
             return
         with timer('learner/train_step'):
@@ -136,13 +136,13 @@ def _learn(
 
 
 def _show(hooks: Sequence[Hook], update: Update) -> None:
-    # A function of its own, so that nothing holds on to the batch while the next one is awaited.
+    # A separate function, so that no variable keeps the batch while the next one is awaited.
     for hook in hooks:
         hook.after_update(update)
 
 
 class _TrainStep:
-    """Train steps; the first one takes seconds to be traced, in which it may be interrupted."""
+    """Train steps. Tracing the first one takes seconds, during which it may be interrupted."""
 
     def __init__(self, run: Run, learner: Learner, log: Log):
         self._run = run
@@ -151,7 +151,7 @@ class _TrainStep:
         self._has_begun = False
 
     def __call__(self, batch: tuple[UnrollBatch, ...], is_fresh: bool) -> dict[str, float] | None:
-        """Updates the weights; returns the metrics, or None if the run was told to end."""
+        """Updates the weights; returns the metrics, or None if the run must end."""
         stop = self._run.stop
         try:
             with contextlib.nullcontext() if self._has_begun else self._tracing():
@@ -165,7 +165,7 @@ class _TrainStep:
         except KeyboardInterrupt:
             return None
         except RuntimeError:
-            # An interrupt that reaches TensorFlow while it makes an error comes out as this.
+            # TensorFlow turns an interrupt that arrives while it makes an error into this.
             if self._has_begun or not stop.received:
                 raise
             return None
@@ -184,9 +184,9 @@ class _TrainStep:
 
 
 def _end_together(run: Run, source: BatchSource, log: Log) -> None:
-    """Finds out why training has ended, and ends with the other learners."""
+    """Raises the error that ended training, if any, and ends together with the other learners."""
     if run.stop.received:
-        # The signal's thread may be behind, and nobody is told when all is closed.
+        # The signal's thread may not have got to this yet, and later it would be too late.
         run.learners.stop()
         return
     source.actors.check()

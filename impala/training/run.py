@@ -1,4 +1,4 @@
-"""The start of a run: its settings are checked, its network is built, its checkpoint restored."""
+"""The start of a run: checks its settings, builds its network, opens its log."""
 
 import contextlib
 import dataclasses
@@ -38,15 +38,15 @@ from impala.trajectory import EnvironmentSpec
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run whose levels can be played and whose settings are those of its checkpoints.
+    """A run whose levels can be played and whose settings match its checkpoints.
 
     Attributes:
       config: of the run.
-      suite: what is played.
+      suite: the levels.
       actor_host: starts the actor processes.
       spec: of every level.
-      network: the agent's.
-      learners: this one and the others, which are there.
+      network: settings of the agent's network.
+      learners: this learner and the others, all of which are connected.
       stop: receives the signals that end the run.
     """
 
@@ -59,11 +59,11 @@ class Run:
     stop: StopSignal
 
     def frames(self, learner: Learner) -> int:
-        """Returns the frames that were trained on so far."""
+        """Returns the frames trained on so far."""
         return learner.counts()[1] * self.spec.num_action_repeats
 
     def when_stopped(self, close: Callable[[], Any]) -> None:
-        """Has a signal, and the end of another learner, call a function from now on."""
+        """Makes a signal, and the end of another learner, call a function from now on."""
 
         def stop_all() -> None:
             close()
@@ -75,12 +75,12 @@ class Run:
 
 @contextlib.contextmanager
 def started(config: Config, suite: Suite) -> Iterator[Run]:
-    """Starts a run; ends the processes of its actors and its connections with the block.
+    """Starts a run; the end of the block ends its actor processes and connections.
 
-    From now on SIGINT and SIGTERM are the run's, see `StopSignal`.
+    Within the block, `StopSignal` handles SIGINT and SIGTERM.
 
     Raises:
-      KeyboardInterrupt: one of them has come.
+      KeyboardInterrupt: SIGINT or SIGTERM came.
       ConfigError, LevelError, LogdirError, ServerError: one sentence for the user.
     """
     cluster, num_actors = config.cluster, config.actors.num_actors
@@ -118,7 +118,7 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
 
 
 def shared_settings(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> dict[str, Any]:
-    """Returns what all learners of a run must have the same of, JSON-serialisable."""
+    """Returns the settings that all learners of a run must agree on, JSON-serialisable."""
     return (
         config.agreed('jobs', 'learners')
         | network_settings(network, spec)
@@ -127,7 +127,7 @@ def shared_settings(config: Config, spec: EnvironmentSpec, network: AgentConfig)
 
 
 def build_learner(run: Run) -> tuple[Agent, Learner]:
-    """Makes the agent and its learner, or, with other learners, this one's replicas of them.
+    """Makes the agent and its learner; with several learners, this learner's replicas.
 
     Raises:
       ConfigError, ServerError: one sentence for the user.
@@ -161,12 +161,12 @@ def build_learner(run: Run) -> tuple[Agent, Learner]:
 
 @contextlib.contextmanager
 def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]:
-    """Opens the log of the run, or of a learner that tells the first one what it has to log.
+    """Opens the log of the run; learners other than the first report to the first one instead.
 
     Args:
       run: to log.
-      learner: is as it was restored.
-      wall_seconds: of training before.
+      learner: already restored.
+      wall_seconds: seconds of training before this start.
 
     Raises:
       LogdirError: one sentence for the user.
@@ -194,14 +194,14 @@ def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]
 def announce(
     run: Run, learner: Learner, replay: ReplayMixer | None, latest: str | None, log: Log
 ) -> None:
-    """Tells the user what is trained where.
+    """Reports to the user what is trained where.
 
     Args:
-      run: that begins.
+      run: the run.
       learner: of the run.
-      replay: that fills a part of each batch.
-      latest: path of the checkpoint from which the run is resumed, if it is.
-      log: shows it.
+      replay: fills a part of each batch; None without replay.
+      latest: path of the checkpoint from which the run resumes; None for a new run.
+      log: shows the report.
     """
     config, network = run.config, run.network
     num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
