@@ -3,11 +3,11 @@
     python experiment.py --level_name=ALE/Pong-v5 --num_actors=32 --logdir=/tmp/pong
     python experiment.py --mode=test --logdir=/tmp/pong
 
-The flags are the settings of `impala/config.py`, see docs/flags.md.
+The flags are the settings of `impala/config.py`; docs/flags.md lists them.
 
-Exit codes: 0 done or stopped by a signal with everything saved, 1 a failure, 2 bad input (one
-sentence says what), 3 an actor job that has lost its learner, 4 done and saved though most unrolls
-were lost since actors kept dying, 130 interrupted at the start or in a test.
+Exit codes: 0 done, or stopped by a signal with everything saved; 1 failure; 2 bad input (one
+sentence says what is wrong); 3 an actor job lost its learner; 4 done and saved, but most unrolls
+were lost because actors kept dying; 130 interrupted at the start or during a test.
 """
 
 import atexit
@@ -34,8 +34,8 @@ flags.define()
 
 
 def main(unused_argv: list[str]) -> int:
-    """Does what the flags say; returns the exit code."""
-    # TensorFlow takes seconds to load: what can be answered without it is answered before.
+    """Trains, tests or runs a job as the flags say; returns the exit code."""
+    # TensorFlow takes seconds to load: check the flags first.
     try:
         config = _config()
     except (ConfigError, files.LogdirError) as error:
@@ -72,7 +72,7 @@ def main(unused_argv: list[str]) -> int:
 
 
 def _config() -> Config:
-    """Returns what the flags say, in test mode with those of the run in --logdir.
+    """Returns the flags as a config; in test mode, with the flags of the run in --logdir.
 
     Raises:
       ConfigError, LogdirError: one sentence for the user.
@@ -99,7 +99,7 @@ def _config() -> Config:
 
 
 def _await_run(logdir: str) -> None:
-    """Waits until a folder is that of a training run."""
+    """Waits until a training run has started in a folder."""
     path = os.path.join(logdir, files.FLAG_FILE)
     if not os.path.exists(path):
         print(f'Waiting for a training run in {logdir}', flush=True)
@@ -108,7 +108,11 @@ def _await_run(logdir: str) -> None:
 
 
 def _restore_flags() -> None:
-    """Takes the flags of the run in --logdir, except for those on the command line."""
+    """Sets the flags of the run in --logdir, except those given on the command line.
+
+    Raises:
+      LogdirError: there is no run, or its flag file is invalid.
+    """
     path = os.path.join(FLAGS.logdir, files.FLAG_FILE)
     if not os.path.isfile(path):
         raise files.LogdirError(
@@ -134,8 +138,7 @@ def _start_tensorflow(config: Config) -> None:
         if config.learner.intra_op_threads:
             tf.config.threading.set_intra_op_parallelism_threads(config.learner.intra_op_threads)
         if config.run.mode == 'test':
-            # Nothing but acting: what other threads do, most of all looking for work, is at the
-            # environments' cost.
+            # A test only acts: idle threads that look for work would slow the environments.
             tf.config.threading.set_inter_op_parallelism_threads(1)
         job, device = config.cluster.job_name, config.cluster.actor_device
         if job == 'replay' or (job == 'actor' and device == 'cpu'):
@@ -161,7 +164,7 @@ def _train(config: Config) -> int:
 
 
 def _print_end(config: Config, path: str) -> None:
-    """Says how far a run has come; `path` is that of its last checkpoint."""
+    """Prints a summary of a run; `path` is its last checkpoint."""
     from impala.runs import run_summary
 
     run = config.run
@@ -197,7 +200,7 @@ def _test(config: Config) -> int:
 
 
 def _serve_replay(config: Config) -> int:
-    """Holds a part of the experience replay: neither environments nor a network are needed."""
+    """Serves a part of the experience replay, without environments and network."""
     _start_tensorflow(config)
     from impala.cluster import replay_job, transport
 
@@ -213,12 +216,12 @@ def _serve_replay(config: Config) -> int:
 
 
 def _interruptible_start() -> None:
-    """Makes SIGINT and SIGTERM end the process with a sentence as long as it holds nothing.
+    """Makes SIGINT and SIGTERM end the process with a sentence while it has nothing to lose.
 
-    An exception, which Python would raise, can turn up anywhere in the modules being imported and
-    comes out of some of them as another one.
+    Python would raise an exception at any place in the modules being imported, and some of them
+    turn it into another one.
     """
-    # TensorFlow's loading has the terminal's descriptor moved away for a while.
+    # `starting_tensorflow` redirects descriptor 2 for a while; keep the terminal's.
     terminal = os.dup(sys.stderr.fileno())
 
     def end(number: int, frame: Any) -> None:
@@ -251,7 +254,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 if __name__ == '__main__':
     outlive_readers()
     _interruptible_start()
-    # Else Python looks for garbage among all of TensorFlow's objects before it ends, which takes
-    # more than a second. What has to be brought to an end is by then.
+    # Otherwise Python's last garbage collection visits all of TensorFlow's objects, which takes
+    # more than a second. Everything that must end cleanly has ended by then.
     atexit.register(gc.freeze)
     app.run(main, flags_parser=_parse_flags)

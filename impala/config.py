@@ -1,15 +1,15 @@
 """All settings of the program, each defined once.
 
 A setting is a field of one of the classes below, made by `setting`: its name, type, default,
-bounds, unit and one sentence. Everything else follows from it: the flag of the same name, the check
-of its value, its line in a run's `flags.txt`, whether it may change when a run is resumed, whether
-the jobs of a run must agree on it, and its line in `docs/flags.md`.
+bounds, unit and a one-sentence description. Everything else follows from it: the flag of the same
+name, the check of its value, its line in a run's `flags.txt`, whether it may change when a run
+resumes, whether the jobs of a run must agree on it, and its line in `docs/flags.md`.
 
     Config.of(level_name='CartPole-v1', num_actors=8, learning_rate=0.003)
 
-Bounds are checked wherever one of the classes is instantiated, checks between settings stand in the
-`check` method of the class that holds them and are made for a whole `Config`. This module imports
-nothing but the standard library: actor processes use it.
+Each class checks the bounds of its settings when it is instantiated. Checks between settings are in
+the `check` method of their class; a `Config` calls all of them. This module imports only the
+standard library, because actor processes use it.
 """
 
 import dataclasses
@@ -21,41 +21,41 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
-# What becomes of a setting when a run is resumed:
-# - fixed: it may not differ, as it shapes the network, the optimizer's state or the counters.
-# - reported: it may differ, and the run says so.
-# - schedule: as reported; also, learning rate or entropy cost continue on another line.
-# - free: it may differ; nothing that the run says means anything else then.
-# - not_stored: it says what to do now, not what the run is, and is no part of `flags.txt`.
+# Whether a setting may change when a run resumes:
+# - fixed: no, because it shapes the network, the optimizer's state or the counters.
+# - reported: yes, and the run reports the change.
+# - schedule: yes, reported; the learning rate or the entropy cost then follows another line.
+# - free: yes, without a report, because the meaning of the run's results does not change.
+# - not_stored: it describes the present command, not the run, and is not in `flags.txt`.
 OnResume = Literal['fixed', 'reported', 'schedule', 'free', 'not_stored']
-# Who must have the same value: nobody, all learners, or these and all actor jobs.
+# Which jobs must have the same value: none, all learners, or all learners and actor jobs.
 Agreement = Literal['none', 'learners', 'jobs']
 
 
-# Added to the port of a learner's address when there are several learners: for gradients, and for
-# what they tell each other.
+# Added to the port in a learner's address when there are several learners, for the exchange of
+# gradients and of messages.
 GRADIENTS_PORT_OFFSET = 1000
 GROUP_PORT_OFFSET = 2000
 
 
 class ConfigError(ValueError):
-    """A setting, or settings that do not fit together; the text is one sentence for the user."""
+    """A setting is invalid, or settings do not fit together; the text is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name, type and default.
+    """The description of a setting, without its name, type and default.
 
     Attributes:
       help: one sentence.
       unit: of a number, for instance `'s'`.
       low: least value of a number, inclusive.
       high: greatest value of a number, inclusive.
-      choices: all values of a text; empty if any text will do.
+      choices: all valid values of a text; empty if any text is valid.
       on_resume: see `OnResume`.
       agreement: see `Agreement`.
-      only_with: `(name, value)` of the setting without which this one has no effect.
-      only_in: the mode or kind of job in which it has an effect, `''` for more than one.
+      only_with: `(name, value)` of another setting; this one has an effect only with that value.
+      only_in: the only mode or kind of job in which it has an effect; `''` for more than one.
       is_path: whether it names a file or folder of this machine.
     """
 
@@ -75,7 +75,7 @@ class Setting:
 
         Args:
           name: of the setting.
-          value: of the setting; None is the caller's business.
+          value: of the setting; not None.
           kind: the setting's type.
 
         Raises:
@@ -127,10 +127,10 @@ class _Checked:
 
     @classmethod
     def of(cls: type[Section], **values: Any) -> Section:
-        """Makes an instance from names of settings, wherever they stand below it.
+        """Makes an instance from settings of this class and of the classes nested in it.
 
         Args:
-          **values: name -> value, as of the flags; what is missing has its default.
+          **values: name -> value; other settings have their defaults.
 
         Raises:
           ConfigError: a name or a value is wrong, or values do not fit together.
@@ -161,10 +161,10 @@ class _Checked:
         return found
 
     def check(self) -> None:
-        """Checks what settings ask of each other.
+        """Checks that the settings fit together.
 
         Raises:
-          ConfigError: names them.
+          ConfigError: they do not; names them.
         """
 
 
@@ -239,7 +239,7 @@ class RunConfig(_Checked):
 
     @property
     def last_frames(self) -> int:
-        """Frames after which the process that trains ends."""
+        """Frames of the whole run at which the training process ends."""
         total = self.total_environment_frames
         return min(self.stop_at_frames or total, total)
 
@@ -341,12 +341,12 @@ class EnvironmentConfig(_Checked):
         high=1e6,
         on_resume='free',
     )
-    # Not settings: what a process knows and its user does not say.
-    # Existing folder for what an environment writes; None is the system's. A killed process leaves
-    # its files there, so a parent does well to remove it.
+    # The following are no settings: the program sets them, not the user.
+    # Existing folder for files that an environment writes; None for the system's. A killed process
+    # leaves its files there, so a parent should remove it.
     temp_folder: str | None = None
-    # DeepMind Lab: allow the hold-out levels, which are for testing only, and take the mixer seed
-    # of tests.
+    # DeepMind Lab: allow the hold-out levels, which are for testing only, and use the mixer seed of
+    # tests.
     is_test: bool = False
     # `Environment.render` will be called.
     render: bool = False
@@ -397,7 +397,7 @@ class ActorsConfig(_Checked):
 
     @property
     def num_processes(self) -> int:
-        """Processes in which the actors of this machine run."""
+        """Number of actor processes on this machine."""
         return -(-self.num_actors // self.envs_per_process)
 
 
@@ -603,7 +603,8 @@ class OptimizerConfig(_Checked):
     momentum: float = setting(
         0.0, 'Momentum.', low=0, high=1, agreement='learners', only_with=('optimizer', 'rmsprop')
     )
-    # A weight that has had no gradient yet is divided by the root of no more than these.
+    # Epsilons must be positive: for a weight that has had no gradient, the optimizer may divide by
+    # nothing else.
     epsilon: float = setting(
         0.1,
         'Epsilon, inside the root.',
@@ -720,7 +721,7 @@ class LearnerConfig(_Checked):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     replay: ReplayConfig = ReplayConfig()
-    # Not a setting: agent steps over which learning rate and entropy cost change, which follow from
+    # Not a setting: agent steps over which learning rate and entropy cost change. Follows from
     # --total_environment_frames and the action repeats.
     total_agent_steps: int = 250_000_000
 
@@ -803,17 +804,17 @@ class ClusterConfig(_Checked):
 
     @property
     def is_first(self) -> bool:
-        """Whether this learner is the one that writes checkpoints and logs."""
+        """Whether this learner writes checkpoints and logs."""
         return not self.has_several_learners or self.task == 0
 
     @property
     def is_distributed(self) -> bool:
-        """Whether the learner serves actor jobs, instead of having actors of its own."""
+        """Whether the learner serves actor jobs instead of running its own actors."""
         return self.task >= 0
 
     @property
     def own_address(self) -> str:
-        """The address of this learner, or of the one that this actor job belongs to."""
+        """The address of this learner, or of the learner that this actor job serves."""
         addresses = self.learner_addresses or (self.learner_address,)
         return addresses[self.task % len(addresses)]
 
@@ -934,7 +935,7 @@ class Config(_Checked):
             section.check()
 
     def value(self, name: str) -> Any:
-        """Returns the value of a setting, wherever it stands."""
+        """Returns the value of a setting, wherever it is in the tree."""
         section: Any = self
         for step in all_settings()[name].path:
             section = getattr(section, step)
@@ -1044,8 +1045,8 @@ class Known:
     """A setting and its place in the tree.
 
     Attributes:
-      path: names of the fields that lead to the class that it is a field of.
-      group: a title for the settings of that class.
+      path: names of the fields that lead from `Config` to the class of the setting.
+      group: title of that class's settings.
       kind: its type: bool, int, float, str, or tuple for a list of texts.
       default: its default.
       setting: its description.
@@ -1072,12 +1073,12 @@ def all_settings() -> Mapping[str, Known]:
 
 
 def _sections(section: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yields all parts of a tree, or of its class, with the names that lead to them."""
+    """Yields all sections of a tree, or of its class, with the names that lead to them."""
     yield path, section
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.default):
             child = getattr(section, field.name)
-            # A class has the default, an instance, in its place.
+            # A class attribute is the default, an instance.
             child = type(child) if isinstance(section, type) else child
             yield from _sections(child, (*path, field.name))
 
@@ -1098,7 +1099,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Returns host and port of `host:port`.
 
     Raises:
-      ConfigError: it is something else.
+      ConfigError: it has another form.
     """
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or int(port) > 65535:
@@ -1107,6 +1108,6 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def with_common_actions(config: EnvironmentConfig, level_names: Sequence[str]) -> EnvironmentConfig:
-    """Gives several Atari games all 18 actions, as one agent has one action set for all of them."""
+    """Returns a config in which several Atari games have all 18 actions, as one agent requires."""
     games = {name for name in level_names if name.startswith('ALE/')}
     return dataclasses.replace(config, full_action_set=config.full_action_set or len(games) > 1)

@@ -1,4 +1,4 @@
-"""Memory: how much there is, and whether what a run is going to need fits into it."""
+"""Free memory of this machine, and whether a run fits into it."""
 
 import contextlib
 import dataclasses
@@ -6,23 +6,23 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-# What is left for what no estimate knows of: TensorFlow itself, activations, other programs. A part
-# of what is free, and on a large machine no more than so many bytes.
+# Reserve for what the estimates leave out (TensorFlow itself, activations, other programs): a share
+# of the free memory, and at most this many bytes.
 _SHARE_LEFT = 0.2
 _MOST_LEFT = 10 * 10**9
-# What is less than this part of all is not worth a word.
+# A need below this share of the total is not mentioned.
 _SHARE_TO_TELL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Memory that a run cannot do without.
+    """Memory that a run requires.
 
     Attributes:
-      what: it is for, in the plural.
-      nbytes: at least.
-      flags: name -> value of those that it follows from, the one that matters most first.
-      nbytes_each: of one more of the first flag's value.
+      what: its purpose, in the plural.
+      nbytes: bytes, as a lower bound.
+      flags: name -> value of the flags that determine it, the most important one first.
+      nbytes_each: bytes that the first flag's value costs per unit.
     """
 
     what: str
@@ -32,15 +32,15 @@ class Need:
 
 
 def shortage(needs: Sequence[Need], room: int | None = None) -> str:
-    """Returns what is wrong if all needs together are more than there is room for, '' if not.
+    """Returns a sentence for the user if the needs together exceed the room, '' if they fit.
 
     Args:
       needs: of a run.
       room: bytes; None for `room_bytes` of this machine.
 
     Returns:
-      A sentence for the user with the flags that matter most and, where there is one, a value of
-      the first that would do.
+      A sentence that names the most important flags and, if possible, a value of the first one that
+      would fit.
     """
     room = room_bytes() if room is None else room
     total = sum(need.nbytes for need in needs)
@@ -64,26 +64,26 @@ def shortage(needs: Sequence[Need], room: int | None = None) -> str:
 
 
 def room_bytes(held: int = 0) -> int:
-    """Returns the bytes of memory that a run may plan with: of what is free now, a part.
+    """Returns the bytes of memory that a run may plan to use: the free memory minus a reserve.
 
     Args:
-      held: bytes that are in use and will be free.
+      held: bytes that are in use now but will be free.
     """
     free = free_memory_bytes() + held
     return int(free - min(_SHARE_LEFT * free, _MOST_LEFT))
 
 
 def free_memory_bytes(meminfo: str = '/proc/meminfo', cgroups: str = '/sys/fs/cgroup') -> int:
-    """Returns the bytes of memory that this process could still be given.
+    """Returns the bytes of memory that this process can still get.
 
     Args:
-      meminfo: file in which the kernel tells of the machine's memory.
-      cgroups: folder of the limits of the container that it is in, if it is in one.
+      meminfo: the kernel's file about the machine's memory.
+      cgroups: folder of the container's limits; need not exist.
     """
     with open(meminfo, encoding='utf-8') as file:
         (available,) = re.findall(r'^MemAvailable: +(\d+) kB$', file.read(), re.MULTILINE)
     free = [int(available) * 1024]
-    # Of the second and the first version of such limits.
+    # Files of cgroups version 2, then version 1.
     for limit, usage, statistics, prefix in (
         ('memory.max', 'memory.current', 'memory.stat', ''),
         (
@@ -93,10 +93,10 @@ def free_memory_bytes(meminfo: str = '/proc/meminfo', cgroups: str = '/sys/fs/cg
             'total_',
         ),
     ):
-        # There are no such files, or there is no limit, which reads 'max'.
+        # The files may not exist, and 'max' stands for no limit.
         with contextlib.suppress(OSError, ValueError):
             left = int(_read(cgroups, limit)) - int(_read(cgroups, usage))
-            # Files that were read count as used, but make room, also those that were read twice.
+            # Cached files count as used, active ones too, but the kernel can drop them.
             pattern = rf'^{prefix}(?:in)?active_file (\d+)$'
             cached = re.findall(pattern, _read(cgroups, statistics), re.MULTILINE)
             free.append(left + sum(map(int, cached)))

@@ -1,18 +1,18 @@
-"""Seeds that follow from others. It knows no TensorFlow: actor processes import it."""
+"""Derived seeds. Does not import TensorFlow, because actor processes import it."""
 
 import numpy as np
 
 
 def derived_seed(*numbers: int) -> int:
-    """Returns a seed that differs, but for a chance in 2**31, for all other numbers.
+    """Returns a seed that differs from those of other numbers, up to a chance of 1 in 2**31.
 
-    Seeds next to each other would do as seeds of one run, but environments of runs with the seeds 1
-    and 2 would be the same ones but for the first and the last.
+    Consecutive seeds would suffice within a run, but then runs with the seeds 1 and 2 would share
+    all environments except the first and the last.
 
     Args:
-      numbers: nonnegative; as many in each place that seeds of one kind come from.
+      *numbers: nonnegative integers. Seeds of one kind are derived from equally many numbers.
 
     Returns:
-      In `[0, 2**31)`.
+      A seed in `[0, 2**31)`.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) & (2**31 - 1)

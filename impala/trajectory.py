@@ -1,11 +1,11 @@
-"""What flows from the actors to the learner: the structures and their specs.
+"""The structures that flow from the actors to the learner, and their specs.
 
-Names are those of the paper and its released code. Letters: T unroll length, B batch size, A number
-of actions, H, W, C frame height, width and channels, L instruction length. An unroll has T+1 rows:
-row `t` of `env_outputs` is what the agent sees before it acts, row `t` of `agent_outputs` is the
-action that *led to* row `t` of `env_outputs`. Row 0 repeats row T of the unroll before.
+Names follow the paper and its released code. Letters: T unroll length, B batch size, A number of
+actions, H, W, C frame height, width and channels, L instruction length. An unroll has T+1 rows: row
+`t` of `env_outputs` is what the agent sees before it acts, row `t` of `agent_outputs` is the action
+that *led to* row `t` of `env_outputs`. Row 0 repeats row T of the previous unroll.
 
-This module knows NumPy only: actor processes import it, and they never load TensorFlow.
+This module uses only NumPy: actor processes import it and never load TensorFlow.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# Words of an instruction are hashed to 1, ..., 999; 0 stands where there is none.
+# Words of an instruction are hashed to 1, ..., 999; 0 is padding.
 INSTRUCTION_BUCKETS = 1000
 
 
@@ -24,11 +24,11 @@ class EpisodeEnd(enum.IntEnum):
     NOT_ENDED = 0
     TERMINATED = 1  # by the rules of the environment
     TRUNCATED = 2  # by a limit on its length
-    LIFE_LOST = 3  # an episode for the agent, while the game and its return go on
+    LIFE_LOST = 3  # ends the agent's episode, but the game and its return continue
 
 
 class StepOutputInfo(NamedTuple):
-    """Statistics of the episode that a row belongs to or, where `done`, has just ended.
+    """Statistics of a row's episode or, where `done`, of the episode that has just ended.
 
     Attributes:
       episode_return: f32 `[T+1, B]`, undiscounted, unclipped sum of rewards.
@@ -78,7 +78,7 @@ class ActorOutput(NamedTuple):
 
     Attributes:
       level_id: i32 `[B]`, index into the run's list of levels.
-      policy_version: i64 `[B]`, learner updates behind the weights that acted in row 0.
+      policy_version: i64 `[B]`, learner updates that made the weights that acted in row 0.
       agent_state: nest of `[B, ...]`, recurrent state before row 0.
       env_outputs: `StepOutput`, `[T+1, B, ...]`.
       agent_outputs: `AgentOutput`, `[T+1, B, ...]`.
@@ -106,16 +106,16 @@ class ArraySpec:
 
 @dataclasses.dataclass(frozen=True)
 class UnrollArray(ArraySpec):
-    """One of the arrays that an unroll consists of.
+    """The spec of one of the arrays that make up an unroll.
 
     `shape` includes the time dimension; `dtype` is a float, an integer of up to 63 bits or bool.
 
     Attributes:
       name: for error messages.
-      time_major: whether the first dimension is time, so that batches are `[T+1, B, ...]`; they are
-        `[B, ...]` otherwise.
-      low: least valid value of an integer; None is that of the type.
-      high: greatest valid value of an integer, inclusive; None is that of the type.
+      time_major: whether the first dimension is time, so that batches are `[T+1, B, ...]`;
+        otherwise they are `[B, ...]`.
+      low: least valid value of an integer; None for the least of its type.
+      high: greatest valid value of an integer, inclusive; None for the greatest of its type.
     """
 
     name: str
