@@ -16,7 +16,7 @@ from impala.acting.actor_processes import ActorHost, require_files
 from impala.acting.local_actors import LocalActors
 from impala.cluster import remote_actors
 from impala.cluster.exchange import Reservation
-from impala.cluster.transport import Closed, Disconnected, LearnerConnection, Rejected, Stranger
+from impala.cluster.transport import Closed, Disconnected, LearnerConnection, Rejected, WrongPeer
 from impala.config import ClusterConfig, Config, ConfigError, with_common_actions
 from impala.experience.batch import flatten_unroll, unroll_components
 from impala.learning import memory_needs
@@ -68,10 +68,10 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         job, address = config.cluster, config.cluster.own_address
-        patience = _Patience(job, report, stop)
-        with _before_play(), LearnerConnection(address) as asking:
-            settings = json.loads(patience.call(asking.settings))
-            version = patience.call(asking.status).version
+        retry = _Retry(job, report, stop)
+        with _before_play(), LearnerConnection(address) as control:
+            settings = json.loads(retry.call(control.settings))
+            version = retry.call(control.status).version
         config, level_names = _agreed(config, given, settings)
         num_actors = config.actors.num_actors
         if config.actors.inference_batch_size > num_actors:
@@ -110,7 +110,7 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
             )
         )
         actors = LocalActors(config, level_names, spec, agent, actor_host, report)
-        learner = _Learner(connection, actors, patience, job.task, num_actors)
+        learner = _Learner(connection, actors, retry, job.task, num_actors)
         with _before_play():
             learner.reserve(report)
             if learner.finished:
@@ -178,7 +178,7 @@ def _play(
                 ) from error
 
 
-class _Patience:
+class _Retry:
     """Repeats calls to a learner that may be away for a while."""
 
     def __init__(self, config: ClusterConfig, report: Callable[[str], None], stop: StopSignal):
@@ -197,7 +197,7 @@ class _Patience:
         Raises:
           LearnerLost: it has not come back in time.
           ConfigError: what is there is no learner.
-          _OfALostPolicy: of `before_again`.
+          _LostPolicyError: of `before_again`.
         """
         away_since = None
         back_off = 0.25
@@ -209,10 +209,10 @@ class _Patience:
                 if away_since is not None:
                     self._report(f'The learner at {self._address} is there')
                 return result
-            except _OfALostPolicy:
+            except _LostPolicyError:
                 self._report(f'The learner at {self._address} is there')
                 raise
-            except Stranger as error:
+            except WrongPeer as error:
                 raise ConfigError(
                     f'{error} Give this job the --learner_address of its learner.'
                 ) from error
@@ -254,13 +254,13 @@ class _Learner:
         self,
         connection: LearnerConnection,
         actors: LocalActors,
-        patience: _Patience,
+        retry: _Retry,
         task: int,
         num_environments: int,
     ):
         self._connection = connection
         self._actors = actors
-        self._patience = patience
+        self._retry = retry
         self._task = task
         self._num_environments = num_environments
         self._version = -1
@@ -279,7 +279,7 @@ class _Learner:
         """
         seen_at = None
         while True:
-            self._patience.call(self._reserve)
+            self._retry.call(self._reserve)
             if self.finished or self.holder is None:
                 return
             now = time.monotonic()
@@ -292,7 +292,7 @@ class _Learner:
             # Of this clock and the learner's, which may not run alike.
             elif now - self.holder.seconds_since_seen > seen_at + 1:
                 raise self.taken_error()
-            self._patience.sleep(_RESERVING_AGAIN_SECONDS)
+            self._retry.sleep(_RESERVING_AGAIN_SECONDS)
 
     def taken_error(self) -> ConfigError:
         """Returns what to raise where another job has the number."""
@@ -322,7 +322,7 @@ class _Learner:
           ActorJobError: they are not those of this job's network.
         """
         try:
-            version, values = self._patience.call(self._connection.weights)
+            version, values = self._retry.call(self._connection.weights)
         except Rejected as error:
             raise ActorJobError(
                 f'The learner at {self._connection.address} has another network: {error}.'
@@ -348,25 +348,25 @@ class _Learner:
         def forget_what_is_lost() -> None:
             # A learner that came back may have lost the updates behind the weights that acted.
             if self._connection.status().version < unroll[1]:
-                raise _OfALostPolicy
+                raise _LostPolicyError
 
         # Begun before the learner came back without those weights; there may be one from each
         # environment.
         if unroll[1] > self._version:
             return
         try:
-            status = self._patience.call(
+            status = self._retry.call(
                 lambda: self._connection.put(
                     unroll, self._task, level, sequence, self._present_notes()
                 ),
                 forget_what_is_lost,
             )
-        except _OfALostPolicy:
+        except _LostPolicyError:
             self.refresh()
             return
         except Rejected:
             # By a learner that does not know these weights? It may have been away unnoticed.
-            if self._patience.call(self._connection.status).version >= self._version:
+            if self._retry.call(self._connection.status).version >= self._version:
                 raise
             self.refresh()
             return
@@ -394,7 +394,7 @@ class _Learner:
 
         def watch() -> None:
             while not done.wait(remote_actors.POLL_SECONDS):
-                with contextlib.suppress(Disconnected, Rejected, Closed, Stranger):
+                with contextlib.suppress(Disconnected, Rejected, Closed, WrongPeer):
                     self.finished = self._connection.status().finished
                     if not self.finished:
                         self._reserve()
@@ -412,7 +412,7 @@ class _Learner:
             thread.join()
 
 
-class _OfALostPolicy(Exception):
+class _LostPolicyError(Exception):
     """An unroll of weights that the learner does not know any more."""
 
 

@@ -1,7 +1,7 @@
 """Several learners that train one model together.
 
 TensorFlow's strategies do the arithmetic: gradients are summed over replicas that stay equal. What
-they do not do is done here over a plain connection of every learner to the first one: the roll call
+they do not do is done here over a plain connection of every learner to the first one: the handshake
 before training, the news that one of them has ended, and the news of their actors for the log.
 """
 
@@ -135,10 +135,10 @@ class LearnerGroup:
         self._settings = json.loads(json.dumps(settings))
         self._report = report
         host, port = split_address(member.addresses[0])
-        self._roll_call = host, port + GROUP_PORT_OFFSET
+        self._group_address = host, port + GROUP_PORT_OFFSET
         # Guards all below.
         self._changed = threading.Condition()
-        self._lines: dict[int, _Line] = {}
+        self._peers: dict[int, _PeerConnection] = {}
         self._complete: set[int] = set()
         self._reason: str | None = None
         self._stopped = False
@@ -158,9 +158,9 @@ class LearnerGroup:
         threading.Thread(target=self._beat, name='learner heartbeat', daemon=True).start()
         try:
             if self._member.is_first:
-                self._call_roll()
+                self._await_learners()
             else:
-                self._answer_roll()
+                self._join()
         except BaseException:
             self._close()
             raise
@@ -172,37 +172,37 @@ class LearnerGroup:
     def _close(self) -> None:
         with self._changed:
             self._finishing = True
-            lines = list(self._lines.values())
+            peers = list(self._peers.values())
         self._closed.set()
         if self._listener is not None:
             self._listener.close()
-        for line in lines:
-            line.close()
+        for peer in peers:
+            peer.close()
 
-    def _call_roll(self) -> None:
+    def _await_learners(self) -> None:
+        host, port = self._group_address
         with contextlib.suppress(OSError):
-            socket.create_connection(self._roll_call, timeout=2.0).close()
+            socket.create_connection(self._group_address, timeout=2.0).close()
             raise ConfigError(
                 f'There is another learner with --task=0 at {self._member.addresses[0]}: each '
                 'needs a number of its own.'
             )
         # TensorFlow would listen on all interfaces even then.
-        host = self._roll_call[0] if self._roll_call[0] in ('localhost', '127.0.0.1') else ''
+        interface = host if host in ('localhost', '127.0.0.1') else ''
         try:
-            self._listener = socket.create_server((host, self._roll_call[1]))
+            self._listener = socket.create_server((interface, port))
         except OSError as error:
             raise ServerError(
-                f'The first learner cannot listen on port {self._roll_call[1]} for the others: '
-                f'{error.strerror}.'
+                f'The first learner cannot listen on port {port} for the others: {error.strerror}.'
             ) from error
-        threading.Thread(target=self._accept, name='learner roll call', daemon=True).start()
+        threading.Thread(target=self._accept, name='learner handshake', daemon=True).start()
         everybody = set(range(1, len(self._member.addresses)))
         reported: set[int] = set()
         with self._changed:
-            while missing := everybody - self._lines.keys():
+            while missing := everybody - self._peers.keys():
                 if missing != reported:
                     tasks = ', '.join(f'--task={task}' for task in sorted(missing))
-                    self._report(f'Waiting for the learners {tasks} on port {self._roll_call[1]}')
+                    self._report(f'Waiting for the learners {tasks} on port {port}')
                     reported = missing
                 self._changed.wait()
             self._has_begun = True
@@ -219,8 +219,8 @@ class LearnerGroup:
 
     def _serve(self, connection: socket.socket) -> None:
         """The first learner's end of a connection to another one."""
-        with contextlib.suppress(OSError), _Line(connection) as line:
-            hello = line.receive() or {}
+        with contextlib.suppress(OSError), _PeerConnection(connection) as peer:
+            hello = peer.receive() or {}
             task, host = hello.get('task'), hello.get('host')
             if not isinstance(task, int):
                 return  # Somebody who has taken the wrong door.
@@ -229,13 +229,13 @@ class LearnerGroup:
                     return  # It comes back when the group is formed anew.
                 refusal = self._refusal(task, hello)
                 if refusal is None:
-                    self._lines[task] = line
+                    self._peers[task] = peer
                     self._changed.notify_all()
             if refusal is not None:
                 self._report(f'Learner {task} on {host} is refused: {refusal}')
-                line.send({'refused': refusal})
+                peer.send({'refused': refusal})
                 return
-            self._listen(line, task)
+            self._listen(peer, task)
 
     def _refusal(self, task: int, hello: dict[str, Any]) -> str | None:
         if hello.get('protocol') != PROTOCOL:
@@ -243,9 +243,9 @@ class LearnerGroup:
                 f'The first learner runs another version of this program (protocol {PROTOCOL}, '
                 f'here {hello.get("protocol")}): install the same one.'
             )
-        if task in self._lines:
+        if task in self._peers:
             return (
-                f'There is another learner with --task={task} at {self._lines[task].peer}: each '
+                f'There is another learner with --task={task} at {self._peers[task].address}: each '
                 'needs a number of its own.'
             )
         theirs = hello.get('settings', {})
@@ -257,8 +257,8 @@ class LearnerGroup:
                 )
         return None
 
-    def _answer_roll(self) -> None:
-        host, port = self._roll_call
+    def _join(self) -> None:
+        host, port = self._group_address
         self._report(f'Waiting for the first learner at {host}, port {port}')
         hello = {
             'task': self._member.task,
@@ -268,30 +268,30 @@ class LearnerGroup:
         }
         while True:
             with contextlib.suppress(OSError):
-                line = _Line(socket.create_connection(self._roll_call, timeout=5.0))
-                line.send(hello)
+                peer = _PeerConnection(socket.create_connection(self._group_address, timeout=5.0))
+                peer.send(hello)
                 with self._changed:
-                    self._lines[0] = line
-                while (answer := line.receive()) is not None:
+                    self._peers[0] = peer
+                while (answer := peer.receive()) is not None:
                     if 'refused' in answer:
                         raise ConfigError(answer['refused'])
                     if 'begin' in answer:
                         self.run_id = answer['run_id']
                         self._has_begun = True
                         threading.Thread(
-                            target=self._listen, args=(line, 0), name='learner', daemon=True
+                            target=self._listen, args=(peer, 0), name='learner', daemon=True
                         ).start()
                         return
-                line.close()
+                peer.close()
             time.sleep(_RETRY_SECONDS)
 
     def _beat(self) -> None:
         while not self._closed.wait(_HEARTBEAT_SECONDS):
             self._send({})
 
-    def _listen(self, line: '_Line', task: int) -> None:
+    def _listen(self, peer: '_PeerConnection', task: int) -> None:
         """Acts on what another learner says until it has ended."""
-        while (message := line.receive()) is not None:
+        while (message := peer.receive()) is not None:
             if 'lost' in message:
                 self._end(message['lost'])
             with self._changed:
@@ -301,14 +301,14 @@ class LearnerGroup:
                 elif {'episodes', 'actors', 'unrolls_of'} & message.keys():
                     self._news.append((task, message))
         with self._changed:
-            self._lines.pop(task, None)
+            self._peers.pop(task, None)
             self._changed.notify_all()
-            # During the roll call, it may come again.
+            # During the handshake it may reconnect.
             is_expected = self._finishing or task in self._complete or not self._has_begun
         if not is_expected:
             what = (
                 f'has not been heard of for {_SILENCE_SECONDS:g} seconds'
-                if line.is_silent
+                if peer.is_silent
                 else 'has ended'
             )
             self._end(f'Learner {task} ({self._member.addresses[task]}) {what}.')
@@ -331,10 +331,10 @@ class LearnerGroup:
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._changed:
-            lines = list(self._lines.values())
-        for line in lines:
+            peers = list(self._peers.values())
+        for peer in peers:
             with contextlib.suppress(OSError):
-                line.send(message)
+                peer.send(message)
 
     def then(self, stop: Callable[[], Any]) -> None:
         """From now on, the end of another learner calls a function, and fails `Learner.step`.
@@ -386,7 +386,7 @@ class LearnerGroup:
         if not self._member.is_first:
             self._send({'complete': True})
         with self._changed:
-            self._changed.wait_for(lambda: self._lines.keys() <= self._complete, _FINISH_SECONDS)
+            self._changed.wait_for(lambda: self._peers.keys() <= self._complete, _FINISH_SECONDS)
             self._finishing = True
         if self._member.is_first:
             self._send({'complete': True})
@@ -490,11 +490,11 @@ class FollowerLog(Log):
         return True
 
 
-class _Line:
+class _PeerConnection:
     """A connection between two learners. A context manager; any thread may send.
 
     Attributes:
-      peer: network address of the other end.
+      address: network address of the other end.
       is_silent: whether `receive` has returned None for want of any message.
     """
 
@@ -504,9 +504,9 @@ class _Line:
         self._reader = connection.makefile('rb')
         self._sending = threading.Lock()
         self.is_silent = False
-        self.peer = connection.getpeername()[0]
+        self.address = connection.getpeername()[0]
 
-    def __enter__(self) -> '_Line':
+    def __enter__(self) -> '_PeerConnection':
         return self
 
     def __exit__(self, *unused: Any) -> None:

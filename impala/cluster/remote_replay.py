@@ -26,7 +26,7 @@ from impala.cluster.replay_job import (
     Answer,
     Layout,
     Request,
-    Wish,
+    RequestKind,
 )
 from impala.cluster.transport import (
     AnyConnection,
@@ -35,7 +35,7 @@ from impala.cluster.transport import (
     Rejected,
     RemoteError,
     ReplayConnection,
-    Stranger,
+    WrongPeer,
 )
 from impala.config import ConfigError
 from impala.experience.replay import Packing
@@ -131,7 +131,7 @@ class RemoteReplay:
             for shard in self._shards
             for target in (self._keep, self._fetch)
         ]
-        self._for_each(lambda shard: self._tell(shard, Wish.ASK))
+        self._for_each(lambda shard: self._request(shard, RequestKind.QUERY))
 
     def start(self, begins: bool, report: Callable[[str], None]) -> None:
         """To be called before the shards are used.
@@ -151,7 +151,7 @@ class RemoteReplay:
           ConfigError: as when this was made.
         """
         try:
-            self._for_each(lambda shard: self._tell(shard, shard.wish))
+            self._for_each(lambda shard: self._request(shard, shard.request_kind))
         except ConfigError:
             self._for_each(self._leave)
             raise
@@ -301,12 +301,12 @@ class RemoteReplay:
         with concurrent.futures.ThreadPoolExecutor(len(self._shards)) as executor:
             list(executor.map(call, self._shards if shards is None else shards))
 
-    def _tell(self, shard: '_Shard', wish: Wish) -> None:
+    def _request(self, shard: '_Shard', kind: RequestKind) -> None:
         """Says what is wanted of a shard, if it is there."""
         try:
-            with self._asking(shard) as asking:
-                self._ask(asking, wish)
-                shard.begins &= wish is Wish.ASK
+            with self._control_connection(shard) as control:
+                self._ask(control, kind)
+                shard.begins &= kind is RequestKind.QUERY
         except ConfigError:
             raise
         except Exception as error:
@@ -318,22 +318,22 @@ class RemoteReplay:
             contextlib.suppress(RemoteError),
             ReplayConnection(
                 shard.address, REQUEST_COMPONENTS, (), _LEAVE_SECONDS, REQUESTS, BOARD
-            ) as asking,
+            ) as control,
         ):
-            self._send(asking, Wish.LEAVE)
+            self._send(control, RequestKind.RELEASE)
 
     def _keep(self, shard: '_Shard') -> None:
         """Sends a shard what is for it, and tries to find it when it is not there."""
         back_off = _FIRST_BACK_OFF_SECONDS
         while True:
             try:
-                with self._asking(shard) as asking:
-                    held, answer = self._ask(asking, shard.wish)
+                with self._control_connection(shard) as control:
+                    held, answer = self._ask(control, shard.request_kind)
                     shard.begins = False
                     with self._connected(shard, answer) as connection:
                         back_off = _FIRST_BACK_OFF_SECONDS
                         try:
-                            self._use(shard, asking, answer, connection, held)
+                            self._use(shard, control, answer, connection, held)
                         except Exception as error:
                             # Before it is closed, which the other thread would take for the cause.
                             self._lose(shard, error)
@@ -348,7 +348,7 @@ class RemoteReplay:
     def _use(
         self,
         shard: '_Shard',
-        asking: Connection,
+        control: Connection,
         answer: Answer,
         connection: ReplayConnection,
         held: int,
@@ -373,7 +373,7 @@ class RemoteReplay:
                 if self._closed or not shard.connection:
                     return
             if time.monotonic() - renewed_at >= renewal_seconds:
-                if self._ask(asking, Wish.TAKE)[1].inbox != answer.inbox:
+                if self._ask(control, RequestKind.ACQUIRE)[1].inbox != answer.inbox:
                     raise Disconnected(f'The replay job at {shard.address} begins anew.')
                 renewed_at = time.monotonic()
             with self._changed:
@@ -447,7 +447,7 @@ class RemoteReplay:
             self._report(f'{error} Going on with {rest} until it is back')
 
     @contextlib.contextmanager
-    def _asking(self, shard: '_Shard') -> Iterator[Connection]:
+    def _control_connection(self, shard: '_Shard') -> Iterator[Connection]:
         """Gives a connection by which something can be asked of a shard.
 
         Raises:
@@ -463,10 +463,10 @@ class RemoteReplay:
                 REQUESTS,
                 BOARD,
             )
-        ) as asking:
+        ) as control:
             try:
-                settings = json.loads(asking.settings())
-            except Stranger as error:
+                settings = json.loads(control.settings())
+            except WrongPeer as error:
                 raise ConfigError(
                     f'{error} Give the learner the --replay_addresses of its replay jobs.'
                 ) from error
@@ -477,7 +477,7 @@ class RemoteReplay:
                 )
             shard.capacity = settings['capacity']
             shard.lease_seconds = settings['lease_seconds']
-            yield asking
+            yield control
 
     def _connected(
         self, shard: '_Shard', answer: Answer
@@ -496,32 +496,32 @@ class RemoteReplay:
             )
         )
 
-    def _ask(self, asking: Connection, wish: Wish) -> tuple[int, Answer]:
+    def _ask(self, control: Connection, kind: RequestKind) -> tuple[int, Answer]:
         """Says what is wanted; returns how many unrolls there are then, and the answer.
 
         Raises:
           RemoteError: there is no answer.
           ConfigError: it cannot be had.
         """
-        number = self._send(asking, wish)
+        number = self._send(control, kind)
         deadline = time.monotonic() + _DEADLINE_SECONDS
         while True:
-            held, answer = _read(asking)
+            held, answer = _read(control)
             refusal = answer.outcomes.get(str(number))
             if refusal:
-                raise ConfigError(f'The replay job at {asking.address} refuses: {refusal}')
-            if refusal is not None and (wish is Wish.ASK or answer.run == self._run_id):
+                raise ConfigError(f'The replay job at {control.address} refuses: {refusal}')
+            if refusal is not None and (kind is RequestKind.QUERY or answer.run == self._run_id):
                 return held, answer
             if time.monotonic() > deadline:
-                raise Disconnected(f'The replay job at {asking.address} does not answer.')
+                raise Disconnected(f'The replay job at {control.address} does not answer.')
             time.sleep(0.02)
 
-    def _send(self, asking: Connection, wish: Wish) -> int:
+    def _send(self, control: Connection, kind: RequestKind) -> int:
         """Sends what is wanted; returns the number of the outcome."""
         number = secrets.randbits(62)
-        request = Request(number, self._run_id, self._learner, self._layout, wish)
+        request = Request(number, self._run_id, self._learner, self._layout, kind)
         # The time grows, as a sequence must.
-        asking.put([np.int64(0), request.to_array()], 0, '', time.monotonic_ns())
+        control.put([np.int64(0), request.to_array()], 0, '', time.monotonic_ns())
         return number
 
     @contextlib.contextmanager
@@ -579,11 +579,11 @@ class _Shard:
     is_missed: bool = False
 
     @property
-    def wish(self) -> Wish:
+    def request_kind(self) -> RequestKind:
         """What is wanted of it when it is found."""
-        return Wish.BEGIN if self.begins else Wish.TAKE
+        return RequestKind.RESET if self.begins else RequestKind.ACQUIRE
 
 
-def _read(asking: Connection) -> tuple[int, Answer]:
-    held, (text,) = asking.weights()
+def _read(control: Connection) -> tuple[int, Answer]:
+    held, (text,) = control.weights()
     return held, Answer.from_text(bytes(text))

@@ -37,7 +37,7 @@ from impala.runs.stop_signal import StopSignal
 from impala.trajectory import UnrollArray
 
 # Changes when a learner and a replay job of two versions could misunderstand each other.
-PROTOCOL = 2
+PROTOCOL = 3
 
 # A run that was not heard of for so long is over, or so it seems: what it left makes room.
 LEASE_SECONDS = 30.0
@@ -92,17 +92,17 @@ class Layout:
         )
 
 
-class Wish(enum.Enum):
+class RequestKind(enum.Enum):
     """What a learner wants of a replay job for its run."""
 
     # To know whether it could have it; nothing changes.
-    ASK = 'ask'
+    QUERY = 'query'
     # To have it, or to keep it; with the unrolls of this run, if there are any.
-    TAKE = 'take'
+    ACQUIRE = 'acquire'
     # To have it without any unrolls, since the run begins.
-    BEGIN = 'begin'
+    RESET = 'reset'
     # No more of it. What it holds stays there until it is another run's.
-    LEAVE = 'leave'
+    RELEASE = 'release'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,14 +114,14 @@ class Request:
       run: what tells its run from all others; all learners of a run have the same.
       learner: its own, random, the same in all that it asks for.
       layout: of the unrolls that it has.
-      wish: what it wants.
+      kind: what it wants.
     """
 
     number: int
     run: str
     learner: int
     layout: Layout
-    wish: Wish
+    kind: RequestKind
 
     def to_array(self) -> np.ndarray:
         """Returns it as the second of `REQUEST_COMPONENTS`."""
@@ -130,7 +130,7 @@ class Request:
             'run': self.run,
             'learner': self.learner,
             'layout': self.layout.to_json(),
-            'wish': self.wish.value,
+            'kind': self.kind.value,
         }
         text = json.dumps(values).encode()
         array = aligned([_TEXT_BYTES], np.dtype('uint8'))
@@ -142,8 +142,8 @@ class Request:
         """Reads what `to_array` wrote; raises KeyError, TypeError or ValueError if it is not."""
         values = json.loads(array.tobytes())
         layout = Layout.from_json(values['layout'])
-        wish = Wish(values['wish'])
-        return cls(values['number'], values['run'], values['learner'], layout, wish)
+        kind = RequestKind(values['kind'])
+        return cls(values['number'], values['run'], values['learner'], layout, kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ class _Shard:
         self._capacity = own_capacity(config)
         self._board = board
         self._report = report
-        self._shelf: _Shelf | None = None
+        self._buffer: _ReplayBuffer | None = None
         self._owner: Request | None = None
         # By learner of its owner, the time that it was heard of.
         self._heard_at: dict[int, float] = {}
@@ -281,19 +281,19 @@ class _Shard:
 
     def close(self) -> int:
         """Lets go of what is held; returns how many unrolls that was. May be called again."""
-        if self._shelf is None:
+        if self._buffer is None:
             return 0
         self._heard_at.clear()
         with self._lock:
-            shelf, self._shelf, self._owner = self._shelf, None, None
+            buffer, self._buffer, self._owner = self._buffer, None, None
             self._answer = dataclasses.replace(self._answer, run='')
-        shelf.close()
-        return len(shelf.replay)
+        buffer.close()
+        return len(buffer.replay)
 
     def _fulfil(self, request: Request) -> None:
         owner = self._owner
         is_owner = owner is not None and owner.run == request.run
-        if request.wish is Wish.LEAVE:
+        if request.kind is RequestKind.RELEASE:
             if is_owner:
                 self._heard_at.pop(request.learner, None)
             return
@@ -308,9 +308,9 @@ class _Shard:
         is_there = owner is not None and is_owner and owner.layout == request.layout
         if not is_there:
             self._check_room(request.layout)
-        if request.wish is Wish.ASK:
+        if request.kind is RequestKind.QUERY:
             return
-        if not is_there or request.wish is Wish.BEGIN:
+        if not is_there or request.kind is RequestKind.RESET:
             held = self.close()
             if held:
                 what = 'The run begins anew' if is_owner else 'Another run begins'
@@ -321,7 +321,7 @@ class _Shard:
     def _check_room(self, layout: Layout) -> None:
         nbytes = Replay(layout.components, 1, 0).nbytes
         # What is held now is let go of before.
-        replay = None if self._shelf is None else self._shelf.replay
+        replay = None if self._buffer is None else self._buffer.replay
         held = 0 if replay is None else len(replay) * (replay.nbytes // replay.capacity)
         room = room_bytes(held)
         if self._capacity * nbytes > room:
@@ -343,24 +343,24 @@ class _Shard:
             replay = Replay(layout.components, capacity, (self._seed, self._task, number))
         except MemoryError as error:
             raise self._no_room(nbytes, room_bytes()) from error
-        shelf = _Shelf(replay, number, self._show, self._on_error)
+        buffer = _ReplayBuffer(replay, number, self._show, self._on_error)
         self._report(
             f'Holding trajectories of {nbytes:,} bytes, {capacity * nbytes / 1e9:.2f} GB at most, '
             f'of {", ".join(layout.level_names[:3])}{" ..." * (len(layout.level_names) > 3)}'
         )
         with self._lock:
-            self._shelf, self._owner = shelf, request
+            self._buffer, self._owner = buffer, request
             self._answer = dataclasses.replace(
-                self._answer, run=request.run, inbox=shelf.inbox_name, outbox=shelf.outbox_name
+                self._answer, run=request.run, inbox=buffer.inbox_name, outbox=buffer.outbox_name
             )
 
     def _show(self) -> None:
         with self._lock:
-            held = 0 if self._shelf is None else len(self._shelf.replay)
+            held = 0 if self._buffer is None else len(self._buffer.replay)
             self._board.publish([tf.constant(self._answer.to_text())], tf.constant(held, tf.int64))
 
 
-class _Shelf:
+class _ReplayBuffer:
     """A replay of unrolls of one layout, with the threads that store and draw.
 
     Attributes:
@@ -380,7 +380,7 @@ class _Shelf:
 
         Args:
           replay: that is empty.
-          number: that no shelf of this process has had.
+          number: that no buffer of this process has had.
           on_stored: called when there is one more.
           on_error: called when a thread has failed, by that thread.
         """

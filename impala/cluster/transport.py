@@ -36,9 +36,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
 _LONGEST_SENTENCE = 300
 # For a number to be given back, before a connection is closed without that.
-_GOODBYE_MS = 1000
+_RELEASE_MS = 1000
 # For a connection to be accepted, before TensorFlow makes one.
-_KNOCK_SECONDS = 3.0
+_PROBE_SECONDS = 3.0
 
 AnyConnection = TypeVar('AnyConnection', bound='Connection')
 
@@ -55,7 +55,7 @@ class Rejected(RemoteError):
     """The other end refuses this unroll, or these weights are not the network's."""
 
 
-class Stranger(RemoteError):
+class WrongPeer(RemoteError):
     """What answers is no job of the kind that is wanted."""
 
 
@@ -77,7 +77,7 @@ class Server:
       port: on which it listens.
     """
 
-    _who = 'job'
+    _kind = 'job'
 
     def __init__(self, address: str):
         """Starts the server.
@@ -100,7 +100,7 @@ class Server:
             )
         except tf.errors.OpError as error:
             raise ServerError(
-                f'The {self._who} cannot listen on {address}: '
+                f'The {self._kind} cannot listen on {address}: '
                 f'{"another process does" if is_in_use(port) else _sentence(error)}.'
             ) from error
         self.port = split_address(server.target.removeprefix('grpc://'))[1]
@@ -109,13 +109,13 @@ class Server:
 class LearnerServer(Server):
     """The learner's."""
 
-    _who = 'learner'
+    _kind = 'learner'
 
 
 class ReplayServer(Server):
     """That of a replay job."""
 
-    _who = 'replay job'
+    _kind = 'replay job'
 
 
 class Status(NamedTuple):
@@ -150,7 +150,7 @@ class Connection:
     other methods may be called from several threads, but unrolls have an order.
     """
 
-    _who = 'job'
+    _kind = 'job'
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Connection:
         """
         split_address(address)
         self.address = address
-        self._peer = f'The {self._who} at {address}'
+        self._peer = f'The {self._kind} at {address}'
         # Of this process and object, so that the learner knows an unroll that comes twice.
         self.client = secrets.randbits(62)
         self._components = list(components)
@@ -225,7 +225,7 @@ class Connection:
         """Returns the text that the learner has for its actors.
 
         Raises:
-          Stranger: what is there is no learner.
+          WrongPeer: what is there is no learner.
           Disconnected, Closed: see there.
         """
         return self._run(self._settings).decode()
@@ -342,9 +342,9 @@ class Connection:
             if self._closed:
                 raise self._closed_error() from error
             sentence = _sentence(error)
-            if isinstance(error, tf.errors.NotFoundError) and _is_of_a_stranger(sentence):
-                raise Stranger(
-                    f'What listens at {self.address} is no {self._who} of this program.'
+            if isinstance(error, tf.errors.NotFoundError) and _is_wrong_peer(sentence):
+                raise WrongPeer(
+                    f'What listens at {self.address} is no {self._kind} of this program.'
                 ) from error
             if sentence.endswith('is closed'):
                 raise _Ending(f'{self._peer} is ending: {sentence}.') from error
@@ -357,7 +357,7 @@ class Connection:
             if self._session is not None:
                 return self._session
         try:
-            _knock(self.address, min(_KNOCK_SECONDS, self._deadline_ms / 1000))
+            _probe(self.address, min(_PROBE_SECONDS, self._deadline_ms / 1000))
         except OSError as error:
             if self._closed:
                 raise self._closed_error() from error
@@ -378,7 +378,7 @@ class Connection:
             return self._session
 
     def _closed_error(self) -> Closed:
-        return Closed(f'The connection to the {self._who} at {self.address} is closed.')
+        return Closed(f'The connection to the {self._kind} at {self.address} is closed.')
 
     def _discard(self, session: tf.compat.v1.Session) -> None:
         """Lets go of a session without waiting for a learner that may not be there."""
@@ -393,7 +393,7 @@ class Connection:
 class LearnerConnection(Connection):
     """An actor job's end of the line to the learner."""
 
-    _who = 'learner'
+    _kind = 'learner'
     _reserved_actor: int | None = None
 
     def reserve(self, actor: int, seconds: float) -> Reservation:
@@ -416,7 +416,7 @@ class LearnerConnection(Connection):
             session, actor = self._session, self._reserved_actor
             self._reserved_actor = None
         if session is not None and actor is not None:
-            options = tf.compat.v1.RunOptions(timeout_in_ms=_GOODBYE_MS)
+            options = tf.compat.v1.RunOptions(timeout_in_ms=_RELEASE_MS)
             with contextlib.suppress(tf.errors.OpError, RuntimeError):
                 session.run(self._reserve, self._reservation(actor, 0), options)
         super().close()
@@ -439,7 +439,7 @@ class LearnerConnection(Connection):
 class ReplayConnection(Connection):
     """A learner's end of the line to a replay job."""
 
-    _who = 'replay job'
+    _kind = 'replay job'
 
     def __init__(self, *args: Any, outbox: str = '', num_taken: int = 1, **kwargs: Any):
         """Prepares the graphs that the replay job will run.
@@ -486,7 +486,7 @@ class _Ending(Disconnected):
     """It takes no more unrolls."""
 
 
-def _is_of_a_stranger(sentence: str) -> bool:
+def _is_wrong_peer(sentence: str) -> bool:
     """Whether a server says that it lacks what the jobs of that kind have from their start."""
     return sentence.endswith('does not exist') or sentence.startswith('Op type not registered')
 
@@ -496,7 +496,7 @@ def _close(session: tf.compat.v1.Session) -> None:
         session.close()
 
 
-def _knock(address: str, seconds: float = _KNOCK_SECONDS) -> None:
+def _probe(address: str, seconds: float = _PROBE_SECONDS) -> None:
     """Returns if somebody listens there: a session tries until its deadline, also if nobody does.
 
     Raises:
@@ -546,7 +546,7 @@ class _Session(tf.compat.v1.Session):
         """Ends the session, at both ends if there is still another."""
         if not self._closed:
             try:
-                _knock(tf.compat.as_str(self.sess_str).removeprefix('grpc://'))
+                _probe(tf.compat.as_str(self.sess_str).removeprefix('grpc://'))
             except OSError:
                 self._closed = True
         super().close()

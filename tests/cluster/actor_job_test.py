@@ -13,7 +13,7 @@ from learner_process import Learner
 
 from configs import config
 from impala.cluster import actor_job
-from impala.cluster.actor_job import _agreed, _Learner, _Patience
+from impala.cluster.actor_job import _agreed, _Learner, _Retry
 from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import job_settings
 from impala.cluster.transport import LearnerServer, Rejected
@@ -108,7 +108,7 @@ def test_more_answers_at_once_than_environments_are_refused(server):
 
 def make_job(connection, publications, reconnect_timeout=600.0, **kwargs):
     cluster = ClusterConfig(learner_address=connection.address, reconnect_timeout=reconnect_timeout)
-    return _Learner(connection, publications, _Patience(cluster, print, StopSignal()), **kwargs)
+    return _Learner(connection, publications, _Retry(cluster, print, StopSignal()), **kwargs)
 
 
 def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(server, monkeypatch):

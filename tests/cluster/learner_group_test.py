@@ -107,17 +107,17 @@ def test_who_does_not_belong_is_refused_and_the_others_go_on(addresses, threads)
     with pytest.raises(ConfigError, match='--batch_size is 4 here and 2 at the first learner'):
         member(1, settings=SETTINGS | {'batch_size': 4})
     host, port = addresses[0].split(':')
-    roll_call = host, int(port) + GROUP_PORT_OFFSET
+    group_address = host, int(port) + GROUP_PORT_OFFSET
     for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'[]\n', b'{"task": "x"}\n', b'\xff\n'):
-        with socket.create_connection(roll_call) as stranger:
-            stranger.sendall(junk)
-    with socket.create_connection(roll_call) as older, older.makefile() as answers:
+        with socket.create_connection(group_address) as intruder:
+            intruder.sendall(junk)
+    with socket.create_connection(group_address) as older, older.makefile() as answers:
         older.sendall(b'{"task": 1, "protocol": 0}\n')
         assert any('runs another version of this program' in answer for answer in answers)
     with pytest.raises(ConfigError, match='another learner with --task=0 at localhost'):
         member(0)
     second = threads.submit(member, 1)
-    while not any(line == f'Waiting for the learners --task=2 on port {roll_call[1]}'
+    while not any(line == f'Waiting for the learners --task=2 on port {group_address[1]}'
                   for line in reports):  # fmt: skip
         assert not first.done()
     with pytest.raises(ConfigError, match='another learner with --task=1 at 127.0.0.1'):

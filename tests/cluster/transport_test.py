@@ -31,7 +31,7 @@ from impala.cluster.transport import (
     Rejected,
     ReplayConnection,
     ServerError,
-    Stranger,
+    WrongPeer,
     _sentence,
     _Session,
 )
@@ -168,11 +168,11 @@ def test_a_job_keeps_its_number_until_it_ends(learner):
 @pytest.mark.parametrize(
     ('kind', 'name'), [(LearnerConnection, 'learner'), (ReplayConnection, 'replay job')]
 )
-def test_jobs_of_another_kind_are_strangers(server, kind, name):
+def test_jobs_of_another_kind_are_wrong_peers(server, kind, name):
     address = f'localhost:{server.port}'
     with (
         kind(address, board='of another kind') as connection,
-        pytest.raises(Stranger, match=f'^What listens at {address} is no {name} of this program'),
+        pytest.raises(WrongPeer, match=f'^What listens at {address} is no {name} of this program'),
     ):
         connection.settings()
 
@@ -182,10 +182,10 @@ def test_garbage_does_not_disturb_the_learner(learner):
     for garbage in (b'GET / HTTP/1.1\r\n\r\n', bytes(range(256)) * 1000, b'PRI * HTTP/2.0\r\n'):
         # The server may close the connection before it has read all.
         with (
-            socket.create_connection((host, int(port))) as stranger,
+            socket.create_connection((host, int(port))) as intruder,
             contextlib.suppress(ConnectionError),
         ):
-            stranger.sendall(garbage)
+            intruder.sendall(garbage)
     connection = learner.connect()
     connection.put(remote_peer.make_unroll(1), 0, 'rooms', 1)
     assert numbers(learner.inbox.take(1)) == [1]
