@@ -1,15 +1,15 @@
 """The replay job: holds a shard of a run's experience replay for its learners.
 
-It knows nothing of levels or networks: the first learner that comes says of what arrays an unroll
-consists. It belongs to the run of that learner, whose learners ask for it again and again: only
-when it has not heard of that run for `LEASE_SECONDS`, or the run has left, can it be another one's.
-It is found by learners as the learner is by actor jobs, with the same objects:
+It knows nothing of levels or networks: the first learner that connects says which arrays an unroll
+consists of. The job then belongs to that learner's run, whose learners renew the lease. Another run
+can acquire it once the owner has released it or has been silent for `LEASE_SECONDS`. Learners
+access it as actor jobs access the learner, by named objects:
 
-- `REQUESTS`, an inbox of texts: what a learner wants to have held.
-- `BOARD`, whose settings are what this job is, whose one "weight" is what it holds (`Answer`), and
-  whose version is how many unrolls it holds.
-- Two inboxes of unrolls, as `impala.experience.replay.Packing` packs them: one that learners put
-  into, and one that this job keeps filled with a few drawn ones, out of which learners take.
+- `REQUESTS`, an inbox for the learners' requests, as text.
+- `BOARD`: its settings describe the job, its only "weight" is the current `Answer`, and its version
+  is the number of unrolls held.
+- Two inboxes of unrolls, packed by `impala.experience.replay.Packing`: learners put unrolls into
+  one, and take from the other, which this job keeps filled with a few sampled unrolls.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from impala.trajectory import UnrollArray
 # Changes when a learner and a replay job of two versions could misunderstand each other.
 PROTOCOL = 3
 
-# A run that was not heard of for so long is over, or so it seems: what it left makes room.
+# A run that has been silent for this long counts as ended, and its unrolls may be dropped.
 LEASE_SECONDS = 30.0
 
 BOARD = 'replay'
@@ -49,16 +49,16 @@ REQUEST_COMPONENTS = [
     UnrollArray((), 'int64', 'version', False),
     UnrollArray((_TEXT_BYTES,), 'uint8', 'text', False),
 ]
-# Unrolls that have come in or been drawn, and wait.
+# Capacity of each inbox, in unrolls or requests.
 _NUM_WAITING = 8
-# Requests whose outcome is kept for who asked.
+# Number of latest requests whose outcomes are shown.
 _NUM_OUTCOMES = 64
-# Weights of any version may have acted.
+# The job accepts unrolls of any policy version.
 _ANY_VERSION = 2**62
 
 
 class ReplayJobError(Exception):
-    """The job cannot go on; the text is one sentence."""
+    """The job cannot continue; the text is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Layout:
     """What a shard holds.
 
     Attributes:
-      level_names: of the run; unrolls of another one's do not belong among them.
-      components: of a packed unroll.
+      level_names: the run's levels; unrolls of other levels must not be mixed with theirs.
+      components: the arrays of a packed unroll.
     """
 
     level_names: tuple[str, ...]
@@ -82,7 +82,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> 'Layout':
-        """Reads a layout; raises KeyError, TypeError or ValueError where it is none."""
+        """Reads what `to_json` returned; raises KeyError, TypeError or ValueError if invalid."""
         return cls(
             tuple(values['level_names']),
             tuple(
@@ -93,28 +93,28 @@ class Layout:
 
 
 class RequestKind(enum.Enum):
-    """What a learner wants of a replay job for its run."""
+    """What a learner requests of a replay job for its run."""
 
-    # To know whether it could have it; nothing changes.
+    # Asks whether the run could acquire the job; changes nothing.
     QUERY = 'query'
-    # To have it, or to keep it; with the unrolls of this run, if there are any.
+    # Acquires the job or renews the lease; unrolls of the same run are kept.
     ACQUIRE = 'acquire'
-    # To have it without any unrolls, since the run begins.
+    # Acquires the job and drops all unrolls, because the run begins.
     RESET = 'reset'
-    # No more of it. What it holds stays there until it is another run's.
+    # Gives the job up. Its unrolls stay until another run acquires it.
     RELEASE = 'release'
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a learner asks for.
+    """A learner's request.
 
     Attributes:
-      number: its own, random, by which it finds the outcome.
-      run: what tells its run from all others; all learners of a run have the same.
-      learner: its own, random, the same in all that it asks for.
-      layout: of the unrolls that it has.
-      kind: what it wants.
+      number: random number of the request, by which the learner finds the outcome.
+      run: id of the run, the same for all learners of the run.
+      learner: random number of the learner, the same in all of its requests.
+      layout: layout of the learner's unrolls.
+      kind: what it requests.
     """
 
     number: int
@@ -124,7 +124,7 @@ class Request:
     kind: RequestKind
 
     def to_array(self) -> np.ndarray:
-        """Returns it as the second of `REQUEST_COMPONENTS`."""
+        """Returns the request as the second array of `REQUEST_COMPONENTS`, u8."""
         values = {
             'number': self.number,
             'run': self.run,
@@ -139,7 +139,7 @@ class Request:
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> 'Request':
-        """Reads what `to_array` wrote; raises KeyError, TypeError or ValueError if it is not."""
+        """Reads what `to_array` returned; raises KeyError, TypeError or ValueError if invalid."""
         values = json.loads(array.tobytes())
         layout = Layout.from_json(values['layout'])
         kind = RequestKind(values['kind'])
@@ -148,12 +148,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a replay job shows.
+    """What a replay job shows on its board.
 
     Attributes:
-      run: whose unrolls it holds; empty as long as nobody has taken it.
+      run: id of the run that owns the job; empty while there is none.
       inbox: name of the `UnrollInbox` to put unrolls into.
-      outbox: name of the one to take drawn unrolls out of.
+      outbox: name of the `UnrollInbox` to take sampled unrolls from.
       outcomes: number of a request -> empty, or a sentence that says why it was refused.
     """
 
@@ -168,29 +168,29 @@ class Answer:
 
     @classmethod
     def from_text(cls, text: bytes | str) -> 'Answer':
-        """Reads what `to_text` wrote."""
+        """Reads what `to_text` returned."""
         return cls(**json.loads(text))
 
 
 def own_capacity(config: Config) -> int:
-    """Returns the number of unrolls that this replay job holds, an equal part of all."""
+    """Returns the capacity of this replay job in unrolls, an equal share of the total."""
     return -(-config.learner.replay.replay_capacity // len(config.cluster.replay_addresses))
 
 
 def run(config: Config, report: Callable[[str], None]) -> str:
-    """Serves until a signal comes. Main thread only.
+    """Serves until a signal arrives. Main thread only.
 
     Args:
-      config: who this is.
-      report: told, in lines, what happens.
+      config: settings of the job.
+      report: takes lines of progress.
 
     Returns:
-      A sentence that says why it ended.
+      A sentence that says why the job ended.
 
     Raises:
-      ServerError: the address makes no sense or is in use.
-      ReplayJobError: storing or drawing has failed.
-      KeyboardInterrupt: a signal came before anything was held.
+      ServerError: the address is invalid or in use.
+      ReplayJobError: storing or sampling has failed.
+      KeyboardInterrupt: a signal arrived before the job held anything.
     """
     task = config.cluster.task
     errors: list[Exception] = []
@@ -234,7 +234,7 @@ def run(config: Config, report: Callable[[str], None]) -> str:
 
 
 class _Shard:
-    """What the job holds at present. A context manager."""
+    """The job's current owner and replay buffer. A context manager."""
 
     def __init__(
         self,
@@ -250,10 +250,10 @@ class _Shard:
         self._report = report
         self._buffer: _ReplayBuffer | None = None
         self._owner: Request | None = None
-        # By learner of its owner, the time that it was heard of.
+        # For each learner of the owner, the time of its last request.
         self._heard_at: dict[int, float] = {}
         self._numbers = itertools.count()
-        # Guards the answer, which is shown by the thread that stores unrolls, too.
+        # Guards the answer, which the thread that stores unrolls publishes, too.
         self._lock = threading.Lock()
         self._answer = Answer()
         self._show()
@@ -266,7 +266,7 @@ class _Shard:
         self._board.close()
 
     def answer(self, request: Request) -> None:
-        """Does what is asked for, if it can be, and shows the outcome."""
+        """Fulfils a request if possible, and shows the outcome."""
         try:
             self._fulfil(request)
             outcome = ''
@@ -280,7 +280,7 @@ class _Shard:
         self._show()
 
     def close(self) -> int:
-        """Lets go of what is held; returns how many unrolls that was. May be called again."""
+        """Drops all unrolls and returns their number. May be called again."""
         if self._buffer is None:
             return 0
         self._heard_at.clear()
@@ -314,13 +314,13 @@ class _Shard:
             held = self.close()
             if held:
                 what = 'The run begins anew' if is_owner else 'Another run begins'
-                self._report(f'{what}; the {held:,} trajectories of before are gone')
+                self._report(f'{what}; the {held:,} earlier trajectories are gone')
             self._begin(request)
         self._heard_at[request.learner] = time.monotonic()
 
     def _check_room(self, layout: Layout) -> None:
         nbytes = Replay(layout.components, 1, 0).nbytes
-        # What is held now is let go of before.
+        # The present unrolls are dropped first, so their memory counts as free.
         replay = None if self._buffer is None else self._buffer.replay
         held = 0 if replay is None else len(replay) * (replay.nbytes // replay.capacity)
         room = room_bytes(held)
@@ -361,12 +361,12 @@ class _Shard:
 
 
 class _ReplayBuffer:
-    """A replay of unrolls of one layout, with the threads that store and draw.
+    """A replay buffer for unrolls of one layout, with the threads that store and sample.
 
     Attributes:
-      replay: of packed unrolls.
-      inbox_name: of the inbox that learners put into.
-      outbox_name: of the one that they take out of.
+      replay: the packed unrolls.
+      inbox_name: name of the inbox that learners put into.
+      outbox_name: name of the inbox that they take from.
     """
 
     def __init__(
@@ -376,13 +376,13 @@ class _ReplayBuffer:
         on_stored: Callable[[], None],
         on_error: Callable[[Exception], None],
     ):
-        """Begins.
+        """Opens the inboxes and starts the threads.
 
         Args:
-          replay: that is empty.
-          number: that no buffer of this process has had.
-          on_stored: called when there is one more.
-          on_error: called when a thread has failed, by that thread.
+          replay: an empty replay.
+          number: unique among the buffers of this process.
+          on_stored: called after each stored unroll.
+          on_error: called by a thread that has failed.
         """
         self.replay = replay
         self.inbox_name, self.outbox_name = f'unrolls {number}', f'drawn {number}'
@@ -394,13 +394,13 @@ class _ReplayBuffer:
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(work,), name=work.__name__, daemon=True)
-            for work in (self._store, self._draw)
+            for work in (self._store, self._sample)
         ]
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """Fails who puts or takes from now on, and ends the threads."""
+        """Fails all further puts and takes, and ends the threads."""
         self._closed = True
         self._inbox.close()
         self._outbox.close()
@@ -419,7 +419,7 @@ class _ReplayBuffer:
         except tf.errors.CancelledError:
             pass
         except Exception as error:
-            # Without this thread the job would go on answering, and hold the same for ever.
+            # Without this thread the job would keep answering, but never change what it holds.
             self._on_error(error)
 
     def _store(self) -> None:
@@ -428,12 +428,12 @@ class _ReplayBuffer:
             self._has_some.set()
             self._on_stored()
 
-    def _draw(self) -> None:
+    def _sample(self) -> None:
         self._has_some.wait()
         for sequence in itertools.count(1):
             if self._closed:
                 return
-            # Not the same arrays again: those who wait share them.
+            # New arrays each time: the outbox keeps references to them.
             drawn = [
                 aligned((1, *component.shape), np.dtype(component.dtype))
                 for component in self.replay.components
@@ -443,7 +443,7 @@ class _ReplayBuffer:
 
 
 class _RefusedError(Exception):
-    """What a learner asks for cannot be had; the text is one sentence."""
+    """A request cannot be fulfilled; the text is one sentence."""
 
 
 def _arrays(tensors: Sequence[tf.Tensor]) -> list[np.ndarray]:

@@ -1,13 +1,12 @@
-"""The jobs of a run on several machines, as far as they talk to each other.
+"""How the jobs of a run on several machines communicate.
 
-The learner runs TensorFlow's own server, an actor job is a client of it: it sends a graph once, and
-runs it with an unroll to be fed or weights to be fetched. Nothing listens on the actor's machine.
-A replay job runs such a server, too, and the learner is a client of that. This module alone knows
-of sessions and servers; what the graphs find in the server's process is
-`impala.cluster.exchange`.
+The learner runs TensorFlow's own server and each actor job is a client: it sends a graph once, then
+runs it to feed an unroll or to fetch weights. Nothing listens on the actor's machine. A replay job
+also runs a server, of which the learner is the client. Only this module uses sessions and servers;
+the objects that the graphs access in the server's process are in `impala.cluster.exchange`.
 
-TensorFlow's server knows no authentication and listens on all interfaces: whoever reaches its port
-may run anything in that process.
+TensorFlow's server has no authentication and listens on all interfaces: whoever reaches its port
+can run any code in that process.
 """
 
 import contextlib
@@ -31,32 +30,32 @@ from impala.trajectory import UnrollArray
 _ops = load_ops('impala.cluster')
 
 _JOB = 'learner'
-# Of malloc.h.
+# From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEVICE = f'/job:{_JOB}/task:0/device:CPU:0'
 _LONGEST_SENTENCE = 300
-# For a number to be given back, before a connection is closed without that.
+# How long closing a connection waits for the learner to release the actor's number.
 _RELEASE_MS = 1000
-# For a connection to be accepted, before TensorFlow makes one.
+# How long a probe waits for the peer to accept a connection.
 _PROBE_SECONDS = 3.0
 
 AnyConnection = TypeVar('AnyConnection', bound='Connection')
 
 
 class RemoteError(Exception):
-    """A call between two jobs that failed; its text is one sentence."""
+    """A call between two jobs failed; the text is one sentence."""
 
 
 class Disconnected(RemoteError):
-    """The other end does not answer, or is a new one; the call may be repeated."""
+    """The other end does not answer or has restarted; the call may be repeated."""
 
 
 class Rejected(RemoteError):
-    """The other end refuses this unroll, or these weights are not the network's."""
+    """The other end rejects this unroll, or its weights do not fit the network."""
 
 
 class WrongPeer(RemoteError):
-    """What answers is no job of the kind that is wanted."""
+    """The process that answers is not a job of the expected kind."""
 
 
 class Closed(RemoteError):
@@ -70,11 +69,11 @@ class ServerError(RemoteError):
 class Server:
     """Lets other machines run graphs in this process.
 
-    TensorFlow cannot stop a server: the port stays open until the process ends, whatever becomes of
-    this object, and a process can listen on an address once only.
+    TensorFlow cannot stop a server: the port stays open until the process ends, even if this object
+    is deleted, and a process can listen on an address only once.
 
     Attributes:
-      port: on which it listens.
+      port: port on which it listens.
     """
 
     _kind = 'job'
@@ -83,15 +82,15 @@ class Server:
         """Starts the server.
 
         Args:
-          address: `host:port`; port 0 is a free one. TensorFlow listens on all interfaces, whatever
-            the host.
+          address: `host:port`; port 0 selects a free one. TensorFlow listens on all interfaces,
+            whatever the host.
 
         Raises:
-          ServerError: the address makes no sense or is in use.
+          ServerError: the address is invalid or in use.
         """
         host, port = split_address(address)
         _keep_memory()
-        # Before the server: whichever comes first settles the sizes of thread pools that both use.
+        # Must precede the server: whichever comes first sets the size of the shared thread pools.
         tf.config.list_logical_devices()
         config = tf.compat.v1.ConfigProto(device_count={'GPU': 0})
         try:
@@ -107,23 +106,23 @@ class Server:
 
 
 class LearnerServer(Server):
-    """The learner's."""
+    """The learner's server."""
 
     _kind = 'learner'
 
 
 class ReplayServer(Server):
-    """That of a replay job."""
+    """A replay job's server."""
 
     _kind = 'replay job'
 
 
 class Status(NamedTuple):
-    """What the learner has on show.
+    """The state of the learner.
 
     Attributes:
-      version: learner updates behind the weights, -1 while there are none.
-      finished: whether training has come to its end.
+      version: learner updates behind the published weights, -1 before the first ones.
+      finished: whether training is complete.
     """
 
     version: int
@@ -143,11 +142,11 @@ class Weights(NamedTuple):
 
 
 class Connection:
-    """A client's end of the line to a server, of which it wants what an actor wants of the learner.
+    """The client's end of a connection to a server that has an inbox and a board.
 
-    It connects with the first call and, after `Disconnected`, with the next one; no call hangs,
-    though it may take the system a while to look up a name. It may be closed by any thread; the
-    other methods may be called from several threads, but unrolls have an order.
+    It connects on the first call and, after `Disconnected`, again on the next one. No call hangs,
+    although looking up a host name may take the system a while. Any thread may close it. The other
+    methods are thread-safe too, but unrolls must be put in order.
     """
 
     _kind = 'job'
@@ -161,24 +160,23 @@ class Connection:
         inbox: str = INBOX,
         board: str = BOARD,
     ):
-        """Prepares the graphs that the learner will run.
+        """Builds the graphs that the learner will run.
 
         Args:
-          address: of the learner, `host:port`.
-          components: what an unroll consists of, as the learner's inbox has it; without them there
-            is no `put`.
-          weights: shapes and dtypes of the network's weights; without them there is no `weights`.
-          deadline_seconds: after which a call to a learner that does not answer has failed.
+          address: the learner's address, `host:port`.
+          components: the arrays of an unroll, as in the learner's inbox; `put` needs them.
+          weights: shapes and dtypes of the network's weights; `weights` needs them.
+          deadline_seconds: seconds after which a call fails if the learner does not answer.
           inbox: name of the learner's `UnrollInbox`.
           board: name of the learner's `WeightsBoard`.
 
         Raises:
-          ServerError: the address makes no sense.
+          ServerError: the address is invalid.
         """
         split_address(address)
         self.address = address
         self._peer = f'The {self._kind} at {address}'
-        # Of this process and object, so that the learner knows an unroll that comes twice.
+        # Identifies this object, so that the learner recognizes an unroll that arrives twice.
         self.client = secrets.randbits(62)
         self._components = list(components)
         self._inbox = inbox
@@ -190,7 +188,8 @@ class Connection:
         with self._graph.as_default(), tf.device(_DEVICE):
             self._settings = _ops.weights_board_settings(object=board)
             self._status = _ops.weights_board_version(object=board)
-            # Only what is asked for: an actor of another version shall get as far as the settings.
+            # Only what is needed: an actor of another version must still be able to read the
+            # settings.
             if weights:
                 self._weights = _ops.weights_board_read(
                     object=board,
@@ -202,7 +201,7 @@ class Connection:
                 self._level = tf.compat.v1.placeholder(tf.string, [])
                 self._notes = tf.compat.v1.placeholder(tf.string, [])
                 self._sequence = tf.compat.v1.placeholder(tf.int64, [])
-                # Without shapes: it is the learner who judges them.
+                # Without shapes: the learner checks them.
                 self._unroll = [
                     tf.compat.v1.placeholder(component.dtype) for component in components
                 ]
@@ -222,16 +221,16 @@ class Connection:
         self._graph.finalize()
 
     def settings(self) -> str:
-        """Returns the text that the learner has for its actors.
+        """Returns the settings that the learner publishes for its actors.
 
         Raises:
-          WrongPeer: what is there is no learner.
+          WrongPeer: the process at the address is not a learner.
           Disconnected, Closed: see there.
         """
         return self._run(self._settings).decode()
 
     def status(self) -> Status:
-        """Returns the version of the learner's weights.
+        """Returns the version of the learner's weights and whether training is complete.
 
         Raises:
           Disconnected, Closed: see there.
@@ -243,8 +242,8 @@ class Connection:
         """Reads the learner's weights.
 
         Raises:
-          Disconnected: also as long as there are no weights.
-          Rejected: they are not of the shapes and types that were given.
+          Disconnected: see there; also raised before any weights are published.
+          Rejected: the weights do not have the given shapes and dtypes.
           Closed: see there.
         """
         version, values = self._run(self._weights)
@@ -258,22 +257,23 @@ class Connection:
         It waits for room in the queue for as long as the learner answers.
 
         Args:
-          unroll: the components. Eager tensors, and views of them, are serialized from where they
-            are; NumPy's own arrays and what `.numpy()` returns are copied first, because they are
-            not aligned as TensorFlow wants it.
-          actor: the number of the actor.
-          level: what it plays.
-          sequence: greater than that of the unroll before. The same unroll has the same number when
-            it is sent again, since it may be the answer that was lost.
-          notes: what else the learner may like to know of the actor; at most 4,096 bytes.
+          unroll: the arrays. Eager tensors and views of them are serialized in place; NumPy's own
+            arrays and the results of `.numpy()` are copied first, because they lack the alignment
+            that TensorFlow needs.
+          actor: the actor's number.
+          level: the level that it plays.
+          sequence: greater than that of the previous unroll. An unroll that is sent again keeps its
+            number, since perhaps only the answer was lost.
+          notes: further information on the actor for the learner; at most 4,096 bytes.
 
         Returns:
-          The learner's status at that moment; once it has finished, it takes no more unrolls.
+          The learner's status when the unroll was queued. A learner that has finished accepts no
+          more unrolls.
 
         Raises:
-          Rejected: the unroll is not as the learner wants it.
-          Disconnected: it may be in the queue or not. Also while a learner ends that has not
-            finished, and so may come back.
+          Rejected: the learner rejects the unroll.
+          Disconnected: the unroll may or may not be in the queue. Also raised while a learner shuts
+            down before training is complete, since it may come back.
           Closed: see there.
         """
         feeds: dict[tf.Tensor, Any] = {
@@ -287,7 +287,7 @@ class Connection:
         ):
             array = np.asarray(value)
             if array.dtype != placeholder.dtype.as_numpy_dtype:
-                # A session would convert it in silence.
+                # A session would convert it silently.
                 raise Rejected(
                     f"unroll of actor {actor} refused: component '{component.name}' is "
                     f'{array.dtype}, not {component.dtype}'
@@ -298,17 +298,17 @@ class Connection:
                 version, finished = self._run(self._put, feeds)
                 return Status(int(version), bool(finished))
             except _DeadlineExceeded:
-                # No room in the queue, or no learner?
+                # Either the queue is full, or the learner is gone and this call raises.
                 self.status()
             except _Ending:
-                # Because all is done, or only for now?
+                # Either training is complete or the learner is shutting down early.
                 status = self.status()
                 if not status.finished:
                     raise
                 return status
 
     def close(self) -> None:
-        """Ends the connection; calls that other threads wait for fail with `Closed`."""
+        """Closes the connection; pending calls of other threads fail with `Closed`."""
         with self._lock:
             self._closed = True
             session = self._session
@@ -322,7 +322,7 @@ class Connection:
         self.close()
 
     def _build(self) -> None:
-        """Adds to the graph what a class of its own has."""
+        """Adds the operations of a subclass to the graph."""
 
     def _run(self, fetches: Any, feeds: dict[tf.Tensor, Any] | None = None) -> Any:
         session = self._connect()
@@ -337,7 +337,7 @@ class Connection:
                 self._discard(session)
             raise _DeadlineExceeded(f'{self._peer} does not answer.') from error
         except (tf.errors.OpError, RuntimeError) as error:
-            # RuntimeError: the session was closed meanwhile.
+            # RuntimeError: another thread has closed the session.
             self._discard(session)
             if self._closed:
                 raise self._closed_error() from error
@@ -368,11 +368,11 @@ class Connection:
                 raise self._closed_error()
             if self._session is None:
                 config = tf.compat.v1.ConfigProto(operation_timeout_in_ms=self._deadline_ms)
-                # A connection of its own: one that the network has swallowed is not found dead
-                # before minutes have passed, and would be used again.
+                # Do not share connections: TensorFlow takes minutes to notice that one is dead and
+                # would reuse it until then.
                 config.rpc_options.disable_session_connection_sharing = True
                 config.rpc_options.use_rpc_for_inprocess_master = True
-                # A handful of operations: there is nothing to optimize.
+                # The graph has a handful of operations: nothing to optimize.
                 config.graph_options.rewrite_options.disable_meta_optimizer = True
                 self._session = _Session(f'grpc://{self.address}', graph=self._graph, config=config)
             return self._session
@@ -381,26 +381,30 @@ class Connection:
         return Closed(f'The connection to the {self._kind} at {self.address} is closed.')
 
     def _discard(self, session: tf.compat.v1.Session) -> None:
-        """Lets go of a session without waiting for a learner that may not be there."""
+        """Closes a session in the background, since the learner may not answer."""
         with self._lock:
             if self._session is session:
                 self._session = None
-        # No daemon: one that returns from TensorFlow while Python ends takes the process down with
-        # it. The process ends at most a deadline later for that.
+        # Not a daemon: a daemon thread that returns from TensorFlow while Python shuts down crashes
+        # the process. The price is that the process may end one deadline later.
         threading.Thread(target=_close, args=(session,)).start()
 
 
 class LearnerConnection(Connection):
-    """An actor job's end of the line to the learner."""
+    """An actor job's end of its connection to the learner."""
 
     _kind = 'learner'
     _reserved_actor: int | None = None
 
     def reserve(self, actor: int, seconds: float) -> Reservation:
-        """Makes a number that of this job alone, until so many seconds from now or its end.
+        """Reserves an actor number for this job.
+
+        Args:
+          actor: the number.
+          seconds: how long the reservation lasts from now; `close` ends it early.
 
         Returns:
-          Who has it: this job, or another one that asked before.
+          The holder of the number: this job, or another one that reserved it earlier.
 
         Raises:
           Disconnected, Closed: see there.
@@ -411,7 +415,7 @@ class LearnerConnection(Connection):
         return holder
 
     def close(self) -> None:
-        """Gives the number back, if the learner is there to take it, and ends the connection."""
+        """Releases the reserved number if the learner answers, and closes the connection."""
         with self._lock:
             session, actor = self._session, self._reserved_actor
             self._reserved_actor = None
@@ -437,32 +441,31 @@ class LearnerConnection(Connection):
 
 
 class ReplayConnection(Connection):
-    """A learner's end of the line to a replay job."""
+    """A learner's end of its connection to a replay job."""
 
     _kind = 'replay job'
 
     def __init__(self, *args: Any, outbox: str = '', num_taken: int = 1, **kwargs: Any):
-        """Prepares the graphs that the replay job will run.
+        """Builds the graphs that the replay job will run.
 
         Args:
-          *args: as of `Connection`.
-          outbox: name of the job's `UnrollInbox` out of which unrolls are taken, which are of the
-            given components; without it there is no `take`.
-          num_taken: unrolls that are taken at once, N.
-          **kwargs: as of `Connection`.
+          *args: see `Connection`.
+          outbox: name of the job's `UnrollInbox` from which unrolls are taken; `take` needs it.
+          num_taken: N, the number of unrolls taken at once.
+          **kwargs: see `Connection`.
 
         Raises:
-          ServerError: the address makes no sense.
+          ServerError: the address is invalid.
         """
         self._outbox = outbox
         self._num_taken = num_taken
         super().__init__(*args, **kwargs)
 
     def take(self) -> list[np.ndarray]:
-        """Waits for N unrolls; returns their components, `[N, ...]`, or time-major `[T+1, N, ...]`.
+        """Waits for N unrolls; returns their arrays, `[N, ...]`, or time-major `[T+1, N, ...]`.
 
         Raises:
-          Disconnected: also if there are not so many in time.
+          Disconnected: see there; also raised if fewer than N arrive before the deadline.
           Closed: see there.
         """
         return self._run(self._taken)
@@ -479,15 +482,15 @@ class ReplayConnection(Connection):
 
 
 class _DeadlineExceeded(Disconnected):
-    """It did not answer in time."""
+    """The other end did not answer in time."""
 
 
 class _Ending(Disconnected):
-    """It takes no more unrolls."""
+    """The other end accepts no more unrolls."""
 
 
 def _is_wrong_peer(sentence: str) -> bool:
-    """Whether a server says that it lacks what the jobs of that kind have from their start."""
+    """Returns whether a server's error says that it lacks the ops or objects of the wanted job."""
     return sentence.endswith('does not exist') or sentence.startswith('Op type not registered')
 
 
@@ -497,23 +500,23 @@ def _close(session: tf.compat.v1.Session) -> None:
 
 
 def _probe(address: str, seconds: float = _PROBE_SECONDS) -> None:
-    """Returns if somebody listens there: a session tries until its deadline, also if nobody does.
+    """Checks that a process listens at an address; a session would try until its deadline.
 
     Raises:
-      OSError: nobody does.
+      OSError: none does.
     """
     host, port = split_address(address)
     try:
         socket.create_connection((host.strip('[]'), port), seconds).close()
-    except UnicodeError as error:  # An empty part of the name, for one.
+    except UnicodeError as error:  # For instance, a part of the name is empty.
         raise OSError(f"'{host}' is no name of a machine ({error})") from error
 
 
 def _keep_memory() -> None:
-    """Has the C library keep what is freed for the unrolls that come next.
+    """Makes the C library keep freed memory for the next unrolls.
 
-    By default it gives large blocks back to the system, and the page faults of mapping them anew
-    cost as much as receiving an unroll. Without effect where the C library is not GNU's.
+    By default it returns large blocks to the system, and the page faults of mapping them again cost
+    as much as receiving an unroll. This has no effect unless the C library is GNU's.
     """
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is not None:
@@ -522,7 +525,7 @@ def _keep_memory() -> None:
 
 
 def is_in_use(port: int) -> bool:
-    """Returns whether a process of this machine listens on a port."""
+    """Returns whether a process on this machine listens on a port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -533,17 +536,17 @@ def is_in_use(port: int) -> bool:
 
 
 class _Session(tf.compat.v1.Session):
-    """A session that leaves the messages of errors as they are, and ends at once if it is alone.
+    """A session that does not parse error messages and closes at once if its peer is gone.
 
-    TensorFlow looks for names of operations in them, in a time that grows with the square of their
-    length, and some hold the whole request: an unroll that a broken connection has delivered twice
-    is an error of a megabyte, on which a job spent hours.
+    TensorFlow searches error messages for names of operations, in time quadratic in their length.
+    Some messages contain the whole request, such as an unroll of a megabyte that a broken
+    connection delivered twice; parsing one of them takes hours.
     """
 
     _closed: bool
 
     def close(self) -> None:
-        """Ends the session, at both ends if there is still another."""
+        """Closes the session, also at the other end if that still listens."""
         if not self._closed:
             try:
                 _probe(tf.compat.as_str(self.sess_str).removeprefix('grpc://'))
@@ -556,9 +559,9 @@ class _Session(tf.compat.v1.Session):
 
 
 def _sentence(error: Exception) -> str:
-    """What the learner has to say, but for the data that it may have put into it."""
+    """Returns the first line of an error message, shortened."""
     message = error.message if isinstance(error, tf.errors.OpError) else str(error)
-    # Only the start of it: all of it may be long.
+    # The message may contain a whole request.
     lines = [
         line for line in message[:2000].splitlines() if line and not line.startswith('From /job:')
     ]
@@ -568,7 +571,12 @@ def _sentence(error: Exception) -> str:
 
 
 def warn_of_network(port: int, report: Callable[[str], None]) -> None:
-    """Says that a process that listens can be reached, unless this machine has loopback only."""
+    """Reports that other machines can reach this process, unless it has only a loopback interface.
+
+    Args:
+      port: port on which the process listens.
+      report: takes the warning.
+    """
     if any(name != 'lo' for _, name in socket.if_nameindex()):
         report(
             f'WARNING: whoever reaches port {port} of this machine can run code in this process: '

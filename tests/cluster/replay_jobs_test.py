@@ -441,7 +441,7 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
         frames = '--total_environment_frames=4000'
         with learner(tmp_path / 'new', tmp_path / 'new_run', one, frames) as run:
             assert run.wait() == 0, run.stderr
-        assert re.search(r'Another run begins; the [1-9]\d+ trajectories of before', shard.stderr)
+        assert re.search(r'Another run begins; the [1-9]\d+ earlier trajectories', shard.stderr)
         assert 'is there, with 0 of' in run.stderr
 
         # Of another shape.
@@ -521,12 +521,12 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
             wait_until(lambda: other.metrics() == {'replay_jobs': 1, 'replay_unrolls': 5})
             assert set(draw(other)) <= set(range(10, 15))
             assert is_refused('a run')
-        assert 'Another run begins; the 10 trajectories of before are gone' in shard.stderr
+        assert 'Another run begins; the 10 earlier trajectories are gone' in shard.stderr
         begins = remote_replay(one, run_id='another')
         begins.start(True, lambda text: None)
         with begins:
             wait_until(lambda: begins.metrics() == {'replay_jobs': 1, 'replay_unrolls': 0})
-        assert 'The run begins anew; the 5 trajectories of before are gone' in shard.stderr
+        assert 'The run begins anew; the 5 earlier trajectories are gone' in shard.stderr
 
 
 @pytest.mark.parametrize('method', ['add', 'sample'])
@@ -637,12 +637,12 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(10)))
             wait_until(lambda: len(replay) == 10)
-        # The run goes on with others; nothing of before is drawn with them.
+        # The run goes on with others; no earlier unroll is drawn with them.
         with remote_replay(other, components=COMPONENTS[:-1]) as replay:
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(5))[:-1])
             wait_until(lambda: len(replay) == 5)
-        assert 'The run begins anew; the 10 trajectories of before are gone' in shard.stderr
+        assert 'The run begins anew; the 10 earlier trajectories are gone' in shard.stderr
         for each in (vast, shard):
             each.send(signal.SIGTERM)
             assert each.wait() == 0
