@@ -1,7 +1,7 @@
-"""What the project needs of TensorFlow that has no public name, and why.
+"""The private TensorFlow functions that the project needs, and why.
 
-A release of TensorFlow may rename or remove these without notice. `dynamic_batching`, which stands
-alone, has a module of the same name for its own needs.
+A release of TensorFlow may rename or remove them without notice. `dynamic_batching`, a package of
+its own, has a module of the same name for its own needs.
 """
 
 import tensorflow as tf
@@ -9,21 +9,21 @@ from tensorflow.python.eager import context
 
 
 def abort_collectives(reason: str) -> None:
-    """Fails a collective operation that waits for other processes, and all later ones.
+    """Fails pending and future collective operations with `tf.errors.UnavailableError`.
 
-    No public function ends such a wait: a learner whose peer has stopped would stay in its train
+    No public function ends such a wait: a learner whose peer has stopped would hang in its train
     step.
 
     Args:
-      reason: text of the `tf.errors.UnavailableError` that they raise.
+      reason: text of the errors.
     """
     context.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
 
 
 def disable_coordination_service() -> None:
-    """Has `tf.distribute.MultiWorkerMirroredStrategy` not start its coordination service.
+    """Keeps `tf.distribute.MultiWorkerMirroredStrategy` from starting its coordination service.
 
-    The service takes SIGTERM for itself and has a learner hang at its end when the first one is
-    gone. It has no public switch. Call this before the strategy is made.
+    The service intercepts SIGTERM, and makes a learner hang at its end if the first learner is
+    gone. It has no public switch. Call this before making the strategy.
     """
     context.context().configure_coordination_service(service_type='')

@@ -1,4 +1,4 @@
-"""The actor job: environments, batcher and agent of this machine, whose unrolls go to a learner."""
+"""The actor job: environments, batcher and agent on one machine, with a learner on another."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from impala.seeds import derived_seed
 
 _MAX_BACK_OFF_SECONDS = 5.0
 _RESERVING_AGAIN_SECONDS = 0.5
-# Refused unrolls in a row after which this job can be taken to be broken.
+# After this many rejected unrolls in a row the job counts as broken.
 _MAX_REJECTED = 10
 _COMPLETE = 'Training is complete.'
 
@@ -39,29 +39,29 @@ class LearnerLost(Exception):
 
 
 class ActorJobError(Exception):
-    """The job cannot go on; the text is one sentence."""
+    """The job cannot continue; the text is one sentence."""
 
 
 class _Finished(Exception):
-    """Training is complete, or this job was told to stop."""
+    """Training is complete, or a signal has stopped this job."""
 
 
 def run(config: Config, given: Collection[str], report: Callable[[str], None]) -> str:
-    """Plays for the learner until training is complete or a signal comes. Main thread only.
+    """Acts for the learner until training is complete or a signal arrives. Main thread only.
 
     Args:
-      config: what this job's flags say; what the learner says counts where they must agree.
-      given: names of the settings that were given to this job, which it may not overrule.
-      report: told, in lines, what happens.
+      config: this job's settings; the learner's apply where the two must agree.
+      given: names of the settings that the user gave; the learner's must not differ from these.
+      report: takes lines of progress.
 
     Returns:
-      A sentence that says why it ended.
+      A sentence that says why the job ended.
 
     Raises:
-      KeyboardInterrupt: a signal came before anything was played.
+      KeyboardInterrupt: a signal arrived before acting began.
       ConfigError, LevelError, ServerError: one sentence for the user.
-      LearnerLost: the learner was not there for `reconnect_timeout`.
-      ActorJobError: the learner refuses what this job sends.
+      LearnerLost: the learner did not answer for `reconnect_timeout` seconds.
+      ActorJobError: the learner rejects this job's unrolls.
       ActorError: an environment died too often, or sends nothing that can be learned from.
       UnrollsLostError: the job has ended, but environments kept dying.
     """
@@ -79,7 +79,7 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
                 f'--inference_batch_size={config.actors.inference_batch_size} is more than this '
                 f'job has environments (--envs_per_actor={num_actors}).'
             )
-        # One that is started again does not play its episodes once more.
+        # Depends on the version, so that a restarted job does not repeat its episodes.
         seed = derived_seed(config.run.seed, job.task, max(version, 0))
         config = config.replace(seed=seed)
         require_files(config.actors.num_processes, 'envs_per_actor', num_actors)
@@ -92,7 +92,7 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
             popart_levels=popart_levels(network),
             latent_size=network['latent_size'],
         )
-        # The spec is compared before it is given to a network that may not be able to serve it.
+        # Compare the specs first: building the network may fail on one that does not match.
         _check_network(network_settings(agent_config, spec), network, address)
         memory_needs.check(memory_needs.of_actors(config, spec, agent_config, 'envs_per_actor'))
         agent = Agent(agent_config, spec)
@@ -145,7 +145,7 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
 
 @contextlib.contextmanager
 def _before_play():
-    """Makes a signal, within the block, one that came before anything was done."""
+    """Turns a signal within the block into KeyboardInterrupt: acting has not begun."""
     try:
         yield
     except _Finished as error:
@@ -159,12 +159,12 @@ def _play(
     actors: LocalActors,
     learner: '_Learner',
 ) -> None:
-    """Sends unrolls until there are no more, or nobody wants them."""
+    """Sends unrolls until the actors stop or training is complete."""
     rejected_in_a_row = 0
     for sequence, batch in enumerate(actors.batches(1), 1):
         unroll = flatten_unroll(batch, 0)
         level = level_names[int(unroll[0])]
-        # The learner counts the levels of the whole run.
+        # The learner's level ids index the levels of the whole run.
         unroll[0] = unroll[0].dtype.type(names_of_run.index(level))
         try:
             learner.send(unroll, level, sequence)
@@ -179,7 +179,7 @@ def _play(
 
 
 class _Retry:
-    """Repeats calls to a learner that may be away for a while."""
+    """Retries calls while the learner does not answer."""
 
     def __init__(self, config: ClusterConfig, report: Callable[[str], None], stop: StopSignal):
         self._address = config.own_address
@@ -188,16 +188,16 @@ class _Retry:
         self._stop = stop
 
     def call(self, function: Callable[[], T], before_again: Callable[[], Any] | None = None) -> T:
-        """Returns what a function returns, once the learner is there.
+        """Calls a function until the learner answers, and returns its result.
 
         Args:
-          function: raises `Disconnected` as long as it is not.
-          before_again: called before the function is called again.
+          function: raises `Disconnected` while the learner does not answer.
+          before_again: called before each further attempt.
 
         Raises:
-          LearnerLost: it has not come back in time.
-          ConfigError: what is there is no learner.
-          _LostPolicyError: of `before_again`.
+          LearnerLost: the learner has not answered in time.
+          ConfigError: the process at the address is not a learner.
+          _LostPolicyError: raised by `before_again`.
         """
         away_since = None
         back_off = 0.25
@@ -232,10 +232,10 @@ class _Retry:
                 back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
 
     def sleep(self, seconds: float) -> None:
-        """Waits before something is tried again.
+        """Waits before the next attempt.
 
         Raises:
-          _Finished: the job was told to stop.
+          _Finished: a signal has stopped the job.
         """
         time.sleep(seconds)
         if self._stop.received:
@@ -243,11 +243,11 @@ class _Retry:
 
 
 class _Learner:
-    """The learner as an actor job sees it: takes unrolls, has weights, ends one day.
+    """The actor job's view of the learner, which takes unrolls and publishes weights.
 
     Attributes:
       finished: whether training is complete.
-      holder: another job that has this one's number; None if there is none.
+      holder: the other job that has reserved this one's number; None if there is none.
     """
 
     def __init__(
@@ -270,12 +270,12 @@ class _Learner:
         self.holder: Reservation | None = None
 
     def reserve(self, report: Callable[[str], None]) -> None:
-        """Makes this job the only one of its number, once one that has ended is forgotten.
+        """Reserves this job's number; waits for the reservation of a job that has ended to expire.
 
-        Or finds out that training is complete: then `finished` is set.
+        Sets `finished` instead if training is complete.
 
         Raises:
-          ConfigError: another job has the number and lives.
+          ConfigError: another job has the number and is alive.
         """
         seen_at = None
         while True:
@@ -289,13 +289,13 @@ class _Learner:
                     f'{remote_actors.RESERVED_SECONDS:g} seconds to see whether that one has ended'
                 )
                 seen_at = now - self.holder.seconds_since_seen
-            # Of this clock and the learner's, which may not run alike.
+            # A margin of one second, since this clock and the learner's may drift apart.
             elif now - self.holder.seconds_since_seen > seen_at + 1:
                 raise self.taken_error()
             self._retry.sleep(_RESERVING_AGAIN_SECONDS)
 
     def taken_error(self) -> ConfigError:
-        """Returns what to raise where another job has the number."""
+        """Returns the error to raise when another job has the number."""
         assert self.holder is not None
         return ConfigError(
             f'--task={self._task} is taken by a job on {self.holder.host} that is there, heard of '
@@ -304,11 +304,11 @@ class _Learner:
         )
 
     def _reserve(self) -> None:
-        """Asks the learner for the number, again and again; `holder` is who has it."""
+        """Reserves the number or renews the reservation; sets `holder`, or `finished`."""
         try:
             holder = self._connection.reserve(self._task, remote_actors.RESERVED_SECONDS)
         except Disconnected:
-            # It gives out no more numbers when all is done.
+            # A learner that has finished accepts no more reservations.
             self.finished = self._connection.status().finished
             if not self.finished:
                 raise
@@ -316,10 +316,10 @@ class _Learner:
         self.holder = None if holder.is_own else holder
 
     def refresh(self) -> None:
-        """Has the actors act with the learner's present weights.
+        """Makes the actors use the learner's latest weights.
 
         Raises:
-          ActorJobError: they are not those of this job's network.
+          ActorJobError: the weights do not fit this job's network.
         """
         try:
             version, values = self._retry.call(self._connection.weights)
@@ -336,22 +336,23 @@ class _Learner:
     def send(self, unroll: list[Any], level: str, sequence: int) -> None:
         """Sends an unroll; refreshes the weights after as many unrolls as there are environments.
 
-        So on the average each environment begins each unroll with newer ones, as in the paper;
-        reading them after each unroll of the job would make them most of the traffic. Unrolls of
-        weights that the learner has lost are thrown away, and its own are read at once.
+        So on average each environment begins each unroll with newer weights, as in the paper.
+        Reading them after every unroll of the job would make weights most of the traffic. If a
+        restarted learner has lost the weights behind an unroll, the unroll is dropped and the
+        weights are read at once.
 
         Raises:
-          Rejected: the learner refuses it.
+          Rejected: the learner rejects the unroll.
           _Finished: training is complete.
         """
 
-        def forget_what_is_lost() -> None:
-            # A learner that came back may have lost the updates behind the weights that acted.
+        def check_policy() -> None:
+            # A restarted learner may have lost the updates behind the weights that acted.
             if self._connection.status().version < unroll[1]:
                 raise _LostPolicyError
 
-        # Begun before the learner came back without those weights; there may be one from each
-        # environment.
+        # The unroll began before the learner restarted without these weights. Each environment may
+        # have one such unroll.
         if unroll[1] > self._version:
             return
         try:
@@ -359,13 +360,13 @@ class _Learner:
                 lambda: self._connection.put(
                     unroll, self._task, level, sequence, self._present_notes()
                 ),
-                forget_what_is_lost,
+                check_policy,
             )
         except _LostPolicyError:
             self.refresh()
             return
         except Rejected:
-            # By a learner that does not know these weights? It may have been away unnoticed.
+            # The learner may have restarted unnoticed and lost these weights.
             if self._retry.call(self._connection.status).version >= self._version:
                 raise
             self.refresh()
@@ -380,7 +381,7 @@ class _Learner:
             self.refresh()
 
     def _present_notes(self) -> str:
-        # Which reads files, and so not for each unroll.
+        # Not for each unroll, since it reads files.
         now = time.monotonic()
         if now - self._noted_at >= remote_actors.WATCH_SECONDS:
             self._notes = remote_actors.notes_of_job(self._actors.level_cache())
@@ -389,7 +390,7 @@ class _Learner:
 
     @contextlib.contextmanager
     def watched(self):
-        """Tells the learner every few seconds that this job is there, and looks whether to end."""
+        """Renews the reservation every few seconds, and ends the job when it has to end."""
         done = threading.Event()
 
         def watch() -> None:
@@ -413,13 +414,13 @@ class _Learner:
 
 
 class _LostPolicyError(Exception):
-    """An unroll of weights that the learner does not know any more."""
+    """The learner has lost the weights behind an unroll."""
 
 
 def _agreed(
     config: Config, given: Collection[str], settings: dict[str, Any]
 ) -> tuple[Config, list[str]]:
-    """Takes over what the learner says; refuses flags that say something else.
+    """Adopts the learner's settings; rejects flags that differ from them.
 
     Returns:
       The settings, and the level of each environment.
@@ -456,7 +457,7 @@ def _agreed(
                 f'--level_name={level} is none of the levels of the learner at '
                 f'{address}: {", ".join(known)}.'
             )
-    # Round robin over the levels, by job and environment.
+    # Assign levels round robin, by job and environment.
     num_actors = config.cluster.envs_per_actor
     first = config.cluster.task * num_actors
     levels = [names[(first + i) % len(names)] for i in range(num_actors)]

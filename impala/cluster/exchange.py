@@ -1,9 +1,9 @@
-"""The learner's side of what it exchanges with actor jobs: unrolls come in, weights are on show.
+"""The learner's side of the exchange with actor jobs: an inbox of unrolls, a board of weights.
 
-Both objects belong to the process and have a name, by which the graphs that other machines send to
-the `tf.distribute.Server` of this process find them; `impala.cluster.transport` has those graphs.
-Tensors pass by reference: an unroll is copied once, into its batch, and weights are not copied at
-all.
+Both objects belong to the process and have names. Graphs that other machines send to the
+`tf.distribute.Server` of this process look them up by name; `impala.cluster.transport` builds those
+graphs. Tensors pass by reference: an unroll is copied once, into its batch, and weights are not
+copied at all.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ class Batch(NamedTuple):
     """A batch of unrolls.
 
     Attributes:
-      actors: i32 `[B]`, numbers of the actors that put them.
-      components: list of `[T+1, B, ...]` or `[B, ...]`, in the order of the inbox's components.
+      actors: i32 `[B]`, numbers of the actors that put the unrolls.
+      components: list of `[T+1, B, ...]` or `[B, ...]`, in the order of the inbox's arrays.
     """
 
     actors: tf.Tensor
@@ -35,12 +35,12 @@ class Batch(NamedTuple):
 
 
 class Reservation(NamedTuple):
-    """Who is an actor.
+    """The reservation of an actor number.
 
     Attributes:
-      is_own: whoever asked.
-      host: where the one that is runs.
-      seconds_since_seen: since it asked to be.
+      is_own: whether the client that asked holds it.
+      host: host of the holder.
+      seconds_since_seen: seconds since the holder last reserved it.
     """
 
     is_own: bool
@@ -49,7 +49,7 @@ class Reservation(NamedTuple):
 
     @classmethod
     def of(cls, is_own: Any, host: Any, seconds_since_seen: Any) -> 'Reservation':
-        """Reads what the op returns, as tensors or, from a session, as values."""
+        """Converts the outputs of the op: tensors, or values from a session."""
         name = np.asarray(host).item()
         return cls(bool(is_own), name.decode(errors='replace'), float(seconds_since_seen))
 
@@ -59,15 +59,15 @@ class ActorStatistics:
     """What one actor has sent since the inbox was made.
 
     Attributes:
-      host: where it runs.
-      level: that of its last unroll.
-      notes: what it told of itself with that.
+      host: host on which it runs.
+      level: level of its last unroll.
+      notes: the actor's notes on its last unroll.
       accepted: unrolls that entered the queue.
-      rejected: unrolls that were not valid.
-      duplicates: unrolls that came again after they had been accepted.
-      last_version: of the policy behind its last unroll, -1 while there is none.
-      seconds_since_seen: since its last put; 0 while it waits for room in the queue.
-      last_rejection: why its last unroll that was not valid was not.
+      rejected: invalid unrolls.
+      duplicates: unrolls that arrived again after they had been accepted.
+      last_version: policy version of its last unroll, -1 before the first.
+      seconds_since_seen: seconds since its last put; 0 while it waits for room in the queue.
+      last_rejection: why its last invalid unroll was rejected.
     """
 
     host: str
@@ -86,10 +86,10 @@ class InboxStatistics:
     """The state of an inbox.
 
     Attributes:
-      actors: by their numbers, those that have sent anything.
+      actors: actor number -> statistics, for each actor that has sent anything.
       queued: unrolls in the queue.
-      waiting: unrolls that have arrived and for which there is no room in the queue.
-      copy_seconds: spent so far on copying unrolls into batches.
+      waiting: unrolls that have arrived and wait for room in the queue.
+      copy_seconds: seconds spent so far on copying unrolls into batches.
     """
 
     actors: dict[int, ActorStatistics]
@@ -99,11 +99,11 @@ class InboxStatistics:
 
 
 class UnrollInbox:
-    """A bounded queue of unrolls that other processes fill, first in, first out.
+    """A bounded FIFO queue of unrolls that other processes fill.
 
-    Only whole and valid unrolls enter: of the right shapes and dtypes, with finite floats, integers
-    within their bounds, and a policy version that the learner has published. All methods may be
-    called from any thread, `take` and `set_latest_version` inside a `tf.function`, too.
+    Only complete and valid unrolls enter: with the right shapes and dtypes, finite floats, integers
+    within their bounds, and a policy version that the learner has published. All methods are
+    thread-safe; `take` and `set_latest_version` also work inside a `tf.function`.
     """
 
     def __init__(
@@ -116,15 +116,15 @@ class UnrollInbox:
         """Makes the queue.
 
         Args:
-          capacity: unrolls that may wait for the learner before actors wait for it.
-          components: what an unroll consists of.
-          version_component: name of the one, an int64 scalar, that is the policy version; its
-            greatest valid value is what `set_latest_version` says, 0 at first.
-          name: by which the processes that put unrolls find it.
+          capacity: maximum number of unrolls in the queue; actors wait while it is full.
+          components: the arrays of an unroll.
+          version_component: name of the array, an int64 scalar, that holds the policy version; its
+            greatest valid value is set by `set_latest_version`, initially 0.
+          name: name by which processes that put unrolls find the inbox.
 
         Raises:
-          tf.errors.AlreadyExistsError: there is one of that name that is not closed.
-          tf.errors.InvalidArgumentError: components that make no sense.
+          tf.errors.AlreadyExistsError: an open inbox has this name.
+          tf.errors.InvalidArgumentError: the components are invalid.
         """
         self._name = name
         self._layout = {
@@ -154,23 +154,23 @@ class UnrollInbox:
         level: str = '',
         notes: str = '',
     ) -> tf.Tensor:
-        """Puts an unroll from within this process, which waits while the queue is full.
+        """Puts an unroll from within this process; waits while the queue is full.
 
         Args:
-          unroll: the components.
-          actor: its number.
-          client: whose `sequence` it is, i64.
-          sequence: i64, greater than that of the client's unroll before; the same if the unroll is
-            the same.
-          host: where the actor runs.
-          level: what it plays.
-          notes: what else there is to know of it, for `statistics`; at most 4,096 bytes.
+          unroll: the arrays.
+          actor: the actor's number.
+          client: i64, id of the client that counts `sequence`.
+          sequence: i64, greater than that of the client's previous unroll; unchanged if the same
+            unroll is put again.
+          host: host on which the actor runs.
+          level: the level that it plays.
+          notes: further information for `statistics`; at most 4,096 bytes.
 
         Returns:
-          bool scalar, False if it was there already.
+          bool scalar, False if the unroll was a duplicate.
 
         Raises:
-          tf.errors.InvalidArgumentError: the unroll is not valid; says what is wrong with it.
+          tf.errors.InvalidArgumentError: the unroll is invalid; the message says why.
           tf.errors.CancelledError: the inbox is closed.
         """
         with tf.device('/cpu:0'):
@@ -179,19 +179,19 @@ class UnrollInbox:
             )
 
     def reserve(self, actor: int, client: int, host: str, seconds: float) -> 'Reservation':
-        """Has a client be the only one that is an actor for a while, unless another one is.
+        """Reserves an actor number for a client, unless another client holds it.
 
         Args:
-          actor: its number.
-          client: who wants to be it, i64; may ask again at any time.
-          host: where it runs, for those who come in vain.
-          seconds: from now, up to 3600; 0 gives the number back.
+          actor: the number.
+          client: i64, id of the client, which may renew its reservation at any time.
+          host: the client's host, shown to clients that are refused.
+          seconds: duration from now, at most 3600; 0 releases the number.
 
         Returns:
-          Who is that actor.
+          The reservation of whichever client holds the number.
 
         Raises:
-          tf.errors.InvalidArgumentError: these make no sense.
+          tf.errors.InvalidArgumentError: an argument is invalid.
           tf.errors.CancelledError: the inbox is closed.
         """
         with tf.device('/cpu:0'):
@@ -213,15 +213,18 @@ class UnrollInbox:
             )
 
     def set_latest_version(self, version: tf.Tensor) -> tf.Operation | None:
-        """Makes unrolls of policies up to this version, i64 scalar, valid.
+        """Makes unrolls of policy versions up to this one valid.
 
-        To be called before those weights are published: actors may be fast.
+        Call this before the weights are published: a fast actor may return an unroll at once.
+
+        Args:
+          version: i64 scalar.
         """
         with tf.device('/cpu:0'):
             return _ops.unroll_inbox_set_latest_version(version, object=self._name)
 
     def statistics(self) -> InboxStatistics:
-        """Returns who has sent what so far, and how full the queue is."""
+        """Returns what each actor has sent so far, and how full the queue is."""
         numbers, hosts, levels, notes, counts, seconds, rejections, queue, copy_seconds = (
             output.numpy() for output in _ops.unroll_inbox_statistics(object=self._name)
         )
@@ -243,25 +246,25 @@ class UnrollInbox:
         return InboxStatistics(actors, queued, waiting, float(copy_seconds))
 
     def close(self) -> None:
-        """Fails whoever waits, here and elsewhere; what is queued is gone. May be called again."""
+        """Fails all waiting calls, here and elsewhere, and drops the queue. May be called again."""
         _ops.unroll_inbox_close(object=self._name)
 
 
 class WeightsBoard:
-    """Weights that other processes may read whenever they like.
+    """Weights that other processes may read at any time.
 
-    All methods may be called from any thread, `publish` inside a `tf.function`, too.
+    All methods are thread-safe; `publish` also works inside a `tf.function`.
     """
 
     def __init__(self, settings: str, name: str = BOARD):
         """Makes the board, without weights.
 
         Args:
-          settings: text for the readers, such as what shapes the network.
-          name: by which they find it.
+          settings: text for the readers, such as the settings of the network.
+          name: name by which readers find the board.
 
         Raises:
-          tf.errors.AlreadyExistsError: there is one of that name that is not closed.
+          tf.errors.AlreadyExistsError: an open board has this name.
         """
         self._name = name
         with tf.device('/cpu:0'):
@@ -270,30 +273,30 @@ class WeightsBoard:
     def publish(
         self, weights: Sequence[tf.Tensor | tf.Variable], version: tf.Tensor
     ) -> tf.Operation | None:
-        """Replaces the weights as a whole.
+        """Replaces all weights at once.
 
         Args:
-          weights: on the CPU their values are shared, not copied: later assignments to a variable
-            go to memory of its own.
-          version: i64 scalar, learner updates behind them.
+          weights: values on the CPU are shared, not copied; a later assignment to a variable
+            allocates new memory for it.
+          version: i64 scalar, learner updates behind the weights.
         """
         values = [tf.convert_to_tensor(weight) for weight in weights]
         with tf.device('/cpu:0'):
             return _ops.weights_board_publish(version, values, object=self._name)
 
     def version(self) -> tuple[int, bool]:
-        """Returns the last version, -1 before the first, and whether it will stay the last."""
+        """Returns the latest version, -1 before the first, and whether it is final."""
         version, finished = _ops.weights_board_version(object=self._name)
         return int(version), bool(finished)
 
     def read(self, specs: Sequence[tf.TensorSpec]) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Returns the last version, i64 scalar, and its weights.
+        """Returns the latest version, i64 scalar, and its weights.
 
         Args:
-          specs: of the weights.
+          specs: specs of the weights.
 
         Raises:
-          tf.errors.InvalidArgumentError: the weights are not of these shapes and types.
+          tf.errors.InvalidArgumentError: the weights do not have these shapes and dtypes.
           tf.errors.NotFoundError: none have been published yet.
         """
         return _ops.weights_board_read(
@@ -303,9 +306,9 @@ class WeightsBoard:
         )
 
     def finish(self) -> None:
-        """Tells readers that training has come to its end."""
+        """Tells readers that training is complete."""
         _ops.weights_board_finish(object=self._name)
 
     def close(self) -> None:
-        """Fails readers from now on and lets go of the weights. May be called again."""
+        """Fails all further reads and drops the weights. May be called again."""
         _ops.weights_board_close(object=self._name)

@@ -1,8 +1,9 @@
 """Several learners that train one model together.
 
-TensorFlow's strategies do the arithmetic: gradients are summed over replicas that stay equal. What
-they do not do is done here over a plain connection of every learner to the first one: the handshake
-before training, the news that one of them has ended, and the news of their actors for the log.
+TensorFlow's strategies do the arithmetic: they sum gradients over replicas that stay equal. This
+module does the rest over a plain connection of every learner to the first one: the handshake before
+training, the notice that a learner has ended, and the statistics of each learner's actors for the
+log.
 """
 
 import contextlib
@@ -34,11 +35,11 @@ from impala.trajectory import EpisodeEnd
 PROTOCOL = 4
 
 _HEARTBEAT_SECONDS = 1.0
-# A learner that has died is noticed at once, as its connection is closed; one whose machine or
-# network has, after so many seconds.
+# A learner process that dies is noticed at once, because its connection closes. The failure of a
+# machine or a network is noticed after this many seconds.
 _SILENCE_SECONDS = 30.0
 _RETRY_SECONDS = 0.5
-# One that ends is noticed by the strategy, too, and this much earlier at most.
+# The strategy notices the end of a learner, too, at most this many seconds earlier.
 _EXPLANATION_SECONDS = 5.0
 _FINISH_SECONDS = 60.0
 _LONGEST_MESSAGE = 1 << 20
@@ -46,15 +47,15 @@ _ENDED = 'a learner has ended or was stopped'
 
 
 class LearnerGroupError(Exception):
-    """The learners cannot go on together; the text is one sentence."""
+    """The learners cannot continue together; the text is one sentence."""
 
 
 class Member(NamedTuple):
-    """Which of several learners this is.
+    """A learner's place among several.
 
     Attributes:
-      addresses: `host:port` of all learners, at which their actors find them.
-      task: index of this one.
+      addresses: `host:port` of all learners, to which their actors connect.
+      task: index of this learner.
     """
 
     addresses: tuple[str, ...]
@@ -62,22 +63,22 @@ class Member(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes checkpoints and logs."""
+        """Whether this is the learner that writes checkpoints and logs."""
         return self.task == 0
 
 
 def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.Strategy:
-    """Returns a strategy with a replica in each learner, or on each GPU of each.
+    """Returns a strategy with one replica per learner, or per GPU of each learner.
 
-    Nothing may have been computed in this process before. It waits for the other learners.
+    Waits for the other learners. This process must not have run any TensorFlow operation before.
 
     Args:
-      addresses: `host:port` of all learners, at which their actors find them; what is exchanged
-        here goes through other ports.
+      addresses: `host:port` of all learners, to which their actors connect. The strategy uses the
+        ports `GRADIENTS_PORT_OFFSET` above these.
       task: index of this learner.
 
     Raises:
-      ServerError: the port is in use, or the others cannot be reached.
+      ServerError: the port is in use, or the other learners cannot be reached.
     """
     ports = [split_address(address) for address in addresses]
     workers = [f'{host}:{port + GRADIENTS_PORT_OFFSET}' for host, port in ports]
@@ -87,7 +88,7 @@ def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.S
             f'the port of their address + {GRADIENTS_PORT_OFFSET}.'
         )
     disable_coordination_service()
-    # Its own health check says in many lines what `LearnerGroup` says in one.
+    # The strategy's health check logs in many lines what `LearnerGroup` reports in one.
     tf.get_logger().addFilter(lambda record: not record.getMessage().startswith('Cluster check'))
     try:
         return tf.distribute.MultiWorkerMirroredStrategy(
@@ -107,11 +108,11 @@ def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.S
 class LearnerGroup:
     """Connects a learner to the others. A context manager.
 
-    The first learner listens, the others connect to it. Messages are lines of JSON. Without
-    `then`, the end of another learner ends this process at once.
+    The first learner listens, the others connect to it. Messages are lines of JSON. Until `then` is
+    called, the end of another learner ends this process at once.
 
     Attributes:
-      run_id: the first learner's, which the others know once they are in.
+      run_id: id of the run, chosen by the first learner; the others know it after the handshake.
     """
 
     def __init__(
@@ -121,14 +122,14 @@ class LearnerGroup:
         report: Callable[[str], None],
         run_id: str = '',
     ):
-        """Does nothing yet.
+        """Connects only when the context is entered.
 
         Args:
-          member: which learner this is.
-          settings: name -> JSON-serialisable value, of those that must be the
-            same everywhere.
-          report: told, in lines, who is waited for.
-          run_id: of the first learner, for the others.
+          member: this learner's place in the group.
+          settings: name -> JSON-serializable value of each setting on which all learners must
+            agree.
+          report: takes lines that say which learners are missing.
+          run_id: id of the run; used only by the first learner.
         """
         self.run_id = run_id
         self._member = member
@@ -136,7 +137,7 @@ class LearnerGroup:
         self._report = report
         host, port = split_address(member.addresses[0])
         self._group_address = host, port + GROUP_PORT_OFFSET
-        # Guards all below.
+        # Guards everything below.
         self._changed = threading.Condition()
         self._peers: dict[int, _PeerConnection] = {}
         self._complete: set[int] = set()
@@ -150,7 +151,7 @@ class LearnerGroup:
         self._listener: socket.socket | None = None
 
     def __enter__(self) -> 'LearnerGroup':
-        """Waits until all learners are there.
+        """Waits until all learners are connected.
 
         Raises:
           ConfigError, ServerError: one sentence for the user.
@@ -187,7 +188,7 @@ class LearnerGroup:
                 f'There is another learner with --task=0 at {self._member.addresses[0]}: each '
                 'needs a number of its own.'
             )
-        # TensorFlow would listen on all interfaces even then.
+        # Unlike TensorFlow's servers, this one need not listen on all interfaces.
         interface = host if host in ('localhost', '127.0.0.1') else ''
         try:
             self._listener = socket.create_server((interface, port))
@@ -223,10 +224,10 @@ class LearnerGroup:
             hello = peer.receive() or {}
             task, host = hello.get('task'), hello.get('host')
             if not isinstance(task, int):
-                return  # Somebody who has taken the wrong door.
+                return  # Not a learner.
             with self._changed:
                 if self._reason is not None or self._finishing:
-                    return  # It comes back when the group is formed anew.
+                    return  # The learner retries until a new group forms.
                 refusal = self._refusal(task, hello)
                 if refusal is None:
                     self._peers[task] = peer
@@ -290,7 +291,7 @@ class LearnerGroup:
             self._send({})
 
     def _listen(self, peer: '_PeerConnection', task: int) -> None:
-        """Acts on what another learner says until it has ended."""
+        """Handles another learner's messages until it has ended."""
         while (message := peer.receive()) is not None:
             if 'lost' in message:
                 self._end(message['lost'])
@@ -323,7 +324,7 @@ class LearnerGroup:
         if self._member.is_first:
             self._send({'lost': reason})
         if stop is None:
-            # The main thread may be inside of TensorFlow, waiting for the one that has ended.
+            # The main thread may be inside TensorFlow, waiting for the learner that has ended.
             report_to_stderr(reason)
             os._exit(1)
         stop()
@@ -337,10 +338,10 @@ class LearnerGroup:
                 peer.send(message)
 
     def then(self, stop: Callable[[], Any]) -> None:
-        """From now on, the end of another learner calls a function, and fails `Learner.step`.
+        """From now on, the end of another learner calls a function and makes `Learner.step` fail.
 
         Args:
-          stop: called on another thread, once at most.
+          stop: called on another thread, at most once.
         """
         with self._changed:
             self._stop = stop
@@ -349,7 +350,7 @@ class LearnerGroup:
             stop()
 
     def stop(self) -> None:
-        """Ends the training of all learners, since this one was told to. From any thread."""
+        """Stops the training of all learners. May be called from any thread."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -357,10 +358,10 @@ class LearnerGroup:
         abort_collectives(_ENDED)
 
     def explain(self, error: tf.errors.OpError) -> None:
-        """Finds out, for `check`, why a step failed: usually, since another learner has ended.
+        """Finds out, for `check`, why a step failed; usually because another learner has ended.
 
         Args:
-          error: what the step raised.
+          error: the error that the step raised.
         """
         with self._changed:
             is_known = self._changed.wait_for(
@@ -371,7 +372,7 @@ class LearnerGroup:
             self._end(f'Learner {self._member.task} failed in an update: {said}.')
 
     def check(self) -> None:
-        """Raises what ended the training, if it was not `stop`.
+        """Raises the reason if the training has ended for any other than `stop`.
 
         Raises:
           LearnerGroupError: one sentence.
@@ -382,7 +383,7 @@ class LearnerGroup:
             )
 
     def finish(self) -> None:
-        """Waits until all learners have taken their last step: none may end before."""
+        """Waits until all learners have taken their last step, since none may end before that."""
         if not self._member.is_first:
             self._send({'complete': True})
         with self._changed:
@@ -392,11 +393,11 @@ class LearnerGroup:
             self._send({'complete': True})
 
     def tell(self, news: dict[str, Any]) -> None:
-        """Sends the first learner something for its log."""
+        """Sends the first learner entries for its log."""
         self._send(news)
 
     def collect(self, log: Log) -> None:
-        """Hands what the other learners have told, which only the first one is, to its log."""
+        """Records in the first learner's log what the other learners have sent."""
         with self._changed:
             news, self._news = self._news, []
         for task, message in news:
@@ -416,15 +417,15 @@ class LearnerGroup:
 
 
 class FollowerLog(Log):
-    """The log of a learner that is not the first, which tells the first one what it records."""
+    """The log of any learner but the first; sends its records to the first learner."""
 
     def __init__(self, group: LearnerGroup, task: int, log_secs: float):
-        """Writes nothing.
+        """Makes a log that writes no files.
 
         Args:
-          group: takes what the first learner is told.
-          task: of this learner.
-          log_secs: seconds between what is told of actors.
+          group: connection to the first learner.
+          task: index of this learner.
+          log_secs: seconds between records of the actors.
         """
         self._group = group
         self._task = task
@@ -436,7 +437,7 @@ class FollowerLog(Log):
         report_to_stderr(f'Learner {self._task}: {text}')
 
     def record_update(self, metrics: Mapping[str, Any]) -> None:
-        """Does nothing: the first learner has the same."""
+        """Does nothing: the first learner records the same."""
 
     def record_actor_restart(self, count: int = 1) -> None:
         """Does nothing: actor jobs count their own."""
@@ -466,7 +467,7 @@ class FollowerLog(Log):
 
     @property
     def wall_seconds(self) -> float:
-        """Seconds since the log was made."""
+        """Seconds since this log was made."""
         return time.monotonic() - self._started
 
     @property
@@ -476,11 +477,11 @@ class FollowerLog(Log):
 
     @property
     def picture_is_due(self) -> bool:
-        """Whether there may be a picture: never, as the first learner shows its own."""
+        """Always False: the first learner records its own pictures."""
         return False
 
     def record_picture(self, name: str, pixels: np.ndarray) -> None:
-        """Does nothing: the first learner shows its own."""
+        """Does nothing: the first learner records its own pictures."""
 
     def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
         """See `Log.maybe_write`."""
@@ -495,7 +496,7 @@ class _PeerConnection:
 
     Attributes:
       address: network address of the other end.
-      is_silent: whether `receive` has returned None for want of any message.
+      is_silent: whether `receive` has returned None because no message arrived in time.
     """
 
     def __init__(self, connection: socket.socket):
@@ -516,13 +517,13 @@ class _PeerConnection:
         """Sends a message.
 
         Raises:
-          OSError: the other end is gone.
+          OSError: the connection is broken.
         """
         with self._sending:
             self._connection.sendall(json.dumps(message).encode() + b'\n')
 
     def receive(self) -> dict[str, Any] | None:
-        """Returns the next message; None if the other end is gone, silent or no learner."""
+        """Returns the next message; None if the other end is gone, silent or not a learner."""
         try:
             message = json.loads(self._reader.readline(_LONGEST_MESSAGE))
         except TimeoutError:
@@ -533,7 +534,7 @@ class _PeerConnection:
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        """Has both ends receive None."""
+        """Closes the connection; `receive` returns None at both ends."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()

@@ -1,4 +1,4 @@
-"""The learner's end of actors on other machines: what they send, what they are given."""
+"""The learner's side of actors on other machines: takes their unrolls, publishes weights."""
 
 import contextlib
 import json
@@ -28,31 +28,32 @@ from impala.trajectory import EnvironmentSpec
 PROTOCOL = 4
 
 WATCH_SECONDS = 5.0
-# An actor that was not heard of for so many seconds is not counted as connected.
+# An actor that has been silent for this many seconds does not count as connected.
 CONNECTED_SECONDS = 60.0
-# Actors ask whether training has ended this often; the learner waits twice as long before it goes.
+# Actors poll this often whether training is complete; the learner waits twice as long before it
+# exits.
 POLL_SECONDS = 3.0
-# An actor job keeps its number for so long after it was last heard of; it is as often as it asks.
+# An actor job keeps its number for this many seconds after its last message.
 RESERVED_SECONDS = 10.0
-# What a job tells of its level cache, since it was started.
+# What a job reports on its level cache, counted since its start.
 _CACHE_NAMES = ('hits', 'misses', 'seconds_saved')
 
 
 def notes_of_job(level_cache: Mapping[str, float]) -> str:
-    """Returns what an actor job tells of itself with each unroll.
+    """Returns the notes that an actor job sends with each unroll.
 
     Args:
-      level_cache: as of `LocalActors.level_cache`.
+      level_cache: see `LocalActors.level_cache`.
     """
     return json.dumps({'level_cache': dict(level_cache)}) if level_cache else ''
 
 
 def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:
-    """Returns the sums of what actor jobs tell of their level caches; empty if they have none.
+    """Sums up what actor jobs report on their level caches; empty if they have none.
 
     Args:
-      notes: as of `notes_of_job`, from each. What makes no sense is left out: it comes from other
-        machines.
+      notes: from each job, see `notes_of_job`. Invalid notes are ignored, since they come from
+        other machines.
     """
     told = []
     for text in notes:
@@ -67,10 +68,10 @@ def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:
 
 
 class RemoteActors:
-    """Actors on other machines, in the place of `LocalActors`. A context manager.
+    """Actors on other machines, with the interface of `LocalActors`. A context manager.
 
     Attributes:
-      port: on which it listens.
+      port: port on which the learner listens.
     """
 
     def __init__(
@@ -82,18 +83,18 @@ class RemoteActors:
         settings: dict[str, Any],
         report: Callable[[str], None],
     ):
-        """Listens.
+        """Starts to listen.
 
         Args:
-          config: of the run.
-          level_names: of the run, in the order of their ids.
-          spec: of the environments.
-          agent: of the network that learns; tells the shape of its state.
-          settings: JSON-serialisable, for the actor jobs.
-          report: told who comes and goes.
+          config: settings of the run.
+          level_names: levels of the run, in the order of their ids.
+          spec: specs of the environments.
+          agent: the agent, which gives the spec of the recurrent state.
+          settings: JSON-serializable settings for the actor jobs.
+          report: takes lines that say which actors connect and disconnect.
 
         Raises:
-          ServerError: the address makes no sense or is in use.
+          ServerError: the address is invalid or in use.
         """
         self._observation_names = list(spec.observation)
         self._state_structure = agent.state_spec
@@ -124,13 +125,16 @@ class RemoteActors:
 
     @tf.function(autograph=False)
     def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
-        """Puts weights on show, which actors read when they begin an unroll."""
-        # The version first: an actor may be fast enough to have answered with these weights.
+        """Publishes weights for the actor jobs."""
+        # Set the version first: a fast actor may return an unroll of these weights at once.
         with tf.control_dependencies([self._inbox.set_latest_version(version)]):
             self._board.publish([tf.identity(weight) for weight in weights], version)
 
     def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
-        """Returns what assembles batches until the queue is closed, for `Loading`."""
+        """Returns a function that assembles the next batch, for `Loading`.
+
+        The function raises tf.errors.CancelledError once the queue is closed.
+        """
         return compiled(lambda: mix(self._take) if mix else self._take(batch_size))
 
     def _take(self, batch_size: int) -> UnrollBatch:
@@ -140,11 +144,14 @@ class RemoteActors:
         )
 
     def close(self) -> None:
-        """Ends the waiting for unrolls, here and in the actor jobs. From any thread."""
+        """Ends all waits for unrolls, here and in the actor jobs. May be called from any thread."""
         self._inbox.close()
 
     def finish(self) -> None:
-        """Tells the actor jobs that training is complete, and gives them the time to hear it."""
+        """Announces to the actor jobs that training is complete, and waits until they have polled.
+
+        Takes `2 * POLL_SECONDS` if there are any.
+        """
         self._board.finish()
         has_actors = bool(self._inbox.statistics().actors)
         self._inbox.close()
@@ -152,16 +159,16 @@ class RemoteActors:
             time.sleep(2 * POLL_SECONDS)
 
     def check(self) -> None:
-        """Does nothing: what befalls an actor job is its own."""
+        """Does nothing: an actor job handles its own failures."""
 
     def check_losses(self) -> None:
-        """Does nothing: an actor job counts what it loses."""
+        """Does nothing: an actor job counts its own losses."""
 
     def record(self, log: Log) -> dict[str, float]:
-        """Hands a row per actor job that was heard of lately, and their level caches, to the log.
+        """Records a row per connected actor job, and the sums of their level caches, in the log.
 
         Returns:
-          The seconds spent so far in stages of the queue.
+          Stage of the queue -> seconds spent in it so far.
         """
         log.record_actors(self._rows)
         statistics = self._inbox.statistics()
@@ -170,13 +177,14 @@ class RemoteActors:
         return {'queue/copy': statistics.copy_seconds}
 
     def _watch(self) -> None:
-        """Every few seconds: counts what came, and reports who comes, goes or is refused."""
+        """Updates the actors' rows every few seconds."""
         while True:
             self._look()
             if self._closed.wait(WATCH_SECONDS):
                 return
 
     def _look(self) -> None:
+        """Counts unrolls, and reports which actors connect, disconnect or are rejected."""
         actors = self._inbox.statistics().actors
         version, _ = self._board.version()
         now = time.monotonic()
@@ -213,13 +221,13 @@ class RemoteActors:
 def job_settings(
     config: Config, level_names: Sequence[str], network: dict[str, Any], num_action_repeats: int
 ) -> dict[str, Any]:
-    """Returns what actor jobs must agree with the learner on, JSON-serialisable.
+    """Returns the JSON-serializable settings on which actor jobs must agree with the learner.
 
     Args:
-      config: of the run.
-      level_names: of the run, in the order of their ids.
-      network: as of `run_settings.network_settings`.
-      num_action_repeats: of the levels, whether a flag says it or not.
+      config: settings of the run.
+      level_names: levels of the run, in the order of their ids.
+      network: see `run_settings.network_settings`.
+      num_action_repeats: of the levels, whether a flag sets it or not.
     """
     return {
         'protocol': PROTOCOL,

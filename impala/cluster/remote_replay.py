@@ -1,6 +1,6 @@
-"""The learner's end of replay jobs: unrolls that are held elsewhere, in shards.
+"""The learner's client of replay jobs, which hold the unrolls in shards.
 
-Letters: T unroll length, K components of an unroll.
+Letters: T unroll length, K arrays of an unroll, N unrolls.
 """
 
 import collections
@@ -41,38 +41,38 @@ from impala.config import ConfigError
 from impala.experience.replay import Packing
 from impala.trajectory import UnrollArray
 
-# For a batch, the learner waits for all shards together for so many seconds at most.
+# The learner waits at most this many seconds per batch, for all shards together.
 _PATIENCE_SECONDS = 1.0
-# A mere limit to each wait would let a shard that is slow again and again slow the learner down:
-# what is longer than this may, for each shard, over time be this part of the time. One that is
-# waited for in vain is left alone until it has delivered.
+# A limit per wait is not enough: a shard that is slow each time would still slow the learner down.
+# So waits up to `_PROMPT_SECONDS` are free, and what exceeds them is limited, for each shard, to
+# `_PATIENCE_SHARE` of the time. A shard that misses its deadline is skipped until it delivers.
 _PROMPT_SECONDS = 0.05
 _PATIENCE_SHARE = 0.1
-# A shard to which nothing is sent is asked this often whether it is still there.
+# Interval at which an idle shard is polled.
 _POLL_SECONDS = 2.0
 _FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 0.25, 5.0
-# A shard's lease is renewed so many times before it ends.
+# How often a shard's lease is renewed within its duration.
 _RENEWALS_PER_LEASE = 4
 _LEAVE_SECONDS = 2.0
 _DEADLINE_SECONDS = 10.0
 
 
 class RemoteReplay:
-    """Unrolls in shards, in the place of `impala.experience.replay.Replay`. A context manager.
+    """Replay over shards, with the interface of `impala.experience.replay.Replay`.
 
-    Each shard has two threads here: one sends it unrolls, in turns with the other shards, and tries
-    to find it when it is not there; one keeps a few drawn ones at hand. Shards draw uniformly among
-    what they hold, and each unroll that is wanted here is of shard i with a probability
-    proportional to what that holds: so all unrolls are drawn equally often, also when a shard that
-    came back holds fewer than others.
+    A context manager. Each shard has two threads here: one sends it unrolls, in turn with the other
+    shards, and reconnects when the shard is lost; one prefetches a few sampled unrolls. Shards
+    sample uniformly from what they hold, and each unroll comes from shard i with a probability
+    proportional to the number that shard i holds. So all unrolls are sampled equally often, even if
+    a shard that came back holds fewer than the others.
 
-    What is here is bounded: of drawn unrolls, twice as many as a batch replays, rounded up for each
-    shard, and those on their way; of unrolls to be sent, two batches. What a shard that is too slow
-    or not there does not take is lost. Nothing here waits for shards for longer than a second, nor
-    again and again for one that is slow; what it delivers too late is used later.
+    The memory is bounded: at most twice the replayed unrolls of a batch, rounded up for each shard,
+    plus those in transit; and two batches of unrolls to be sent. Unrolls that a shard does not
+    take, because it is too slow or lost, are dropped. The learner never waits longer than a second
+    for the shards, nor repeatedly for a slow one; unrolls that arrive late are used later.
 
     Attributes:
-      components: of an unroll, as given.
+      components: the arrays of an unroll, as given.
     """
 
     def __init__(
@@ -87,23 +87,23 @@ class RemoteReplay:
         seed: Any,
         report: Callable[[str], None],
     ):
-        """Looks for the shards, and asks those that are there whether they can be had.
+        """Asks the shards that answer whether the run can acquire them.
 
         Args:
           components: see `Packing`.
           stack: see `Packing`.
-          level_names: of the run.
-          run_id: what tells the run from all others, see `impala.runs.files.run_id`.
-          addresses: `host:port` of the shards.
-          batch_size: unrolls of a batch.
-          num_replayed: of them, at most.
-          seed: of the shards that are drawn from; see `numpy.random.default_rng`.
-          report: told, in lines, which shards come and go.
+          level_names: levels of the run.
+          run_id: identifies the run, see `impala.runs.files.run_id`.
+          addresses: `host:port` of each shard.
+          batch_size: unrolls per batch.
+          num_replayed: maximum number of replayed unrolls per batch.
+          seed: seed for the choice of shards; see `numpy.random.default_rng`.
+          report: takes lines that say which shards connect and disconnect.
 
         Raises:
-          ConfigError: a shard cannot hold these unrolls, or holds those of another run that goes
-            on.
-          ServerError: an address that makes no sense.
+          ConfigError: a shard cannot hold these unrolls, or belongs to another run that is still
+            active.
+          ServerError: an address is invalid.
         """
         self.components = list(components)
         self._packing = Packing(components, stack)
@@ -116,7 +116,7 @@ class RemoteReplay:
         self._report = report
         self._shards = [_Shard(task, address) for task, address in enumerate(addresses)]
         self._packing_lock = threading.Lock()
-        # Guards all below, and the shards.
+        # Guards everything below and the shards.
         self._changed = threading.Condition()
         self._closed = False
         self._connections: set[Connection] = set()
@@ -134,21 +134,21 @@ class RemoteReplay:
         self._for_each(lambda shard: self._request(shard, RequestKind.QUERY))
 
     def start(self, begins: bool, report: Callable[[str], None]) -> None:
-        """To be called before the shards are used.
+        """Prepares the use of the shards; must precede entering the context.
 
         Args:
-          begins: whether the run begins, so that what shards hold is not of it.
-          report: told from now on which shards come and go.
+          begins: whether the run begins, so that the shards must drop their unrolls.
+          report: takes lines that say which shards connect and disconnect, from now on.
         """
         for shard in self._shards:
             shard.begins = begins
         self._report = report
 
     def __enter__(self) -> 'RemoteReplay':
-        """Takes the shards that are there.
+        """Acquires the shards that answer.
 
         Raises:
-          ConfigError: as when this was made.
+          ConfigError: see `__init__`.
         """
         try:
             self._for_each(lambda shard: self._request(shard, shard.request_kind))
@@ -173,7 +173,7 @@ class RemoteReplay:
 
     @property
     def description(self) -> str:
-        """What this is, in a sentence for the user."""
+        """A description for the user."""
         addresses = ', '.join(shard.address for shard in self._shards)
         return f'Replay of trajectories of {self._packing.nbytes:,} bytes, held at {addresses}'
 
@@ -182,7 +182,7 @@ class RemoteReplay:
             return sum(shard.held for shard in self._shards)
 
     def add(self, unrolls: Sequence[np.ndarray]) -> None:
-        """Has unrolls sent to shards, in turns; does not wait for that.
+        """Queues unrolls to be sent to the shards in turn, without waiting.
 
         Args:
           unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
@@ -206,13 +206,13 @@ class RemoteReplay:
                     self._changed.notify_all()
 
     def reserve(self, number: int) -> bool:
-        """Draws unrolls for a call of `sample` that must follow.
+        """Samples unrolls for a call of `sample` that must follow.
 
         Args:
-          number: of unrolls.
+          number: number of unrolls.
 
         Returns:
-          Whether there are so many; if not, none is reserved.
+          Whether that many are available; if not, none is reserved.
         """
         with self._changed:
             has_all = self._draw(number, time.monotonic() + _PATIENCE_SECONDS)
@@ -222,11 +222,11 @@ class RemoteReplay:
             return has_all
 
     def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
-        """Writes unrolls that were reserved into columns.
+        """Writes reserved unrolls into columns.
 
         Args:
           unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-          first_column: of those that are written; the last one is the last there is.
+          first_column: first column to write; all later ones are written, too.
         """
         number = self._packing.num_columns(unrolls) - first_column
         with self._changed:
@@ -235,7 +235,7 @@ class RemoteReplay:
             self._packing.unpack(packed, unrolls, column)
 
     def metrics(self) -> dict[str, float]:
-        """Returns what the log is to know, by its name there."""
+        """Returns metrics for the log, by name."""
         with self._changed:
             values: dict[str, float] = {
                 'replay_unrolls': sum(shard.held for shard in self._shards),
@@ -248,12 +248,12 @@ class RemoteReplay:
         return values
 
     def stage_seconds(self) -> dict[str, float]:
-        """Returns the seconds so far of stages of all shards' threads."""
+        """Returns the seconds spent so far in each stage, summed over the shards."""
         with self._changed:
             return dict(self._seconds)
 
     def _next_with_room(self) -> '_Shard | None':
-        """Returns the shard whose turn it is, of those that are there and not far behind."""
+        """Returns the next connected shard in turn whose queue has room, or None."""
         num_there = sum(shard.connection is not None for shard in self._shards)
         for _ in self._shards:
             shard = self._shards[self._next_shard]
@@ -265,9 +265,9 @@ class RemoteReplay:
         return None
 
     def _draw(self, number: int, deadline: float) -> bool:
-        """Draws so many unrolls, of the shards that have them in time; returns whether they do."""
+        """Collects `number` sampled unrolls; returns whether the shards delivered them in time."""
         while True:
-            # Also if nothing is wanted: as long as there is nothing, that does not count.
+            # Even if `number` is 0: replay counts as unavailable while no shard has unrolls.
             shards = [shard for shard in self._shards if shard.held and not shard.is_late]
             if self._closed or not shards:
                 return False
@@ -280,7 +280,7 @@ class RemoteReplay:
                 self._changed.notify_all()
 
     def _wait_for(self, shard: '_Shard', deadline: float) -> bool:
-        """Waits for a drawn unroll of a shard; returns whether there is one."""
+        """Waits for a sampled unroll of a shard; returns whether there is one."""
         started = time.monotonic()
         grown = shard.patience + _PATIENCE_SHARE * (started - shard.patience_at)
         patience = min(_PATIENCE_SECONDS, grown)
@@ -297,12 +297,16 @@ class RemoteReplay:
     def _for_each(
         self, call: Callable[['_Shard'], None], shards: Sequence['_Shard'] | None = None
     ) -> None:
-        """Calls a function with each shard, all of them if none are given, at the same time."""
+        """Calls a function with each of the given shards (default: all) concurrently."""
         with concurrent.futures.ThreadPoolExecutor(len(self._shards)) as executor:
             list(executor.map(call, self._shards if shards is None else shards))
 
     def _request(self, shard: '_Shard', kind: RequestKind) -> None:
-        """Says what is wanted of a shard, if it is there."""
+        """Sends a request to a shard and waits for the answer; marks the shard as lost if it fails.
+
+        Raises:
+          ConfigError: the shard refuses.
+        """
         try:
             with self._control_connection(shard) as control:
                 self._ask(control, kind)
@@ -313,7 +317,7 @@ class RemoteReplay:
             self._lose(shard, error)
 
     def _leave(self, shard: '_Shard') -> None:
-        """Lets go of a shard, so that it need not wait to be another run's."""
+        """Releases a shard, so that another run need not wait for the lease to end."""
         with (
             contextlib.suppress(RemoteError),
             ReplayConnection(
@@ -323,7 +327,7 @@ class RemoteReplay:
             self._send(control, RequestKind.RELEASE)
 
     def _keep(self, shard: '_Shard') -> None:
-        """Sends a shard what is for it, and tries to find it when it is not there."""
+        """Connects to a shard, sends it its unrolls, and reconnects when that fails."""
         back_off = _FIRST_BACK_OFF_SECONDS
         while True:
             try:
@@ -335,9 +339,10 @@ class RemoteReplay:
                         try:
                             self._use(shard, control, answer, connection, held)
                         except Exception as error:
-                            # Before it is closed, which the other thread would take for the cause.
+                            # Before the connection closes: otherwise the other thread would report
+                            # the closing as the cause.
                             self._lose(shard, error)
-            # Of any kind: without this thread the shard would be lost for ever.
+            # Any exception: without this thread the shard would be lost forever.
             except Exception as error:
                 self._lose(shard, error)
             with self._changed:
@@ -353,7 +358,7 @@ class RemoteReplay:
         connection: ReplayConnection,
         held: int,
     ) -> None:
-        """Sends until that fails, or all is closed."""
+        """Sends unrolls and renews the lease until a call fails or this object is closed."""
         renewal_seconds = shard.lease_seconds / _RENEWALS_PER_LEASE
         pause = min(_POLL_SECONDS, renewal_seconds)
         renewed_at = time.monotonic()
@@ -396,7 +401,7 @@ class RemoteReplay:
                     self._changed.notify_all()
 
     def _fetch(self, shard: '_Shard') -> None:
-        """Keeps drawn unrolls of a shard at hand."""
+        """Prefetches sampled unrolls of a shard."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._has_room(shard))
@@ -407,12 +412,12 @@ class RemoteReplay:
             started = time.perf_counter()
             try:
                 arrays = connection.take()
-            except Exception as error:  # As above.
+            except Exception as error:  # Any exception: see `_keep`.
                 with self._changed:
                     is_news = shard.connection is connection
                 if is_news:
                     self._lose(shard, error)
-                # So that who waits for an answer to what was sent does not do so in vain.
+                # Fails a pending call of the thread that sends, which would wait in vain.
                 connection.close()
                 continue
             with self._changed:
@@ -424,12 +429,12 @@ class RemoteReplay:
                     self._changed.notify_all()
 
     def _has_room(self, shard: '_Shard') -> bool:
-        """Returns whether there is something to be drawn, and room for it."""
+        """Returns whether the shard holds unrolls and there is room to prefetch more."""
         has_some = shard.connection is not None and shard.held > 0
         return has_some and len(shard.ready) <= self._num_taken
 
     def _lose(self, shard: '_Shard', error: Exception) -> None:
-        """Goes on without a shard; says so once."""
+        """Marks a shard as lost, and reports that once."""
         with self._changed:
             is_known = shard.is_missed or self._closed
             shard.is_missed = True
@@ -448,11 +453,11 @@ class RemoteReplay:
 
     @contextlib.contextmanager
     def _control_connection(self, shard: '_Shard') -> Iterator[Connection]:
-        """Gives a connection by which something can be asked of a shard.
+        """Opens a connection for requests to a shard.
 
         Raises:
-          RemoteError: it is not there.
-          ConfigError: it is of another version, or none.
+          RemoteError: the shard does not answer.
+          ConfigError: the peer runs another version or is not a replay job.
         """
         with self._opened(
             ReplayConnection(
@@ -482,7 +487,7 @@ class RemoteReplay:
     def _connected(
         self, shard: '_Shard', answer: Answer
     ) -> contextlib.AbstractContextManager[ReplayConnection]:
-        """Gives a connection to a shard that is this run's."""
+        """Opens a connection for unrolls to a shard that this run has acquired."""
         return self._opened(
             ReplayConnection(
                 shard.address,
@@ -497,11 +502,11 @@ class RemoteReplay:
         )
 
     def _ask(self, control: Connection, kind: RequestKind) -> tuple[int, Answer]:
-        """Says what is wanted; returns how many unrolls there are then, and the answer.
+        """Sends a request; returns the number of unrolls that the shard holds, and its answer.
 
         Raises:
           RemoteError: there is no answer.
-          ConfigError: it cannot be had.
+          ConfigError: the shard refuses.
         """
         number = self._send(control, kind)
         deadline = time.monotonic() + _DEADLINE_SECONDS
@@ -517,16 +522,16 @@ class RemoteReplay:
             time.sleep(0.02)
 
     def _send(self, control: Connection, kind: RequestKind) -> int:
-        """Sends what is wanted; returns the number of the outcome."""
+        """Sends a request and returns its number."""
         number = secrets.randbits(62)
         request = Request(number, self._run_id, self._learner, self._layout, kind)
-        # The time grows, as a sequence must.
+        # Sequence numbers must grow, as the clock does.
         control.put([np.int64(0), request.to_array()], 0, '', time.monotonic_ns())
         return number
 
     @contextlib.contextmanager
     def _opened(self, connection: AnyConnection) -> Iterator[AnyConnection]:
-        """Has a connection closed at the end of the block, or when all is closed."""
+        """Closes a connection at the end of the block, or when this object is closed."""
         with connection:
             with self._changed:
                 self._connections.add(connection)
@@ -541,23 +546,23 @@ class RemoteReplay:
 
 @dataclasses.dataclass(eq=False)
 class _Shard:
-    """A replay job, as far as the learner knows it.
+    """The learner's view of a replay job.
 
     Attributes:
-      task: its number.
+      task: index of the replay job.
       address: `host:port`.
-      capacity: unrolls that it has room for, as it said last.
-      lease_seconds: for which it stays with a run that it does not hear of, as it said last.
-      begins: the run begins, and the shard has not been told so.
-      connection: None as long as it is not there.
-      held: unrolls that it holds, as it said last; 0 as long as it is not there.
-      ready: packed unrolls that it has drawn.
+      capacity: last known capacity in unrolls.
+      lease_seconds: last known duration of its lease, in seconds.
+      begins: the run begins, and the shard must still drop its unrolls.
+      connection: None while the shard is lost.
+      held: last known number of unrolls that it holds; 0 while the shard is lost.
+      ready: packed unrolls that it has sampled.
       outgoing: packed unrolls to be sent to it.
-      is_late: it has let the learner wait.
-      patience: seconds beyond the prompt ones for which the learner would have waited for it at
-        `patience_at`.
-      patience_at: time of the monotonic clock.
-      is_missed: that it is not there has been said.
+      is_late: the shard missed its last deadline.
+      patience: seconds, beyond `_PROMPT_SECONDS`, that the learner would have waited for the shard
+        at `patience_at`.
+      patience_at: time of the monotonic clock, in seconds.
+      is_missed: the loss has been reported.
     """
 
     task: int
@@ -580,7 +585,7 @@ class _Shard:
 
     @property
     def request_kind(self) -> RequestKind:
-        """What is wanted of it when it is found."""
+        """The request to send once the shard answers."""
         return RequestKind.RESET if self.begins else RequestKind.ACQUIRE
 
 
