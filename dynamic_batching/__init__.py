@@ -1,4 +1,4 @@
-"""Dynamic batching: concurrent calls of a function of tensors are computed together.
+"""Dynamic batching: computes concurrent calls of a function of tensors together.
 
 `batch_fn` and `batch_fn_with_options` turn any function of nested tensors into one whose concurrent
 callers share batches. The names resolve on first use, because actor processes import

@@ -1,4 +1,4 @@
-"""The actor's end of the shared-memory batcher, for processes that never load TensorFlow."""
+"""The actor's client of the shared-memory batcher, for processes that never load TensorFlow."""
 
 import ctypes
 import importlib.util
@@ -7,24 +7,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# What `send` and `wait` answers, beside an action and -1 for a batcher that is closed.
+# Returned by the library's `send` and `wait` for calls out of order; -1 means a closed batcher.
 _OUT_OF_ORDER = -2
 
 
 class ArraySpec(Protocol):
-    """Anything that has a shape and the name of a NumPy dtype."""
+    """Any object with a shape and the name of a NumPy dtype."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one array, without time and batch dimensions."""
+        """Shape of one array, without time and batch dimensions."""
 
     @property
     def dtype(self) -> str:
-        """For instance `'float32'`."""
+        """Name of the dtype, for instance `'float32'`."""
 
 
 class ClosedError(Exception):
-    """The batcher is closed: there will be no more actions."""
+    """The batcher is closed and gives no more actions."""
 
 
 def _load_library() -> ctypes.CDLL:
@@ -63,12 +63,12 @@ def _load_library() -> ctypes.CDLL:
 
 
 class ActorClient:
-    """One actor's seat at the batcher.
+    """One actor's connection to the batcher.
 
-    Observations are copied straight into the unroll that the learner will get. Waiting for an
-    action costs nothing: the process sleeps in the kernel, and other Python threads may run.
+    Observations are copied directly into the unroll that the learner will get. Waiting for an
+    action uses no CPU: the process sleeps in the kernel, and other Python threads may run.
 
-    A reward and float32 observations are looked at: what is not finite is replaced by 0, and the
+    The reward and float32 observations are checked: non-finite values are replaced by 0, and the
     batcher discards the unroll instead of queuing it.
     """
 
@@ -76,9 +76,9 @@ class ActorClient:
         """Connects.
 
         Args:
-          fd: descriptor of the batcher's segment; may be closed afterwards.
+          fd: file descriptor of the batcher's segment; may be closed afterwards.
           actor: index of the actor.
-          observation: specs of what is sent with each row, in the batcher's order.
+          observation: specs of the observation's arrays, in the batcher's order.
 
         Raises:
           ValueError: the segment belongs to another build of this project, has no such actor, or
@@ -134,17 +134,17 @@ class ActorClient:
 
         Args:
           end: `EpisodeEnd` of the row.
-          observation: arrays of the specs' shapes and dtypes.
+          observation: arrays with the specs' shapes and dtypes.
 
         Returns:
-          As `send`.
+          See `send`.
 
         Raises:
           ClosedError: the batcher is closed.
-          RuntimeError: the actor has started before, and was not reset since.
+          RuntimeError: the actor has started before and was not reset since.
           ValueError: an array does not fit its spec.
         """
-        # Whoever is there already may be in the middle of an unroll.
+        # An actor that has started may be in the middle of an unroll.
         if not self._is_idle(self._handle):
             raise RuntimeError('the actor has started before and was not reset since')
         return self._send(0.0, 0, end, observation, True)
@@ -154,33 +154,33 @@ class ActorClient:
     ) -> dict[int, float]:
         """Sends the row that the last action led to.
 
-        Return and lengths of the episode are counted here, and start again after an `end` that is
-        TERMINATED or TRUNCATED. The return is the sum of the rewards as they are given, finite or
-        not, in double precision.
+        Also sums up the episode's return, steps and frames, which start again after an `end` of
+        TERMINATED or TRUNCATED. The return is the sum of the rewards as given, finite or not, in
+        double precision.
 
         Args:
-          reward: of the last action.
+          reward: reward of the last action.
           end: `EpisodeEnd` of the row.
-          observation: as for `start`.
-          frames: that the last action lasted.
+          observation: see `start`.
+          frames: frames that the last action lasted.
 
         Returns:
-          What was not finite as float32 -> its value, or the first of its values: the reward has
-          the key 0, observation i the key i + 1. Empty as a rule.
+          The non-finite float32 values, usually none: 0 -> the reward, i + 1 -> the first such
+          value of observation i.
 
         Raises:
           ClosedError: the batcher is closed.
-          RuntimeError: there was no start, or the action before was not waited for.
+          RuntimeError: the actor has not started, or has not waited for the previous action.
           ValueError: an array does not fit its spec.
         """
         return self._send(float(reward), frames, end, observation, False)
 
     def finish(self) -> None:
-        """Says that this actor plays no more: batches need fewer rows, in proportion."""
+        """Ends this actor: batches then need proportionally fewer rows."""
         self._finish(self._handle)
 
     def wait(self) -> int:
-        """Sleeps until the row sent last is answered, and returns its action.
+        """Sleeps until the last row is answered, and returns its action.
 
         Raises:
           ClosedError: the batcher is closed.

@@ -1,4 +1,4 @@
-"""The in-process dynamic batcher: a decorator that computes concurrent calls together.
+"""The in-process dynamic batcher: a decorator that batches concurrent calls of a function.
 
     @batch_fn
     def act(frame, state):  # uint8 [B, H, W, C], float32 [B, N]
@@ -6,9 +6,9 @@
 
     act(frame, state)  # uint8 [1, H, W, C], float32 [1, N], from any thread, tf.function or loop
 
-Each caller passes one row and gets its own row back. How long callers wait for each other is up to
-`batch_fn_with_options`, which also takes an input signature, so that it is not the first call that
-says what rows are like.
+Each caller passes one row and gets its own row back. `batch_fn_with_options` sets how long callers
+wait for each other. It also takes an input signature; without one, the first call determines
+structure, dtypes and shapes of the rows.
 """
 
 import threading
@@ -29,9 +29,8 @@ tf.no_gradient('DynamicBatch')
 class BatchedFunction:
     """A function whose concurrent calls are computed together; made by the decorators below.
 
-    The input signature settles structure, dtypes and shapes of the arguments. Where there is none,
-    the first call does. The function is traced in the first call, and all calls must agree with
-    what is settled.
+    The input signature, or the first call where there is none, determines structure, dtypes and
+    shapes of the arguments; all calls must agree with them. The first call traces the function.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class BatchedFunction:
         self._timeout_ms = timeout_ms
         self._signature: tuple[Any, Any] | None = None
         if input_signature is not None:
-            # As the arguments of a call: those without and those with names.
+            # In the form of a call's arguments: positional and keyword.
             self._signature = (tuple(input_signature), {})
             _check_signature(self.__name__, self._signature)
         self._lock = threading.Lock()
@@ -61,25 +60,25 @@ class BatchedFunction:
         """Computes one row.
 
         Args:
-          *args: nests of tensors `[1, ...]`, of any dtype that is a number, a bool or a string.
-          **kwargs: more of them.
+          *args: nests of tensors `[1, ...]` of numbers, bools or strings.
+          **kwargs: likewise.
 
         Returns:
-          What the function returns, as tensors `[1, ...]` in the same structure.
+          The function's results for this row, as tensors `[1, ...]` in the same structure.
 
         Raises:
           tf.errors.CancelledError: the batcher was closed, before or while the call waited.
-          tf.errors.InvalidArgumentError: shapes or dtypes are not those of the input signature or,
-            where there is none, of the first call.
-          ValueError: the structure is not, or there is no input signature and the first call does
-            not know a shape.
+          tf.errors.InvalidArgumentError: shapes or dtypes differ from those of the input signature
+            or, where there is none, of the first call.
+          ValueError: the structure differs, or there is no input signature and a shape is unknown
+            in the first call.
           tf.errors.OpError: the function failed; every caller of the batch gets its error.
         """
         traced = self._traced
         if traced is None:
             traced = self._trace(args, kwargs)
         rows = traced.check(self.__name__, args, kwargs)
-        # The host is where rows are gathered, whatever device the caller is on.
+        # Rows are gathered on the host, whatever the caller's device.
         with tf.device('CPU:0'):
             results = _ops.dynamic_batch(
                 handle=traced.handle,
@@ -94,7 +93,7 @@ class BatchedFunction:
 
         May be called at any time, repeatedly and from any thread.
         """
-        # Without the lock: the thread that holds it may be tracing, and need not be waited for.
+        # Without the lock, so as not to wait for a thread that is tracing.
         self._closed = True
         if self._traced is not None:
             with tf.init_scope(), tf.device('CPU:0'):
@@ -125,9 +124,9 @@ class _Traced:
     """The function traced for rows of given specs, and its batcher.
 
     Args:
-      batched: whose function it is.
-      specs: arguments and keyword arguments, nests of `tf.TensorSpec`; the batcher decides about
-        their leading dimension.
+      batched: the function to trace.
+      specs: positional and keyword arguments, nests of `tf.TensorSpec`; the batcher replaces their
+        leading dimension.
     """
 
     def __init__(self, batched: BatchedFunction, specs: tuple[Any, Any]):
@@ -140,7 +139,7 @@ class _Traced:
             tf.TensorShape([1]).concatenate(spec.shape[1:]) for spec in tf.nest.flatten(specs)
         ]
         batch = tf.TensorShape([batched._static_batch_size])
-        # The batcher belongs to no graph: it serves callers in any.
+        # The batcher belongs to no graph, because it serves callers in all graphs.
         with tf.init_scope(), tf.device(None):
             if not tf.executing_eagerly():
                 raise RuntimeError(
@@ -152,7 +151,7 @@ class _Traced:
                 args, kwargs = tf.nest.pack_sequence_as(self._structure, rows)
                 return batched._function(*args, **kwargs)
 
-            # Kept, because the runtime forgets functions that Python does not refer to.
+            # Keep a reference: the runtime deletes functions that Python no longer refers to.
             self._function = compute.get_concrete_function(
                 *(
                     tf.TensorSpec(batch.concatenate(shape[1:]), dtype)
@@ -194,7 +193,7 @@ class _Traced:
                 )
 
     def check(self, name: str, args: Any, kwargs: Any) -> list[tf.Tensor]:
-        """Returns the arguments as flat tensors, or raises what is wrong with them."""
+        """Returns the arguments as flat tensors, or raises an error if they do not fit."""
         try:
             tf.nest.assert_same_structure(self._structure, (args, kwargs))
         except (TypeError, ValueError) as error:
@@ -238,7 +237,7 @@ class _Traced:
 
 
 def _specs_of_call(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Returns the specs of a call's rows, or raises why it cannot settle those of all calls."""
+    """Returns the specs of a call's rows, or raises an error if they cannot hold for all calls."""
     rows = [tf.convert_to_tensor(value) for value in tf.nest.flatten((args, kwargs))]
     if not rows:
         raise ValueError(f"'{name}' is called without tensors, so that there is nothing to batch.")
@@ -260,7 +259,7 @@ def _specs_of_call(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _check_signature(name: str, signature: tuple[Any, Any]) -> None:
-    """Raises a ValueError that says which spec of an input signature cannot be one of rows."""
+    """Raises a ValueError if a spec of an input signature is not the spec of a row."""
     specs = tf.nest.flatten(signature)
     if not specs:
         raise ValueError(f"The input signature of '{name}' has no tensors to batch.")
@@ -279,7 +278,7 @@ def _check_signature(name: str, signature: tuple[Any, Any]) -> None:
 
 
 def _input_names(arguments: tuple[Any, Any]) -> list[str]:
-    """Returns names as `0.observation.frame` or `state.1` of what is in args and kwargs."""
+    """Returns names such as `0.observation.frame` or `state.1` for the tensors in the arguments."""
     return ['.'.join(str(part) for part in path[1:]) for path in paths(arguments)]
 
 
@@ -289,29 +288,29 @@ def batch_fn_with_options(
     timeout_ms: int | None = 100,
     input_signature: Sequence[Any] | None = None,
 ) -> Callable[[Callable[..., Any]], BatchedFunction]:
-    """Makes a decorator as `batch_fn`, with a say in when a batch is computed.
+    """Makes a decorator like `batch_fn` that also sets when a batch is computed.
 
-    At most one batch is computed at a time; it starts as soon as the one before has ended and
-    `minimum_batch_size` callers wait, or one has waited for `timeout_ms`. Where minimum and maximum
-    are equal and there is no time-out, the function is traced with that static batch size.
+    At most one batch is computed at a time. The next one starts as soon as the previous one has
+    ended and either `minimum_batch_size` callers wait or one has waited for `timeout_ms`. If
+    minimum and maximum are equal and there is no time-out, the function is traced with that static
+    batch size.
 
     Args:
       minimum_batch_size: rows to wait for.
-      maximum_batch_size: rows; more callers than that are served by several batches.
+      maximum_batch_size: maximum number of rows in a batch; further callers wait for the next.
       timeout_ms: milliseconds after which a batch is computed with fewer rows than the minimum;
         None to wait forever.
-      input_signature: as that of `tf.function`, a sequence with a nest of `tf.TensorSpec` for each
-        argument, all of which are then given by position. Shapes are those of the rows that callers
-        pass, `[1, ...]`; `[None, ...]` means the same. A call that does not agree with it fails
-        alone, also if it is the first. Without a signature the first call settles what all later
-        ones must agree with.
+      input_signature: as in `tf.function`, a sequence with a nest of `tf.TensorSpec` per argument;
+        callers then pass all arguments by position. Shapes are those of a caller's row,
+        `[1, ...]`; `[None, ...]` means the same. A call that does not match the signature fails
+        alone, even if it is the first. Without a signature, all calls must match the first one.
 
     Returns:
       A decorator that returns a `BatchedFunction`.
 
     Raises:
-      ValueError: not 1 <= minimum_batch_size <= maximum_batch_size, or a negative time-out; from
-        the decorator, that the input signature has something else than specs of rows.
+      ValueError: not 1 <= minimum_batch_size <= maximum_batch_size, or a negative time-out. The
+        decorator raises it if the input signature contains anything but specs of rows.
     """
     if not 1 <= minimum_batch_size <= maximum_batch_size:
         raise ValueError(
@@ -329,17 +328,17 @@ def batch_fn(function: Callable[..., Any]) -> BatchedFunction:
     """Computes concurrent calls of a function of tensors together.
 
     Args:
-      function: takes nests of tensors `[B, ...]` and returns a nest of tensors `[B, ...]`, row by
-        row. It is traced once, on the first call, whose dtypes and shapes all others must have;
-        `batch_fn_with_options` takes an input signature instead. Variables that it uses are read
-        anew for each batch. TensorFlow optimises it as it does a tf.function, with the options of
+      function: maps nests of tensors `[B, ...]` to a nest of tensors `[B, ...]`, row by row. It is
+        traced once, on the first call, whose dtypes and shapes all others must have;
+        `batch_fn_with_options` takes an input signature instead. Its variables are read anew for
+        each batch. TensorFlow optimizes it like a tf.function, with the options of
         `tf.config.optimizer` that were set before TensorFlow was first used.
 
     Returns:
       A `BatchedFunction`, to be called with nests of tensors `[1, ...]`. Gradients do not flow
-      through it. In a tf.function only what uses a call's results waits for it: the call may
-      be computed at the same time as calls of later turns of a `tf.while_loop`
-      (`parallel_iterations`), and is not made if its results are not used. Its side effects are not
-      ordered with those of the tf.function.
+      through it. In a tf.function, only ops that use a call's results wait for it: the call may run
+      concurrently with calls of later iterations of a `tf.while_loop` (`parallel_iterations`), and
+      is dropped if its results are not used. Its side effects are not ordered with those of the
+      tf.function.
     """
     return batch_fn_with_options()(function)

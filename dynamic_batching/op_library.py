@@ -7,12 +7,13 @@ import tensorflow as tf
 
 
 def load_ops(package: str) -> ModuleType:
-    """Returns the compiled TensorFlow ops of a package, as functions of a module.
+    """Returns the compiled TensorFlow ops of a package, as a module of functions.
 
-    TensorFlow loads a library once, however often this is called.
+    TensorFlow loads each library only once.
 
     Args:
-      package: whose extension module `_ops` is the library, such as `'dynamic_batching'`.
+      package: package with the library as its extension module `_ops`, such as
+        `'dynamic_batching'`.
 
     Raises:
       ImportError: the library is not compiled.

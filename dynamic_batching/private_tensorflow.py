@@ -1,6 +1,6 @@
-"""What the batcher needs of TensorFlow that has no public name, and why.
+"""The private TensorFlow functions that the batcher needs, and why.
 
-A release of TensorFlow may rename or remove these without notice.
+A release of TensorFlow may rename or remove them without notice.
 """
 
 from typing import Any
@@ -10,15 +10,15 @@ from tensorflow.python.util import nest
 
 
 def let_calls_meet(op: str) -> None:
-    """Has `tf.function` order calls of a stateful op by their data alone.
+    """Makes `tf.function` order calls of a stateful op by their data dependencies alone.
 
-    Otherwise `tf.function` would run the calls of one batcher one after the other, because they
-    share a resource, and they would never meet in a batch. Only what uses the results of a call
-    waits for it; the rest of a function, or of a loop's turn, does not. Each answer to a call in a
-    loop would otherwise start a task for every variable of the loop.
+    By default `tf.function` would run the calls of one batcher one after the other, because they
+    share a resource, so that they would never meet in a batch. It would also make the rest of a
+    function or loop iteration wait for a call, so that each call in a loop would start a task for
+    every loop variable on return. With this, only ops that use the results of a call wait for it.
 
     Args:
-      op: its type, such as `'DynamicBatch'`.
+      op: type of the op, such as `'DynamicBatch'`.
     """
     auto_control_deps_utils.register_read_only_resource_op(op)
     auto_control_deps.ASYNC_STATEFUL_OPS |= {op}
@@ -27,6 +27,6 @@ def let_calls_meet(op: str) -> None:
 def paths(structure: Any) -> list[tuple[Any, ...]]:
     """Returns the path to each leaf of a nest, in the order of `tf.nest.flatten`.
 
-    `tf.nest` does not have it; error messages name arguments by it.
+    `tf.nest` has no such function. Error messages name arguments by their paths.
     """
     return [path for path, _ in nest.flatten_with_tuple_paths(structure)]

@@ -1,9 +1,9 @@
 """The dynamic batcher for callers in other processes, which never load TensorFlow.
 
-Actor processes write their rows into shared memory and sleep until their action is there; the
-batcher gathers the rows of all that wait into one batch of tensors, scatters the results back, and
-hands over full unrolls, first in, first out. `dynamic_batching/cc/shared_segment.h` says who writes
-what; the actors' end is `dynamic_batching.actor_client.ActorClient`.
+Actor processes write their rows into shared memory and sleep until their action arrives. The
+batcher gathers the rows of all waiting actors into one batch of tensors, scatters the results back,
+and hands over full unrolls, first in, first out. `dynamic_batching/cc/shared_segment.h` documents
+which side writes what; actors use `dynamic_batching.actor_client.ActorClient`.
 """
 
 import enum
@@ -23,10 +23,10 @@ class Requests(NamedTuple):
     """One batch of rows that wait for an action; N is the number of actors in it.
 
     Attributes:
-      tickets: what `set_outputs` must be given back: actors i32 `[N]`, epochs i64 `[N]`.
+      tickets: to be passed back to `set_outputs`: actors i32 `[N]`, epochs i64 `[N]`.
       inputs: list of `[N, ...]`, in the order of the batcher's inputs.
-      last_action: i32 `[N]`, the action that led to the row; 0 before the first.
-      states: list of `[N, ...]`, what `set_outputs` was given for these actors last, or zeros.
+      last_action: i32 `[N]`, the action that led to the row; 0 before the first action.
+      states: list of `[N, ...]`, recurrent states from these actors' last `set_outputs`, or zeros.
     """
 
     tickets: tuple[tf.Tensor, tf.Tensor]
@@ -41,10 +41,10 @@ class Unrolls(NamedTuple):
     Attributes:
       level_ids: i32 `[B]`.
       actors: i32 `[B]`.
-      policy_versions: i64 `[B]`, of the weights that answered row 0.
-      states: list of `[B, ...]`, before row 0.
+      policy_versions: i64 `[B]`, version of the weights that answered row 0.
+      states: list of `[B, ...]`, recurrent states before row 0.
       inputs: list of `[T+1, B, ...]`.
-      outputs: list of `[T+1, B, ...]`; row t is what led to row t of `inputs`.
+      outputs: list of `[T+1, B, ...]`; row t led to row t of `inputs`.
     """
 
     level_ids: tf.Tensor
@@ -56,19 +56,19 @@ class Unrolls(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What happened since the batcher was made.
+    """Counts and times since the batcher was made.
 
     Attributes:
-      stage_seconds: stage -> seconds; those of actors are summed over actors.
-      completed_unrolls: of each actor, since its last reset.
-      batches: handed out.
-      rows: in those batches.
-      queued_unrolls: full unrolls that were queued for the learner.
-      discarded_unrolls: full unrolls that were not, for a row with values that are not finite.
-      discarded_in_a_row: of these, those since the last one that was queued, but for those that
-        came while the queue was full.
-      non_finite: of the last row with such values, the actor, what it was (0 the reward, i + 1
-        observation i) and the value; None if there was no such row.
+      stage_seconds: stage -> seconds; actors' stages are summed over actors.
+      completed_unrolls: for each actor, full unrolls since its last reset.
+      batches: batches handed out.
+      rows: total rows of those batches.
+      queued_unrolls: full unrolls queued for the learner.
+      discarded_unrolls: full unrolls discarded because of non-finite values.
+      discarded_in_a_row: unrolls discarded since the last one was queued, not counting those
+        discarded while the queue was full.
+      non_finite: for the last row with non-finite values: the actor, the source (0 the reward,
+        i + 1 observation i) and the value; None if there was no such row.
     """
 
     stage_seconds: dict[str, float]
@@ -82,22 +82,22 @@ class Statistics(NamedTuple):
 
 
 class ActorState(enum.IntEnum):
-    """What an actor is doing: `RequestState` of `dynamic_batching/cc/shared_segment.h`."""
+    """The state of an actor: `RequestState` of `dynamic_batching/cc/shared_segment.h`."""
 
-    IDLE = 0  # Nobody has sent a row since the batcher was made or the actor was reset.
+    IDLE = 0  # No row was sent since the batcher was made or the actor was reset.
     REQUESTED = 1  # A row waits for its action.
-    SLEEPING = 2  # The same, and the process does nothing else.
-    ANSWERED = 3  # The action is there, and was not taken yet.
-    ACTING = 4  # The environment has the turn.
+    SLEEPING = 2  # As REQUESTED, and the process sleeps until the action arrives.
+    ANSWERED = 3  # The action has arrived, but the actor has not taken it yet.
+    ACTING = 4  # The environment executes the action.
 
 
 class Activity(NamedTuple):
-    """What actors are doing.
+    """The present activity of all actors.
 
     Attributes:
-      states: of each actor.
-      progress: of each actor, a number that changes with each row sent and each action taken.
-      closed: whether the batcher is.
+      states: state of each actor.
+      progress: for each actor, a number that changes with each row sent and each action taken.
+      closed: whether the batcher is closed.
     """
 
     states: list[ActorState]
@@ -108,8 +108,8 @@ class Activity(NamedTuple):
 class UnrollBatcher:
     """Batches the requests of actor processes and records their unrolls.
 
-    All methods may be called from any thread, and all but `reset_actor`, `statistics`, `activity`
-    and `close` inside a `tf.function`, too.
+    All methods are thread-safe. All but `reset_actor`, `statistics`, `activity` and `close` also
+    work inside a `tf.function`.
     """
 
     def __init__(
@@ -128,30 +128,31 @@ class UnrollBatcher:
         """Makes the shared memory and starts the batcher's two threads.
 
         Args:
-          inputs: what an actor sends with each row: reward f32, episode return f32, episode step
-            i32, episode frames i32, end u8, all scalars, then the observations.
-          outputs: what answers a row; the first is the action, an i32 scalar.
-          states: the recurrent state of one actor.
-          level_ids: the level of each actor; as many as there are actors.
+          inputs: specs of a row: reward f32, episode return f32, episode step i32, episode frames
+            i32, end u8, all scalars, then the observations.
+          outputs: specs of the answer to a row; the first is the action, an i32 scalar.
+          states: specs of the recurrent state of one actor.
+          level_ids: level id of each actor; its length is the number of actors.
           unroll_length: T, agent steps.
-          queue_capacity: full unrolls that may wait for the learner before actors wait for it.
-          minimum_batch_size: a batch is handed out when so many rows wait (fewer, in proportion,
-            while some actors wait for the learner or have finished),
-          maximum_batch_size: and holds at most so many;
-          timeout_ms: or when at least one waits and so many milliseconds are over.
-          max_discarded_in_a_row: when that many unrolls were discarded since one was queued, while
-            there was room in the queue, the batcher closes itself: nobody may be waiting in vain
-            for the next. 0 for no limit.
+          queue_capacity: full unrolls that may be queued; actors wait while the queue is full.
+          minimum_batch_size: rows that must wait before a batch is handed out. Proportionally fewer
+            suffice while some actors wait for the learner or have finished.
+          maximum_batch_size: maximum number of rows in a batch.
+          timeout_ms: milliseconds after which a batch with fewer rows than the minimum is handed
+            out, if at least one row waits.
+          max_discarded_in_a_row: the batcher closes itself when this many unrolls were discarded in
+            a row while the queue had room, lest the learner wait forever. 0 means no limit.
 
         Raises:
-          tf.errors.OpError: for sizes that make no sense or memory that is not to be had.
+          tf.errors.OpError: a size is invalid or there is not enough memory.
         """
         self.unroll_length = unroll_length
         self.num_actors = len(level_ids)
         self._inputs = _types_and_shapes(inputs, 'input')
         self._outputs = _types_and_shapes(outputs, 'output')
         self._states = _types_and_shapes(states, 'state')
-        # Anonymous memory: it is gone with the last process that holds it, however that ends.
+        # Anonymous memory: the kernel frees it with the last process that holds it, even if that
+        # crashes.
         self.fd = os.memfd_create('unrolls')
         try:
             with tf.device('/cpu:0'):
@@ -194,13 +195,13 @@ class UnrollBatcher:
         """Answers a batch of requests.
 
         Args:
-          tickets: those of the batch.
-          policy_version: i64 scalar, of the weights that were used.
+          tickets: the batch's tickets.
+          policy_version: i64 scalar, version of the weights that computed the outputs.
           outputs: list of `[N, ...]`.
-          states: list of `[N, ...]`, after the batch's rows.
+          states: list of `[N, ...]`, recurrent states after the batch's rows.
 
         Raises:
-          tf.errors.InvalidArgumentError: a shape or dtype is not that of the spec.
+          tf.errors.InvalidArgumentError: a shape or dtype differs from the spec.
         """
         with tf.device('/cpu:0'):
             return _ops.unroll_batcher_set(
@@ -208,12 +209,12 @@ class UnrollBatcher:
             )
 
     def dequeue(self, batch_size: int, num_inputs: int | None = None) -> Unrolls:
-        """Waits for `batch_size` full unrolls and frees their places.
+        """Waits for `batch_size` full unrolls and frees their memory for new ones.
 
         Args:
           batch_size: B, unrolls.
-          num_inputs: only the first so many inputs are wanted; None for all. What is not is not
-            copied, and of an unroll the observations are nearly all.
+          num_inputs: how many of the inputs to return, counted from the first; None for all. The
+            others are not copied, which saves most of the time if they are observations.
 
         Raises:
           tf.errors.CancelledError: the batcher is closed.
@@ -231,7 +232,7 @@ class UnrollBatcher:
             )
 
     def reset_actor(self, actor: int) -> None:
-        """Throws away the unfinished unroll of an actor, whose process must have ended."""
+        """Discards the unfinished unroll of an actor, whose process must have ended."""
         _ops.unroll_batcher_reset_actor(self._handle, actor)
 
     def statistics(self) -> Statistics:
@@ -257,7 +258,7 @@ class UnrollBatcher:
         )
 
     def activity(self) -> Activity:
-        """Returns what the actors are doing now."""
+        """Returns the present activity of all actors."""
         states, progress, closed = _ops.unroll_batcher_activity(self._handle)
         return Activity(
             states=[ActorState(state) for state in states.numpy().tolist()],
@@ -266,7 +267,7 @@ class UnrollBatcher:
         )
 
     def close(self) -> None:
-        """Fails whoever waits here and in the actor processes; may be called again."""
+        """Fails all waiting calls here and in the actor processes. May be called again."""
         _ops.unroll_batcher_close(self._handle)
 
     def __del__(self):
