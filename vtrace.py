@@ -138,8 +138,8 @@ def from_importance_weights(
     `v_s - V(x_s) = delta_s + gamma_s c_s (v_{s+1} - V(x_{s+1}))`, and the advantage of the policy
     gradient (section 4.2) is `min(pg rho-bar, rho_s) (r_s + gamma_s v_{s+1} - V(x_s))`.
 
-    Computes in float32 whatever float type it is given. `log_rhos`, `discounts` and `rewards` may
-    have size 1 in one of the dimensions C..., where `values` has more.
+    Computes in float32, whatever the float type of the arguments. `log_rhos`, `discounts` and
+    `rewards` may have size 1 in dimensions C... where `values` has more.
 
     Args:
       log_rhos: float `[T, B, C...]`, log(pi(a|x) / mu(a|x)).
@@ -158,7 +158,7 @@ def from_importance_weights(
     Raises:
       ValueError: an argument's rank or shape does not fit that of `values`; the message names it.
     """
-    # Blocked where they come in, so that no gradient tape has anything to record in what follows.
+    # Stopped here, so that a gradient tape records nothing of what follows.
     log_rhos = tf.stop_gradient(_as_float32(log_rhos, 'log_rhos'))
     discounts = tf.stop_gradient(_as_float32(discounts, 'discounts'))
     rewards = tf.stop_gradient(_as_float32(rewards, 'rewards'))
@@ -185,9 +185,9 @@ def _accumulate_backwards(decays: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
     """Solves `y_t = deltas_t + decays_t y_{t+1}`, `y_T = 0`, along the first dimension.
 
     Where T is known, by recursive doubling: after the round with stride s, `sums_t` covers steps t
-    to t + 2s - 1 and `products_t` is the product of their decays. That is log2(T) rounds of a few
-    operations on whole tensors, where a loop over time starts T times as many on almost nothing;
-    for such small tensors starting them is all the cost there is.
+    to t + 2s - 1 and `products_t` is the product of their decays. That takes log2(T) rounds of a
+    few operations on whole tensors. A loop over time takes T rounds of operations on single rows,
+    and on tensors this small the cost of an operation is that of starting it.
     """
     length = deltas.shape[0]
     if length is None:
@@ -199,8 +199,8 @@ def _accumulate_backwards(decays: tf.Tensor, deltas: tf.Tensor) -> tf.Tensor:
             reverse=True,
         )
     sums, stride = deltas, 1
-    # The last row has nothing behind it, so its decay must not be multiplied with anything, not
-    # even 0: it may have overflowed.
+    # Nothing follows the last row. Its decay may have overflowed, so it must not be multiplied,
+    # not even by 0.
     products = decays[:-1]
     while stride < length:
         sums = tf.concat(
@@ -226,7 +226,7 @@ def _as_float32(value: Any, name: str) -> tf.Tensor:
 def _check_shapes(
     values: tf.Tensor, bootstrap_value: tf.Tensor, others: Mapping[str, tf.Tensor]
 ) -> None:
-    """Refuses what does not fit `values`; dimensions that are not known yet fit everything."""
+    """Raises ValueError for shapes that do not fit that of `values`; unknown sizes fit any."""
     shape = values.shape
     if shape.rank is not None and shape.rank < 2:
         raise ValueError(f'values must have rank 2 or more, [T, B, ...], but its shape is {shape}')

@@ -9,16 +9,15 @@ from impala.config import ConfigError
 
 
 def prepare(devices: Sequence[str], are_shared_with_others: bool) -> None:
-    """Has TensorFlow make these devices, and starts it where that is possible already.
+    """Configures TensorFlow to have these devices and, without other learners, starts it.
 
-    To be called before TensorFlow starts.
-
-    CPUs beyond the first are parts of the same processor, for trying things out.
+    Must be called before TensorFlow starts. CPUs beyond the first are parts of the same processor,
+    for trying things out.
 
     Args:
       devices: names as `/gpu:0`; none leaves the choice to TensorFlow.
-      are_shared_with_others: whether there are other learners, whose strategy takes all devices
-        that TensorFlow sees and must find it not started.
+      are_shared_with_others: whether there are other learners. Their strategy takes all devices
+        that TensorFlow sees, and must be made before TensorFlow starts.
 
     Raises:
       ConfigError: there are no such devices, or they cannot be used together.

@@ -25,14 +25,14 @@ class TrainableAgent(Protocol):
 
     @property
     def trainable_variables(self) -> Sequence[tf.Variable]:
-        """The weights; all of them, from construction on, in an order that never changes."""
+        """All weights, in a fixed order; they exist from construction on."""
 
     @property
     def popart(self) -> PopArt | None:
-        """The last layer of the baseline, if that is normalised per level."""
+        """The last layer of the baseline if it is normalised per level, else None."""
 
     def encode(self, frames: tf.Tensor) -> tf.Tensor:
-        """Returns features f32 `[N, F]` of frames `[N, ...]`; called if there is a decoder."""
+        """Returns features f32 `[N, F]` of frames `[N, ...]`; called only with a decoder."""
 
     def unroll(
         self,
@@ -43,12 +43,12 @@ class TrainableAgent(Protocol):
     ) -> tuple[AgentOutput, Any]:
         """Runs over `[T+1, B, ...]`; returns outputs `[T+1, B, ...]` and the last state.
 
-        Where there is a decoder, it is given what `encode` has made of the frames of all rows.
+        With a decoder, `features` are those that `encode` returned for the frames of all rows.
         """
 
 
 class Learner(tf.Module):
-    """Updates an agent. `tf.train.Checkpoint(learner=learner)` holds all there is to keep.
+    """Updates an agent. `tf.train.Checkpoint(learner=learner)` holds its whole state.
 
     Attributes:
       agent: the agent whose weights are updated in place.
@@ -57,8 +57,8 @@ class Learner(tf.Module):
       decoder: of an agent whose torso is an encoder; None if there is none.
       optimizer: with its slots.
       updates: i64 variable, updates of the weights so far; skipped ones do not count.
-      agent_steps: i64 variable, agent steps consumed so far, those of skipped updates too but each
-        only once, by all learners together.
+      agent_steps: i64 variable, agent steps consumed so far by all learners together. Those of
+        skipped updates count; those of reused and replayed unrolls count once.
     """
 
     def __init__(
@@ -73,16 +73,17 @@ class Learner(tf.Module):
         """Makes optimizer and counters.
 
         Args:
-          agent: has made all its variables.
+          agent: its variables exist.
           config: of loss and optimizer.
-          strategy: has replicas on several devices, of this process or of several, that stay equal:
-            a `MirroredStrategy` or `MultiWorkerMirroredStrategy`. The agent was made in its scope,
-            and this object is to be. None trains on one device.
-          target_agent: another agent of the same shape, the target network, which takes the weights
-            of `agent` over at the first update; given if there is to be one.
-          decoder: turns what `agent` makes of a frame into that frame; its weights are trained with
-            the agent's, by `losses.autoencoder_loss` alone, while the agent's are trained by all
-            losses. Without `autoencoder_cost` it stays as it is.
+          strategy: keeps equal replicas on several devices, of this process or of several: a
+            `MirroredStrategy` or `MultiWorkerMirroredStrategy`. The agent must have been made in
+            its scope, as must this object. None trains on one device.
+          target_agent: the target network, another agent of the same shape, which copies the
+            weights of `agent` at the first update; given if, and only if, `target_update_steps`
+            is not 0.
+          decoder: reconstructs frames from features of `agent`. Only `losses.autoencoder_loss`
+            trains it, while all losses train the agent. Without `autoencoder_cost` it is not
+            trained.
           name: of the module.
 
         Raises:
@@ -93,7 +94,7 @@ class Learner(tf.Module):
         if (target_agent is None) != (config.loss.target_update_steps == 0):
             raise ValueError(
                 f'target_update_steps={config.loss.target_update_steps} does not fit target_agent: '
-                'there is to be such an agent if it is updated, and only then'
+                'give such an agent if it is updated, and only then'
             )
         self.agent = agent
         self.target_agent = target_agent
@@ -112,7 +113,7 @@ class Learner(tf.Module):
         self.optimizer = _create_optimizer(self._parameters, config.optimizer)
         self.updates = tf.Variable(0, dtype=tf.int64, trainable=False, name='updates')
         self.agent_steps = tf.Variable(0, dtype=tf.int64, trainable=False, name='agent_steps')
-        # Tensors, because each number would make a graph of its own.
+        # Tensors, because each Python number would trace another graph.
         self._steps_per_unroll = tf.constant(config.unroll_length, tf.int64)
         self._no_steps = tf.constant(0, tf.int64)
         self._none_replayed = tf.zeros([config.batch_size // self._num_parts], tf.bool)
@@ -126,13 +127,13 @@ class Learner(tf.Module):
 
     @property
     def _parameters(self) -> list[tf.Variable]:
-        """All that is trained."""
+        """All variables that are trained."""
         decoders = () if self.decoder is None else self.decoder.trainable_variables
         return [*self.agent.trainable_variables, *decoders]
 
     @property
     def weights(self) -> list[tf.Variable]:
-        """The weights of the agent: those of one replica, which are those of all."""
+        """The weights of the agent on one replica; they are equal on all."""
         return [self._local(weight) for weight in self.agent.trainable_variables]
 
     def counts(self) -> tuple[int, int]:
@@ -145,7 +146,7 @@ class Learner(tf.Module):
         return self._local(self.updates)
 
     def synchronize(self) -> None:
-        """Has every learner take all variables from the first one. All must call it."""
+        """Copies all variables of the first learner to the others. All must call it."""
         if self._strategy is not None:
             self._synchronize()
 
@@ -165,20 +166,19 @@ class Learner(tf.Module):
     def step(
         self, batch: ActorOutput, is_fresh: bool = True, is_replayed: tf.Tensor | None = None
     ) -> dict[str, tf.Tensor]:
-        """Updates the weights once, or not at all where the loss or a gradient is not finite.
+        """Updates the weights once, or not at all if the loss or a gradient is not finite.
 
         Several replicas do, up to rounding, what one does with all their unrolls in one batch:
-        gradients are summed, as the loss is, before they are clipped, and what is not finite
-        anywhere is not applied anywhere. Statistics of PopArt are of all unrolls, and change after
-        the weights. All learners must call this equally often.
+        losses and gradients are summed before clipping, and a value that is not finite on one
+        replica skips the update on all. PopArt's statistics are those of all unrolls and change
+        after the weights. All learners must call this equally often.
 
         Args:
           batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
             devices.
-          is_fresh: whether its agent steps are new; those of a batch that was given before do not
-            count again.
-          is_replayed: bool `[B]`, unrolls that were in a batch of before, whose agent steps do not
-            count again either; None if none was.
+          is_fresh: whether the batch is used for the first time; its agent steps count only then.
+          is_replayed: bool `[B]`, which unrolls are replayed; their agent steps do not count
+            again. None if none is.
 
         Returns:
           Scalar tensors, of all replicas together:
@@ -192,10 +192,10 @@ class Learner(tf.Module):
           `entropy_cost`: f32, of this update; only if it changes over the run.
           `policy_lag_mean` f32, `policy_lag_max` i64: updates between the weights that acted and
             those being updated, over the unrolls of the batch that are not replayed.
-          `replayed_policy_lag_mean` f32, `replayed_policy_lag_max` i64: of those that are, and
-            `replayed_fraction` f32, their part of all unrolls; only with `replay_fraction`. The
-            lags mean nothing where that part is 0.
-          `skipped`: bool, loss or gradient was not finite; weights and optimizer are as before.
+          `replayed_policy_lag_mean` f32, `replayed_policy_lag_max` i64: the same of replayed
+            unrolls, and `replayed_fraction` f32, their share of all unrolls; only with
+            `replay_fraction`. Where the share is 0, these lags mean nothing.
+          `skipped`: bool, loss or gradient was not finite; weights and optimizer are unchanged.
 
         Raises:
           ValueError: the batch is not `[T+1, B]`.
@@ -210,16 +210,16 @@ class Learner(tf.Module):
         is_fresh: bool = True,
         are_replayed: Sequence[tf.Tensor] | None = None,
     ) -> dict[str, tf.Tensor]:
-        """Does what `step` does, with a batch that is divided already.
+        """Does what `step` does, with a batch that is already divided.
 
         Args:
-          parts: `ActorOutput` of T and B / `len(devices)`, one for each of `devices`, best of
-            tensors that are there.
-          is_fresh: as of `step`.
-          are_replayed: `is_replayed` of `step` of each part.
+          parts: `ActorOutput` of T and B / `len(devices)`, one for each of `devices`, preferably
+            tensors that are on it.
+          is_fresh: see `step`.
+          are_replayed: `is_replayed` of `step` for each part.
 
         Returns:
-          As `step`.
+          See `step`.
 
         Raises:
           ValueError: a part is not `[T+1, B / len(devices)]`.
@@ -301,7 +301,7 @@ class Learner(tf.Module):
             sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
             for gradient in gradients
         ]
-        # Once the first weight has changed, nothing may fail for want of another learner.
+        # A lost learner makes collective operations fail: all come before the first weight changes.
         with tf.control_dependencies([lag] if moments is None else [lag, moments]):
             update = self._update(total, gradients, parameters, schedules['learning_rate'], moments)
             with tf.control_dependencies([update['skipped']]):
@@ -321,25 +321,25 @@ class Learner(tf.Module):
         size = tf.shape(frames)[1]
         frames = tf.reshape(frames, [-1, *frames.shape[2:]])
         features = self.agent.encode(frames)
-        # The last row is the first of the unroll to come.
+        # The last row is also the first one of the next unroll.
         loss = losses.autoencoder_loss(frames[:-size], self.decoder(features[:-size]))
         return features, loss
 
     @tf.function(autograph=False)
     def reconstruct(self, frames: tf.Tensor) -> tf.Tensor:
-        """Returns what the decoder makes of frames, with the present weights of one replica.
+        """Returns reconstructions of frames, with the present weights of one replica.
 
         Args:
           frames: uint8 `[N, H, W, C]`.
 
         Returns:
-          f32 `[N, H, W, C]`, pixels about [0, 1].
+          f32 `[N, H, W, C]`, pixels in about [0, 1].
         """
         assert self.decoder is not None
         return self.decoder(self.agent.encode(frames))
 
     def _lags(self, lag: tf.Tensor, is_replayed: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Returns what there is to log of the policy lags i64 `[N]`."""
+        """Returns metrics of the policy lags, i64 `[N]`."""
 
         def of(prefix: str, chosen: tf.Tensor) -> dict[str, tf.Tensor]:
             lags = tf.boolean_mask(lag, chosen)
@@ -364,8 +364,8 @@ class Learner(tf.Module):
         learning_rate: tf.Tensor,
         moments: tf.Tensor | None,
     ) -> dict[str, tf.Tensor]:
-        """Applies the gradients if they and the loss are finite; returns what there is to log."""
-        # Any NaN or infinity among the gradients is one in their norm too, which is wanted anyway.
+        """Applies the gradients if they and the loss are finite; returns metrics."""
+        # A NaN or infinity in any gradient makes the norm not finite, too.
         norm = tf.linalg.global_norm(gradients)
         finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
 
@@ -385,7 +385,7 @@ class Learner(tf.Module):
         return {'gradient_norm': norm, 'skipped': skipped}
 
     def _update_target(self) -> None:
-        """Has the target network take the weights over every so many updates, from the first on."""
+        """Copies the weights to the target network if that is due, as it is at the first update."""
         assert self.target_agent is not None
         targets = self.target_agent.trainable_variables
 
@@ -398,8 +398,8 @@ class Learner(tf.Module):
         tf.cond(is_due, copy, lambda: tf.constant(False))
 
     def _schedules(self) -> dict[str, tf.Tensor]:
-        """Returns what changes over the run, f32 scalars."""
-        # In float64, as float32 cannot tell the later agent steps of a long run apart.
+        """Returns the settings that change over the run, f32 scalars."""
+        # In float64: float32 cannot tell the later agent steps of a long run apart.
         done = tf.cast(self.agent_steps, tf.float64) / self.config.total_agent_steps
         left = tf.maximum(1.0 - done, 0.0)
 
@@ -425,7 +425,7 @@ class Learner(tf.Module):
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(value))
 
     def _local(self, value: Any) -> Any:
-        """Returns what the first replica of this process has of a value."""
+        """Returns the value on the first replica of this process."""
         if self._strategy is None:
             return value
         return self._strategy.experimental_local_results(value)[0]
@@ -475,19 +475,19 @@ def _join(
     summed = iter(present)
     gradients = [None if gradient is None else next(summed) for gradient in gradients]
     if moments is not None:
-        # Not together with the others: what is summed together is of one dtype.
+        # Apart from the others: tensors that are summed in one call must have one dtype.
         moments = context.all_reduce(tf.distribute.ReduceOp.SUM, moments)
     return loss, parts, gradients, moments
 
 
 def _gather(lag: tf.Tensor, is_replayed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the lags of the unrolls of all replicas, `[N]`, and which of these are replayed."""
-    # In one piece, since each exchange is another wait for all others.
+    # As one tensor, since each exchange waits for all replicas.
     pairs = tf.stack([lag, tf.cast(is_replayed, tf.int64)], 1)
     pairs = tf.distribute.get_replica_context().all_gather(pairs, axis=0)
     return pairs[:, 0], tf.not_equal(pairs[:, 1], 0)
 
 
 def _add(variable: tf.Variable, amount: tf.Tensor) -> None:
-    """Adds to the variable of the replica that is computing, which `assign_add` would refuse."""
+    """Adds to the variable of the replica that is computing, which `assign_add` cannot do."""
     tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=amount)

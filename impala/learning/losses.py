@@ -1,13 +1,13 @@
 """The losses: IMPALA's V-trace policy gradient, and asynchronous PPO on V-trace advantages.
 
-`vtrace_loss` is that of Espeholt et al. 2018, section 4.2. `appo_loss` has in place of its policy
-gradient the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), equation
-(7), on V-trace advantages, with, if wanted, the target network of IMPACT, Luo et al. 2020
+`vtrace_loss` is that of Espeholt et al. 2018, section 4.2. `appo_loss` replaces its policy gradient
+by the clipped surrogate of Schulman et al. 2017 (https://arxiv.org/abs/1707.06347), equation (7),
+on V-trace advantages, optionally with the target network of IMPACT, Luo et al. 2020
 (https://arxiv.org/abs/1912.00167).
 
-`autoencoder_loss` is added to either by the learner of a network that has a decoder.
+The learner adds `autoencoder_loss` to either if the network has a decoder.
 
-All have the sums of IMPALA's experiments: every term is summed over time and batch, not averaged.
+As in IMPALA's experiments, every term is summed over time and batch, not averaged.
 Letters: T unroll length, B batch size, A number of actions, H, W, C frame height, width, channels.
 """
 
@@ -89,9 +89,9 @@ def entropy_loss(policy_logits: tf.Tensor) -> tf.Tensor:
 def autoencoder_loss(frames: tf.Tensor, reconstructions: tf.Tensor) -> tf.Tensor:
     """Returns the squared error of pixels, averaged over a frame and summed over frames.
 
-    `1/2 sum_n 1/(HWC) sum_i (x_ni / 255 - y_ni)^2`, x being the frames, y what is made of them. As
-    an average over pixels it means the same whatever the size of the frames; as a sum over time and
-    batch it keeps its proportion to the other terms.
+    `1/2 sum_n 1/(HWC) sum_i (x_ni / 255 - y_ni)^2`, with frames x and reconstructions y. The mean
+    over pixels makes it independent of the size of the frames; the sum over time and batch keeps
+    its proportion to the other terms.
 
     Args:
       frames: uint8 `[N, H, W, C]`.
@@ -148,7 +148,7 @@ def normalize(
 
     Args:
       values: f32, any shape.
-      sum_over_replicas: sums an f32 scalar over all that have a part of the batch.
+      sum_over_replicas: sums an f32 scalar over all replicas, each with a part of the batch.
 
     Returns:
       f32, same shape; zeros if all values are equal.
@@ -169,23 +169,23 @@ def vtrace_loss(
 ) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
     """Computes the loss of a batch of unrolls.
 
-    The rows are those of `impala.trajectory`: what is estimated at row t is compared with what was
-    done and received at row t + 1, and the last baseline bootstraps the rest of the return.
+    Rows are as in `impala.trajectory`: the learner's outputs at row t are compared with the action
+    and the reward at row t + 1, and the last baseline bootstraps the return.
 
     Args:
       agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
       learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; `action` is
         not used.
-      env_outputs: `[T+1, B, ...]`; `reward` and `done` alone are used.
+      env_outputs: `[T+1, B, ...]`; only `reward` and `done` are used.
       config: weights, discount and thresholds.
       value_stddev: f32 `[B]`, sigma of `impala.networks.popart`: baseline errors and advantages
-        count in this unit. None is 1.
-      entropy_cost: f32 scalar in place of the configured one, where that changes in the run.
+        count in this unit. None stands for 1.
+      entropy_cost: f32 scalar that replaces the configured one, if that changes over the run.
 
     Returns:
-      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`; these
-      three terms, f32 scalars, not weighted, under those names; and the V-trace targets, f32
-      `[T, B]`, in the units of the rewards.
+      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`; the three
+      terms under these names, unweighted f32 scalars; and the V-trace targets, f32 `[T, B]`, in
+      the units of the rewards.
 
     Raises:
       ValueError: shapes do not fit together; or an unknown reward clipping.
@@ -233,34 +233,34 @@ def appo_loss(
     """Computes the loss of a batch of unrolls by asynchronous PPO; rows are as in `vtrace_loss`.
 
     The surrogate's advantage is that of V-trace, `r_s + gamma_s v_{s+1} - V(x_s)`, without the
-    weight rho_s, since the ratio stands in its place. Without a target network the ratio is pi/mu,
-    mu the behaviour policy, and V-trace's rho is the same. Where nothing is clipped, the gradient
-    is therefore that of `vtrace_loss` with the same rho. With `gae_advantages` the advantage is
-    `r_s + gamma_s ((1 - lambda) V(x_{s+1}) + lambda v_{s+1}) - V(x_s)`: on-policy, generalized
-    advantage estimation (Schulman et al. 2016, equation (16)), which V-trace's advantage is for
-    lambda = 1 only, as it weights the first step's successor fully.
+    weight rho_s, which the ratio replaces. Without a target network, ratio and rho are both pi/mu,
+    where mu is the behaviour policy. Where nothing is clipped, the gradient is therefore that of
+    `vtrace_loss` with the same rho. With `gae_advantages` the advantage is
+    `r_s + gamma_s ((1 - lambda) V(x_{s+1}) + lambda v_{s+1}) - V(x_s)`. On-policy, this is
+    generalized advantage estimation (Schulman et al. 2016, equation (16)); V-trace's advantage is
+    that for lambda = 1 only.
 
     With a target network, as in IMPACT (maximal target-worker clipping, the objective J_AIS), the
-    ratio is `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace's
-    advantages and targets are those of pi_target and its baseline.
+    ratio is `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace uses
+    pi_target and its baseline.
 
     Args:
       agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
       learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; `action` is
         not used.
-      env_outputs: `[T+1, B, ...]`; `reward` and `done` alone are used.
+      env_outputs: `[T+1, B, ...]`; only `reward` and `done` are used.
       config: weights, discount and thresholds.
       value_stddev: as in `vtrace_loss`.
-      entropy_cost: f32 scalar in place of the configured one, where that changes in the run.
+      entropy_cost: f32 scalar that replaces the configured one, if that changes over the run.
       target_outputs: of the target network on the same rows, `[T+1, B, ...]`; `action` is not used
-        and no gradient flows into them. None without such a network.
-      sum_over_replicas: sums an f32 scalar over all that have a part of the batch.
+        and no gradient flows into them. None without a target network.
+      sum_over_replicas: sums an f32 scalar over all replicas, each with a part of the batch.
 
     Returns:
       f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy
-      + kl_cost * kl`; these four terms, f32 scalars, not weighted, under those names; and the
-      V-trace targets, f32 `[T, B]`, in the units of the rewards. `policy_gradient` is the
-      surrogate; `kl` is that of pi from pi_target, or from mu without it.
+      + kl_cost * kl`; the four terms under these names, unweighted f32 scalars; and the V-trace
+      targets, f32 `[T, B]`, in the units of the rewards. `policy_gradient` is the surrogate; `kl`
+      is KL(pi_target || pi), or KL(mu || pi) without a target network.
 
     Raises:
       ValueError: shapes do not fit together; or an unknown reward clipping.
@@ -320,7 +320,7 @@ def appo_loss(
         'kl': kl_divergence(old_policy_logits, policy_logits),
     }
     total = _weighted(parts, config, entropy_cost)
-    # Without a weight, the divergence is to cost no backward pass.
+    # Without a weight, the divergence needs no backward pass.
     if config.kl_cost:
         total += config.kl_cost * parts['kl']
     return total, parts, targets.vs
@@ -329,7 +329,7 @@ def appo_loss(
 def _rewards_and_discounts(
     env_outputs: StepOutput, config: LossConfig
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns what followed the actions, f32 `[T, B]` each."""
+    """Returns clipped rewards and discounts of the actions, f32 `[T, B]` each."""
     rewards = clip_rewards(env_outputs.reward[1:], config.reward_clipping)
     return rewards, (1.0 - tf.cast(env_outputs.done[1:], tf.float32)) * config.discounting
 

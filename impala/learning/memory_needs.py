@@ -1,6 +1,6 @@
-"""What a run needs memory for, computed once the environment's spec and the network are known.
+"""The memory that a run needs, computed from the environment's spec and the network.
 
-All figures are lower bounds: a run that is refused would not have worked.
+All figures are lower bounds: a run that is rejected could not have worked.
 """
 
 import math
@@ -19,16 +19,17 @@ from impala.trajectory import ArraySpec, EnvironmentSpec
 
 # Private memory of an actor process on CartPole is 22 MB; most environments take far more.
 ACTOR_PROCESS_BYTES = 20_000_000
-# A weight is held by the learner, its gradient, the optimizer, what is published, and who acts.
+# Of each weight: the learner's, its gradient, the optimizer's slot, the published one, and the
+# behaviour policy's.
 _COPIES_OF_WEIGHTS = 5
 _WEIGHT_BYTES = 4
 
 
 def check(needs: list[Need]) -> None:
-    """Refuses what there is no room for.
+    """Checks that there is memory for all needs.
 
     Raises:
-      ConfigError: names the flags.
+      ConfigError: there is not; names the flags.
     """
     text = memory.shortage(needs)
     if text:
@@ -41,13 +42,13 @@ def of_actors(
     network: AgentConfig,
     flag: str = 'num_actors',
 ) -> list[Need]:
-    """Returns what actors on this machine need: shared memory, and their processes.
+    """Returns what actors on this machine need: shared memory and processes.
 
     Args:
       config: of the run, or with the number of actors of a test or an actor job.
       spec: of the environments.
       network: whose state is stored with every unroll.
-      flag: name of the one that has set `config.actors.num_actors`.
+      flag: name of the flag that has set `config.actors.num_actors`.
     """
     unroll = unroll_nbytes(_components(config, spec, network))
     unrolls = {flag: config.actors.num_actors, 'queue_capacity': config.actors.queue_capacity}
@@ -79,10 +80,10 @@ def of_learner(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> l
     learner = config.learner
     components = _components(config, spec, network)
     unroll = unroll_nbytes(components)
-    # Those that are ready on a GPU are not in this memory, nor are those that are held there.
+    # Batches on a GPU, whether ready or kept for reuse, are not in this memory.
     on_gpu = bool(tf.config.get_visible_devices('GPU'))
     held = 0 if on_gpu else learner.replay.reuse_buffer
-    # There is one loader at least where nobody has said how many.
+    # By default there is at least one loader.
     batches = max(1, learner.loaders) + held
     flags = {'batch_size': learner.batch_size, 'unroll_length': learner.unroll_length}
     if held > 1:
@@ -123,5 +124,5 @@ def _of_weights(config: Config, network: AgentConfig, nbytes: int) -> Need:
 def _components(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> list[Any]:
     core = ArraySpec((network.core_size,), 'float32')
     state = (core, core) if network.use_lstm else ()
-    # How many levels there are makes no difference to the size.
+    # The number of levels does not change the size.
     return unroll_components(spec, state, config.learner.unroll_length, 1)

@@ -29,7 +29,7 @@ DTYPES = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class AgentConfig:
-    """What shapes the network.
+    """The shape of the network.
 
     Attributes:
       torso: `'deep'`, `'shallow'`, `'nature'`, `'autoencoder'` (all for images) or `'mlp'` (for
@@ -39,10 +39,9 @@ class AgentConfig:
       compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
         follows the torso, are float32 either way.
       max_reward_input: the last reward, as an input, is clipped to plus or minus this.
-      popart_levels: names of the levels, in the order of their ids, whose values PopArt normalises,
-        each for itself; none is without PopArt.
-      latent_size: what the encoder of the auto-encoder makes of a frame; other torsos have sizes of
-        their own.
+      popart_levels: names of the levels, in the order of their ids, whose values PopArt normalises
+        separately; empty without PopArt.
+      latent_size: number of features of the auto-encoder's encoder; other torsos have fixed ones.
     """
 
     torso: str = 'deep'
@@ -105,9 +104,9 @@ class Agent(snt.Module):
         """Gives the layers before the core and the heads orthogonal weights, as PPO's agents have.
 
         Saxe et al. 2014 (https://arxiv.org/abs/1312.6120): signals keep their size from layer to
-        layer. The torso's gain is sqrt(2), which makes up for what ReLUs cut off; the policy's is
-        .01, so that all actions are about equally probable at first; the baseline's is 1, but that
-        of PopArt stays, as do biases, LSTMs and embeddings.
+        layer. The torso's gain is sqrt(2), which makes up for what ReLUs cut off. The policy's is
+        0.01, so that all actions are about equally probable at first. The baseline's is 1. PopArt's
+        layer, biases, LSTMs and embeddings are left unchanged.
         """
         gains = [(layer.w, 2**0.5) for layer in torsos.layers(self._torso)]
         gains.append((self._policy.w, 0.01))
@@ -138,17 +137,17 @@ class Agent(snt.Module):
         Args:
           prev_action: i32 `[B]`, the action that led to `env_output`.
           env_output: `StepOutput` of `[B, ...]`.
-          state: nest of f32 `[B, ...]`, recurrent state before this row; where `env_output.done`
-            the initial state is taken instead.
+          state: nest of f32 `[B, ...]`, recurrent state before this row; the initial state
+            replaces it where `env_output.done`.
 
         Returns:
           `AgentOutput` of `[B, ...]`, its action sampled from the policy, and the state after it.
-          With PopArt its baseline is 0: who acts does not know the level, and needs the policy
-          only.
+          With PopArt the baseline is 0: acting needs only the policy, and the level is not known
+          here.
         """
         x = self._inputs(prev_action, env_output)
         if self._core is not None:
-            # Selected, as a product would keep a state that is NaN for ever.
+            # Selected, because a product would keep a state that is NaN.
             is_first = env_output.done[:, tf.newaxis]
             state = tf.nest.map_structure(lambda s: tf.where(is_first, 0.0, s), state)
             state = self._core.step(self._core.project(x), state)
@@ -163,14 +162,14 @@ class Agent(snt.Module):
 
         Args:
           logits: f32 `[B, A]`.
-          env_output: `StepOutput` of `[B, ...]` that they are of.
+          env_output: `StepOutput` of `[B, ...]` that they belong to.
 
         Returns:
           i32 `[B]`.
         """
         action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
-        # Of logits that are not finite the sample is `num_actions`, which no environment knows. The
-        # learner is the one to see to such logits.
+        # If logits are not finite, the sample is `num_actions`, which is not an action. The learner
+        # deals with such logits.
         return tf.minimum(action, self._num_actions - 1)
 
     def encode(self, frames: tf.Tensor) -> tf.Tensor:
@@ -184,20 +183,20 @@ class Agent(snt.Module):
         state: Any,
         features: tf.Tensor | None = None,
     ) -> tuple[AgentOutput, Any]:
-        """Runs over T+1 rows at once; only the core's own recurrence goes step by step.
+        """Runs over T+1 rows at once; only the core's recurrence goes step by step.
 
         Args:
           prev_actions: i32 `[T+1, B]`, the actions that led to `env_outputs`.
           env_outputs: `StepOutput` of `[T+1, B, ...]`.
-          state: nest of f32 `[B, ...]`, recurrent state before row 0; the initial state is taken
-            instead before every row that is `done`.
-          features: f32 `[(T+1) * B, F]`, what `encode` has made of the frames of all rows, if that
-            is there already.
+          state: nest of f32 `[B, ...]`, recurrent state before row 0; before every row that is
+            `done` it is replaced by the initial state.
+          features: f32 `[(T+1) * B, F]`, result of `encode` for the frames of all rows; None if it
+            is not computed yet.
 
         Returns:
           `AgentOutput` of `[T+1, B, ...]` and the state after the last row. No action is sampled:
-          `action` is the policy's most probable one, for a learner knows what was done. With
-          PopArt `baseline` is `[T+1, B, V]`, normalised, for each level.
+          `action` is the policy's most probable one, since a learner knows the action that was
+          taken. With PopArt `baseline` is `[T+1, B, V]`: normalised, for each level.
         """
         actions, rows = tf.nest.map_structure(_merge, (prev_actions, env_outputs))
         x = self._inputs(actions, rows, features)
@@ -216,7 +215,7 @@ class Agent(snt.Module):
     def _inputs(
         self, prev_action: tf.Tensor, env_output: StepOutput, features: tf.Tensor | None = None
     ) -> tf.Tensor:
-        """Returns what core and heads see, f32 `[N, ...]`, of `[N]` rows."""
+        """Returns the inputs of core or heads, f32 `[N, ...]`, for N rows."""
         limit = self._max_reward_input
         if features is None:
             features = self.encode(env_output.observation['frame'])
@@ -255,13 +254,13 @@ class InstructionEncoder(snt.Module):
           f32 `[N, 64]`, the LSTM's output at the last word; zeros where there is no word.
         """
         # An instruction seldom changes within an episode, so a batch of unrolls holds few different
-        # ones. Only CPUs find equal rows.
+        # ones. The op that finds them exists for CPUs only.
         with tf.device('CPU:0'):
             instruction, index = tf.raw_ops.UniqueV2(x=instruction, axis=[0])
         length = tf.math.count_nonzero(instruction, -1, dtype=tf.int32)
-        # One step at least, since the results of none have no shape.
+        # At least one step, because the outputs of no step would have no shape.
         words = tf.transpose(instruction)[: tf.maximum(tf.reduce_max(length), 1)]
-        # The reshape is for its gradient, which is a dense tensor, unlike that of a gather.
+        # The reshape makes the gradient a dense tensor; a gather's alone is not.
         table = tf.reshape(self._embedding.embeddings, [INSTRUCTION_BUCKETS, _EMBEDDING_SIZE])
         embedded = tf.gather(table, words)
         projected = self._lstm.project(tf.reshape(embedded, [-1, _EMBEDDING_SIZE]))
@@ -278,6 +277,6 @@ def _merge(t: tf.Tensor) -> tf.Tensor:
 
 
 def _dims(t: tf.Tensor) -> list[int | tf.Tensor]:
-    """Returns T and B of `[T, B]`, as numbers where known."""
+    """Returns T and B of `[T, B]`, as integers where they are known."""
     dynamic = tf.shape(t)
     return [dynamic[i] if d is None else d for i, d in enumerate(t.shape)]

@@ -1,4 +1,4 @@
-"""Builds the network that a run's settings and its environment ask for."""
+"""Builds the network for a run's settings and its environment."""
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ from impala.trajectory import EnvironmentSpec
 def choose_network(
     config: Config, level_names: Sequence[str], spec: EnvironmentSpec
 ) -> AgentConfig:
-    """Fills in what the flags leave open.
+    """Returns the shape of the network; chooses what the settings leave open.
 
-    Atari has the paper's shallow network without LSTM, vectors an MLP, everything else (DeepMind
-    Lab first) the deep network with LSTM of the paper's released code.
+    Atari gets the paper's shallow network without LSTM, vectors get an MLP, and everything else
+    (such as DeepMind Lab) gets the deep network with LSTM of the paper's released code.
 
     Args:
       config: of the run.
@@ -34,7 +34,7 @@ def choose_network(
         use_lstm = not (is_vector or is_atari)
     compute_dtype = chosen.compute_dtype
     if compute_dtype == 'auto':
-        # Asked for in a way that does not start TensorFlow: several learners have to prepare that.
+        # This does not start TensorFlow, which several learners must prepare first.
         fast = has_fast_bfloat16() and not tf.config.get_visible_devices('GPU')
         compute_dtype = 'bfloat16' if fast else 'float32'
     return AgentConfig(
@@ -66,7 +66,7 @@ def create_agent(
 
 
 def create_decoder(network: AgentConfig, spec: EnvironmentSpec) -> Decoder | None:
-    """Makes what trains the encoder of an agent with an auto-encoder; None for other torsos."""
+    """Makes the decoder of an agent whose torso is an auto-encoder; None for other torsos."""
     if network.torso != 'autoencoder':
         return None
     return Decoder(network.latent_size, spec.observation['frame'], DTYPES[network.compute_dtype])

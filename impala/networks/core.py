@@ -1,4 +1,4 @@
-"""An LSTM whose time steps share everything that does not wait for the step before.
+"""An LSTM that computes everything but its recurrence for all time steps at once.
 
 The equations and parameters are those of `snt.LSTM` (Zaremba et al., 2014, forget bias 1). It is
 split in two: `project` handles the inputs of any number of steps in one matrix product, and
@@ -16,7 +16,7 @@ class LSTM(snt.Module):
 
     Attributes:
       w_i: f32 `[input_size, 4 H]`: input gate, forget gate, cell update, output gate.
-      w_h: f32 `[H, 4 H]`, of the hidden state before.
+      w_h: f32 `[H, 4 H]`, of the previous hidden state.
       b: f32 `[4 H]`.
     """
 
@@ -39,7 +39,7 @@ class LSTM(snt.Module):
         return snt.LSTMState(hidden=zeros, cell=zeros)
 
     def project(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Returns the share of inputs, f32 `[N, input_size]`, in all gates, f32 `[N, 4 H]`."""
+        """Returns what inputs, f32 `[N, input_size]`, add to all gates, f32 `[N, 4 H]`."""
         return tf.nn.bias_add(tf.matmul(inputs, self.w_i), self.b)
 
     def step(self, projected: tf.Tensor, state: snt.LSTMState) -> snt.LSTMState:
@@ -55,12 +55,12 @@ class LSTM(snt.Module):
     def unroll(
         self, projected: tf.Tensor, reset: tf.Tensor, state: snt.LSTMState
     ) -> tuple[tf.Tensor, snt.LSTMState]:
-        """Runs over a sequence, starting afresh wherever `reset` is set.
+        """Runs over a sequence, restarting wherever `reset` is set.
 
         Args:
           projected: f32 `[T, B, 4 H]`, from `project`.
-          reset: bool `[T, B]`; where True the state is zero before that step, even if what was
-            there is NaN or infinite.
+          reset: bool `[T, B]`; where True the state is zero before that step, even if it was NaN
+            or infinite.
           state: f32 `[B, H]` each, before the first step.
 
         Returns:
@@ -82,9 +82,9 @@ def _step(
     return tf.sigmoid(o) * tf.tanh(cell), cell, gates
 
 
-# Automatic differentiation would multiply and add up a gradient of the weights at every step, and
-# evaluate every derivative there. Only the errors of hidden state and cell have to go back step by
-# step; everything else is one operation over all steps. That takes less than half of the time.
+# Automatic differentiation would compute all derivatives, and add up a gradient of the weights,
+# step by step. Here only the errors of hidden state and cell go back step by step; everything else
+# is one operation over all steps. This takes less than half of the time.
 @tf.custom_gradient
 def _unroll(
     projected: tf.Tensor, keep: tf.Tensor, hidden_0: tf.Tensor, cell_0: tf.Tensor, w_h: tf.Tensor
@@ -93,8 +93,8 @@ def _unroll(
 
     Args:
       projected: f32 `[T, B, 4 H]`.
-      keep: f32 `[T, B, 1]`, factor of the state before each step, 0 or 1; where 0, neither the
-        state nor a gradient goes across, whatever they are. No gradient goes to `keep`.
+      keep: f32 `[T, B, 1]`, factor of the state before each step, 0 or 1; where 0, neither state
+        nor gradient passes, not even NaN. No gradient flows into `keep`.
       hidden_0: f32 `[B, H]`, before the first step.
       cell_0: f32 `[B, H]`.
       w_h: f32 `[H, 4 H]`.
@@ -102,8 +102,8 @@ def _unroll(
     steps = tf.shape(projected)[0]
     size = w_h.shape[0]
     row = tf.TensorShape([None, size])
-    # 0 wherever the second factor is, also if the first is NaN or infinite, where a product is NaN:
-    # an episode that went wrong must not reach into the next one, nor back.
+    # 0 wherever the second factor is 0, even if the first is NaN or infinite, where a product would
+    # be NaN: what is not finite must not pass from one episode to another.
     select = tf.math.multiply_no_nan
 
     def forward(t, hidden, cell, hiddens, cells, gates):
@@ -135,8 +135,8 @@ def _unroll(
         i, f, g, o = tf.split(gates, 4, axis=-1)
         i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
         tanh_cells = tf.tanh(cells)
-        # Derivatives: of the cell (by the first three gates) and the hidden state (by the last), of
-        # the hidden state by its cell, and of the cell by the one before.
+        # Derivatives of the cell by the first three gates and of the hidden state by the last one;
+        # then of the hidden state by its cell, and of the cell by the previous cell.
         by_gates = tf.concat(
             [
                 g * i * (1 - i),

@@ -1,9 +1,9 @@
-"""The decoder of `--torso=autoencoder`: from a latent back to the frame, for training alone.
+"""The decoder of `--torso=autoencoder`, which reconstructs a frame from its latent.
 
-The learner has one beside the agent, whose torso is the encoder: who acts has no decoder, nor its
-weights. The loss of both is `losses.autoencoder_loss`. An auto-encoder inside the policy's graph is
-of "Accelerating Distributed Deep Reinforcement Learning", RLDM 2019. Letters: N rows, H, W, C frame
-height, width and channels.
+Only the learner has a decoder; the agent, whose torso is the encoder, acts without it. The loss of
+both is `losses.autoencoder_loss`. The idea of an auto-encoder inside the policy is from
+"Accelerating Distributed Deep Reinforcement Learning", RLDM 2019. Letters: N rows, H, W, C frame
+height, width and channels, L latent size.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ class Decoder(snt.Module):
     All variables exist once it is constructed. The last layer is linear: pixels may leave [0, 1].
 
     Args:
-      latent_size: L, numbers that a frame is made from.
+      latent_size: L, numbers that a frame is reconstructed from.
       frame: uint8 `[H, W, C]`.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
     """
@@ -47,7 +47,7 @@ class Decoder(snt.Module):
         ]
 
     def __call__(self, latent: tf.Tensor) -> tf.Tensor:
-        """Returns frames, f32 `[N, H, W, C]` with pixels about [0, 1], of latents f32 `[N, L]`."""
+        """Returns frames, f32 `[N, H, W, C]`, pixels in about [0, 1], of latents, f32 `[N, L]`."""
         x = self._linear(tf.cast(latent, self._dtype))
         x = tf.reshape(x, [-1, *self._first_shape])
         for layer in self._layers:
@@ -56,12 +56,12 @@ class Decoder(snt.Module):
 
 
 def picture(frames: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Returns a picture that has each frame above what the decoder makes of it, side by side.
+    """Returns a picture of frames in a row, each above its reconstruction.
 
     Args:
-      frames: uint8 `[N, H, W, C]`; of frames that are neither grey nor RGB, as stacks are, the last
-        channel is shown.
-      reconstructions: f32 `[N, H, W, C]`, pixels from 0 to 1; what lies beyond is cut off.
+      frames: uint8 `[N, H, W, C]`; if they are neither grey nor RGB, but stacks for instance, the
+        last channel is shown.
+      reconstructions: f32 `[N, H, W, C]`, pixels from 0 to 1; values beyond are clipped.
 
     Returns:
       uint8 `[2 H, N W, 1 or 3]`.

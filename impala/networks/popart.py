@@ -1,4 +1,4 @@
-"""PopArt: values normalised per level, so that levels of large rewards do not drown the others.
+"""PopArt: values normalised per level, so that levels with large rewards do not dominate.
 
 Hessel et al., "Multi-task Deep Reinforcement Learning with PopArt", 2019
 (https://arxiv.org/abs/1809.04474), after van Hasselt et al., "Learning values across many orders of
@@ -18,10 +18,10 @@ MAX_STDDEV = 1e6
 
 
 class PopArt(snt.Module):
-    """The last layer of the baseline, with an output and statistics of its own for each level.
+    """The last layer of the baseline, with one output and its statistics for each level.
 
     An output n stands for the value `stddev * n + mean` of its level. Whenever the statistics
-    change, the layer is rewritten so that all these values stay what they were.
+    change, the layer's weights change so that these values stay the same.
 
     Attributes:
       mean: f64 variable `[L]`, mu, of the V-trace targets of each level; starts at 0.
@@ -68,11 +68,11 @@ class PopArt(snt.Module):
         }
 
     def values(self, normalised: tf.Tensor, level_id: tf.Tensor) -> tf.Tensor:
-        """Returns what the outputs stand for.
+        """Returns the values that outputs stand for.
 
         Args:
           normalised: f32 `[T, B, L]`, outputs of the layer.
-          level_id: i32 `[B]`, which of them are meant.
+          level_id: i32 `[B]`, level of each unroll.
 
         Returns:
           f32 `[T, B]`, values in the units of the rewards; differentiable.
@@ -82,7 +82,7 @@ class PopArt(snt.Module):
         return self.stddev(level_id) * own + mean
 
     def moments(self, targets: tf.Tensor, level_id: tf.Tensor) -> tf.Tensor:
-        """Sums up the targets of each level; what several replicas have is to be added up.
+        """Sums up the targets of each level; the caller adds the moments of all replicas.
 
         Args:
           targets: f32 `[T, B]`, V-trace targets in the units of the rewards.
@@ -99,12 +99,12 @@ class PopArt(snt.Module):
         """Moves the statistics towards those of a batch, and preserves the values.
 
         With step size beta, `mu <- (1 - beta) mu + beta E[v]`, `nu <- (1 - beta) nu + beta E[v^2]`
-        for the targets v of a level in the batch, if it has any, and
-        `sigma = sqrt(nu - mu^2)`. Then, for the weights and the bias of the level's output,
-        `w <- sigma w / sigma'` and `b <- (sigma b + mu - mu') / sigma'`, where ' marks what is new.
+        for the targets v of each level in the batch, and `sigma = sqrt(nu - mu^2)`. Then, for the
+        weights and the bias of the level's output, `w <- sigma w / sigma'` and
+        `b <- (sigma b + mu - mu') / sigma'`, where ' marks new statistics.
 
         Args:
-          moments: f64 `[L, 3]`, as from `moments`.
+          moments: f64 `[L, 3]`, from `moments`.
         """
         old_mean, old_second_moment = self.mean.read_value(), self.second_moment.read_value()
         number, total, squares = tf.unstack(moments, axis=-1)
@@ -128,5 +128,5 @@ def _stddev(mean: tf.Tensor, second_moment: tf.Tensor) -> tf.Tensor:
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Assigns to the variable of the replica that is computing, which `assign` would refuse."""
+    """Assigns to the variable of the replica that is computing, which `assign` cannot do."""
     tf.raw_ops.AssignVariableOp(resource=variable.handle, value=tf.cast(value, variable.dtype))

@@ -8,8 +8,8 @@ Every torso is built for one frame spec and makes all its variables, always floa
 constructed. It computes in `compute_dtype`, casting each variable once per call, and returns
 float32. Weights and biases start as Sonnet's `Linear` and `Conv2D` start theirs.
 
-Bytes are scaled to [0, 1] by scaling the first layer's weights at call time: that is the same
-function, with one pass less over the frames, which are far larger than the weights.
+Bytes are scaled to [0, 1] by scaling the first layer's weights at call time. This computes the same
+function and saves a pass over the frames, which are far larger than the weights.
 """
 
 import math
@@ -84,9 +84,9 @@ class Convolution(snt.Module):
         w = _cast(self.w, x.dtype, input_scale)
         s = self._stride
         if s > 1 and self._padding == 'VALID':
-            # `s` neighbouring pixels of a row lie side by side in memory, so they are `s` times as
-            # many channels for free, and the kernel's likewise. The convolution is then over few
-            # wide pixels, which vector units like better than many with 4 channels.
+            # `s` neighbouring pixels of a row are adjacent in memory. So they can be read as one
+            # pixel with `s` times as many channels, and the kernel's pixels likewise, without a
+            # copy. Vector units are faster on few wide pixels than on many with 4 channels.
             _, height, width, channels = x.shape
             x = tf.reshape(x, [-1, height, width // s, s * channels])
             kernel, _, _, out_channels = w.shape
@@ -98,10 +98,10 @@ class Convolution(snt.Module):
 
 
 class TransposedConvolution(snt.Module):
-    """What turns the shapes of a zero-padded `Convolution` back: the transpose of one, with bias.
+    """The transpose of a zero-padded `Convolution`, with bias.
 
-    Computed as a convolution that makes blocks of stride x stride pixels, which on CPUs is many
-    times as fast as TensorFlow's transposed one.
+    Computed as a convolution whose outputs are blocks of stride x stride pixels. On CPUs this is
+    many times as fast as TensorFlow's transposed convolution.
 
     Args:
       in_channels: channels of the input.
@@ -124,7 +124,7 @@ class TransposedConvolution(snt.Module):
         super().__init__(name)
         self._stride = stride
         self._output_size = output_size
-        # A block is made from so many inputs along height and width.
+        # A block is computed from this many inputs along height and width.
         self._reach = kernel // stride
         fan_in = self._reach**2 * in_channels
         self.w = _weights([kernel, kernel, out_channels, in_channels], fan_in)
@@ -134,17 +134,17 @@ class TransposedConvolution(snt.Module):
         """Returns the transposed convolution, `[N, *output_size, out_channels]`."""
         s, reach = self._stride, self._reach
         _, _, out_channels, in_channels = self.w.shape
-        # Pixel s * i + p of the kernel is pixel p of the block that lies i blocks on: seen from the
-        # block, its input lies i blocks back.
+        # An input adds pixel s * i + p of the kernel to pixel p of the block i blocks further on.
+        # So a block takes it from the input i blocks back.
         w = tf.reshape(self.w, [reach, s, reach, s, out_channels, in_channels])
         w = tf.reverse(tf.transpose(w, [0, 2, 5, 1, 3, 4]), axis=[0, 1])
         w = tf.reshape(w, [reach, reach, in_channels, s * s * out_channels])
         around = [[0, 0], [reach - 1, reach - 1], [reach - 1, reach - 1], [0, 0]]
-        # With the padding left to the convolution, its gradient takes many times as long.
+        # Padded here: if the convolution pads, its gradient takes many times as long.
         x = tf.nn.conv2d(tf.pad(x, around), _cast(w, x.dtype), 1, 'VALID')
         x = tf.nn.bias_add(x, tf.tile(_cast(self.b, x.dtype), [s * s]))
         x = tf.nn.depth_to_space(x, s) if s > 1 else x
-        # What the convolution would have seen of its padding.
+        # Rows and columns that correspond to the padding of the convolution.
         height, width = self._output_size
         top, left = (
             max((-(-size // s) - 1) * s + reach * s - size, 0) // 2 for size in (height, width)
@@ -159,8 +159,8 @@ class UnpaddedTorso(snt.Module):
     """Convolutions without padding and a linear layer: the shallow network and DQN's.
 
     Shallow is the paper's (Figure 3, left); with padding it has 1.5M parameters instead of the
-    paper's 1.2M. That of Mnih et al. 2015 (Nature 518, "Model architecture") has one convolution
-    more, and two to four times as many of everything.
+    paper's 1.2M. That of Mnih et al. 2015 (Nature 518, "Model architecture") has one more
+    convolution, and layers twice as wide.
 
     Args:
       name: `'shallow'` or `'nature'`.
@@ -188,13 +188,13 @@ class UnpaddedTorso(snt.Module):
             convolution = Convolution(
                 channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}'
             )
-            # Attributes of these names are what checkpoints know them by.
+            # Checkpoints identify the layers by the names of these attributes.
             setattr(self, f'_conv_{layer}', convolution)
             convolutions.append(convolution)
             outputs = [(pixels - kernel) // stride + 1 for pixels in outputs]
             channels = out_channels
         self._convolutions = convolutions
-        # Pixels at the far edges that no output depends on are cut off before they cost anything.
+        # Pixels at the bottom and right edges that no output depends on are cut off first.
         self._used = [_input_size(pixels, layers) for pixels in outputs]
         self._crop = size != self._used
         self._flat_size = math.prod(outputs) * channels
@@ -220,7 +220,7 @@ class DeepTorso(snt.Module):
     """The paper's deep residual network with 15 convolutions (Figure 3, right).
 
     Three sections of a convolution, a max pool that halves the frame, and two residual blocks; all
-    zero-padded, so frames of any size will do.
+    zero-padded, so frames may have any size.
 
     Args:
       frame: uint8 `[H, W, C]`.
@@ -267,7 +267,7 @@ class DeepTorso(snt.Module):
 
 
 class MLPTorso(snt.Module):
-    """Two linear layers of 64 for observations that are vectors.
+    """Two linear layers of 64 units for observations that are vectors.
 
     Args:
       frame: any shape, float32, or uint8 that is scaled to [0, 1].
@@ -299,9 +299,9 @@ class MLPTorso(snt.Module):
 class EncoderTorso(snt.Module):
     """Three convolutions and a linear layer: the encoder of an auto-encoder.
 
-    All that follows sees a frame as `latent_size` numbers. `impala.networks.decoder` tells, while
-    training, what frame they stand for. Convolutions are zero-padded and each output of a
-    stride s stands for s x s inputs, so frames of any size will do.
+    Policy, baseline and core see a frame as `latent_size` numbers only. In training,
+    `impala.networks.decoder` reconstructs the frame from them. Convolutions are zero-padded, so
+    frames may have any size.
 
     Args:
       frame: uint8 `[H, W, C]`.
@@ -362,7 +362,7 @@ def create_torso(
       name: of the torso.
       frame: `[H, W, C]`, or a vector.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
-      latent_size: features of the encoder; the others have sizes of their own.
+      latent_size: number of features of the encoder; other torsos have fixed ones.
 
     Raises:
       ValueError: there is no such torso, or it cannot serve such frames.
@@ -379,14 +379,14 @@ def create_torso(
 
 
 def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) -> tuple[int, int]:
-    """Returns the inputs and outputs of a torso's linear layer, where nearly all weights are.
+    """Returns the numbers of inputs and outputs of the linear layer, which has most weights.
 
-    Nothing is made, so that this can be asked of frames of any size.
+    No variable is made, so frames may be of any size.
 
     Args:
       name: of the torso.
-      frame: as of `create_torso`, as are the next.
-      latent_size: see `frame`.
+      frame: see `create_torso`.
+      latent_size: see `create_torso`.
 
     Raises:
       ValueError: the torso cannot serve such frames.
@@ -416,7 +416,7 @@ def layers(torso: snt.Module) -> list[Linear | Convolution]:
 
 
 def _input_size(output_size: int, layers: Sequence[tuple[int, int, int]]) -> int:
-    """Returns the height or width of which unpadded convolutions make another."""
+    """Returns the height or width from which unpadded convolutions make `output_size`."""
     for _, kernel, stride in reversed(layers):
         output_size = (output_size - 1) * stride + kernel
     return output_size
@@ -433,16 +433,16 @@ def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
 
 
 def _weights(shape: list[int], fan_in: int | None = None) -> tf.Variable:
-    """Weights as Sonnet initialises those of a layer whose last dimension is its output.
+    """Returns weights, initialised as Sonnet does.
 
     Args:
       shape: of the weights.
-      fan_in: inputs of an output, where the layer is another one.
+      fan_in: inputs of each output; None if the last dimension is that of the outputs.
     """
     stddev = 1 / np.sqrt(math.prod(shape[:-1]) if fan_in is None else fan_in)
     return tf.Variable(snt.initializers.TruncatedNormal(stddev=stddev)(shape, tf.float32), name='w')
 
 
 def _cast(variable: tf.Variable, dtype: tf.DType, scale: float = 1.0) -> tf.Tensor:
-    # Scaled in float32, before the rounding to a shorter type.
+    # Scaled in float32, before rounding to a shorter type.
     return tf.cast(variable * scale if scale != 1.0 else variable, dtype)

@@ -1,4 +1,4 @@
-"""Adam, for replicas that stay equal, which Sonnet's refuses to train."""
+"""Adam for replicas that stay equal; Sonnet's cannot train replicas."""
 
 from collections.abc import Sequence
 
@@ -61,7 +61,7 @@ class Adam(Optimizer):
         """Takes one step.
 
         Args:
-          updates: gradients, shaped like `parameters`; where None, the parameter is left alone. An
+          updates: gradients, shaped like `parameters`; None leaves a parameter unchanged. An
             `IndexedSlices` counts as the dense gradient that it stands for.
           parameters: variables, some or all of those given at construction.
           learning_rate: f32 scalar.
@@ -70,7 +70,7 @@ class Adam(Optimizer):
           ValueError: the sequences differ in length, or a parameter was not given at construction.
         """
         slots = self._slots(updates, parameters)
-        # Of the replica that is computing, which `assign_add` would refuse.
+        # Adds to the variable of the replica that is computing, which `assign_add` cannot do.
         tf.raw_ops.AssignAddVariableOp(resource=self.updates.handle, value=tf.constant(1, tf.int64))
         # In float64, as 1 - beta2^t is a small difference at first.
         done = tf.cast(self.updates.read_value(), tf.float64)

@@ -9,8 +9,8 @@ import tensorflow as tf
 class Optimizer(snt.Module):
     """Knows the parameters that it has slots for.
 
-    Slots are made at construction, not at the first update, so that a checkpoint restored before
-    that finds its variables.
+    Slots are made at construction, not at the first update, so that a checkpoint restored before it
+    finds its variables.
     """
 
     def __init__(self, parameters: Sequence[tf.Variable], name: str | None = None):
@@ -28,7 +28,7 @@ class Optimizer(snt.Module):
         updates: Sequence[tf.Tensor | tf.IndexedSlices | None],
         parameters: Sequence[tf.Variable],
     ) -> list[int]:
-        """Returns for each parameter the number of its slots.
+        """Returns the index of each parameter's slots.
 
         Raises:
           ValueError: the sequences differ in length, or a parameter was not given at construction.

@@ -1,4 +1,4 @@
-"""RMSProp as in TensorFlow 1, which the paper's results were obtained with.
+"""RMSProp as in TensorFlow 1, with which the paper's results were obtained.
 
 It differs from Sonnet 2's: the running mean of squares starts at ones, not at zeros, which keeps
 the first steps small, and epsilon is added inside the square root.
@@ -65,12 +65,12 @@ class RMSProp(Optimizer):
     ) -> None:
         """Takes one step.
 
-        The rows that an `IndexedSlices` does not mention stay as they are, slots included, as in
+        Rows that an `IndexedSlices` does not mention stay as they are, slots included, as in
         TensorFlow 1.
 
         Args:
-          updates: gradients, shaped like `parameters`; where None, the parameter is left alone.
-            In `IndexedSlices` no index may stand twice: see `sum_duplicates`.
+          updates: gradients, shaped like `parameters`; None leaves a parameter unchanged.
+            In `IndexedSlices` no index may occur twice: see `sum_duplicates`.
           parameters: variables, some or all of those given at construction.
           learning_rate: f32 scalar.
 
@@ -139,9 +139,9 @@ def _on_cpu(parameter: tf.Variable) -> bool:
 
 
 def sum_duplicates(gradient: tf.IndexedSlices) -> tf.IndexedSlices:
-    """Sums the slices that have the same index, so that each index stands once.
+    """Sums the slices that have the same index, so that each index occurs once.
 
-    Until then neither the norm nor the square of such a gradient is that of the dense one.
+    With duplicates, norm and square of the gradient differ from those of the dense one.
 
     Args:
       gradient: values `[N, ...]`, indices integer `[N]`.

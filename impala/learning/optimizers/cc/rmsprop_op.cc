@@ -1,7 +1,7 @@
 // One step of RMSProp without momentum, in one pass over memory.
 //
-// TensorFlow's own kernel makes three passes, reads and writes a momentum that nobody needs, and
-// copies first what somebody else reads; a step is bound by memory.
+// A step is bound by memory. TensorFlow's own kernel makes three passes, reads and writes an unused
+// momentum, and first copies variables that are being read elsewhere.
 
 #include <cmath>
 #include <cstdint>
@@ -31,7 +31,8 @@ using tensorflow::shape_inference::ShapeHandle;
 // In processor cycles, by which TensorFlow decides how many threads a step is worth.
 constexpr int64_t kCyclesPerWeight = 10;
 
-// What to write a variable's new value to: its own memory, unless somebody else reads that.
+// Sets `target` to what a variable's new value is written to: its own memory, unless that is being
+// read elsewhere.
 absl::Status Target(OpKernelContext* context, const Tensor& value, Tensor* target) {
   if (value.RefCountIsOne()) {
     *target = value;
