@@ -1,1 +1,1 @@
-"""What a batch is made of: loading, re-use and replay."""
+"""What a batch is made of: loading, reuse and replay."""

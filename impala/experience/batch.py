@@ -1,4 +1,4 @@
-"""The learner's batch: a stack of unrolls, the arrays that it consists of, and their bounds."""
+"""The learner's batch: a stack of unrolls, its arrays, and their bounds."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,13 +21,13 @@ from impala.trajectory import (
 
 
 class UnrollBatch(NamedTuple):
-    """A batch for the learner, and what only the log wants to know of it.
+    """A batch for the learner, with data that only the log needs.
 
     Attributes:
       actor_output: `ActorOutput`, `[T+1, B, ...]`.
-      actors: i32 `[B]`, who acted; -1 of unrolls that are replayed.
+      actors: i32 `[B]`, the actor of each unroll; -1 if it is replayed.
       ends: u8 `[T+1, B]`, values of `impala.trajectory.EpisodeEnd`.
-      is_replayed: bool `[B]`, the unroll was in a batch of before.
+      is_replayed: bool `[B]`, whether the unroll is drawn from the replay.
     """
 
     actor_output: ActorOutput
@@ -36,14 +36,14 @@ class UnrollBatch(NamedTuple):
     is_replayed: tf.Tensor
 
 
-# Has batches consist of fresh unrolls, of which it asks for some number, and of others.
+# Makes a batch of fresh unrolls, a number of which it gets from its argument, and of others.
 Mix = Callable[[Callable[[int], UnrollBatch]], UnrollBatch]
 
 
 def unroll_components(
     spec: EnvironmentSpec, state_spec: Any, unroll_length: int, num_levels: int
 ) -> list[UnrollArray]:
-    """Returns what an unroll consists of on its way to the learner.
+    """Returns the arrays that an unroll consists of on its way to the learner.
 
     In order: level id, policy version, recurrent state at the start, the rows of `StepOutput`
     (reward, episode return, step and frames, end of episode, observation) and of `AgentOutput`.
@@ -83,7 +83,7 @@ def unroll_components(
 
 
 def batch_components(batch: UnrollBatch) -> list[tf.Tensor]:
-    """Returns what a batch consists of, in the order of `unroll_components`."""
+    """Returns the arrays of a batch, in the order of `unroll_components`."""
     output = batch.actor_output
     env = output.env_outputs
     return [
@@ -105,12 +105,12 @@ def batch_of_components(
     observation_names: Sequence[str],
     is_replayed: tf.Tensor | None = None,
 ) -> UnrollBatch:
-    """Puts a batch together; the inverse of `batch_components`.
+    """Makes a batch of its arrays; the inverse of `batch_components`.
 
     Args:
       components: in that order.
-      actors: i32 `[B]`.
-      state_structure: nest of the shape of the agent's state.
+      actors: i32 `[B]`, see `UnrollBatch`.
+      state_structure: nest with the structure of the agent's state.
       observation_names: in the order of the components.
       is_replayed: bool `[B]`; None if no unroll is.
     """
@@ -140,7 +140,7 @@ def batch_of_components(
 
 def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
     """Returns one unroll of a batch as arrays, in the order of `unroll_components`."""
-    # Views of the tensors, where `numpy()` would copy.
+    # Views of the tensors; `numpy()` would copy them.
     arrays = [np.asarray(component) for component in batch_components(batch)]
     num_per_unroll = 2 + len(tf.nest.flatten(batch.actor_output.agent_state))
     return [array[column] for array in arrays[:num_per_unroll]] + [
@@ -149,10 +149,10 @@ def flatten_unroll(batch: UnrollBatch, column: int) -> list[Any]:
 
 
 def compiled(dequeue: Callable[[], Batch]) -> Callable[[], Batch]:
-    """Returns a function made into a graph on the CPU, which any thread may call.
+    """Returns a function as a graph on the CPU, which any thread may call.
 
     Args:
-      dequeue: raises `tf.errors.CancelledError` when there is nothing more.
+      dequeue: raises `tf.errors.CancelledError` when there are no more batches.
     """
 
     @tf.function(autograph=False)

@@ -1,4 +1,4 @@
-"""Parallel data loading: threads that have the next batches ready where the learner trains."""
+"""Parallel data loading: threads that prepare the next batches on the learner's devices."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ Batch = TypeVar('Batch')
 
 
 def move(batch: Batch, device: str | None) -> Batch:
-    """Returns a batch as tensors of a device, once they are there.
+    """Returns a batch as tensors on a device; waits until they are there.
 
     Args:
       batch: nest of tensors.
@@ -25,28 +25,28 @@ def move(batch: Batch, device: str | None) -> Batch:
 
 
 def default_loaders(devices: Sequence[str | None]) -> int:
-    """Returns how many threads load batches for each device where nobody has said it.
+    """Returns the default number of threads that load batches for each device.
 
-    TensorFlow lets a copy to a GPU wait for what the GPU has been asked to compute, so that a lone
-    thread would begin to assemble the next batch only when the train step under way has ended.
+    TensorFlow starts a copy to a GPU only when earlier work on that GPU is done. So a lone thread
+    would not begin to assemble the next batch before the current train step has ended.
 
     Args:
-      devices: their names, as of `Learner.devices`.
+      devices: their names, as in `Learner.devices`.
     """
     has_gpu = any(device is not None and 'GPU:' in device.upper() for device in devices)
     return 2 if has_gpu else 1
 
 
 class Loading(Generic[Batch]):
-    """Assembles batches and moves them to their devices, ahead of who iterates over this.
+    """Iterates over batches, which it assembles and moves to their devices in advance.
 
-    Each device has a pipeline of its own: n threads, each of which assembles a batch, moves it, and
-    goes on when there is room. A pipeline never holds more than n batches, be they in the making
-    or ready. With one thread they come in the order in which they were assembled, with more in that
-    in which they are ready.
+    Each device has its own pipeline: n threads, each of which assembles a batch, moves it, and
+    starts the next one when there is room. A pipeline holds at most n batches, in the making or
+    ready. One thread delivers batches in the order of assembly, several in the order in which they
+    are ready.
 
-    Threads start with the first batch that is asked for. A context manager: leaving it waits for
-    its threads, so the source must be closed before, or know of an end.
+    The threads start when the first batch is requested. A context manager that waits for them when
+    it is left, so the source must have been closed or have ended by then.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class Loading(Generic[Batch]):
         devices: Sequence[str | None] = (None,),
         move: Callable[[Batch, str | None], Batch] = move,
     ):
-        """Does nothing yet.
+        """Prepares the threads, but starts none.
 
         Args:
           assemble: waits for a batch and returns it; called by all threads. Raises
-            `tf.errors.CancelledError` when there is nothing more.
+            `tf.errors.CancelledError` when there are no more batches.
           loaders: n, threads of each device.
-          devices: names of the devices; None for one whose batches are good as they are.
+          devices: names of the devices; None for one whose batches need not be moved.
           move: brings a batch to a device.
         """
         self._assemble = assemble
@@ -75,7 +75,7 @@ class Loading(Generic[Batch]):
             for device, pipeline in zip(devices, self._pipelines, strict=True)
             for i in range(loaders)
         ]
-        # Guards all below, and the pipelines.
+        # Guards the attributes below and the pipelines.
         self._changed = threading.Condition()
         self._has_started = False
         self._closed = False
@@ -97,8 +97,8 @@ class Loading(Generic[Batch]):
         """Returns a batch of each device; used by one thread.
 
         Raises:
-          StopIteration: there is nothing more, or `close` was called.
-          BaseException: what a thread has raised, at once.
+          StopIteration: there are no more batches, or `close` was called.
+          BaseException: the error of a thread, as soon as it is raised there.
         """
         if not self._has_started:
             self._has_started = True
@@ -118,9 +118,9 @@ class Loading(Generic[Batch]):
             return tuple(pipeline.ready.popleft() for pipeline in self._pipelines)
 
     def close(self) -> None:
-        """Lets go of what is ready and assembles nothing more. From any thread, repeatedly.
+        """Drops ready batches and assembles no more. May be called by any thread, repeatedly.
 
-        A thread that waits for its source ends when that is closed.
+        A thread that waits for its source ends when the source is closed.
         """
         with self._changed:
             self._closed = True
@@ -134,7 +134,7 @@ class Loading(Generic[Batch]):
                 self._load_one(pipeline)
         except tf.errors.CancelledError:
             pass
-        except BaseException as error:  # Raised again where the batches are wanted.
+        except BaseException as error:  # Raised again by `__next__`.
             with self._changed:
                 self._error = self._error or error
             self.close()
@@ -150,7 +150,7 @@ class Loading(Generic[Batch]):
             return not self._closed
 
     def _load_one(self, pipeline: '_Pipeline') -> None:
-        # A function of its own, so that a thread that waits for room holds on to no batch.
+        # A separate function, so that a thread holds no reference to a batch while it waits.
         batch = self._move(self._assemble(), pipeline.device)
         with self._changed:
             if not self._closed:
@@ -160,13 +160,13 @@ class Loading(Generic[Batch]):
 
 @dataclasses.dataclass
 class _Pipeline:
-    """What is on its way to one device.
+    """The batches on their way to one device.
 
     Attributes:
       device: its name.
-      room: batches that may be begun now.
-      working: threads that may still bring batches.
-      ready: batches that are there.
+      room: number of batches that may be started now.
+      working: number of threads that may still deliver batches.
+      ready: batches on the device.
     """
 
     device: str | None

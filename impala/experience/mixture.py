@@ -1,4 +1,4 @@
-"""Batches that consist of fresh unrolls and of replayed ones.
+"""Batches of fresh and replayed unrolls.
 
 Letters: T unroll length, B batch size, K components of an unroll.
 """
@@ -20,7 +20,7 @@ from impala.trajectory import UnrollArray
 
 
 class Unrolls(Protocol):
-    """Where unrolls are kept, as in `impala.experience.replay.Replay`, which says what they do."""
+    """A store of unrolls; `impala.experience.replay.Replay` documents the methods."""
 
     components: list[UnrollArray]
 
@@ -34,35 +34,35 @@ class Unrolls(Protocol):
 
 
 class ReplayMixer:
-    """Has batches consist of fresh unrolls and of replayed ones.
+    """Mixes fresh and replayed unrolls.
 
-    The first k batches with replayed unrolls have `floor(k * fraction * B)` of them, so that the
-    fraction is exact over time, and never off by as much as an unroll. As long as there is nothing
-    to replay, batches are all fresh.
+    The first k batches with replayed unrolls have `floor(k * fraction * B)` of them, so the
+    fraction is exact over time and never off by a whole unroll. While the replay is empty, batches
+    are all fresh.
     """
 
     def __init__(self, replay: Unrolls, fraction: float, batch_size: int):
         """Wraps a replay.
 
         Args:
-          replay: takes in the fresh unrolls, which can be drawn from the next batch on.
-          fraction: of the unrolls of a batch that are replayed; leaves each batch a fresh one.
+          replay: stores the fresh unrolls, which can be drawn from the next batch on.
+          fraction: share of replayed unrolls; leaves at least one fresh unroll in each batch.
           batch_size: B.
         """
         self.replay = replay
         self._batch_size = batch_size
-        # As it was written down: in binary, .29 of 100 is less than 29.
+        # The decimal number as written: in binary, 0.29 * 100 is less than 29.
         self._share = Fraction(str(fraction)) * batch_size
         fewest, most = math.floor(self._share), math.ceil(self._share)
         self._sizes = sorted({batch_size, batch_size - fewest, batch_size - most})
         self._num_mixed = 0
-        # Not one lock for both: a replay that has to be waited for must not hold up the log.
+        # Two locks, so that the log does not wait for a slow replay.
         self._turn = threading.Lock()
         self._lock = threading.Lock()
         self._seconds = {'replay/sample': 0.0, 'replay/store': 0.0}
 
     def batch(self, dequeue: Callable[[int], UnrollBatch]) -> UnrollBatch:
-        """Returns a batch of B unrolls, the fresh ones first; to be made into a graph.
+        """Returns a batch of B unrolls, the fresh ones first; can be traced as a graph.
 
         Args:
           dequeue: returns that many fresh unrolls.
@@ -90,7 +90,7 @@ class ReplayMixer:
             )
 
     def next_num_fresh(self) -> int:
-        """Returns how many unrolls of the next batch are to be fresh."""
+        """Returns the number of fresh unrolls in the next batch."""
         with self._turn:
             started = time.perf_counter()
             k = self._num_mixed + 1
@@ -103,7 +103,7 @@ class ReplayMixer:
             return self._batch_size - number
 
     def mix(self, *fresh: np.ndarray) -> list[np.ndarray]:
-        """Fills a batch up, and stores what is new in it.
+        """Fills a batch with replayed unrolls, and stores the fresh ones.
 
         Args:
           fresh: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`, N at most B.

@@ -1,7 +1,7 @@
-"""Experience replay: unrolls of before, to be given out again.
+"""Experience replay: earlier unrolls, to be learned from again.
 
 Espeholt et al. 2018, section 5.2.2: sampled uniformly, removed first in, first out. V-trace
-corrects them as it does any other unroll, by the behaviour policy that is stored with them.
+corrects them like any other unroll, by the behaviour policy that is stored with them.
 Letters: T unroll length, C frames of a stack, K components of an unroll.
 """
 
@@ -15,28 +15,28 @@ import numpy as np
 
 from impala.trajectory import UnrollArray
 
-# Bytes at whose multiples an array must begin if TensorFlow is to use it without a copy.
+# TensorFlow uses an array without a copy if its address is a multiple of this, in bytes.
 _ALIGNMENT = 64
 
 
 class Packing:
-    """How an unroll is kept: as it is, but for a component that stacks the last C frames.
+    """The format of a stored unroll: unchanged, except for a component that stacks C frames.
 
-    Of such a component, as Atari's observations are, each frame is kept once: T+C frames in place
-    of C(T+1). A row is then either the row before, moved on by a frame, or one frame C times, with
-    which an episode begins. Which of them is read off the pixels, so that what comes out is what
-    was put in, byte by byte; an unroll with a row that is neither cannot be packed. Nor can one
-    with a float that is not finite: every batch with it would be skipped by the learner.
+    Of such a component, for instance Atari's observations, each frame is stored once: T+C frames
+    instead of C(T+1). Each row must be either the previous row shifted by a frame or, where an
+    episode begins, one frame C times. The pixels tell which, so an unroll is restored byte for
+    byte. An unroll with any other row cannot be packed. Nor can one with a float that is not
+    finite, as the learner would skip every batch that contains it.
 
     One thread at a time may pack; any number may unpack.
 
     Attributes:
       components: of an unroll, as given.
-      packed: of an unroll that is packed; time is a dimension like others there.
+      packed: components of a packed unroll, none of them time-major.
     """
 
     def __init__(self, components: Sequence[UnrollArray], stack: str | None = None):
-        """Finds out what is to be kept.
+        """Determines the packed components.
 
         Args:
           components: of an unroll, as of `impala.experience.batch.unroll_components`.
@@ -57,8 +57,8 @@ class Packing:
                 self.packed[self._stack], shape=(rows + size - 1, *frame)
             )
             self.packed.append(UnrollArray((rows,), 'bool', f'{stack}_begins', False))
-            # Of two rows as bytes, one of them moved on by a byte, all but the newest frame's are
-            # the same if the one is the other moved on by a frame.
+            # A row is the previous one shifted by a frame if its bytes are those of the previous
+            # row shifted by a byte, except for the bytes of the newest frame.
             num_bytes = math.prod(frame) * size - 1
             self._is_old = np.arange(num_bytes) % size != size - 1
             self._differs = np.empty((rows - 1, num_bytes), bool)
@@ -69,15 +69,15 @@ class Packing:
         return sum(math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in self.packed)
 
     def new(self) -> list[np.ndarray]:
-        """Returns arrays for a packed unroll, of any contents."""
+        """Returns uninitialised arrays for a packed unroll."""
         return [aligned(each.shape, np.dtype(each.dtype)) for each in self.packed]
 
     def pack(self, unroll: Sequence[np.ndarray], packed: Sequence[np.ndarray]) -> bool:
-        """Writes an unroll as it is kept.
+        """Packs an unroll.
 
         Args:
           unroll: K arrays.
-          packed: as of `new`, written to.
+          packed: from `new`, written to.
 
         Returns:
           Whether that was possible; nothing is written otherwise.
@@ -102,12 +102,12 @@ class Packing:
     def unpack(
         self, packed: Sequence[np.ndarray], unrolls: Sequence[np.ndarray], column: int
     ) -> None:
-        """Writes a packed unroll as it was, into a column.
+        """Unpacks an unroll into a column.
 
         Args:
           packed: written by `pack`.
           unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-          column: of these, the one that is written.
+          column: of `unrolls`, from 0 to N-1; written to.
         """
         for i, (component, array) in enumerate(zip(self.components, unrolls, strict=True)):
             if i == self._stack:
@@ -123,7 +123,7 @@ class Packing:
         return unrolls[0].shape[int(self.components[0].time_major)]
 
     def columns(self, unrolls: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-        """Returns each unroll of such arrays by itself, in their order; nothing is copied."""
+        """Returns each unroll of such arrays, in their order, as views."""
         return [
             [
                 array[:, column] if component.time_major else array[column]
@@ -133,9 +133,10 @@ class Packing:
         ]
 
     def _rows_that_begin(self, stacks: np.ndarray) -> np.ndarray | None:
-        """Returns which rows, bool `[T+1]`, are one frame C times; None if a row is neither.
+        """Returns the rows with which an episode begins, bool `[T+1]`.
 
-        Row 0 and rows that are the row before, moved on, do not count as such.
+        These are one frame C times. Row 0 and rows that are the previous one shifted by a frame do
+        not count. None if another row is neither.
         """
         rows = stacks.reshape(len(stacks), -1)
         np.not_equal(rows[1:, :-1], rows[:-1, 1:], out=self._differs)
@@ -150,27 +151,27 @@ class Packing:
 
 
 class Replay:
-    """A ring of unrolls, in memory that is set aside at the start. For any number of threads.
+    """A ring of unrolls, in memory reserved at the start. Any thread may use it.
 
     Attributes:
       components: of an unroll, as given.
       capacity: unrolls that there is room for.
-      left_out: unrolls that were not taken in, as they could not be packed.
+      left_out: number of unrolls that were rejected because they could not be packed.
     """
 
     def __init__(
         self, components: Sequence[UnrollArray], capacity: int, seed: Any, stack: str | None = None
     ):
-        """Sets memory aside, of which the system gives out what is written to.
+        """Reserves memory; the system provides a page when it is first written to.
 
         Args:
           components: see `Packing`.
           capacity: unrolls, 1 or more.
-          seed: of what is sampled; see `numpy.random.default_rng`.
+          seed: of the sampling; see `numpy.random.default_rng`.
           stack: see `Packing`.
 
         Raises:
-          MemoryError: there is not so much.
+          MemoryError: there is not enough.
         """
         self.components = list(components)
         self.capacity = capacity
@@ -189,7 +190,7 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes set aside, however few unrolls there are yet."""
+        """Bytes reserved, however few unrolls are stored."""
         return sum(store.nbytes for store in self._stores)
 
     @property
@@ -201,7 +202,7 @@ class Replay:
         )
 
     def add(self, unrolls: Sequence[np.ndarray]) -> None:
-        """Takes unrolls in, in the order of their columns; the oldest make room.
+        """Stores unrolls in the order of their columns; they replace the oldest.
 
         Args:
           unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
@@ -214,7 +215,7 @@ class Replay:
                     self.left_out += 1
 
     def reserve(self, number: int) -> bool:
-        """Returns whether that many unrolls can be drawn, by a call of `sample` that must follow.
+        """Returns whether that many unrolls can be drawn; if so, a call of `sample` must follow.
 
         Args:
           number: of unrolls.
@@ -222,14 +223,14 @@ class Replay:
         return len(self) > 0
 
     def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
-        """Writes unrolls, each drawn uniformly from all that there are, into columns.
+        """Draws unrolls uniformly, with replacement, and writes them into columns.
 
         Args:
           unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-          first_column: of those that are written; the last one is the last there is.
+          first_column: this column and all after it are written.
 
         Raises:
-          ValueError: there is nothing to draw from.
+          ValueError: the replay is empty.
         """
         with self._lock:
             num_drawn = self._packing.num_columns(unrolls) - first_column
@@ -238,14 +239,14 @@ class Replay:
                 self._packing.unpack(self._slot(slot), unrolls, column)
 
     def metrics(self) -> dict[str, float]:
-        """Returns what the log is to know, by its name there."""
+        """Returns name -> value of the metrics for the log."""
         values: dict[str, float] = {'replay_unrolls': len(self)}
         if self.left_out:
             values['replay_unrolls_left_out'] = self.left_out
         return values
 
     def stage_seconds(self) -> dict[str, float]:
-        """Returns the seconds so far of stages on threads of its own: it has none."""
+        """Returns the seconds of stages on threads of its own: it has none."""
         return {}
 
     def _slot(self, slot: int) -> list[np.ndarray]:
@@ -258,7 +259,7 @@ def unroll_nbytes(components: Sequence[UnrollArray], stack: str | None = None) -
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns an array of any contents that TensorFlow can use as it is."""
+    """Returns an uninitialised array that TensorFlow can use without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -266,17 +267,17 @@ def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _rebuild_stacks(frames: np.ndarray, begins: Sequence[int], stacks: np.ndarray) -> None:
-    """Writes the stacks of an unroll.
+    """Rebuilds the stacks of an unroll.
 
     Args:
       frames: `[T+C, H, W]`, each once.
-      begins: rows whose stack is one frame C times, though the row before is another.
+      begins: rows with which an episode begins, one frame C times.
       stacks: `[T+1, H, W, C]`, written to.
     """
     num_rows, size = stacks.shape[0], stacks.shape[-1]
     for i in range(size):
         stacks[..., i] = frames[i : i + num_rows]
     for row in begins:
-        # What would be older is not of this episode.
+        # Older frames do not belong to this episode.
         for i in range(size - 1):
             stacks[row : row + size - 1 - i, ..., i] = frames[row + size - 1]

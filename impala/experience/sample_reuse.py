@@ -1,7 +1,7 @@
 """The circular buffer of batches that are trained on several times.
 
-Luo et al. 2020, IMPACT (https://arxiv.org/abs/1912.00167): the last N batches are held, each is
-used K times, and the oldest is replaced by the next one.
+Luo et al. 2020, IMPACT (https://arxiv.org/abs/1912.00167): the buffer holds the last N batches,
+each is used K times, and the next one replaces the oldest.
 """
 
 import collections
@@ -12,12 +12,11 @@ Batch = TypeVar('Batch')
 
 
 def reused(batches: Iterable[Batch], times: int, buffer_size: int) -> Iterator[tuple[Batch, bool]]:
-    """Yields every batch several times, others in between.
+    """Yields every batch several times, with others in between.
 
-    Each batch is used once when it comes, and then together with later ones, at even distances,
-    the last time together with the one `buffer_size - 1` behind it. So there is one new batch for
-    every `times` uses, never several at a time, and the actors are not made to wait in turns. At
-    the start, when there are few batches, there are fewer uses. Nothing is copied.
+    A batch is used when it comes, and again at even intervals until `buffer_size - 1` later ones
+    have come. So one of `times` uses is of a new batch, and actors deliver batches at an even rate.
+    While the buffer fills, there are fewer uses. Nothing is copied.
 
     Args:
       batches: read one by one, when the next is due.
