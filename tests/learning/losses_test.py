@@ -474,5 +474,5 @@ def test_clip_rewards(clipping, rewards, expected):
 
 
 def test_unknown_clipping_is_refused_by_name():
-    with pytest.raises(ValueError, match="abs_one, soft_asymmetric, none, not 'abs_two'"):
+    with pytest.raises(ValueError, match="abs_one, soft_asymmetric or none, not 'abs_two'"):
         losses.clip_rewards(tf.constant([1.0]), 'abs_two')
