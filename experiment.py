@@ -172,11 +172,11 @@ def _print_end(config: Config, path: str) -> None:
     print(run_summary.describe_summary(summary))
     print(f'Checkpoint: {path}')
     if 0 < run.stop_at_frames <= summary['frames'] < run.total_environment_frames:
-        print(f'Stopped at --stop_at_frames={run.stop_at_frames}; without it the run goes on.')
+        print(f'Stopped at --stop_at_frames={run.stop_at_frames}; without it the run continues.')
     elif summary['frames'] < run.total_environment_frames:
-        print('The same command goes on from there.')
+        print('The same command resumes from there.')
     else:
-        print('The run is complete; a larger --total_environment_frames goes on from there.')
+        print('The run is complete; a larger --total_environment_frames continues it.')
 
 
 def _act(config: Config) -> int:

@@ -1103,7 +1103,7 @@ def split_address(address: str) -> tuple[str, int]:
     """
     host, _, port = address.rpartition(':')
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"'{address}' is no address of a job, which reads host:port.")
+        raise ConfigError(f"'{address}' is not an address of a job, which has the form host:port.")
     return host, int(port)
 
 

@@ -87,7 +87,10 @@ def test_every_setting_is_one_sentence_with_a_default_within_its_bounds():
             '--inference_batch_size=3 is more than there are actors (--num_actors=2).',
         ),
         *(
-            ({'learner_address': address}, 'is no address of a job, which reads host:port.')
+            (
+                {'learner_address': address},
+                'is not an address of a job, which has the form host:port.',
+            )
             for address in ('localhost', 'localhost:', ':8000', 'localhost:port', 'a:70000')
         ),
         ({'replay_addresses': ['a:1']}, '--replay_addresses=a:1 would hold trajectories that no'),

@@ -351,14 +351,14 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
         def has_failed():
             # Again and again: one that was being written may yet push an old one out.
             fill(disk / 'filler')
-            return 'Training goes on, next attempt' in run.stderr
+            return 'Training continues; next attempt' in run.stderr
 
         run.wait_until(has_failed)
         warning = re.search('WARNING: Cannot save a checkpoint.*', run.stderr)[0]
         failed = re.fullmatch(
             rf'WARNING: Cannot save a checkpoint in {logdir}/checkpoints: No space left on device; '
             rf'the previous one is {logdir}/checkpoints/ckpt-(\d+)\. '
-            r'Training goes on, next attempt in 2 s\.',
+            r'Training continues; next attempt in 2 s\.',
             warning,
         )
         assert failed, warning
@@ -699,7 +699,7 @@ def test_several_loaders_until_interrupted(tmp_path):
         run.wait_until(lambda: frames(logdir))
         run.send(signal.SIGINT)
         assert run.wait() == 0, run.stderr
-    assert 'The same command goes on from there' in run.stdout
+    assert 'The same command resumes from there' in run.stdout
     assert checkpoints(logdir)
     for line in metrics(logdir):
         assert 0 <= line['learner_idle_share'] <= 1

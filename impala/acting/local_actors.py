@@ -142,7 +142,7 @@ class LocalActors:
                 self._level_names[actor], self._observation_names, index, value
             )
             raise ActorError(
-                f'Nothing comes that can be learned from: {what}, and each of the last '
+                f'No unroll can be learned from: {what}, and each of the last '
                 f'{statistics.discarded_in_a_row} unrolls held such a value.'
             )
 

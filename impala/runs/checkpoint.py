@@ -137,7 +137,7 @@ class Checkpointer:
                 continue
             if damaged:
                 self._report(
-                    f'WARNING: damaged checkpoint {", ".join(damaged)}: going on from the newest '
+                    f'WARNING: damaged checkpoint {", ".join(damaged)}: resuming from the newest '
                     f'intact one, {path}.'
                 )
             self._read(path)
@@ -166,7 +166,7 @@ class Checkpointer:
             self.save(wall_seconds)
         except LogdirError as error:
             self._report(
-                f'WARNING: {error} Training goes on, next attempt in {self._save_secs:.0f} s.'
+                f'WARNING: {error} Training continues; next attempt in {self._save_secs:.0f} s.'
             )
             return False
         return True

@@ -68,7 +68,7 @@ def read(path: str) -> list[Argument]:
         try:
             text = line.decode().strip()
         except UnicodeDecodeError:
-            raise FlagFileError(f'{origin} is not UTF-8 text: this is no flag file.') from None
+            raise FlagFileError(f'{origin} is not UTF-8 text: this is not a flag file.') from None
         if not text or text.startswith(('#', '//')):
             continue
         if '\0' in text or not text.startswith('-'):

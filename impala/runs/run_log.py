@@ -278,8 +278,8 @@ class RunLog(Log):
                 self._interval.level_frames[name] = int(frames)
         if num_dropped:
             self.message(
-                f'Moved {num_dropped} rows of the logs that lie behind agent step {agent_steps:,}, '
-                'where this run goes on, to files *.dropped.*'
+                f'Moved {num_dropped} rows of the logs after agent step {agent_steps:,}, from '
+                'which this run resumes, to files *.dropped.*'
             )
         return wall_seconds
 
@@ -337,8 +337,8 @@ class RunLog(Log):
         except OSError as error:
             if not was_failing:
                 self.message(
-                    f'WARNING: cannot write {file.path}: {error.strerror}. Training goes on; what '
-                    'is missing will be written when that is possible again.'
+                    f'WARNING: cannot write {file.path}: {error.strerror}. Training continues; '
+                    'what is missing is written as soon as that is possible.'
                 )
 
 

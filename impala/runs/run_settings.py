@@ -166,7 +166,7 @@ def check_same_run(logdir: str, counted_by: dict[str, Any], allow_level_change: 
         raise LogdirError(
             f'The run in {logdir} has other levels: --level_name was {_few(levels)} and is now '
             f'{_few(counted_by["levels"])}; set it back, give another --logdir, or '
-            '--allow_level_change to go on with other levels, after which its logs are of both.'
+            '--allow_level_change to continue with other levels; its logs then cover both.'
         )
 
 

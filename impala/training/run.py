@@ -221,7 +221,7 @@ def announce(
             'on a learner that does not act itself: give it to the actor jobs'
         )
     if latest is not None:
-        log.message(f'Going on from {latest}, at agent step {learner.counts()[1]:,}')
+        log.message(f'Resuming from {latest}, at agent step {learner.counts()[1]:,}')
 
 
 def _device_names(config: Config) -> str:

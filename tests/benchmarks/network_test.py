@@ -232,6 +232,6 @@ def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network
 
         learner.send_signal(signal.SIGTERM)
         assert learner.wait(PATIENCE_SECONDS) == 0
-        assert 'The same command goes on from there.' in said.read_text()
+        assert 'The same command resumes from there.' in said.read_text()
     assert not list((tmp_path / 'learner').glob('tmp*'))
     assert not list((tmp_path / 'actor').glob('tmp*'))

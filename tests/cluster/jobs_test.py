@@ -111,7 +111,7 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
             enough = f'--total_environment_frames={reached + 20_000}'
             with learner(tmp_path / 'third', logdir, address, enough, level) as third:
                 assert third.wait() == 0
-                assert 'Going on from' in third.stderr
+                assert 'Resuming from' in third.stderr
             for each in (early, late):
                 assert each.wait() == 0
                 assert 'Training is complete.' in each.stdout
@@ -339,7 +339,10 @@ def test_an_actor_that_is_stopped_while_it_waits_for_its_learner(tmp_path, addre
     [
         (['--job_name=actor'], '--job_name=actor needs a number of its own'),
         (['--task=1'], '--task=1: there can be one learner only'),
-        (['--job_name=actor', '--task=0', '--learner_address=nowhere'], "'nowhere' is no address"),
+        (
+            ['--job_name=actor', '--task=0', '--learner_address=nowhere'],
+            "'nowhere' is not an address",
+        ),
         (['--job_name=actor', '--task=0', '--envs_per_actor=0'], '--envs_per_actor=0'),
     ],
 )

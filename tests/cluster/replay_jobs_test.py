@@ -683,7 +683,7 @@ def test_a_port_that_is_in_use(tmp_path, addresses):
         (['--job_name=replay', '--replay_addresses=a:1'], 'needs a number of its own, --task=0'),
         (
             ['--job_name=replay', '--task=0', '--replay_addresses=nowhere'],
-            "^'nowhere' is no address of a job, which reads host:port",
+            "^'nowhere' is not an address of a job, which has the form host:port",
         ),
         (
             ['--job_name=replay', '--task=0', '--replay_addresses=a:1,b:2', '--replay_capacity=1'],

@@ -95,7 +95,7 @@ def test_learners_train_one_model(tmp_path, addresses):
             for each in (first, second, a, b):
                 assert each.wait() == 0, each.stderr
                 assert 'Traceback' not in each.stderr
-        assert 'Going on from' in first.stderr
+        assert 'Resuming from' in first.stderr
         for each in (a, b):
             assert 'Training is complete.' in each.stdout
     lines = metrics(logdir)

@@ -32,7 +32,7 @@ _one_at_a_time = threading.Lock()
 
 # What a run says of itself as it starts and goes on, which is no answer to the input.
 _PROGRESS = re.compile(
-    r'Starting|Tracing|WARNING: |Going on from|Moved \d+ rows|.* frames \(|.*; all goes to |'
+    r'Starting|Tracing|WARNING: |Resuming from|Moved \d+ rows|.* frames \(|.*; all goes to |'
     r'Replay of |Testing |Changed flags: |Learning rate and|Actor .* restarted|\s*$'
 )
 

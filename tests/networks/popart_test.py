@@ -290,7 +290,7 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     more = '--total_environment_frames=800'
     with WarmRun(tmp_path / 'b', *common, levels, more) as second:
         assert second.wait() == 0, second.stderr
-    assert 'Going on from' in second.stderr
+    assert 'Resuming from' in second.stderr
     rows = metrics(logdir)
     assert [row['updates'] for row in rows] == list(range(1, 41))
     last = rows[-1]

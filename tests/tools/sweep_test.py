@@ -410,7 +410,7 @@ def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
         assert run.process.wait(PATIENCE_SECONDS) == 0
         assert not run.members()
     assert '0 of 2 members are complete' in output.read_text()
-    assert 'The same command goes on from there.' in output.read_text()
+    assert 'The same command resumes from there.' in output.read_text()
     assert (first / 'checkpoints' / 'ckpt-1.index').exists()
     assert not second.exists()
 
@@ -429,7 +429,7 @@ def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
     assert lines_of(first) == before
     for member in (first, second):
         said = (member / 'output.txt').read_text()
-        assert said.count('Going on from') == 1 and said.count('all goes to') == 2
+        assert said.count('Resuming from') == 1 and said.count('all goes to') == 2
         assert json.loads(lines_of(member)[-1])['frames'] >= 25000
     with open(tmp_path / 'sweep' / 'results.csv', newline='') as file:
         rows = {row['member']: row for row in csv.DictReader(file)}
@@ -480,7 +480,7 @@ def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
             data = pathlib.Path(f'{target}{ending}').read_bytes()
             assert data == pathlib.Path(f'{source}{ending}').read_bytes()
         assert (
-            f'Going on from {target}, at agent step 6,000'
+            f'Resuming from {target}, at agent step 6,000'
             in (folder / name / 'output.txt').read_text()
         )
     for name in ('00', '01', '02'):

@@ -549,6 +549,6 @@ def main(argv: list[str]) -> int:
     else:
         print(
             f'Stopped; {sweep.num_trained} of {config.members} members are complete, and what the '
-            'others have learned is saved. The same command goes on from there.'
+            'others have learned is saved. The same command resumes from there.'
         )
     return 0
