@@ -192,8 +192,8 @@ class ActorHost:
             for name, reason in errors.items():
                 reasons.setdefault(reason.replace(repr(name), 'this level'), []).append(name)
             sentences = [
-                f'{", ".join(who)}: {reason if len(who) > 1 else errors[who[0]]}'
-                for reason, who in reasons.items()
+                f'{", ".join(levels)}: {reason if len(levels) > 1 else errors[levels[0]]}'
+                for reason, levels in reasons.items()
             ]
             raise LevelError(
                 f'{len(errors)} of the {len(names)} levels cannot be played here. '
