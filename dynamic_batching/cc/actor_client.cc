@@ -1,5 +1,5 @@
-// The actor's end of the shared-memory batcher: a plain C library for `actor_client.py`, without
-// TensorFlow, and without Python's headers, which a machine that only runs Python does not have.
+// The actor's client of the shared-memory batcher: a plain C library for `actor_client.py`. Uses
+// neither TensorFlow nor Python's headers, which a machine that only runs Python does not have.
 
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -11,14 +11,14 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-using namespace dynamic_batching;  // NOLINT: this file is the library's face.
+using namespace dynamic_batching;  // NOLINT: this file defines the library's interface.
 
 namespace {
 
-// Sleeping actors look this often whether the segment was closed without waking them.
+// Interval at which sleeping actors check whether the segment was closed without waking them.
 constexpr uint64_t kCheckClosedNanoseconds = 1000000000;
 
-// What is returned instead of an action.
+// Returned instead of an action.
 constexpr int32_t kClosed = -1, kOutOfOrder = -2;
 
 struct Client {
@@ -26,25 +26,25 @@ struct Client {
   SegmentHeader* header;
   ActorBlock* block;
   uint32_t float_observations;          // Bit i: observation i consists of float32.
-  float non_finite_values[kMaxFields];  // Of the row sent last, by the bits of `non_finite`.
+  float non_finite_values[kMaxFields];  // Of the last row, indexed like the bits of `non_finite`.
   double episode_return;
   int32_t episode_step;
   int32_t episode_frames;
-  bool is_waiting;        // A row was sent whose action was not waited for yet.
+  bool is_waiting;        // The last row's action has not been waited for yet.
   uint64_t requested_at;  // When that row was sent.
-  uint64_t returned_at;   // When the actor was given its last action; 0 before the first.
+  uint64_t returned_at;   // When the last action was returned; 0 before the first.
 };
 
-// Only the actor writes its timers.
+// Needs no atomic addition, since only the actor writes its timers.
 void AddNanoseconds(std::atomic<uint64_t>* timer, uint64_t nanoseconds) {
   timer->store(timer->load(std::memory_order_relaxed) + nanoseconds, std::memory_order_relaxed);
 }
 
-// Replaces what is not finite by 0. Returns whether there was any; then `value` is the first.
+// Replaces non-finite values by 0. Returns whether there were any; `value` is then the first one.
 bool ReplaceNonFinite(float* values, size_t size, float* value) {
   constexpr uint32_t kExponent = 0x7f800000;
   uint32_t any = 0;
-  // On the bits and without a branch, which compilers make vector instructions of.
+  // Works on bits and without branches, so that compilers vectorize it.
   for (size_t i = 0; i < size; ++i) {
     uint32_t bits;
     memcpy(&bits, &values[i], sizeof(bits));
@@ -65,9 +65,9 @@ void WaitForAnswer(Client* client) {
   ActorBlock* block = client->block;
   while (true) {
     uint32_t state = kRequested;
-    // Only an actor that has said it sleeps costs the batcher a system call.
+    // The batcher makes a system call to wake an actor only if the state is kSleeping.
     if (!block->state.compare_exchange_strong(state, kSleeping) && state == kAnswered) return;
-    // Looked at after that was said: who closes the segment later wakes those that sleep.
+    // Checked after the state has changed: if the segment closes later, that wakes the actor.
     if (client->header->closed.load()) return;
     FutexWait(&block->state, kSleeping, kCheckClosedNanoseconds);
     if (block->state.load(std::memory_order_acquire) == kAnswered) return;
@@ -76,7 +76,7 @@ void WaitForAnswer(Client* client) {
 
 }  // namespace
 
-// Returns null if `fd` is no segment of this build, or has no such actor.
+// Returns null if `fd` is not a segment of this build or has no such actor.
 EXPORT void* actor_client_connect(int fd, uint32_t actor) {
   struct stat status;
   if (fstat(fd, &status) != 0 || status.st_size < static_cast<off_t>(sizeof(SegmentHeader))) {
@@ -121,37 +121,37 @@ EXPORT uint64_t actor_client_observation_bytes(void* handle, uint32_t index) {
   return static_cast<Client*>(handle)->header->fields[kFirstObservation + index].row_bytes;
 }
 
-// Returns where row 0 of unroll 0 of an observation stands.
+// Returns the address of row 0 of unroll 0 of an observation.
 EXPORT void* actor_client_observation(void* handle, uint32_t index) {
   return GetRow(static_cast<Client*>(handle)->segment, 0, kFirstObservation + index, 0);
 }
 
-// Says that an observation consists of float32, so that its values are looked at.
+// Marks an observation as float32, so that its values are checked.
 EXPORT void actor_client_check_observation(void* handle, uint32_t index) {
   static_cast<Client*>(handle)->float_observations |= 1u << index;
 }
 
-// Returns a value of the row sent last that was not finite: the reward's for 0, that of observation
-// i for i + 1.
+// Returns the non-finite value of the last row with an index: 0 for the reward, i + 1 for the first
+// such value of observation i.
 EXPORT float actor_client_non_finite_value(void* handle, uint32_t index) {
   return static_cast<Client*>(handle)->non_finite_values[index];
 }
 
-// Returns the address of two numbers, unroll and row, where the next observation goes.
+// Returns the address of two numbers: the unroll and row of the next observation.
 EXPORT const uint32_t* actor_client_position(void* handle) {
   static_assert(offsetof(ActorBlock, row) == offsetof(ActorBlock, unroll) + sizeof(uint32_t), "");
   return &static_cast<Client*>(handle)->block->unroll;
 }
 
-// Returns whether nobody has sent a row for this actor since it was reset.
+// Returns whether no row was sent for this actor since it was reset.
 EXPORT int actor_client_is_idle(void* handle) {
   return static_cast<Client*>(handle)->block->state.load() == kIdle;
 }
 
-// Sends the row whose observation stands in its place. Returns kClosed if the batcher is closed,
-// kOutOfOrder if an action is still to be waited for, or no first row was sent before another, and
-// else ActorBlock::non_finite of the row. `frames`: that the action lasted. `is_first`: the row is the
-// first of the first episode.
+// Sends the row whose observation the caller has already written. `frames` is the duration of the
+// last action; `is_first` marks the first row of the first episode. Returns kClosed if the batcher
+// is closed, kOutOfOrder if the previous action was not waited for or the first row was not sent as
+// such, and otherwise ActorBlock::non_finite of the row.
 EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int end, int is_first) {
   auto* client = static_cast<Client*>(handle);
   SegmentHeader* header = client->header;
@@ -182,7 +182,8 @@ EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int en
   if (non_finite != 0) {
     block->non_finite_value = client->non_finite_values[__builtin_ctz(non_finite)];
   }
-  // Summed in double precision: in an episode of a million small rewards float loses most of them.
+  // Summed in double precision: float would lose most of the rewards in an episode of a million
+  // small ones.
   const float episode_return = static_cast<float>(client->episode_return);
   memcpy(GetRow(client->segment, unroll, kReward, row), &stored_reward, sizeof(stored_reward));
   memcpy(GetRow(client->segment, unroll, kEpisodeReturn, row), &episode_return,
@@ -205,13 +206,13 @@ EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int en
   }
   block->state.store(kRequested);
   const uint32_t request = header->doorbell.fetch_add(1) + 1;
-  // The batcher wants to hear of this request and of those after it, once each at most: it moves
-  // `wake_at` away as soon as it is awake.
+  // Wake the batcher if this request or an earlier one reached `wake_at`. The batcher moves
+  // `wake_at` out of reach as soon as it is awake.
   if (static_cast<int32_t>(request - header->wake_at.load()) >= 0) FutexWake(&header->doorbell);
   return non_finite;
 }
 
-// Says that no more rows will come, so that no batch waits for this actor.
+// Declares that no more rows will follow, so that no batch waits for this actor.
 EXPORT void actor_client_finish(void* handle) {
   auto* client = static_cast<Client*>(handle);
   client->block->finished.store(1);
@@ -220,7 +221,7 @@ EXPORT void actor_client_finish(void* handle) {
   FutexWake(&client->header->doorbell);
 }
 
-// Waits for the action that answers the row sent last, and returns it, kClosed or kOutOfOrder.
+// Waits for the answer to the last row and returns its action, kClosed or kOutOfOrder.
 EXPORT int32_t actor_client_wait(void* handle) {
   auto* client = static_cast<Client*>(handle);
   ActorBlock* block = client->block;
@@ -230,7 +231,7 @@ EXPORT int32_t actor_client_wait(void* handle) {
   client->is_waiting = false;
   client->returned_at = NowNanoseconds();
   AddNanoseconds(&block->waiting_nanoseconds, client->returned_at - client->requested_at);
-  // Until it asks again the block is the actor's.
+  // The actor owns the block until its next request.
   block->state.store(kActing, std::memory_order_relaxed);
   return block->action;
 }

@@ -40,8 +40,8 @@ absl::Status CancelledError() { return absl::CancelledError("The caller was canc
 Batcher::Batcher(BatchedFunction function, const BatchPolicy& policy)
     : function_(std::move(function)), policy_(policy) {
   if (policy_.minimum_batch_size > 1 && policy_.timeout.has_value()) {
-    // Detached, since the last reference may be dropped by a callback that this thread runs, and it
-    // could not join itself. Close() ends it.
+    // Detached: a callback on this thread may drop the last reference, and a thread cannot join
+    // itself. Close() ends it.
     Ref();
     std::thread([this] { WatchTime(); }).detach();
   }
@@ -91,7 +91,7 @@ void Batcher::Call(OpKernelContext* context, DoneCallback done) {
     if (closed_) {
       status = ClosedError();
     } else if (manager != nullptr) {
-      // Under the lock, so that a cancellation finds the caller among those waiting.
+      // Under the lock, so that a cancellation finds the caller in `waiting_`.
       Ref();
       if (!manager->RegisterCallback(caller.token, [this, id = caller.id] {
             Cancel(id);
@@ -147,9 +147,9 @@ void Batcher::ComputeInPool(std::shared_ptr<Batch> batch) {
   auto* const runner = batch->callers.front().context->runner();
   (*runner)([this, batch = std::move(batch)]() mutable {
     {
-      // Those who have come since it was taken need not wait for another batch.
+      // Callers that have arrived since the batch was taken need not wait for another one.
       std::lock_guard<std::mutex> lock(mutex_);
-      // Nobody joins a batch that was cancelled, or will be: its callers cannot come back.
+      // If all callers have cancelled, the batch is cancelled, so no further callers may join it.
       const bool abandoned = std::all_of(batch->callers.begin(), batch->callers.end(),
                                          [](const Caller& caller) { return caller.cancelled; });
       const size_t room = abandoned ? 0 : policy_.maximum_batch_size - batch->callers.size();
@@ -173,9 +173,8 @@ void Batcher::Compute(std::shared_ptr<Batch> batch) {
     Unref();
     return;
   }
-  // This thread computes the batch, without a detour through the pool. Only what the function
-  // starts first may run in place though: asynchronous operations that end at once would nest
-  // without limit.
+  // Compute the batch on this thread instead of the pool. Only the first closure may run in place:
+  // asynchronous operations that end at once would nest without limit.
   OpKernelContext* const context = batch->callers.front().context;
   batch->runner = [pool = context->runner(), first = true](std::function<void()> closure) mutable {
     if (std::exchange(first, false)) {
@@ -186,12 +185,12 @@ void Batcher::Compute(std::shared_ptr<Batch> batch) {
   };
   tensorflow::FunctionLibraryRuntime::Options options;
   options.step_container = context->step_container();
-  // The callers' own are not used: one caller's cancellation must not stop the others.
+  // Not the callers' cancellation managers: one caller's cancellation must not stop the others.
   options.cancellation_manager = &batch->cancellation;
   options.runner = &batch->runner;
-  // One task for the function instead of one for each of its inputs and variables.
+  // Run the function as one task instead of one task per input and variable.
   options.run_all_kernels_inline = true;
-  // `batch` stays alive here until the runner, which it owns, has returned.
+  // The capture keeps `batch`, which owns the runner, alive until the runner has returned.
   function_.library->Run(options, function_.handle, batch->arguments, &batch->results,
                          [this, batch](const absl::Status& status) {
                            Finish(batch, status);
@@ -238,8 +237,8 @@ void Batcher::Finish(const std::shared_ptr<Batch>& batch, absl::Status status) {
       timer_wake_.notify_one();
     }
   }
-  // Before the results are scattered, so that another thread may begin while this one does that.
-  // Not computed here, since this thread may belong to a caller that has its answer now.
+  // Start the next batch before scattering the results, so that the two overlap. Use the pool,
+  // since this thread may belong to a caller whose answer is ready now.
   if (next != nullptr) ComputeInPool(std::move(next));
   for (size_t row = 0; row < batch->callers.size(); ++row) {
     Caller& caller = batch->callers[row];
@@ -282,7 +281,7 @@ absl::Status Batcher::Scatter(const Batch& batch, size_t row) const {
       context->set_output(i, result);
       continue;
     }
-    // A copy, because a slice would keep the whole batch alive for as long as the caller keeps it.
+    // Copied, because a slice would keep the whole batch alive as long as the caller keeps it.
     TensorShape shape = result.shape();
     shape.set_dim(0, 1);
     Tensor* output;
@@ -293,14 +292,14 @@ absl::Status Batcher::Scatter(const Batch& batch, size_t row) const {
 }
 
 void Batcher::FinishCaller(Caller* caller, const absl::Status& status) {
-  // Not the variant that blocks until a cancellation under way is over: what that is busy with may
-  // be waiting for this thread. If it is too late, the callback drops its reference itself.
+  // DeregisterCallback() would block until a running cancellation ends, which may itself wait for
+  // this thread. If the callback runs already, it drops its reference itself.
   if (caller->token != tensorflow::CancellationManager::kInvalidToken &&
       caller->context->cancellation_manager()->TryDeregisterCallback(caller->token)) {
     Unref();
   }
   if (!status.ok()) caller->context->SetStatus(status);
-  // Moved out, since the context and its owner may be gone as soon as it is called.
+  // Moved out, since `done` may delete the context and its owner.
   const DoneCallback done = std::move(caller->done);
   done();
 }

@@ -1,5 +1,5 @@
-// The in-process batcher: concurrent calls of a TensorFlow function, each with one row, are
-// computed together.
+// The in-process batcher: computes concurrent calls of a TensorFlow function, each with one row,
+// together.
 
 #ifndef DYNAMIC_BATCHING_CC_BATCHER_H_
 #define DYNAMIC_BATCHING_CC_BATCHER_H_
@@ -21,31 +21,31 @@
 
 namespace dynamic_batching {
 
-// When a batch is computed. At most one batch of a batcher is computed at a time; callers that come
-// meanwhile wait for the next.
+// When a batch is computed. A batcher computes at most one batch at a time; callers that arrive in
+// the meantime wait for the next.
 struct BatchPolicy {
   size_t minimum_batch_size = 1;
   size_t maximum_batch_size = 1024;
-  // How long a caller waits for `minimum_batch_size` to be reached. None: as long as it takes.
+  // How long a caller waits for `minimum_batch_size` to be reached; nullopt to wait forever.
   std::optional<std::chrono::milliseconds> timeout;
 };
 
-// The function as the runtime knows it, and what its rows look like.
+// The function as the runtime knows it, and the specs of its rows.
 struct BatchedFunction {
-  std::string name;  // For messages, as are the names of the inputs.
+  std::string name;  // Used in messages, like `input_names`.
   tensorflow::FunctionLibraryRuntime* library = nullptr;
   tensorflow::FunctionLibraryRuntime::Handle handle = tensorflow::kInvalidHandle;
-  // Where the function is defined, if not in `library`.
+  // The library that defines the function, if it is not `library`.
   std::shared_ptr<const tensorflow::FunctionLibraryDefinition> definitions;
   std::vector<std::string> input_names;
   std::vector<tensorflow::DataType> input_types;
   std::vector<tensorflow::TensorShape> row_shapes;  // Of the inputs, with the leading 1.
-  // Passed behind the inputs with every batch: handles of variables, and constants.
+  // Passed after the inputs with every batch: handles of variables, and constants.
   std::vector<tensorflow::Tensor> captured;
 };
 
-// Thread-safe. Counts as references the handle, batches under way, registered cancellations and the
-// timer thread; any of them may be the last to go.
+// Thread-safe. The handle, running batches, registered cancellations and the timer thread each hold
+// a reference; any of them may drop the last one.
 class Batcher : public tensorflow::core::RefCounted {
  public:
   using DoneCallback = tensorflow::AsyncOpKernel::DoneCallback;
@@ -53,12 +53,12 @@ class Batcher : public tensorflow::core::RefCounted {
   Batcher(BatchedFunction function, const BatchPolicy& policy);
 
   // Computes the row in inputs 1, 2, ... of `context` together with those of other callers, and
-  // calls `done` when the outputs or an error have been put into `context`. (Input 0 is the handle
-  // by which this batcher was found.) The calling thread may be used to compute the batch.
+  // calls `done` when `context` has the outputs or an error. (Input 0 is the handle of this
+  // batcher.) May compute the batch on the calling thread.
   void Call(tensorflow::OpKernelContext* context, DoneCallback done);
 
-  // Fails waiting calls and all future ones with CancelledError, and asks the batch that is being
-  // computed to stop early. Safe to call at any time, repeatedly, from any thread.
+  // Fails waiting and future calls with CancelledError, and asks the running batch to stop early.
+  // May be called at any time, repeatedly, from any thread.
   void Close();
 
  private:
@@ -69,8 +69,8 @@ class Batcher : public tensorflow::core::RefCounted {
     tensorflow::OpKernelContext* context;
     DoneCallback done;
     tensorflow::CancellationToken token;
-    Clock::time_point arrival;  // Only set where there is a time-out.
-    bool cancelled;             // While its batch was computed.
+    Clock::time_point arrival;  // Set only if there is a time-out.
+    bool cancelled;             // Cancelled while its batch was computed.
   };
 
   struct Batch {
@@ -103,8 +103,8 @@ class Batcher : public tensorflow::core::RefCounted {
   bool closed_ = false;
   uint64_t next_id_ = 0;
   std::vector<Caller> waiting_;
-  // What is being computed or about to be. Under `mutex_`, its `callers` may grow until it is
-  // computed, and be marked as cancelled until it has been.
+  // The batch that is being computed or is about to be. Under `mutex_`, callers may join it until
+  // the computation starts, and may be marked as cancelled until it ends.
   std::shared_ptr<Batch> running_;
   std::condition_variable timer_wake_;
 };

@@ -42,7 +42,7 @@ using tensorflow::Tensor;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// What a handle refers to. Calls, the timer and cancellations share the batcher itself.
+// The resource behind a handle. Calls, the timer and cancellations share the batcher itself.
 class BatcherResource : public tensorflow::ResourceBase {
  public:
   explicit BatcherResource(Batcher* batcher) : batcher_(batcher) {}
@@ -57,7 +57,7 @@ class BatcherResource : public tensorflow::ResourceBase {
   Batcher* const batcher_;
 };
 
-// The batcher lives at least as long as the handle in input 0 of `context`.
+// Returns the batcher, which lives at least as long as the handle in input 0 of `context`.
 absl::StatusOr<Batcher*> FindBatcher(OpKernelContext* context) {
   absl::StatusOr<BatcherResource*> resource =
       tensorflow::HandleFromInput(context, 0).GetResource<BatcherResource>();
@@ -65,12 +65,13 @@ absl::StatusOr<Batcher*> FindBatcher(OpKernelContext* context) {
   return (*resource)->batcher();
 }
 
-// Replaces the instance of a function, made for several devices, by one without the means for
-// that, which cost a small function about as much as its computation. Leaves it as it is if it has
-// inputs that it does not use: the runtime has dropped these.
+// Replaces a multi-device instance of a function by a single-device one. The overhead of several
+// devices is about as large as the computation of a small function. Fails, and changes nothing, if
+// the function has unused inputs, because the runtime has dropped these.
 //
-// `graph_def` is what the runtime has made of the function, which is optimised, as functions are
-// not that are for one device from the start. All of it is on the device of `function->library`.
+// `graph_def` is the runtime's graph of the multi-device function. It is optimized, which the
+// runtime does not do for functions instantiated for one device. All of its nodes are on the device
+// of `function->library`.
 absl::Status RunOnOneDevice(const GraphDef& graph_def, BatchedFunction* function) {
   const size_t num_inputs =
       std::count_if(graph_def.node().begin(), graph_def.node().end(),
@@ -154,8 +155,8 @@ class DynamicBatcherOp : public OpKernel {
     function.library = library;
     FunctionLibraryRuntime::InstantiateOptions options;
     options.target = library->device()->name();
-    // So that it may use a GPU: rows come from and go to the host, what is between is placed as in
-    // any other tf.function.
+    // Lets the function use a GPU: rows come from and return to the host, and the rest is placed as
+    // in any other tf.function.
     options.is_multi_device_function = true;
     options.default_device_to_target = false;
     if (library->config_proto() != nullptr) options.config_proto = *library->config_proto();
@@ -178,7 +179,7 @@ class DynamicBatcherOp : public OpKernel {
       options.input_devices.push_back(handle.device());
     }
     options.output_devices.assign(num_outputs_, host->name());
-    // As TensorFlow does for a call of a tf.function.
+    // The options that TensorFlow uses for a call of a tf.function.
     tensorflow::grappler::GrapplerItem::OptimizationOptions optimizations;
     optimizations.allow_pruning_stateful_and_dataset_ops = true;
     optimizations.is_eager_mode = true;
@@ -199,7 +200,7 @@ class DynamicBatcherOp : public OpKernel {
         std::all_of(parts[0].node().begin(), parts[0].node().end(),
                     [&](const auto& node) { return node.device() == own_device; })) {
       const absl::Status status = RunOnOneDevice(parts[0], &function);
-      // It works as it is, too.
+      // The multi-device function works, too.
       if (!status.ok()) VLOG(1) << "'" << function.name << "' is not for one device: " << status;
     }
     Tensor* handle;
@@ -219,7 +220,7 @@ class DynamicBatchOp : public AsyncOpKernel {
  public:
   using AsyncOpKernel::AsyncOpKernel;
 
-  // Else each call would first be handed to another thread.
+  // An expensive op would be moved to another thread first.
   bool IsExpensive() override { return false; }
 
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
@@ -274,14 +275,14 @@ Makes a batcher for `f`, whose inputs are batches of `row_shapes` followed by `c
 It is closed when the last copy of `handle` goes away. A negative `timeout_ms` stands for none.
 )doc");
 
-// The op only passes captured variables on to a function for several devices. TensorFlow would
-// otherwise place the op with them, also on a device for which there is no kernel.
-namespace input_colocation_exemption_registration =  // Which the macro leaves unqualified.
+// The op only passes captured variables on to a multi-device function. Without the exemption
+// TensorFlow would place the op on their device, which may have no kernel for it.
+namespace input_colocation_exemption_registration =  // The macro uses the unqualified name.
     tensorflow::input_colocation_exemption_registration;
 REGISTER_INPUT_COLOCATION_EXEMPTION("DynamicBatcher");
 
-// Stateful, lest two calls with the same rows be merged into one. What else tf.function makes of
-// that is undone in batcher.py.
+// Stateful, lest TensorFlow merge two calls with the same rows into one. `let_calls_meet` in
+// private_tensorflow.py undoes the other effects of that on a tf.function.
 REGISTER_OP("DynamicBatch")
     .Input("handle: resource")
     .Input("rows: Tin")

@@ -12,11 +12,11 @@
 
 namespace dynamic_batching {
 
-// A batch of trajectories is tens of megabytes. Memory of that size from malloc is mapped anew each
-// time, and the page faults cost more than the copy into it.
+// A batch of trajectories takes tens of megabytes. malloc maps blocks of that size anew each time,
+// and the page faults cost more than the copy into the block.
 class RecyclingAllocator : public tensorflow::Allocator {
  public:
-  // Lives as long as the process, since tensors may outlive whoever allocated them.
+  // Lives as long as the process, since tensors may outlive the op that allocated them.
   static RecyclingAllocator* Get() {
     static auto* allocator = new RecyclingAllocator();
     return allocator;
@@ -55,21 +55,21 @@ class RecyclingAllocator : public tensorflow::Allocator {
 
  private:
   static constexpr size_t kSmallestBlock = 4096;
-  static constexpr size_t kBlocksKept = 4;  // Of one size.
+  static constexpr size_t kBlocksKept = 4;  // Per size.
 
   std::mutex mutex_;
   std::unordered_map<size_t, std::vector<void*>> free_;
   std::unordered_map<void*, size_t> sizes_;
 };
 
-// The allocator of batches that an op on the CPU makes. Where there is a GPU, that of the pinned
-// memory which its driver reads without a copy first, and which TensorFlow recycles by itself.
+// Returns the allocator for batches that an op on the CPU makes. With a GPU it is the allocator of
+// pinned memory, which the driver reads without an extra copy and TensorFlow recycles itself.
 inline tensorflow::Allocator* BatchAllocator(const tensorflow::OpKernelContext* context) {
   tensorflow::AllocatorAttributes pinned;
   pinned.set_on_host(true);
   pinned.set_gpu_compatible(true);
   tensorflow::Allocator* const allocator = context->device()->GetAllocator(pinned);
-  // Without a GPU it is the one of all other tensors.
+  // Without a GPU, TensorFlow returns its default allocator.
   const bool has_gpu = allocator != context->device()->GetAllocator({});
   return has_gpu ? allocator : RecyclingAllocator::Get();
 }

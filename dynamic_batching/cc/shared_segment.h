@@ -1,19 +1,19 @@
 // The memory that actor processes share with the batcher: its layout, and how the two sides wake
-// each other. Knows nothing of TensorFlow, because actor processes load it.
+// each other. Independent of TensorFlow, because actor processes load it.
 //
 // A segment holds one block per actor and a number of unrolls. An unroll stores `rows` rows of each
 // input field, field after field, so that a row is contiguous and a whole unroll can be copied into
 // a time-major batch row by row. Outputs and recurrent state stay in the batcher's own memory: an
 // actor process needs nothing but its next action, and cannot damage what it cannot see.
 //
-// Who writes what. The batcher owns every decision: which unroll and row an actor writes to stands
-// in its block together with the action. The actor only writes that row and then moves `state` from
-// kAnswered, via kActing, to kRequested. An actor that is killed, at any instruction, therefore leaves behind
-// nothing but a half-written row that was never requested.
+// Who writes what: the batcher makes every decision. It puts the action, and the unroll and row to
+// write next, into the actor's block. The actor only writes that row and then moves `state` from
+// kAnswered, via kActing, to kRequested. So an actor that is killed, at any instruction, leaves
+// behind at most a half-written row that was never requested.
 //
-// A row that had values that are not finite has zeros in their place, so that they reach neither
-// inference nor the recurrent state; the actor says so with the request, and the batcher keeps the
-// unrolls with such rows from the learner.
+// The actor replaces non-finite values in a row by zeros, so that they reach neither inference nor
+// the recurrent state, and reports them with the request. The batcher does not pass unrolls with
+// such rows on to the learner.
 
 #ifndef DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
 #define DYNAMIC_BATCHING_CC_SHARED_SEGMENT_H_
@@ -32,11 +32,11 @@
 
 namespace dynamic_batching {
 
-// Changes whenever the layout does: an actor process of another build must refuse the segment.
+// Changes with the layout, so that an actor process of another build rejects the segment.
 constexpr uint64_t kSegmentMagic = 0x494d50414c410005;
 constexpr int kMaxFields = 17;
 
-// The fields that every row starts with; those of the observation follow.
+// The fixed fields at the start of every row; the observation's fields follow.
 enum FixedField : int {
   kReward,
   kEpisodeReturn,
@@ -46,16 +46,16 @@ enum FixedField : int {
   kFirstObservation,
 };
 
-// How an episode ended: the values of impala.trajectory.EpisodeEnd. At a lost life the episode ends
-// for the agent, while the game goes on and with it its return, its steps and its frames.
+// How an episode ended: the values of impala.trajectory.EpisodeEnd. A lost life ends the episode
+// for the agent only; the game continues, and so do the counts of its return, steps and frames.
 enum EpisodeEnd : uint8_t { kNotEnded, kTerminated, kTruncated, kLifeLost };
 
 enum RequestState : uint32_t {
-  kIdle,       // Nobody is connected, or the process was replaced.
-  kRequested,  // A row is written, its action is not there yet.
+  kIdle,       // No row was sent since the segment was made or the actor was reset.
+  kRequested,  // A row is written and waits for its action.
   kSleeping,   // As kRequested, and the actor sleeps on `state`.
   kAnswered,   // `action`, `unroll` and `row` are valid.
-  kActing,     // As kAnswered, and the actor has taken the action: its environment has the turn.
+  kActing,     // As kAnswered, and the environment executes the action.
 };
 
 struct FieldLayout {
@@ -73,7 +73,7 @@ struct SegmentHeader {
   uint32_t rows;
   uint32_t num_fields;
   FieldLayout fields[kMaxFields];
-  // Counts requests; the batcher sleeps on it until it reaches `wake_at`.
+  // Counts requests; the batcher sleeps until this reaches `wake_at`.
   alignas(64) std::atomic<uint32_t> doorbell;
   alignas(64) std::atomic<uint32_t> wake_at;
   alignas(64) std::atomic<uint32_t> closed;
@@ -84,12 +84,12 @@ struct alignas(128) ActorBlock {
   uint32_t unroll;
   uint32_t row;
   int32_t action;
-  // Written by the actor, read for the stage timers: a torn or stale value costs nothing.
+  // Written by the actor, read for the stage timers; a stale value does no harm.
   std::atomic<uint64_t> environment_nanoseconds;
   std::atomic<uint64_t> waiting_nanoseconds;
   std::atomic<uint32_t> finished;  // The actor will not ask for another action.
-  // Of the row that is requested, written by the actor before `state`: what was not finite (bit 0 the
-  // reward, bit i + 1 observation i), and the value of the first of them.
+  // For the requested row, written by the actor before `state`: which parts were not finite (bit 0
+  // the reward, bit i + 1 observation i), and the first non-finite value.
   uint32_t non_finite;
   float non_finite_value;
 };
@@ -113,7 +113,7 @@ inline char* GetRow(void* segment, uint32_t unroll, int field, uint32_t row) {
          layout.offset + row * layout.row_bytes;
 }
 
-// Fills in every offset and size from `num_actors`, `num_unrolls`, `rows`, `num_fields` and the
+// Computes all offsets and sizes from `num_actors`, `num_unrolls`, `rows`, `num_fields` and the
 // fields' `row_bytes`.
 inline void ComputeLayout(SegmentHeader* header) {
   uint64_t offset = 0;
@@ -127,7 +127,7 @@ inline void ComputeLayout(SegmentHeader* header) {
   header->segment_bytes = header->unrolls_offset + header->num_unrolls * header->unroll_bytes;
 }
 
-// Sleeps while `*word == expected`, at most `timeout_nanoseconds`. Wakes up spuriously, too.
+// Sleeps while `*word == expected`, at most `timeout_nanoseconds`. May wake up spuriously.
 inline void FutexWait(std::atomic<uint32_t>* word, uint32_t expected,
                       uint64_t timeout_nanoseconds) {
   timespec timeout;

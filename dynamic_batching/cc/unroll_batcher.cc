@@ -22,10 +22,10 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// Waits are bounded, so that a wake-up lost to a process killed in the middle of its request is
-// made good.
+// Bounds each wait, because a process that is killed in the middle of its request may never send
+// its wake-up.
 constexpr uint64_t kLongestWaitNanoseconds = 200000000;
-// Far enough from the present value of the doorbell that no request reaches it.
+// Offset from the present value of the doorbell that no request reaches.
 constexpr uint32_t kNever = 1u << 30;
 
 absl::Status CancelledStatus() { return absl::CancelledError("the caller was cancelled"); }
@@ -91,10 +91,10 @@ absl::Status UnrollBatcher::Create(int fd, UnrollSpec spec, const UnrollBatcherO
     return absl::ResourceExhaustedError(
         absl::StrCat("cannot allocate the outputs of ", options.num_unrolls, " unrolls"));
   }
-  // Last: a client that finds the magic number finds everything else in place.
+  // Written last: a client that finds the magic number finds everything else in place.
   shared_header->magic = kSegmentMagic;
-  // The loops keep the batcher alive and end when it is closed. Nobody joins them, since the last
-  // reference may well be dropped on one of them.
+  // The loops keep the batcher alive and end when it is closed. Detached, since one of them may
+  // drop the last reference, and a thread cannot join itself.
   std::thread([self = *batcher] { self->GatherLoop(); }).detach();
   std::thread([self = *batcher] { self->DequeueLoop(); }).detach();
   return absl::OkStatus();
@@ -147,7 +147,7 @@ void UnrollBatcher::AddWaiter(Waiter waiter, std::deque<Waiter>* waiters) {
   }
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    // A cancellation that comes after this look finds the waiter in its queue.
+    // A cancellation after this check finds the waiter in its queue.
     if (!IsClosed() && !waiter.cancelled->load()) {
       waiters->push_back(std::move(waiter));
       inputs_wanted_.notify_one();
@@ -181,14 +181,14 @@ void UnrollBatcher::FinishCancelled(std::deque<Waiter>* waiters) {
     }
   }
   for (Waiter& waiter : cancelled) {
-    // Runs inside the cancellation, which Finish() would wait for.
+    // This runs inside the cancellation, for which Finish() would wait.
     waiter.context->SetStatus(CancelledStatus());
     waiter.done();
   }
 }
 
 void UnrollBatcher::NotifyLoops() {
-  // Taken and dropped, so that no loop is between its check and its wait.
+  // Locking ensures that no loop is between its check and its wait.
   { std::lock_guard<std::mutex> lock(mutex_); }
   inputs_wanted_.notify_all();
   unrolls_changed_.notify_all();
@@ -210,8 +210,8 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
     if (actors_[actor].arrival == 0) actors_[actor].arrival = ++arrivals_;
     ready.push_back(actor);
   }
-  // First come, first served: nobody starves when more wait than a batch can hold, or, which is the
-  // rule when the learner is the slowest, than there is room for in the queue.
+  // First come, first served: no actor starves when more of them wait than fit into a batch or, as
+  // is usual when the learner is the bottleneck, into the queue.
   std::sort(ready.begin(), ready.end(),
             [this](int a, int b) { return actors_[a].arrival < actors_[b].arrival; });
   std::vector<Ticket> selected;
@@ -222,21 +222,21 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
   for (int actor : ready) {
     LookForNonFinite(actor);
     if (actors_[actor].row == options_.rows - 1) {
-      // Its unroll is full: it waits until the learner has made room for another, unless it goes on
-      // in this one, which is discarded.
+      // Its unroll is full: the actor waits until there is room for another one, unless the full
+      // one is discarded and reused.
       if (free_unrolls_.empty() && !unrolls_[actors_[actor].unroll].is_spoiled) {
         if (!GetActorBlock(segment_, actor)->finished.load()) ++num_silent;
         continue;
       }
-      // Whether there is a batch for the actor or not: the learner may be waiting.
+      // Even if no batch starts now: the learner may be waiting for the full unroll.
       StartNextUnroll(actor);
     }
     if (selected.size() < options_.maximum_batch_size) {
       selected.push_back({actor, actors_[actor].epoch});
     }
   }
-  // Actors that have finished or wait for the learner will not ask: the same share of the others
-  // makes a batch.
+  // Actors that have finished or wait for the learner send no requests, so the minimum shrinks with
+  // the number of the others.
   const int64_t num_actors = actors_.size();
   const int minimum = std::max<int64_t>(
       1, options_.minimum_batch_size * (num_actors - num_silent) / num_actors);
@@ -251,8 +251,7 @@ std::vector<UnrollBatcher::Ticket> UnrollBatcher::SelectActors(bool timed_out, i
   return selected;
 }
 
-// Of the row that an actor has requested. Looked at again while it waits for a batch, which changes
-// nothing.
+// Checks the row that an actor has requested. Idempotent: it may run again while the row waits.
 void UnrollBatcher::LookForNonFinite(int actor) {
   const ActorBlock* block = GetActorBlock(segment_, actor);
   if (block->non_finite == 0) return;
@@ -287,14 +286,14 @@ void UnrollBatcher::StartNextUnroll(int actor_id) {
            output_bytes_[i]);
   }
   unrolls_[next].actor = actor_id;
-  // Its row 0 is the last row of the full one.
+  // Row 0 of the next unroll is the last row of the full one.
   unrolls_[next].is_spoiled = GetActorBlock(segment_, actor_id)->non_finite != 0;
   actor.unroll = next;
   actor.row = 0;
   ++actor.completed_unrolls;
   if (is_discarded) {
     ++counts_.discarded;
-    // Behind a full queue good unrolls wait, too, and only those to be discarded go on.
+    // While the queue is full, good unrolls wait and only spoiled ones get here: do not count them.
     if (!free_unrolls_.empty()) ++counts_.discarded_in_a_row;
     return;
   }
@@ -320,8 +319,8 @@ void UnrollBatcher::GatherLoop() {
     }
     std::vector<Ticket> tickets;
     while (true) {
-      // What rings after this was read (a request, closing, a cancellation) makes the wait return
-      // at once, so everything that is waited for must be looked at afterwards.
+      // Any event after this read (a request, closing, a cancellation) makes the wait return at
+      // once, so all conditions must be checked after it.
       const uint32_t requests = header_->doorbell.load();
       if (IsClosed() || waiter.cancelled->load()) break;
       const uint64_t waited = NowNanoseconds() - waiter.since;
@@ -334,7 +333,7 @@ void UnrollBatcher::GatherLoop() {
         break;
       }
       if (!tickets.empty()) break;
-      // Requests that come later than that see `wake_at`.
+      // Requests after this store see `wake_at`.
       header_->wake_at.store(requests + num_missing);
       FutexWait(&header_->doorbell, requests,
                 std::min(kLongestWaitNanoseconds,
@@ -364,7 +363,7 @@ absl::Status UnrollBatcher::FillBatch(OpKernelContext* context,
   int output = 0;
   tensorflow::Allocator* const allocator = BatchAllocator(context);
   const auto allocate = [&](DataType type, const TensorShape& shape, Tensor* tensor) {
-    // The shape changes from batch to batch, the memory should not.
+    // The allocator reuses the memory although the shape changes from batch to batch.
     *tensor = Tensor(allocator, type, WithLeading({batch_size}, shape));
     if (!tensor->IsInitialized()) return absl::ResourceExhaustedError("out of memory for a batch");
     context->set_output(output++, *tensor);
@@ -382,15 +381,15 @@ absl::Status UnrollBatcher::FillBatch(OpKernelContext* context,
     TF_RETURN_IF_ERROR(allocate(spec_.state_types[i], spec_.state_shapes[i], &states[i]));
   }
 
-  std::vector<std::pair<int, int>> rows;  // Where each actor's inputs stand: unroll, row.
+  std::vector<std::pair<int, int>> rows;  // Unroll and row of each actor's inputs.
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (int i = 0; i < batch_size; ++i) {
       const Actor& actor = actors_[tickets[i].actor];
       rows.emplace_back(actor.unroll, actor.row);
       ids.flat<int32_t>()(i) = tickets[i].actor;
-      // Not the actor's present one: if it was reset since, this ticket must not answer whoever
-      // took its place.
+      // Not the actor's present epoch: if the actor was reset since, this ticket must not answer
+      // the process that replaced it.
       epochs.flat<int64_t>()(i) = tickets[i].epoch;
       memcpy(Data(&last_action) + i * output_bytes_[0],
              &unrolls_[actor.unroll].outputs[0][actor.row * output_bytes_[0]], output_bytes_[0]);
@@ -515,7 +514,7 @@ void UnrollBatcher::DequeueLoop() {
         std::lock_guard<std::mutex> lock(mutex_);
         free_unrolls_.push_back(unroll);
       }
-      // Actors whose unroll is full have rung before there was room for them.
+      // Actors with a full unroll sent their requests before there was room for them.
       header_->doorbell.fetch_add(1);
       FutexWake(&header_->doorbell);
       queue_copy_ += NowNanoseconds() - copied_from;
@@ -555,7 +554,7 @@ absl::Status UnrollBatcher::AllocateBatch(const Waiter& waiter, std::vector<Tens
   return absl::OkStatus();
 }
 
-// A full unroll belongs to nobody else, so it is read without the lock.
+// Reads a full unroll without the lock, since no other thread uses it.
 void UnrollBatcher::CopyUnroll(int index, int column, const Waiter& waiter,
                                std::vector<Tensor>* batch) {
   const Unroll& unroll = unrolls_[index];
@@ -609,7 +608,7 @@ void UnrollBatcher::Close() {
   header_->closed.store(1);
   NotifyLoops();
   for (int i = 0; i < actors_.size(); ++i) {
-    // Changed, not only woken: an actor on its way to sleep must not fall asleep any more.
+    // Changing the state also keeps an actor that is about to sleep from doing so.
     ActorBlock* block = GetActorBlock(segment_, i);
     uint32_t state = kSleeping;
     if (block->state.compare_exchange_strong(state, kRequested)) FutexWake(&block->state);

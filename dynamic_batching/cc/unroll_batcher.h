@@ -17,7 +17,7 @@
 
 namespace dynamic_batching {
 
-// Shapes and types of what a row and an unroll consist of.
+// Types and shapes of the parts of a row and an unroll.
 struct UnrollSpec {
   std::vector<tensorflow::DataType> input_types, output_types, state_types;
   std::vector<tensorflow::TensorShape> input_shapes, output_shapes, state_shapes;
@@ -29,21 +29,21 @@ struct UnrollBatcherOptions {
   int minimum_batch_size;
   int maximum_batch_size;
   uint64_t timeout_nanoseconds;
-  int64_t max_discarded_in_a_row;  // After which the batcher closes itself; 0: never.
+  int64_t max_discarded_in_a_row;  // The batcher then closes itself; 0 for no limit.
 };
 
-// Of the unrolls that are full. One with a row that was not finite is discarded instead of queued.
+// Counts of full unrolls. An unroll with a non-finite row is discarded instead of queued.
 struct UnrollCounts {
   int64_t queued = 0;
   int64_t discarded = 0;
   int64_t discarded_in_a_row = 0;  // Since one was queued, while there was room in the queue.
-  // The last row that was not finite: whose it was, and what; see ActorBlock.
+  // The last non-finite row: its actor, parts and value; see ActorBlock.
   int32_t non_finite_actor = -1;
   uint32_t non_finite = 0;
   float non_finite_value = 0;
 };
 
-// Stages that StageSeconds() times, in its order.
+// The stages that StageSeconds() times, in the same order.
 constexpr const char* kStageNames[] = {
     "actor/environment", "actor/wait",      "batcher/wait", "batcher/gather",
     "batcher/inference", "batcher/scatter", "queue/wait",   "queue/copy"};
@@ -52,39 +52,40 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
  public:
   using Done = std::function<void()>;
 
-  // Formats the memory behind `fd`, which stays the caller's; its contents must be zeros. `state`
-  // rows start as zeros, as does the action before the first.
+  // Formats the memory behind `fd`, which the caller still owns; its contents must be zeros. The
+  // recurrent states and the action before the first one start as zeros.
   static absl::Status Create(int fd, UnrollSpec spec, const UnrollBatcherOptions& options,
                              std::vector<int32_t> level_ids,
                              std::shared_ptr<UnrollBatcher>* batcher);
   ~UnrollBatcher();
 
-  // Asks for one batch of waiting rows. The outputs of `context` are actor ids, epochs, the
-  // inputs, the last action and the recurrent state; `done` is called as soon as the batch policy
-  // is met: `minimum_batch_size` rows wait (fewer, in proportion, while actors wait for the
-  // learner or have finished), or one does and the time-out is over.
+  // Gets one batch of waiting rows. The outputs of `context` are actor ids, epochs, the inputs, the
+  // last action and the recurrent state. `done` is called as soon as `minimum_batch_size` rows wait
+  // (proportionally fewer while actors wait for the learner or have finished), or the time-out has
+  // passed and at least one row waits.
   void GetInputs(tensorflow::OpKernelContext* context, Done done);
 
-  // Scatters the results of a batch and wakes its actors. An actor that was reset in between (its
-  // epoch has changed) is left alone.
+  // Scatters the results of a batch and wakes its actors. Skips actors that were reset in between,
+  // whose epochs have changed.
   absl::Status SetOutputs(const tensorflow::Tensor& actors, const tensorflow::Tensor& epochs,
                           int64_t policy_version, const tensorflow::OpInputList& outputs,
                           const tensorflow::OpInputList& states);
 
-  // Asks for `batch_size` full unrolls, first in, first out, as one time-major batch with the first
+  // Gets `batch_size` full unrolls, first in, first out, as one time-major batch with the first
   // `num_inputs` of the inputs.
   void Dequeue(tensorflow::OpKernelContext* context, int batch_size, int num_inputs, Done done);
 
-  // Throws away the unfinished unroll of an actor whose process is gone; a new one may connect.
+  // Discards the unfinished unroll of an actor whose process has ended; a new one may connect.
   absl::Status ResetActor(int actor);
 
-  // Fails whoever waits, here and in the actor processes. Safe to call at any time, repeatedly.
+  // Fails all waiting calls, here and in the actor processes. May be called at any time and
+  // repeatedly.
   void Close();
 
-  // Per actor: unrolls that it has completed since its last reset, learned from or not.
+  // For each actor, full unrolls since its last reset, including discarded ones.
   std::vector<int64_t> CompletedUnrolls();
 
-  // What an actor is doing. `progress` changes with each row sent and each action taken.
+  // The state of an actor. `progress` changes with each row sent and each action taken.
   struct Activity {
     RequestState state;
     int64_t progress;
@@ -104,24 +105,25 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
  private:
   struct Actor {
     int unroll = 0;
-    int row = 0;        // The row that the actor has requested, or will next.
-    int64_t epoch = 0;  // Grows when the process is replaced.
+    int row = 0;        // The requested row, or the next one to be requested.
+    int64_t epoch = 0;  // Increases when the process is replaced.
     bool in_batch = false;
-    uint64_t arrival = 0;  // When its request was noticed, in requests; 0: there is none.
+    uint64_t arrival = 0;  // Sequence number of its request; 0 if there is none.
     int64_t completed_unrolls = 0;
-    std::vector<std::string> states;  // Per state: the bytes before `row`.
+    std::vector<std::string> states;  // For each state, its bytes before `row`.
   };
 
   // The part of an unroll that actor processes never see.
   struct Unroll {
     int actor = 0;
-    bool is_spoiled = false;  // A row of it was not finite.
+    bool is_spoiled = false;  // Some row had non-finite values.
     int64_t policy_version = 0;
-    std::vector<std::string> outputs;  // Per output: the bytes of all rows.
-    std::vector<std::string> states;   // Per state: the bytes before row 0.
+    std::vector<std::string> outputs;  // For each output, the bytes of all rows.
+    std::vector<std::string> states;   // For each state, its bytes before row 0.
   };
 
-  // An op that waits for `done`. `cancelled` outlives it: the cancellation callback may come late.
+  // A pending op, which ends with `done`. `cancelled` is shared, since the cancellation callback
+  // may run after the op has ended.
   struct Waiter {
     tensorflow::OpKernelContext* context;
     Done done;
@@ -132,7 +134,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
     tensorflow::CancellationToken token = tensorflow::CancellationManager::kInvalidToken;
   };
 
-  // A place in a batch: an actor, and which of the processes that had its number.
+  // A row of a batch: an actor, and the epoch that identifies its process.
   struct Ticket {
     int32_t actor;
     int64_t epoch;
@@ -146,16 +148,16 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
 
   void AddWaiter(Waiter waiter, std::deque<Waiter>* waiters);
   void Finish(Waiter waiter, const absl::Status& status);
-  // Finishes those that are cancelled and that no loop has taken up yet.
+  // Finishes cancelled waiters that no loop has taken yet.
   void FinishCancelled(std::deque<Waiter>* waiters);
   void NotifyLoops();
 
-  // Selects the actors of the next batch; none while the policy is not met: then `num_missing` is
-  // the number of further requests to wait for.
+  // Selects the actors of the next batch. Returns none while too few rows wait; `num_missing` is
+  // then the number of further requests to wait for.
   std::vector<Ticket> SelectActors(bool timed_out, int* num_missing);
   bool IsReady(int actor) const;
   void LookForNonFinite(int actor);
-  // Whether nothing but unrolls to be discarded has come for too long.
+  // Returns whether too many unrolls were discarded in a row.
   bool IsHopeless();
   void StartNextUnroll(int actor);
   absl::Status FillBatch(tensorflow::OpKernelContext* context, const std::vector<Ticket>& tickets);
@@ -168,10 +170,10 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   const UnrollSpec spec_;
   const UnrollBatcherOptions options_;
   const std::vector<int32_t> level_ids_;
-  std::vector<size_t> output_bytes_, state_bytes_;  // Of one row.
+  std::vector<size_t> output_bytes_, state_bytes_;  // Per row.
 
   // Guards everything down to the timers. Held while actors are selected and results are written
-  // back (a few kilobytes an actor), never while frames are copied into a batch.
+  // back (a few kilobytes per actor), never while frames are copied into a batch.
   std::mutex mutex_;
   std::vector<Actor> actors_;
   std::vector<Unroll> unrolls_;

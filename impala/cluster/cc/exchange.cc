@@ -21,12 +21,12 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 
-// Names of hosts and levels are shown to people and kept for each actor.
+// Limits of the names and notes that are kept for each actor; clients choose them.
 constexpr size_t kLongestName = 256;
 constexpr size_t kLongestNotes = 4096;
-// A reservation that lasted longer would outlive its client for good.
+// A longer reservation would, in effect, block its actor number forever if the client dies.
 constexpr double kLongestReservationSeconds = 3600;
-// A rough cost of copying a byte in the cycles that tensorflow::Shard() counts in.
+// Rough cost of copying a byte, in the cycles that tensorflow::Shard() uses.
 constexpr double kCyclesPerByte = 0.25;
 
 absl::Status CancelledStatus() { return absl::CancelledError("the caller was cancelled"); }
@@ -37,8 +37,8 @@ TensorShape BatchShape(const UnrollArray& component, int batch_size) {
   return shape;
 }
 
-// Whether all exponents differ from that of infinities and NaNs. Bits, because that loop becomes
-// vector instructions.
+// Returns whether all exponents differ from `exponent`, that of infinities and NaNs. Works on bits,
+// because compilers vectorize that loop.
 template <typename Bits>
 bool AllFinite(const Tensor& tensor, Bits exponent) {
   const Bits* values = static_cast<const Bits*>(tensor.data());
@@ -65,7 +65,7 @@ absl::Status CheckRange(const UnrollArray& component, const Tensor& tensor, int6
   return absl::OkStatus();
 }
 
-// `high` replaces that of the component.
+// Checks the values of an array; `high` replaces the upper bound of its spec.
 absl::Status CheckValues(const UnrollArray& component, const Tensor& tensor, int64_t high) {
   bool is_finite = true;
   switch (component.type) {
@@ -96,7 +96,7 @@ absl::Status CheckValues(const UnrollArray& component, const Tensor& tensor, int
     case tensorflow::DT_INT64:
       return CheckRange<int64_t>(component, tensor, high);
     case tensorflow::DT_BOOL: {
-      // A byte from the network that is neither breaks whoever computes with it.
+      // A byte from the network may be neither, which is undefined behaviour for its users.
       const uint8_t* values = static_cast<const uint8_t*>(tensor.data());
       for (int64_t i = 0; i < tensor.NumElements(); ++i) {
         if (values[i] > 1) {
@@ -158,7 +158,7 @@ absl::Status UnrollInbox::Check(const Sender& sender, const std::vector<Tensor>&
 void UnrollInbox::Put(OpKernelContext* context, Sender sender, std::vector<Tensor> unroll,
                       Done done) {
   if (absl::Status status = Check(sender, unroll); !status.ok()) {
-    // Not under a number that no actor has.
+    // No statistics for a negative number, which no actor has.
     if (sender.actor >= 0) {
       std::lock_guard<std::mutex> lock(mutex_);
       ActorStatistics& actor = actors_[sender.actor];
@@ -225,11 +225,11 @@ void UnrollInbox::Enter(std::shared_ptr<Pending> waiter,
             std::lock_guard<std::mutex> lock(self->mutex_);
             waiter->cancelled = true;
             const auto found = std::find(waiters->begin(), waiters->end(), waiter);
-            // Not queued yet, or somebody is about to finish it.
+            // Not queued yet, or another thread is about to finish it.
             if (found == waiters->end()) return;
             waiters->erase(found);
           }
-          // Not by Finish(), which would wait for this very callback.
+          // Finish() would wait for this very callback.
           waiter->context->SetStatus(CancelledStatus());
           waiter->done();
         });
@@ -262,7 +262,7 @@ void UnrollInbox::Finish(Waiter* waiter, const absl::Status& status) {
     waiter->context->cancellation_manager()->DeregisterCallback(waiter->token);
   }
   if (!status.ok()) waiter->context->SetStatus(status);
-  // Moved out, since the callback that holds the waiter may be the last to go.
+  // Moved out, since `done` may drop the last reference to the waiter.
   Done done = std::move(waiter->done);
   done();
 }
@@ -276,7 +276,7 @@ void UnrollInbox::Move() {
     while (true) {
       if (!takes_.empty() && !queue_.empty()) {
         std::shared_ptr<PendingTake> take = takes_.front();
-        // Looked up while the take surely waits: its context goes with it.
+        // Looked up while the take is still pending, because its context ends with it.
         pool = take->context->device()->tensorflow_cpu_worker_threads()->workers;
         const int column = take->num_claimed++;
         if (take->num_claimed == take->batch_size) takes_.pop_front();
@@ -307,7 +307,7 @@ void UnrollInbox::Move() {
       puts_.pop_front();
     }
   }
-  // First, so that actors go on while their unrolls are copied.
+  // Finish the puts first, so that actors continue while their unrolls are copied.
   for (const std::shared_ptr<PendingPut>& put : settled) {
     Tensor accepted(tensorflow::DT_BOOL, {});
     accepted.scalar<bool>()() = !put->is_duplicate;
@@ -334,13 +334,13 @@ void UnrollInbox::Move() {
   for (Claim& claim : claims) {
     claim.unroll.components.clear();
     PendingTake& take = *claim.take;
-    // Whoever brings the last column finishes the batch. One that was cancelled never gets there.
+    // The thread that copies the last column finishes the batch. A cancelled batch never fills up.
     if (take.num_copied.fetch_add(1) + 1 < take.batch_size) continue;
     take.context->set_output(0, take.actors);
     for (size_t i = 0; i < take.components.size(); ++i) {
       take.context->set_output(i + 1, take.components[i]);
     }
-    // The receiver may then write to them in place.
+    // Drop our references, so that the receiver may reuse the buffers.
     take.actors = Tensor();
     take.components.clear();
     Finish(&take, absl::OkStatus());
@@ -390,7 +390,7 @@ absl::Status UnrollInbox::Reserve(int32_t actor, int64_t client, std::string hos
 
 InboxStatistics UnrollInbox::GetStatistics() {
   std::lock_guard<std::mutex> lock(mutex_);
-  // Whoever waits is there.
+  // An actor that waits for room in the queue counts as seen now.
   for (const auto& put : puts_) actors_[put->sender.actor].last_seen = NowNanoseconds();
   return {actors_, static_cast<int64_t>(queue_.size()), static_cast<int64_t>(puts_.size()),
           copy_nanoseconds_.load() * 1e-9};
@@ -419,7 +419,7 @@ void WeightsBoard::Publish(int64_t version, std::vector<Tensor> weights) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return;
   version_ = version;
-  // The old ones are freed after the lock.
+  // The caller's vector frees the old weights after the lock is released.
   weights_.swap(weights);
 }
 

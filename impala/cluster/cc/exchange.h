@@ -1,9 +1,9 @@
-// Where the learner's eager side meets the sessions of actor jobs on other machines.
+// Connects the learner's eager runtime with the sessions of actor jobs on other machines.
 //
-// TensorFlow's server runs the graphs of its clients in the learner's process, but with resources
-// of their own: nothing that the eager runtime made can be found from there. These two objects
-// belong to the process instead and are found by name from either side. Tensors pass through them
-// by reference.
+// TensorFlow's server runs its clients' graphs in the learner's process, but with separate
+// resources: they cannot access anything that the eager runtime made. The two objects below belong
+// to the process instead, and both sides look them up by name. Tensors pass through them by
+// reference.
 
 #ifndef IMPALA_CLUSTER_CC_EXCHANGE_H_
 #define IMPALA_CLUSTER_CC_EXCHANGE_H_
@@ -24,24 +24,24 @@
 
 namespace impala {
 
-// What all unrolls have in the same place.
+// The spec of one array of an unroll.
 struct UnrollArray {
   std::string name;
   tensorflow::DataType type;
   tensorflow::TensorShape shape;  // Of one unroll.
   bool time_major;                // Its first dimension is time and stays the first in batches.
-  int64_t low, high;              // Of integers, inclusive.
+  int64_t low, high;              // Bounds of integers, inclusive.
 };
 
-// Who puts an unroll, and which of its unrolls it is.
+// The actor and client that put an unroll, and the unroll's sequence number.
 struct Sender {
   int32_t actor;
   std::string host, level;
-  std::string notes;  // What it tells of itself; kept, not looked at.
+  std::string notes;  // Further information; stored without being interpreted.
   int64_t client, sequence;
 };
 
-// Who sends as an actor, so that no two do.
+// Reserves an actor number for one client.
 struct Reservation {
   int64_t client;
   std::string host;
@@ -51,18 +51,18 @@ struct Reservation {
 struct ActorStatistics {
   std::string host, level, notes;
   int64_t accepted = 0, rejected = 0, duplicates = 0;
-  int64_t last_version = -1;  // Of the weights behind its last unroll.
+  int64_t last_version = -1;  // Policy version of its last unroll.
   uint64_t last_seen = 0;     // In nanoseconds of the monotonic clock.
   std::string last_rejection;
 };
 
 struct InboxStatistics {
   std::map<int32_t, ActorStatistics> actors;
-  int64_t queued, waiting;  // Unrolls in the queue and before it.
+  int64_t queued, waiting;  // Unrolls in the queue, and unrolls that wait for room in it.
   double copy_seconds;
 };
 
-// A bounded queue of unrolls, first in, first out, that come whole, valid and once.
+// A bounded FIFO queue of unrolls. Each unroll enters complete, valid and only once.
 class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
  public:
   using Done = std::function<void()>;
@@ -70,27 +70,28 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   UnrollInbox(std::string name, int capacity, std::vector<UnrollArray> components,
               int version_component);
 
-  // Puts one unroll. `done` is called as soon as it is in the queue, or was there already under
-  // this sequence number or a later one of this client: output 0 of `context` tells the two apart.
-  // An unroll that is not as it must be fails with InvalidArgument.
+  // Puts one unroll. `done` is called as soon as the unroll is in the queue, or is found to be a
+  // duplicate: the client has already put one with this sequence number or a later one. Output 0 of
+  // `context` is false for duplicates. An invalid unroll fails with InvalidArgument.
   void Put(tensorflow::OpKernelContext* context, Sender sender,
            std::vector<tensorflow::Tensor> unroll, Done done);
 
-  // Asks for the next `batch_size` unrolls. The outputs of `context` are the actors, then the
-  // components. A cancelled call loses the unrolls that it already had.
+  // Takes the next `batch_size` unrolls. The outputs of `context` are the actors, then the
+  // components. A cancelled call loses the unrolls that it has already taken.
   void Take(tensorflow::OpKernelContext* context, int batch_size, Done done);
 
-  // From now on unrolls of weights up to this version are valid.
+  // From now on, unrolls with policy versions up to this one are valid.
   void SetLatestVersion(int64_t version) { latest_version_ = version; }
 
-  // Has `client` be the one that sends as `actor` for so many seconds from now, 0 to end that, unless
-  // another client is. `holder` is whose reservation there is then, or was until now.
+  // Reserves `actor` for `client` for `seconds` from now, or releases it if `seconds` is 0, unless
+  // another client has reserved it. `holder` is set to the reservation that holds then, or to the
+  // one that was released.
   absl::Status Reserve(int32_t actor, int64_t client, std::string host, double seconds,
                        Reservation* holder);
 
   InboxStatistics GetStatistics();
 
-  // Fails whoever waits. Safe to call at any time, repeatedly.
+  // Fails all waiting calls. May be called at any time, repeatedly.
   void Close();
   bool IsClosed();
 
@@ -100,7 +101,7 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
     std::vector<tensorflow::Tensor> components;
   };
 
-  // An op that waits for `done`. `cancelled` is guarded by the inbox's mutex.
+  // A pending op, which ends with `done`. The inbox's mutex guards `cancelled`.
   struct Waiter {
     tensorflow::OpKernelContext* context;
     Done done;
@@ -119,11 +120,11 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
     int batch_size;
     tensorflow::Tensor actors;
     std::vector<tensorflow::Tensor> components;
-    int num_claimed = 0;             // Columns that have their unroll. Guarded by the mutex.
-    std::atomic<int> num_copied{0};  // Columns that are there.
+    int num_claimed = 0;             // Columns with an assigned unroll. Guarded by the mutex.
+    std::atomic<int> num_copied{0};  // Columns that have been written.
   };
 
-  // An unroll on its way into its column of a batch.
+  // An unroll that is to be copied into a column of a batch.
   struct Claim {
     std::shared_ptr<PendingTake> take;
     int column;
@@ -134,11 +135,11 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   absl::Status Allocate(PendingTake* take) const;
   void CopyUnroll(const Claim& claim) const;
 
-  // Queues a waiter, unless it is cancelled or the inbox closed, and moves what can be moved.
+  // Queues a waiter, unless it is cancelled or the inbox is closed, and moves unrolls.
   template <typename Pending>
   void Enter(std::shared_ptr<Pending> waiter, std::deque<std::shared_ptr<Pending>>* waiters);
   static void Finish(Waiter* waiter, const absl::Status& status);
-  // Moves unrolls from those who wait into the queue and from there into batches.
+  // Moves unrolls from waiting puts into the queue, and from the queue into batches.
   void Move();
   absl::Status ClosedStatus() const;
 
@@ -149,29 +150,29 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   std::atomic<int64_t> latest_version_{0};
   std::atomic<uint64_t> copy_nanoseconds_{0};
 
-  // Guards everything below. Never held while unrolls are looked through or copied.
+  // Guards everything below. Never held while unrolls are checked or copied.
   std::mutex mutex_;
   bool closed_ = false;
   std::deque<Unroll> queue_;
   std::deque<std::shared_ptr<PendingPut>> puts_;
-  std::deque<std::shared_ptr<PendingTake>> takes_;  // That have columns without unrolls.
-  std::unordered_map<int64_t, int64_t> last_sequence_;  // Accepted last, of each client.
+  std::deque<std::shared_ptr<PendingTake>> takes_;  // Those with columns without unrolls.
+  std::unordered_map<int64_t, int64_t> last_sequence_;  // Last accepted, by client.
   std::map<int32_t, ActorStatistics> actors_;
   std::unordered_map<int32_t, Reservation> reservations_;
 };
 
-// What the learner lets actors know: settings, once, and weights, of which only the latest count.
+// What the learner publishes for actors: fixed settings and the latest weights.
 class WeightsBoard {
  public:
   WeightsBoard(std::string name, std::string settings)
       : name_(std::move(name)), settings_(std::move(settings)) {}
 
-  // Keeps references. Whoever owns the weights must not write to buffers that are shared;
-  // TensorFlow's variables do not.
+  // Keeps references to the weights. Their owner must not write to shared buffers; TensorFlow's
+  // variables do not.
   void Publish(int64_t version, std::vector<tensorflow::Tensor> weights);
-  // Tells readers that there will be no more.
+  // Tells readers that the present version is final.
   void Finish();
-  // The last version, -1 while there is none.
+  // Returns the latest version, -1 before the first.
   absl::Status ReadVersion(int64_t* version, bool* finished);
   absl::Status ReadWeights(int64_t* version, std::vector<tensorflow::Tensor>* weights);
   const std::string& settings() const { return settings_; }
@@ -188,8 +189,8 @@ class WeightsBoard {
   std::vector<tensorflow::Tensor> weights_;
 };
 
-// The objects of this process by name. One that is closed stays, so that those who ask for it hear
-// of that, until another takes its place.
+// The objects of this process by name. A closed object stays until a new one takes its name, so
+// that callers learn that it is closed.
 template <typename T>
 class Registry {
  public:

@@ -28,7 +28,7 @@ using tensorflow::tstring;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// Objects are found anew in each call: one may have taken the place of another.
+// Looks its object up in each call, since a new object may have taken the name.
 template <typename T, typename Base>
 class NamedOp : public Base {
  public:
@@ -50,7 +50,7 @@ using InboxOp = NamedOp<UnrollInbox, OpKernel>;
 using AsyncInboxOp = NamedOp<UnrollInbox, AsyncOpKernel>;
 using BoardOp = NamedOp<WeightsBoard, OpKernel>;
 
-// These come from other machines: nothing about their shapes can be taken for granted.
+// The inputs come from other machines, so their shapes must be checked.
 absl::Status RequireScalars(OpKernelContext* context, int num_inputs) {
   for (int i = 0; i < num_inputs; ++i) {
     if (context->input(i).dims() != 0) {
@@ -166,7 +166,7 @@ class UnrollInboxReserveOp : public InboxOp {
     OP_REQUIRES_OK(context, context->allocate_output(2, {}, &seconds));
     is_own->scalar<bool>()() = holder.client == client;
     host->scalar<tstring>()() = holder.host;
-    // The clock is read after it was for the reservation, so this is never negative.
+    // The clock is read after the reservation was made, so this is never negative.
     seconds->scalar<double>()() = (NowNanoseconds() - holder.since) * 1e-9;
   }
 };
