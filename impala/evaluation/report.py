@@ -1,4 +1,4 @@
-"""What test mode leaves behind: scores as JSON, CSV, a table and a picture."""
+"""The results of a test: scores as JSON, CSV, a table and a bar chart."""
 
 import csv
 import dataclasses
@@ -32,7 +32,7 @@ _HISTORY_HEADER = (
     'seed',
 )
 _NO_SCORE = 'no finite return'
-# What makes two tests the same one.
+# Tests that agree in these are the same test.
 _HISTORY_KEY = ('checkpoint', 'agent_steps', 'level', 'episodes', 'policy', 'seed')
 _SUITE_ROWS = {
     'mean_no_cap': 'mean over levels',
@@ -44,19 +44,19 @@ _SUITE_ROWS = {
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointScores:
-    """What the test of a checkpoint has come to.
+    """The results of testing a checkpoint.
 
     Attributes:
       checkpoint: its path.
-      agent_steps: learned from until then.
-      frames: see `agent_steps`.
-      policy: how actions were chosen.
+      agent_steps: agent steps that it was trained on.
+      frames: frames that it was trained on.
+      policy: how actions were chosen, as `--test_policy`.
       seed: of the test.
       suite: the levels that were played.
       returns: level name -> returns of the episodes that were played.
-      num_episodes: of each level that were to be played; if fewer were, the test is partial.
-      max_frames: after which an episode is cut off.
-      cut_off: level name -> how many were; empty if none.
+      num_episodes: planned for each level; if fewer were played, the test is partial.
+      max_frames: length at which an episode is cut off.
+      cut_off: level name -> number of episodes that were cut off; empty if none was.
     """
 
     checkpoint: str
@@ -72,22 +72,22 @@ class CheckpointScores:
 
     @property
     def is_partial(self) -> bool:
-        """Whether fewer episodes were played than were to be."""
+        """Whether fewer episodes were played than planned."""
         return any(len(returns) < self.num_episodes for returns in self.returns.values())
 
 
 def summary(result: CheckpointScores) -> dict[str, Any]:
-    """Returns what `test_scores.json` holds.
+    """Returns the content of `test_scores.json`.
 
     Returns:
       JSON-serialisable: `checkpoint`, `agent_steps`, `frames`, `policy`, `seed`, `partial` (whether
-      the test was ended before all episodes were played), `max_frames`; `levels`: name ->
-      `returns` (None in place of those that are not finite), `not_finite` (how many of them),
-      `cut_off` (episodes that were, at `max_frames`), and of the finite ones `mean`, `interval_95`
-      (of the mean, None of a single episode), `median` (None without any) and, where they are
-      known, `random`, `human` and `human_normalized` (percent); and, if they are known for more
-      than one level and for all, `suite`: `name`, the values of `scores.SuiteScore`, and
-      `intervals_95` of them.
+      the test ended before all episodes were played), `max_frames`, and `levels`: level name ->
+      `returns` (None for each that is not finite), `not_finite` (their number), `cut_off` (number
+      of episodes cut off at `max_frames`); of the finite returns `mean` and `median` (None if there
+      are none), and `interval_95` (of the mean; None for a single episode); where they are known
+      `random`, `human` and `human_normalized` (percent). If there are several levels, all with
+      known scores and finite returns, also `suite`: `name`, the values of `scores.SuiteScore`, and
+      their `intervals_95`.
     """
     finite = {
         name: [value for value in returns if math.isfinite(value)]
@@ -167,10 +167,10 @@ def write(logdir: str, result: CheckpointScores, add_to_history: bool = False) -
         history = []
         path = os.path.join(logdir, HISTORY_FILE)
         if os.path.exists(path):
-            # Bytes that are damaged stay as they are.
+            # Damaged bytes are kept.
             with open(path, encoding='utf-8', errors='surrogateescape', newline='') as old_file:
                 history = list(csv.DictReader(old_file))
-        # A test that was stopped begins with the checkpoint that it ended with.
+        # A test that is started again begins with the checkpoint that it ended with.
         known = {tuple(row.get(name) for name in _HISTORY_KEY) for row in history}
         for row in rows:
             values = (
@@ -236,7 +236,7 @@ def table(result: CheckpointScores) -> str:
 
 
 def _remarks(result: CheckpointScores, content: dict[str, Any]) -> list[str]:
-    """Returns sentences on what is not as in other tests."""
+    """Returns sentences about a partial test, returns that are not finite, and cut-off episodes."""
     remarks = []
     if result.is_partial:
         played = sum(map(len, result.returns.values()))
@@ -280,8 +280,8 @@ def _replace(logdir: str, name: str, content: bytes) -> None:
 
 
 def _chart(content: dict[str, Any], form: str) -> bytes:
-    """Returns a bar for each level, with its 95% interval, against random and human."""
-    # Matplotlib takes a while to import.
+    """Returns a picture: a bar per level with its 95% interval, and random and human scores."""
+    # Imported here because it takes a while.
     from matplotlib.figure import Figure
 
     levels = content['levels']
@@ -303,7 +303,7 @@ def _chart(content: dict[str, Any], form: str) -> bytes:
         axes.axvline(0, color='0.5', linewidth=1)
         axes.axvline(100, color='tab:red', linewidth=1, linestyle='--')
         if max(percents) > 300:
-            # One game far above a human would hide all others.
+            # One game far above a human would make all other bars invisible.
             axes.set_xscale('symlog', linthresh=100)
         axes.set_xlabel('% of human (0: random actions, dashed: a human)', fontsize=8)
         axes.set_ylim(-0.6, len(names) - 0.4)

@@ -1,4 +1,4 @@
-"""The agents of test mode, whose episodes do not depend on what else is played."""
+"""The agents of test mode, whose episodes do not depend on each other."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,12 @@ from impala.trajectory import AgentOutput, ArraySpec, StepOutput
 
 
 class SamplingAgent(Agent):
-    """Acts by what a row itself holds, so that an episode does not depend on any other.
+    """Acts by the contents of a row alone, so that an episode does not depend on any other.
 
-    It samples with the action noise of `EpisodeSeries`; an episode begins with the last action and
-    the last reward 0, as the first one of an environment does; and the network is computed for one
-    row at a time. In a batch, a row's sums may be made in another order, which depends on the size
-    of the batch, the row's place in it and the processor, and a return may depend on the last bit
-    of a logit.
+    It samples with the action noise of `EpisodeSeries`. Each episode begins with last action and
+    last reward 0, as the first one of an environment does. The network computes one row at a time:
+    in a batch, the order of a row's sums depends on the size of the batch, the row's place in it
+    and the processor, and the last bit of a logit may decide about an action.
     """
 
     def step(
@@ -38,7 +37,7 @@ class SamplingAgent(Agent):
 
 
 class GreedyAgent(SamplingAgent):
-    """Does what it deems best."""
+    """Takes the most probable action."""
 
     def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
         return tf.argmax(logits, -1, tf.int32)
@@ -50,10 +49,10 @@ def row_by_row(function: Callable[..., Any], arguments: tuple[Any, ...], result_
     Args:
       function: takes nests of `[1, ...]` and returns one.
       arguments: of the function, nests of `[B, ...]`.
-      result_spec: nest of `ArraySpec` of a row that it returns.
+      result_spec: nest of `ArraySpec` of a row of the result.
 
     Returns:
-      What the function returns, a nest of `[B, ...]`.
+      The results, a nest of `[B, ...]`.
     """
     results = tf.map_fn(
         lambda row: function(*row),

@@ -1,8 +1,8 @@
-"""Test mode: plays episodes with the weights of a checkpoint, on the machinery of training.
+"""Test mode: plays episodes with the weights of a checkpoint, with the actors of training.
 
-All levels are played at once. Which episodes are played is decided beforehand: each has a seed that
-follows from the run's seed, its level and its number, whatever environment plays it. Taking the
-first episodes that end would favour short ones.
+All levels are played at once. The episodes are chosen beforehand: each has a seed that follows from
+the run's seed, its level and its number, whatever environment plays it. Taking the first episodes
+that end would favour short ones.
 """
 
 import collections
@@ -45,22 +45,22 @@ from impala.trajectory import EnvironmentSpec
 
 VIDEO_FOLDER = 'videos'
 
-# Nobody looks at unrolls: longer ones would be fewer, but take more memory.
+# The unrolls of a test are discarded: longer ones would be fewer, but take more memory.
 _UNROLL_LENGTH = 100
 _INFERENCE_TIMEOUT_MS = 2.0
 _WATCH_SECONDS = 2.0
 _WATCH_TRIES = 4
 _WRITING_SECONDS = 3.0
-# Few environments have longer episodes, and DeepMind Lab's end by themselves long before.
+# Few environments have longer episodes; DeepMind Lab's end long before.
 _MAX_FRAMES = 1_000_000
 
 
 class EvaluationInterrupted(Exception):
-    """A signal ended a test; what had been played is written. The text is for the user."""
+    """A signal ended a test; the scores so far are written. The text is for the user."""
 
 
 class _Restorable(tf.Module):
-    """Stands where the learner does in a checkpoint."""
+    """Takes the learner's place in a checkpoint."""
 
     def __init__(self, agent: Agent):
         super().__init__()
@@ -69,7 +69,7 @@ class _Restorable(tf.Module):
 
 
 class _Players:
-    """The actors that play at present; closing them closes those to come, too."""
+    """The actors that are playing; closing them also closes later ones."""
 
     def __init__(self) -> None:
         self._closed = threading.Event()
@@ -96,27 +96,27 @@ class _Players:
                 self._actors.close()
 
     def wait(self, seconds: float) -> bool:
-        """Returns, in so many seconds or when closed, whether it is closed."""
+        """Waits for that many seconds, or until closed; returns whether it is closed."""
         return self._closed.wait(seconds)
 
 
 def evaluate(
     config: Config, report: Callable[[str], None] = print
 ) -> dict[str, list[float]] | None:
-    """Plays whole episodes with a checkpoint and writes what came out; see `report`.
+    """Plays whole episodes with a checkpoint and writes the scores; see `impala.evaluation.report`.
 
-    A game that is lost life by life counts as one episode. Main thread only.
+    An Atari game ends with its last life, whatever the run's settings. Main thread only.
 
     Args:
-      config: of the run that is tested, with `config.test`; its levels are those to be played.
-      report: told in lines which checkpoint is tested and what its scores are.
+      config: of the run that is tested; its levels are played as `config.test` says.
+      report: takes lines about the checkpoint and its scores.
 
     Returns:
       Level name -> undiscounted, unclipped returns in the order of the episodes' numbers within
       each environment, of the checkpoint tested last; None if SIGINT or SIGTERM came first.
 
     Raises:
-      EvaluationInterrupted: SIGINT or SIGTERM came when some of the episodes had been played.
+      EvaluationInterrupted: SIGINT or SIGTERM came after some of the episodes had been played.
       KeyboardInterrupt: SIGINT or SIGTERM came before anything was played.
       ConfigError, LevelError, LogdirError: one sentence for the user.
       ActorError: with the actor's own error text.
@@ -136,8 +136,8 @@ def evaluate(
             if tester.checkpoint is not None:
                 played = tester.test()
                 returns = played or returns
-                # Figures and functions of TensorFlow are full of reference cycles, which Python
-                # would leave for long among so many older objects.
+                # Figures and TensorFlow's functions are full of reference cycles. Among that many
+                # older objects, Python would collect them late.
                 gc.collect()
                 if played is None or not config.test.watch:
                     return returns
@@ -149,15 +149,15 @@ def evaluate(
 
 
 def default_max_frames(spec: EnvironmentSpec) -> int:
-    """Returns the frames after which an episode of a test is cut off, if nobody says."""
+    """Returns the default of `--test_max_frames`, the frames after which episodes are cut off."""
     return ATARI_MAX_EPISODE_FRAMES if spec.suite == 'atari' else _MAX_FRAMES
 
 
 def settings_of_test(config: Config, num_levels: int) -> Config:
-    """Returns a run's settings with those of its test, which plays that many levels."""
+    """Returns the settings for testing a run on that many levels."""
     actors = config.actors
     slots_per_level = min(max(1, actors.num_actors // num_levels), config.test.test_num_episodes)
-    # As many processes as the run had, unless that is more than there is to play in.
+    # As many processes as the run had, unless there are fewer environments.
     processes = max(1, actors.num_actors // actors.envs_per_process)
     num_slots = slots_per_level * num_levels
     return dataclasses.replace(
@@ -181,9 +181,9 @@ def settings_of_test(config: Config, num_levels: int) -> Config:
 
 
 def _check_writable(logdir: str) -> None:
-    """Raises, before anything is played, if there is no writing in a folder."""
+    """Raises `LogdirError`, before anything is played, if a folder is not writable."""
     try:
-        # A run that is yet to begin makes its folder.
+        # A missing folder is made by the run that is awaited.
         if os.path.isdir(logdir):
             tempfile.TemporaryFile(dir=logdir).close()
     except OSError as error:
@@ -207,11 +207,11 @@ class _Tester:
         """Makes the agent.
 
         Args:
-          config: as of `settings_of_test`.
+          config: from `settings_of_test`.
           suite: whose levels are played.
           actor_host: starts the processes.
           stop: told when there is something to lose.
-          report: told in lines what is tested and what came out.
+          report: takes lines about the checkpoint and its scores.
 
         Raises:
           ConfigError, LevelError, LogdirError, ActorError: see `evaluate`.
@@ -238,7 +238,7 @@ class _Tester:
         network = dataclasses.replace(network, compute_dtype='float32')
         stored = stored_settings(logdir)
         if network.popart_levels and stored is not None:
-            # The levels that are tested may be others.
+            # The tested levels may be others than the trained ones.
             trained_levels = popart_levels(stored) or network.popart_levels
             network = dataclasses.replace(network, popart_levels=trained_levels)
         if newest_checkpoint(logdir) is not None:
@@ -253,18 +253,18 @@ class _Tester:
 
     @property
     def frames(self) -> int:
-        """Frames that the run had trained for at that checkpoint."""
+        """Frames that the run had been trained on at that checkpoint."""
         return int(self._restored.agent_steps) * self._spec.num_action_repeats
 
     def close(self) -> None:
-        """Ends what is played, and all waiting. From any thread."""
+        """Ends playing and waiting. May be called by any thread."""
         self._players.close()
 
     def restore(self) -> None:
         """Restores the first checkpoint to be tested, if there is one.
 
         Raises:
-          LogdirError: there is none, and none is waited for; or it cannot be restored.
+          LogdirError: there is none, and `--watch` is off; or it cannot be restored.
         """
         logdir, watch = self._config.run.logdir, self._config.test.watch
         path = self._config.test.checkpoint.removesuffix('.index') or None
@@ -275,7 +275,7 @@ class _Tester:
                     return
                 break
             except NoIntactCheckpointError:
-                # The first one of a run may be being written at this moment.
+                # The run may be writing its first one right now.
                 if watch:
                     break
                 if path is not None or time.monotonic() > deadline:
@@ -288,10 +288,10 @@ class _Tester:
         self._report(f'Waiting for the first checkpoint in {logdir}')
 
     def await_checkpoint(self) -> bool:
-        """Waits for the checkpoint after the last one and restores it; False if that is ended.
+        """Waits for the next checkpoint and restores it; returns False if closed meanwhile.
 
-        One after the other, so that a test which outlasts several saves leaves none of them out but
-        those that training has removed by then.
+        Checkpoints are tested in order. If a test takes longer than several saves, the next ones
+        are still tested, except those that training has removed meanwhile.
         """
         last = self.checkpoint
         tries: collections.Counter[str] = collections.Counter()
@@ -304,8 +304,8 @@ class _Tester:
                     self._checkpointer.restore(path)
                     return True
                 except NoIntactCheckpointError as error:
-                    # It may be cut short as yet, or just have been removed. If it stays so, it is
-                    # damaged, and it is the turn of the next.
+                    # It may be incomplete so far, or just have been removed. If it stays
+                    # unreadable, it is damaged and the next one is tested.
                     if tries[path] < _WATCH_TRIES:
                         break
                     report_to_stderr(f'WARNING: {error} It is not tested.')
@@ -350,7 +350,7 @@ class _Tester:
         return self._config.test.test_max_frames or default_max_frames(self._spec)
 
     def _play(self, video_folder: str | None) -> tuple[Schedule, Exception | None]:
-        """Plays the episodes; returns what came out, and what ended it if that was an error."""
+        """Plays the episodes; returns their schedule, and the error that ended them, if any."""
         config, test = self._config, self._config.test
 
         def ended(steps: int) -> None:
@@ -378,7 +378,7 @@ class _Tester:
                 actors.discard_unrolls()
                 if not (schedule.is_complete or self._stop.received):
                     actors.check()
-        except Exception as error:  # Raised again when what has been played is written.
+        except Exception as error:  # Raised again when the scores so far are written.
             return schedule, error
         return schedule, None
 
@@ -403,7 +403,7 @@ class _Tester:
             test_report.write(logdir, scores, add_to_history=test.watch and schedule.is_complete)
         except OSError as error:
             not_written = f'Cannot write the scores in {logdir}: {error.strerror}.'
-        # What has been played is shown, whatever becomes of the files.
+        # The scores are shown even if they cannot be written.
         self._report(test_report.table(scores))
         if failure is None and not_written and not test.watch:
             raise LogdirError(not_written)

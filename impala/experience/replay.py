@@ -39,7 +39,7 @@ class Packing:
         """Determines the packed components.
 
         Args:
-          components: of an unroll, as of `impala.experience.batch.unroll_components`.
+          components: of an unroll, from `impala.experience.batch.unroll_components`.
           stack: name of the component, uint8 `[T+1, H, W, C]`, that is a stack of frames.
         """
         self.components = list(components)
@@ -254,7 +254,7 @@ class Replay:
 
 
 def unroll_nbytes(components: Sequence[UnrollArray], stack: str | None = None) -> int:
-    """Returns the bytes of one stored unroll; arguments as of `Packing`."""
+    """Returns the bytes of one stored unroll; for the arguments see `Packing`."""
     return Packing(components, stack).nbytes
 
 

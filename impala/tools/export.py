@@ -2,15 +2,15 @@
 
     python -m impala.tools.export runs/pong [--output=FOLDER] [--checkpoint=PATH]
 
-Its signatures, of any batch size B:
+Its signatures, for any batch size B:
 
-* `initial_state(batch_size i32 [])`: `state_0`, `state_1`, f32 `[B, H]`; an agent without memory
-  has `no_state`, f32 `[B, 0]`.
-* `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)` and,
-  where the environment speaks, `instruction i32 [B, 32]`: `action` i32 `[B]`, sampled,
-  `greedy_action` i32 `[B]`, `policy_logits` f32 `[B, A]`, `baseline` f32 `[B]`, and the state after
-  it. An agent trained with `--popart` has no `baseline`, whose values belong to its levels. Give
-  `done=True` with the first observation of an episode.
+* `initial_state(batch_size i32 [])` returns `state_0`, `state_1`, f32 `[B, H]`, or, for an agent
+  without memory, `no_state`, f32 `[B, 0]`.
+* `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)`, with
+  `instruction i32 [B, 32]` if the environment has instructions, returns `action` i32 `[B]`,
+  sampled, `greedy_action` i32 `[B]`, `policy_logits` f32 `[B, A]`, `baseline` f32 `[B]`, and the
+  state after the step. An agent trained with `--popart` has no `baseline`, since its values belong
+  to levels. Give `done=True` with the first observation of an episode.
 """
 
 import argparse
@@ -37,12 +37,12 @@ FOLDER = 'saved_model'
 class _Exported(tf.Module):
     def __init__(self, agent: Agent):
         super().__init__()
-        # Under this name the checkpoint has the agent.
+        # The checkpoint has the agent under this name.
         self.agent = agent
 
 
 def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
-    """Returns the network of a run and what its environment looks like to it.
+    """Returns the shape of a run's network and the spec of its environment.
 
     Raises:
       LogdirError: there is no run there.
@@ -79,7 +79,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
 
     Args:
       logdir: of the run.
-      output: folder to write; whatever SavedModel is there is replaced.
+      output: folder to write; a SavedModel in it is replaced.
       checkpoint: path without file extension; None for the newest.
 
     Returns:
@@ -116,7 +116,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
 
     @tf.function(autograph=False)
     def step(**inputs: tf.Tensor) -> dict[str, tf.Tensor]:
-        # The network looks at the last reward, and not at what has become of the episode.
+        # The network uses the last reward, but not the return and length of the episode.
         nothing = tf.zeros_like(inputs['reward'])
         output, state = agent.step(
             inputs['prev_action'],
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> int:
     # In `--output=~/folder` a shell leaves the ~ to us.
     path = os.path.expanduser
     parser.add_argument('--output', type=path, help=f'folder to write; LOGDIR/{FOLDER} by default')
-    parser.add_argument('--checkpoint', type=path, help='another than the newest one')
+    parser.add_argument('--checkpoint', type=path, help='a checkpoint other than the newest')
     arguments = parser.parse_args(argv)
     output = arguments.output or os.path.join(arguments.logdir, FOLDER)
     checkpoint = arguments.checkpoint and arguments.checkpoint.removesuffix('.index')

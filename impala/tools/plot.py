@@ -1,9 +1,9 @@
-"""Draws runs: learning curves, where the time went, and how old the policies were.
+"""Draws runs: learning curves, the time of each stage, and the policy lag.
 
     python -m impala.tools.plot runs/pong_1 runs/pong_2 [--output=FOLDER] [--over=frames]
 
-Runs whose flags differ in nothing but seed and folder are one line, their mean, with the spread
-between the lowest and the highest. Every picture is written as PNG and as SVG.
+Runs that differ only in seed and folder become one line, their mean, with a band from the lowest to
+the highest. Every picture is written as PNG and as SVG.
 """
 
 import argparse
@@ -26,29 +26,29 @@ from impala.runs.output import outlive_readers
 WINDOW = 100
 POINTS = 200
 _OVER = {'frames': 'frames', 'agent_steps': 'agent steps', 'wall_time': 'wall time (h)'}
-# Runs that are all shorter are drawn over minutes; hours.
+# If all runs are shorter than this, in hours, wall time is drawn in minutes.
 _SHORT_RUN = 2.0
-# Of the scores of others; points.
+# Of the lines of known scores; sizes in points.
 _KNOWN_COLOR = '0.35'
 _KNOWN_FONT_SIZE = 6.5
 _PUBLISHED_STYLE = (0, (8, 2, 1, 2))
-# How far beyond all else, in multiples of its range, a published score still is on the scale.
+# Published scores further outside the range of all else than this multiple of it are off the scale.
 _KNOWN_REACH = 2.0
-# What tells runs of one kind apart.
+# Flags in which runs of one kind may differ.
 _OF_ONE_RUN = ('seed', 'learner_address', 'task')
 STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What is left of a run.
+    """The files of a run.
 
     Attributes:
       logdir: its folder.
       flags: name -> text of the value.
       episodes: level name -> f64 `[N, 4]`: frames, agent steps, hours, return.
       metrics: lines of `metrics.jsonl`.
-      not_finite: episodes whose return is not finite, which are left out of `episodes`.
+      not_finite: number of episodes whose return is not finite; `episodes` omits them.
     """
 
     logdir: str
@@ -63,7 +63,7 @@ def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
 
     Args:
       logdir: folder of the run.
-      report: told of damaged lines, in a sentence for each file.
+      report: takes a sentence for each file with damaged lines.
 
     Raises:
       LogdirError: there is no run there.
@@ -98,14 +98,14 @@ def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Puts runs that differ in their seeds only together; returns name -> runs.
+    """Groups runs that differ only in their seeds; returns name -> runs.
 
-    A name is that of the run's folder, without the number at its end if there are several.
+    A name is that of the run's folder; that of several runs is what their names begin with.
     """
     kinds: dict[Any, list[Run]] = {}
     for run in runs:
         flags = {name: value for name, value in run.flags.items() if name not in _OF_ONE_RUN}
-        # Without flags nothing is known of what a run has in common with others.
+        # Without its flags, a run cannot be compared with others.
         kind = tuple(sorted(flags.items())) if flags else run.logdir
         kinds.setdefault(kind, []).append(run)
     named: dict[str, list[Run]] = {}
@@ -132,11 +132,11 @@ def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
 def spread(
     curves: Sequence[tuple[np.ndarray, np.ndarray]], points: int = POINTS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns x, mean, lowest and highest of curves, where all of them are there, f64 `[points]`.
+    """Returns x, mean, lowest and highest of curves, where all of them exist, f64 `[points]`.
 
     Args:
       curves: x (rising) and y of each, f64 `[N]`.
-      points: number of x.
+      points: number of values of x.
     """
     first = max(x[0] for x, _ in curves)
     last = min(x[-1] for x, _ in curves)
@@ -148,12 +148,12 @@ def spread(
 def learning_curves(
     kinds: Mapping[str, Sequence[Run]], over: str = 'frames', window: int = WINDOW
 ) -> Any:
-    """Returns a figure with the returns of each level, with random, human and published lines.
+    """Returns a figure with each level's returns, and its random, human and published scores.
 
     Args:
-      kinds: as of `group`.
+      kinds: from `group`.
       over: `'frames'`, `'agent_steps'` or `'wall_time'`.
-      window: how many returns to average; 1 where they are such averages already.
+      window: how many returns to average; 1 if they are averages already.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -194,7 +194,7 @@ def learning_curves(
         axes.set_xlim(left=0)
     for axes in grid[len(levels) :]:
         axes.set_visible(False)
-    # Not as the label of the whole figure, which the legend would be drawn over.
+    # Not a label of the whole figure, because the legend would be drawn over it.
     for axes in grid[max(0, len(levels) - columns) : max(1, len(levels))]:
         axes.set_xlabel(label)
     figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
@@ -220,14 +220,14 @@ def learning_curves(
 
 
 def _known_levels(kinds: Mapping[str, Sequence[Run]]) -> dict[str, suites.Level]:
-    """Returns the levels of the suites that were played, which may be the user's own."""
+    """Returns name -> level of the suites that were played, which may be the user's own."""
     played = {run.flags.get('level_name', '') for runs in kinds.values() for run in runs} - {''}
     levels: dict[str, suites.Level] = {}
     for level_name in sorted(played):
         try:
             suite = suites.load(level_name)
         except LevelError as error:
-            # The file may have been moved since; the curves are there all the same.
+            # The file may have been moved since; the curves do not need it.
             print(f'{error} There are no lines for its random and human scores.', file=sys.stderr)
             continue
         for level in suite.levels:
@@ -246,7 +246,7 @@ def _draw_known_scores(axes: Any, level: suites.Level) -> None:
     published = sorted(level.published.items(), key=lambda item: item[1])
     low, high = axes.dataLim.intervaly
     reach = _KNOWN_REACH * (high - low)
-    # Of scores far beyond all else there would be nothing else to be seen: those are off the scale.
+    # With a score far beyond all else on the scale, nothing else could be seen.
     for name, value in published:
         if low - reach <= value <= high + reach:
             draw(f'paper: {name}', value, _PUBLISHED_STYLE)
@@ -258,9 +258,9 @@ def _draw_known_scores(axes: Any, level: suites.Level) -> None:
 
 
 def _name_known_scores(axes: Any) -> None:
-    """Names the lines of known scores where they end: there are more than styles tell apart.
+    """Labels the lines of known scores at their ends, as there are more lines than styles.
 
-    To be called when the layout has been made once.
+    Must be called after the figure has been laid out.
     """
     lines = [line for line in axes.get_lines() if line.get_color() == _KNOWN_COLOR]
     lines.sort(key=lambda line: line.get_ydata()[0])
@@ -275,7 +275,7 @@ def _name_known_scores(axes: Any) -> None:
     height = 72 * axes.bbox.height / axes.figure.dpi
     distance = 1.15 * _KNOWN_FONT_SIZE / height
     places = [
-        # Above are titles.
+        # Not above the axes, where the titles are.
         min(place, 1 - distance * (len(ends) - 1 - index))
         for index, place in enumerate(spread_out(ends, distance))
     ]
@@ -302,13 +302,13 @@ def _name_known_scores(axes: Any) -> None:
 
 
 def spread_out(places: Sequence[float], distance: float) -> list[float]:
-    """Returns places that are at least so far apart and together as close as can be to the given.
+    """Returns places that are at least a distance apart and as close as possible to given ones.
 
     Args:
       places: rising.
-      distance: between neighbours.
+      distance: least distance between neighbours.
     """
-    # Neighbours that would overlap stand together, around the mean of where they should be.
+    # Neighbours that would overlap form a group, centred on the mean of their places.
     groups: list[list[float]] = []
     for place in places:
         groups.append([place])
@@ -325,7 +325,11 @@ def spread_out(places: Sequence[float], distance: float) -> list[float]:
 
 
 def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:
-    """Returns a figure with the share of the time that each stage of each clock took."""
+    """Returns a figure with the share of each stage in the time of its clock.
+
+    Args:
+      kinds: from `group`.
+    """
     from matplotlib.figure import Figure
 
     totals: dict[str, dict[str, float]] = {}
@@ -370,7 +374,11 @@ def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:
 
 
 def policy_lag(kinds: Mapping[str, Sequence[Run]]) -> Any:
-    """Returns a figure with the updates between the weights that acted and those that learned."""
+    """Returns a figure with the policy lag: updates between acting and learning weights.
+
+    Args:
+      kinds: from `group`.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 

@@ -1,6 +1,6 @@
-"""What a sweep is: its members, the space of their hyper-parameters, read from a JSON file.
+"""The settings of a sweep, read from a JSON file: its members and their hyper-parameters' space.
 
-The spaces of the paper are those of Espeholt et al. 2018, Table D.1.
+The paper's spaces are in Espeholt et al. 2018, Table D.1.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from impala.runs import flag_file, flags
 
 METHODS = ('random', 'pbt')
 
-# What a sweep decides itself, or what makes no member.
+# Flags that a sweep sets itself, or that a member cannot have.
 _RESERVED_FLAGS = (
     *(name for name, known in all_settings().items() if known.setting.on_resume == 'not_stored'),
     'job_name',
@@ -30,20 +30,21 @@ _RESERVED_FLAGS = (
 # The flags of members, which are other processes.
 _MEMBER_FLAGS = absl_flags.FlagValues()
 flags.define(_MEMBER_FLAGS)
-# What may change while a run goes on and stays in range however often it is multiplied.
+# Settings that may change when a run is resumed, and stay in range however often they are
+# multiplied.
 PBT_FLAGS = ('entropy_cost', 'learning_rate', 'epsilon', 'baseline_cost', 'gradient_clip_norm')
 
 
 class SweepConfigError(Exception):
-    """A sweep's file is not as it should be; the text is one sentence with file and key."""
+    """A sweep's file is invalid; the text is one sentence that names file and key."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """Where a hyper-parameter comes from at the start.
+    """The distribution of a hyper-parameter at the start.
 
     Attributes:
-      kind: `'uniform'` or `'log_uniform'` between two numbers, or `'choice'` of one out of several.
+      kind: `'uniform'` or `'log_uniform'` between two numbers, or `'choice'` among several values.
       values: lowest and highest number, or all choices.
     """
 
@@ -51,7 +52,7 @@ class Distribution:
     values: tuple[Any, ...]
 
     def sample(self, random: np.random.Generator) -> Any:
-        """Returns a value; a float of the ranges, a choice as it was given."""
+        """Returns a value: a float from a range, or a choice as given."""
         if self.kind == 'choice':
             return self.values[random.integers(len(self.values))]
         low, high = self.values
@@ -66,11 +67,11 @@ class PBTConfig:
 
     Attributes:
       round_frames: frames between two comparisons of a member with another.
-      burn_in_frames: until then nothing is copied or changed.
-      margin: by how much the other must be better to be copied; in percentage points where fitness
+      burn_in_frames: frames before which nothing is copied or changed.
+      margin: how much fitter another member must be to be copied; in percentage points if fitness
         is human-normalised, else in units of the return.
-      perturb_probability: of each hyper-parameter, after each comparison.
-      perturb_factor: it is multiplied or divided by.
+      perturb_probability: of changing a hyper-parameter, after each comparison.
+      perturb_factor: by which a hyper-parameter is multiplied or divided.
     """
 
     round_frames: int
@@ -86,15 +87,15 @@ class SweepConfig:
 
     Attributes:
       method: `'random'` or `'pbt'`.
-      members: how many runs.
-      parallel: how many at a time.
+      members: number of runs.
+      parallel: number of runs at a time.
       seed: of the sampling; member i plays with seed + i, unless `flags` has a seed.
       flags: common to all members, name -> value.
       total_frames: each member's `--total_environment_frames`.
       space: name of a flag -> where its values come from.
-      fitness_episodes: the last so many of each level make a member's fitness.
-      pbt: settings of population based training, None of a random search.
-      identity: what must be the same when the sweep goes on, JSON-serialisable.
+      fitness_episodes: number of episodes, the last of each level, that make a member's fitness.
+      pbt: settings of population based training; None for a random search.
+      identity: what must not change when the sweep is resumed, JSON-serialisable.
     """
 
     method: str
@@ -110,7 +111,7 @@ class SweepConfig:
 
     @property
     def rounds(self) -> int:
-        """How often every member is started, if nothing interrupts."""
+        """How often each member is started if nothing interrupts the sweep."""
         return 1 if self.pbt is None else math.ceil(self.total_frames / self.pbt.round_frames)
 
     def round_end(self, index: int) -> int:
@@ -223,7 +224,7 @@ def _read_pbt(section: '_Section') -> PBTConfig:
 
 
 def flag_text(name: str, value: Any) -> str:
-    """Returns a flag as it stands on a command line."""
+    """Returns a flag as written on a command line."""
     if isinstance(value, bool):
         value = 'true' if value else 'false'
     elif isinstance(value, float):
@@ -232,7 +233,7 @@ def flag_text(name: str, value: Any) -> str:
 
 
 class _Section:
-    """An object of the file, which knows its place for the sake of errors."""
+    """An object in the file, which knows its place for error messages."""
 
     def __init__(self, path: str, place: str, content: Any):
         self._path, self._place = path, place
@@ -275,7 +276,7 @@ class _Section:
         return value
 
     def flag(self, name: str, values: Sequence[Any]) -> None:
-        """Fails unless a flag of experiment.py takes all the values."""
+        """Fails unless experiment.py has this flag and it accepts all the values."""
         self.one_of(name, [*all_settings(), 'flagfile'], '')
         if name in _RESERVED_FLAGS:
             self.fail(name, 'a sweep sets this flag itself, or has no use for it')

@@ -1,4 +1,4 @@
-"""What a sweep tells: tables, on the terminal and as CSV, and a picture."""
+"""The results of a sweep: tables, on the terminal and as CSV, and a picture."""
 
 import csv
 import io
@@ -48,12 +48,12 @@ def table(state: State) -> str:
 
 
 def outcome(member: Member) -> str:
-    """Returns in a word or a sentence how far a member is."""
+    """Returns the state of a member, in a word or a sentence."""
     return member.error or ('done' if member.trained else 'not finished')
 
 
 def write_tables(logdir: str, state: State) -> None:
-    """Writes `results.csv`, the fittest member first, and of a population `history.csv`, by rounds.
+    """Writes `results.csv`, the fittest member first, and for a population `history.csv`, by round.
 
     Raises:
       LogdirError: one of them cannot be written.
@@ -79,18 +79,18 @@ def write_tables(logdir: str, state: State) -> None:
 def draw(
     logdir: str, state: State, config: SweepConfig, runs: Mapping[str, plot.Run | None]
 ) -> str:
-    """Draws the outcome; returns the path of the picture.
+    """Draws the results; returns the path of the picture.
 
     Args:
       logdir: of the sweep.
       state: with the history of at least one round.
       config: of the sweep.
-      runs: of the members, by name, as far as there are any.
+      runs: name of a member -> its run, None if it has none yet.
 
     Raises:
       LogdirError: it cannot be written.
     """
-    # Matplotlib takes a while to import.
+    # Imported here because it takes a while.
     import matplotlib
 
     path = os.path.join(logdir, PICTURE_FILE)
@@ -108,8 +108,8 @@ def draw(
 def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run | None]) -> Any:
     """Returns a figure of a random search.
 
-    Learning curves, where one level is played; the members by rank; and fitness over each
-    hyper-parameter. The fittest member has a colour of its own.
+    It shows learning curves, if one level is played; the members by rank; and fitness over each
+    hyper-parameter. Only the fittest member is in colour.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -152,8 +152,8 @@ def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run
 def pbt_figure(state: State) -> Any:
     """Returns a figure of population based training.
 
-    Fitness and each hyper-parameter over frames, of all members. A dotted line leads from a member
-    that was copied to the copy. What the fittest one's weights go back to is in colour.
+    It shows fitness and each hyper-parameter of all members over frames. A dotted line leads from a
+    member that was copied to the copy. The lineage of the fittest member is in colour.
     """
     from matplotlib.ticker import EngFormatter
 

@@ -1,4 +1,4 @@
-"""What a sweep remembers, in one JSON file of its folder."""
+"""The state of a sweep, in one JSON file of its folder."""
 
 import dataclasses
 import json
@@ -14,17 +14,17 @@ STATE_FILE = 'sweep.json'
 
 @dataclasses.dataclass
 class Member:
-    """Where a member stands.
+    """The progress of a member.
 
     Attributes:
       name: of its folder.
-      values: its hyper-parameters now.
-      trained: whether it is done with the present round.
-      frames: trained for.
-      fitness: after the last round that it finished; None before, or if too few episodes have ended
-        in it, or after a failure.
-      episodes: that have ended.
-      error: why it could not finish the present round, '' if nothing is wrong.
+      values: its present hyper-parameters.
+      trained: whether it has finished the present round.
+      frames: that it was trained on.
+      fitness: after the last round that it finished; None before that, if too few episodes ended in
+        that round, or after a failure.
+      episodes: number that have ended.
+      error: why it could not finish the present round; empty if nothing is wrong.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Member:
 
 @dataclasses.dataclass
 class State:
-    """All that a sweep remembers.
+    """The whole state of a sweep.
 
     Attributes:
       identity: of its `SweepConfig`.
       round: the present one, from 0.
       members: of the sweep.
       copies: checkpoints that are still to be copied, target -> source.
-      history: of every member at the end of every round: `round`, `member`, `frames`, `fitness`,
-        `error`, the `values` that it had, and `copied_from`, the member whose weights and values it
-        took over then, None if it kept its own.
+      history: a row for every member and round: `round`, `member`, `frames`, `fitness`, `error`,
+        the `values` in that round, and `copied_from`, the member whose weights and values it copied
+        at its end, None if it kept its own.
     """
 
     identity: dict[str, Any]
@@ -60,13 +60,13 @@ class State:
         """Replaces the file in a sweep's folder.
 
         Raises:
-          LogdirError: it cannot be written; the one from before is left as it was.
+          LogdirError: it cannot be written; the earlier file is left as it was.
         """
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + '\n'
         write_atomically(os.path.join(logdir, STATE_FILE), text)
 
     def lineage(self, name: str) -> list[str]:
-        """Returns whose weights a member's go back to, by rounds from the first to the present."""
+        """Returns the members from which a member's weights descend, one for each round so far."""
         sources = {(row['round'], row['member']): row['copied_from'] for row in self.history}
         last = max((row['round'] for row in self.history), default=0)
         names = [name]
@@ -76,7 +76,7 @@ class State:
 
 
 def _check_types(state: State) -> None:
-    """Raises TypeError or ValueError if a value is not what a sweep writes."""
+    """Raises TypeError or ValueError if a value is none that a sweep writes."""
     rows: list[tuple[Any, Any]] = [
         (state.identity, dict),
         (state.round, int),
@@ -111,7 +111,7 @@ def load(logdir: str, config: SweepConfig) -> State:
     """Returns the state of the sweep in a folder, or that of a new one.
 
     Raises:
-      LogdirError: another sweep is there, or something that cannot be read.
+      LogdirError: the folder holds another sweep, or a state that cannot be read.
     """
     path = os.path.join(logdir, STATE_FILE)
     identity = json.loads(json.dumps(config.identity))

@@ -3,9 +3,8 @@
     python -m impala.tools.sweep configs/sweep_random.json [--logdir=runs/sweep_random]
 
 Random search, and population based training as in Espeholt et al. 2018, Appendix F. Every member is
-an ordinary run in a folder of its own, `LOGDIR/members/NAME`. The same command goes on with a sweep
-that was stopped. Exit codes: 0 done or stopped by a signal, 1 no member could be trained, 2 bad
-input.
+an ordinary run in a folder of its own, `LOGDIR/members/NAME`. The same command resumes a sweep that
+was stopped. Exit codes: 0 done or stopped by a signal, 1 no member could be trained, 2 bad input.
 """
 
 import argparse
@@ -47,16 +46,16 @@ MEMBERS_FOLDER = 'members'
 OUTPUT_FILE = 'output.txt'
 
 _POLL_SECONDS = 0.1
-# Between two lines that say how far members are.
+# Between two lines about the members' progress.
 _PROGRESS_SECONDS = 30.0
 _PREDECESSOR_SECONDS = 60.0
-# So many, and nothing trained, are no chance: what they have in common is wrong.
+# If this many members are rejected and none has trained, what they have in common is wrong.
 _MAX_REFUSED = 10
 _PR_SET_PDEATHSIG = 1
 
 
 class SweepError(Exception):
-    """The sweep cannot go on; the text is for the user.
+    """The sweep cannot continue; the text is for the user.
 
     Attributes:
       exit_code: of the process.
@@ -77,17 +76,16 @@ def evolve(
 ) -> list[tuple[int | None, dict[str, Any]]]:
     """Exploits and explores (Appendix F).
 
-    Each member looks at another, drawn at random, and takes over its weights and hyper-parameters
-    if that is better by more than the margin. Whether it did or not, with the configured
-    probability each of its hyper-parameters is multiplied or, which is as likely, divided by the
-    factor.
-    A member that failed has no weights to go on with, and takes over another in any case.
+    Each member is compared with another, drawn at random, and copies the other's weights and
+    hyper-parameters if the other is fitter by more than the margin. Then, in any case, each of its
+    hyper-parameters is changed with the configured probability: multiplied or divided by the
+    factor, with equal chances. A failed member has no usable weights, so it always copies another.
 
     Args:
-      fitness: of every member, None where it is not known; such a one is not compared.
-      failed: whether a member could not be trained; at least one could.
-      values: of every member's hyper-parameters.
-      is_burning_in: only members that failed change.
+      fitness: of every member; None if unknown, which excludes it from comparisons.
+      failed: whether each member failed to train; at least one did not.
+      values: hyper-parameters of every member.
+      is_burning_in: whether only failed members change.
       config: of population based training.
       random: source of all decisions.
 
@@ -115,17 +113,16 @@ def evolve(
 
 
 def fitness_of(run: plot.Run, after_frames: int, last_episodes: int) -> float | None:
-    """Returns how good a run is: the mean over its levels.
+    """Returns the fitness of a run, a mean over its levels.
 
     Args:
       run: of a member.
-      after_frames: episodes that ended before do not count: other weights may have played them.
-      last_episodes: only the last so many of each level count.
+      after_frames: episodes that ended earlier do not count: other weights may have played them.
+      last_episodes: number of episodes, the last of each level, that count.
 
     Returns:
-      Of a suite with known scores, the mean human-normalised score in percent, of each level capped
-      at 100 (Appendix F); else the mean return. None if there is no episode, or, of several levels,
-      not of each.
+      For a suite with known scores, the mean human-normalised score in percent, each level capped
+      at 100 (Appendix F); else the mean return. None if a level has no episode.
 
     Raises:
       LevelError: the run's suite cannot be read.
@@ -146,7 +143,7 @@ def fitness_of(run: plot.Run, after_frames: int, last_episodes: int) -> float | 
 
 
 def copy_checkpoint(source: str, target: str) -> None:
-    """Copies a checkpoint to another path; what is cut short may be repeated.
+    """Copies a checkpoint to another path; an interrupted copy may be repeated.
 
     Args:
       source: path without file extension.
@@ -157,7 +154,7 @@ def copy_checkpoint(source: str, target: str) -> None:
     """
     os.makedirs(os.path.dirname(target), exist_ok=True)
     files = glob.glob(f'{glob.escape(source)}.data-*')
-    # A checkpoint without its index is none yet.
+    # The index comes last: a checkpoint without it does not count.
     for path in [*files, f'{source}.index']:
         final = target + path.removeprefix(source)
         shutil.copyfile(path, f'{final}.tmp')
@@ -174,7 +171,7 @@ class Sweep:
         report: Callable[[str], Any],
         stop_requests: Callable[[], int],
     ):
-        """Goes on with the sweep in a folder, or begins one there.
+        """Resumes the sweep in a folder, or starts one there.
 
         Args:
           config: of the sweep.
@@ -189,11 +186,11 @@ class Sweep:
         self._logdir = os.path.abspath(logdir)
         self._report = report
         self._stop_requests = stop_requests
-        self._refused = 0  # Members whose flags do not go together.
+        self._refused = 0  # Members whose flags were rejected.
         self.state = sweep_state.load(self._logdir, config)
 
     def run(self) -> bool:
-        """Trains all members; returns whether that is complete, False if it was stopped.
+        """Trains all members; returns True when done, False if stopped.
 
         Raises:
           SweepError: no member can be trained.
@@ -202,7 +199,7 @@ class Sweep:
         """
         self._finish_copies()
         for member in self.state.members:
-            # What failed may have been the machine's fault.
+            # A failure may have been the machine's fault.
             member.error = ''
         self._save()
         while True:
@@ -214,7 +211,7 @@ class Sweep:
 
     @property
     def num_trained(self) -> int:
-        """Members that are done with all rounds."""
+        """Number of members that have finished all rounds."""
         if self.state.round < self._config.rounds - 1:
             return 0
         return sum(member.trained for member in self.state.members)
@@ -228,7 +225,7 @@ class Sweep:
         return os.path.join(self._logdir, MEMBERS_FOLDER, member.name)
 
     def _train_round(self) -> bool:
-        """Trains every member to the end of the round; returns False if that was stopped."""
+        """Trains every member to the end of the round; returns False if stopped."""
         waiting = [m for m in self.state.members if not m.trained and not m.error]
         running: list[_Process] = []
         last_report = time.monotonic()
@@ -253,7 +250,7 @@ class Sweep:
         config, index = self._config, self.state.members.index(member)
         logdir = self.member_logdir(member)
         given = {'seed': config.seed + index, **config.flags, **member.values}
-        # What stands in a flag file comes first, for the rest to count.
+        # The flag file comes first, so that the other flags override it.
         flags = [flag_text(name, given.pop(name)) for name in ('flagfile',) if name in given]
         flags += [flag_text(name, value) for name, value in given.items()]
         flags.append(flag_text('logdir', logdir))
@@ -269,7 +266,7 @@ class Sweep:
         return f'round {self.state.round + 1} of {self._config.rounds}, '
 
     def _progress_text(self, running: Sequence[Member]) -> str:
-        """Returns how many members are done, and how far those are that train."""
+        """Returns how many members are done, and the progress of those that are training."""
         end = self._config.round_end(self.state.round)
         parts = []
         for member in running:
@@ -285,7 +282,7 @@ class Sweep:
         )
 
     def _take_in(self, process: '_Process') -> None:
-        """Notes what has become of a member whose process has ended."""
+        """Records the outcome of a member whose process has ended."""
         member = process.member
         end = self._config.round_end(self.state.round)
         run = self._note_frames(member)
@@ -333,7 +330,7 @@ class Sweep:
         return None
 
     def _stop(self, processes: Sequence['_Process']) -> None:
-        """Ends processes as Ctrl-C does, so that their checkpoints stay."""
+        """Ends processes as Ctrl-C does, so that they save checkpoints."""
         for process in processes:
             process.send(signal.SIGINT)
         requests = self._stop_requests()
@@ -347,7 +344,7 @@ class Sweep:
             self._save()
 
     def _end_round(self) -> None:
-        """Compares the members and prepares the next round, in one step as far as files go."""
+        """Compares the members and prepares the next round, in one change of the state file."""
         state, config = self.state, self._config
         if all(member.error for member in state.members):
             raise SweepError(
@@ -406,10 +403,10 @@ class Sweep:
         return os.path.join(logdir, CHECKPOINT_FOLDER, f'{CHECKPOINT_PREFIX}-{number + 1}')
 
     def _finish_copies(self) -> None:
-        """Makes the copies that the state has noted.
+        """Makes the copies that are listed in the state.
 
-        No member runs then, and a copy gets a number of its own, so that nothing that is still to
-        be copied is overwritten.
+        No member runs meanwhile, and each copy gets a new number, so nothing that is still to be
+        copied is overwritten.
         """
         for target, source in self.state.copies.items():
             try:
@@ -431,7 +428,7 @@ def _program() -> str:
 
 
 class _Process:
-    """A member's process. It is told to stop when the sweep dies, and has a session of its own."""
+    """A member's process, in a session of its own; it gets SIGTERM if the sweep dies."""
 
     def __init__(self, member: Member, logdir: str, flags: Sequence[str]):
         self.member = member
@@ -459,11 +456,11 @@ class _Process:
 
     @property
     def exit_code(self) -> int | None:
-        """None as long as it runs."""
+        """None while it runs."""
         return self._process.poll()
 
     def said(self) -> str:
-        """Returns all that it has printed."""
+        """Returns what it has printed so far."""
         with open(self.output_path, 'rb') as file:
             file.seek(self._start)
             return file.read().decode(errors='replace').strip()
@@ -474,7 +471,7 @@ class _Process:
 
 
 def _wait_for_predecessor(logdir: str) -> None:
-    """Waits for the member of a sweep that was killed, which may still be saving."""
+    """Waits for the member's process of a sweep that was killed; it may still be saving."""
     deadline = time.monotonic() + _PREDECESSOR_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -493,7 +490,7 @@ def _values_text(values: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _counted_signals() -> Iterator[Callable[[], int]]:
-    """Counts signals that ask to stop in place of acting on them."""
+    """Counts signals that ask to stop instead of acting on them."""
     received: list[float] = []
     numbers = [signal.SIGINT, signal.SIGTERM]
     # `nohup` ignores SIGHUP so that what it starts outlives its terminal.
@@ -517,7 +514,7 @@ def main(argv: list[str]) -> int:
     """Runs the sweep of the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m impala.tools.sweep',
-        description='Searches hyper-parameters, or goes on with a search that was stopped.',
+        description='Searches hyper-parameters, or resumes a search that was stopped.',
     )
     parser.add_argument('config', metavar='SWEEP.json', help='what to search; see configs/')
     parser.add_argument('--logdir', help='folder of the sweep; runs/SWEEP by default')
