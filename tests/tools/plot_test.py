@@ -39,8 +39,7 @@ def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=A
     (folder / 'episodes.csv').write_text('\n'.join(rows) + '\n')
     # The last line of a run that goes on.
     (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n{"wall_sec')
-    own = (f'--seed={seed}', f'--logdir={folder}')
-    (folder / 'flags.txt').write_text('\n'.join((*flags, *own)) + '\n')
+    (folder / 'flags.txt').write_text('\n'.join((*flags, f'--seed={seed}')) + '\n')
     return str(folder)
 
 
