@@ -21,7 +21,7 @@ def _run(folder, *arguments):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
 
 
