@@ -210,7 +210,7 @@ class _Tester:
           config: from `settings_of_test`.
           suite: whose levels are played.
           actor_host: starts the processes.
-          stop: told when there is something to lose.
+          stop: its `begun` is called once an episode has ended.
           report: takes lines about the checkpoint and its scores.
 
         Raises:
