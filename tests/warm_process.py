@@ -1,8 +1,8 @@
 """Runs programs in processes that have imported TensorFlow, which costs seconds of a processor.
 
-They are forked from one that has done so, and TensorFlow starts its threads and devices only when
-it is used. What is not as after `python PROGRAM`: nothing is imported for the first time, and
-functions registered with atexit are not called.
+They are forked from one that has imported it and this project, and TensorFlow starts its
+threads and devices only when it is used. What is not as after `python PROGRAM`: nothing is imported
+for the first time, and functions registered with atexit are not called.
 """
 
 import functools
@@ -87,7 +87,7 @@ def context():
 
 def _run(program, flags, environment, folder, outputs, file_bytes):
     # A server that could not import it would say nothing, and tests would take minutes longer.
-    assert 'tensorflow' in sys.modules
+    assert 'warm_tensorflow' in sys.modules
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
