@@ -298,7 +298,7 @@ class _Learner:
         """Returns the error to raise when another job has the number."""
         assert self.holder is not None
         return ConfigError(
-            f'--task={self._task} is taken by a job on {self.holder.host} that is there, heard of '
+            f'--task={self._task} is taken by a job on {self.holder.host}, last seen '
             f'{self.holder.seconds_since_seen:.1f} seconds ago: give each actor job a number of '
             'its own.'
         )

@@ -379,7 +379,7 @@ class LearnerGroup:
         """
         if self._reason is not None:
             raise LearnerGroupError(
-                f'{self._reason} Start all learners again: they go on from the last checkpoint.'
+                f'{self._reason} Start all learners again: they continue from the last checkpoint.'
             )
 
     def finish(self) -> None:

@@ -449,7 +449,7 @@ class RemoteReplay:
             if not isinstance(error, RemoteError | ConfigError):
                 what = f'{type(error).__name__}: {error}'
                 error = RemoteError(f'The replay job at {shard.address} cannot be used: {what}.')
-            self._report(f'{error} Going on with {rest} until it is back')
+            self._report(f'{error} Continuing with {rest} until it is back')
 
     @contextlib.contextmanager
     def _control_connection(self, shard: '_Shard') -> Iterator[Connection]:

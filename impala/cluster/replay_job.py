@@ -214,9 +214,8 @@ def run(config: Config, report: Callable[[str], None]) -> str:
         shard = stack.enter_context(_Shard(config, board, report, fail))
         stop.then(requests.close)
         report(
-            f'Replay job {task} of {len(config.cluster.replay_addresses)}: up to '
-            f'{own_capacity(config):,} trajectories of what a learner says; waiting for it on port '
-            f'{server.port}'
+            f'Replay job {task} of {len(config.cluster.replay_addresses)}: holds up to '
+            f'{own_capacity(config):,} trajectories; waiting for a learner on port {server.port}'
         )
         with contextlib.suppress(tf.errors.CancelledError):
             while True:
@@ -227,7 +226,7 @@ def run(config: Config, report: Callable[[str], None]) -> str:
     if errors:
         report(''.join(traceback.format_exception(errors[0])).rstrip())
         raise ReplayJobError(
-            f'Replay job {task} cannot go on: {type(errors[0]).__name__}: {errors[0]}; the '
+            f'Replay job {task} cannot continue: {type(errors[0]).__name__}: {errors[0]}; the '
             f'{number:,} trajectories held here are gone.'
         ) from errors[0]
     return f'Stopped; the {number:,} trajectories held here are gone.'
@@ -302,8 +301,8 @@ class _Shard:
             levels = ', '.join(owner.layout.level_names)
             raise _RefusedError(
                 f'another run, of {textwrap.shorten(levels, 100, placeholder=" ...")}, uses it and '
-                f'was heard of {silence:.0f} seconds ago: give this one other --replay_addresses, '
-                f'or end that one; one that was killed has ended after {LEASE_SECONDS:.0f} seconds.'
+                f'was last seen {silence:.0f} seconds ago: set other --replay_addresses, or end '
+                f'that run; a killed run counts as ended after {LEASE_SECONDS:.0f} seconds.'
             )
         is_there = owner is not None and is_owner and owner.layout == request.layout
         if not is_there:

@@ -134,7 +134,7 @@ def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(serve
             time.sleep(1.2)
             other.reserve(3, 600)
 
-        with pytest.raises(ConfigError, match='--task=3 is taken by a job on .* that is there'):
+        with pytest.raises(ConfigError, match='--task=3 is taken by a job on .*, last seen'):
             job.reserve(live)
 
 

@@ -149,7 +149,7 @@ def test_no_environment_of_one_job_is_that_of_another_or_of_its_last_start(tmp_p
                         assert second.wait() == 2
                     assert 'Traceback' not in second.stderr
                     assert re.search(
-                        rf'--task={task} is taken by a job on {socket.gethostname()} .* give each '
+                        rf'--task={task} is taken by a job on {socket.gethostname()}, .* give each '
                         'actor job a number of its own',
                         second.stderr,
                     )

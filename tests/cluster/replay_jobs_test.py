@@ -178,7 +178,7 @@ def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addre
             for task in range(2)
         ]
         for each in jobs:
-            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+            each.wait_until(lambda run=each: 'waiting for a learner on port' in run.stderr)
         replay = remote_replay(addresses, said.append)
         assert not said
         replay.start(True, said.append)
@@ -203,7 +203,7 @@ def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addre
         assert set(draw(replay)) <= set(range(42, 102, 2))
         wait_until(lambda: len(said) == 3)
         assert re.search(
-            rf'replay job at {addresses[1]} \S* .*Going on with 1 of the replay', said[2]
+            rf'replay job at {addresses[1]} \S* .*Continuing with 1 of the replay', said[2]
         )
         with job(tmp_path / 'again', 1, addresses, capacity):
             wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
@@ -222,7 +222,7 @@ def test_a_shard_that_hangs_is_not_waited_for(tmp_path, addresses):
             stack.enter_context(job(tmp_path / str(task), task, addresses)) for task in range(2)
         ]
         for each in jobs:
-            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+            each.wait_until(lambda run=each: 'waiting for a learner on port' in run.stderr)
         replay = stack.enter_context(remote_replay(addresses))
         wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
         replay.add(batch_of(range(BATCH)))
@@ -312,7 +312,7 @@ def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
             stack.enter_context(job(tmp_path / str(task), task, addresses)) for task in range(2)
         ]
         for each in jobs:
-            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+            each.wait_until(lambda run=each: 'waiting for a learner on port' in run.stderr)
         line = stack.enter_context(SlowLine(addresses[1]))
         replay = stack.enter_context(remote_replay([addresses[0], line.address]))
         wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
@@ -342,7 +342,7 @@ def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
 
 def test_what_cannot_be_kept_is_left_out(tmp_path, addresses):
     with job(tmp_path, 0, addresses[:1]) as only:
-        only.wait_until(lambda: 'waiting for it on port' in only.stderr)
+        only.wait_until(lambda: 'waiting for a learner on port' in only.stderr)
         with remote_replay(addresses[:1]) as replay:
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             unrolls = batch_of(range(10))
@@ -389,7 +389,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
     ):
         # One that comes late.
         first.wait_until(lambda: latest('replay_unrolls') == 200)
-        assert run.stderr.count('Going on with') == 1
+        assert run.stderr.count('Continuing with') == 1
         with job(tmp_path / 'job1', 1, addresses, capacity) as second:
             run.wait_until(lambda: latest('replay_unrolls') == 400)
             lines = wait_for_lines(run, 4)
@@ -401,7 +401,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
         assert latest('replay_jobs') == 1
         lines = wait_for_lines(run, 4)
         assert_exact(lines[0], lines[-1])
-        run.wait_until(lambda: run.stderr.count('Going on with') == 2)
+        run.wait_until(lambda: run.stderr.count('Continuing with') == 2)
         with job(tmp_path / 'job1_again', 1, addresses, capacity) as second:
             run.wait_until(lambda: latest('replay_unrolls') == 400)
             # Now both: training goes on with what is new alone.
@@ -412,8 +412,8 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
         run.wait_until(lambda: latest('replay_jobs') == latest('replay_unrolls') == 0)
         lines = wait_for_lines(run, 3)
         assert lines[-1]['replayed_fraction'] == 0
-        run.wait_until(lambda: run.stderr.count('Going on with') == 4)
-        assert run.stderr.count('Going on with no replayed trajectories until it is back') == 2
+        run.wait_until(lambda: run.stderr.count('Continuing with') == 4)
+        assert run.stderr.count('Continuing with no replayed trajectories until it is back') == 2
         run.send(signal.SIGTERM)
         assert run.wait() == 0
     assert 'Traceback' not in run.stderr + first.stderr + second.stderr
@@ -425,7 +425,7 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
     one = addresses[:1]
     importing = ('/usr/bin/env', 'PYTHONPROFILEIMPORTTIME=1')
     with job(tmp_path / 'job', 0, one, prefix=importing) as shard:
-        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         for i, total in enumerate((4000, 8000)):
             frames = f'--total_environment_frames={total}'
             with learner(tmp_path / f'learner{i}', logdir, one, frames, devices) as run:
@@ -460,8 +460,8 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
                 assert_one_sentence(
                     run,
                     2,
-                    rf'job at {one[0]} refuses: another run, of a, b, c, uses it and was heard of '
-                    r'\d+ seconds ago: give this one other --replay_addresses, or end that one',
+                    rf'job at {one[0]} refuses: another run, of a, b, c, uses it and was last seen '
+                    r'\d+ seconds ago: set other --replay_addresses, or end that run',
                 )
             assert not (tmp_path / 'refused_run' / 'flags.txt').exists()
             assert len(replay) == 10
@@ -484,12 +484,12 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
         try:
             remote_replay(one, run_id=run_id)
         except ConfigError as error:
-            assert re.search('another run, of a, b, c, uses it and was heard of', str(error))
+            assert re.search('another run, of a, b, c, uses it and was last seen', str(error))
             return True
         return False
 
     with changed_job(tmp_path / 'job', 0, one, change) as shard:
-        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         with remote_replay(one) as first:
             wait_until(lambda: first.metrics()['replay_jobs'] == 1)
             # It has a learner that has nothing to send.
@@ -540,13 +540,13 @@ def test_a_job_that_cannot_store_or_draw_ends(tmp_path, addresses, method):
         f'replay.Replay.{method} = fail_later'
     )
     with changed_job(tmp_path / 'job', 0, addresses[:1], change) as shard:
-        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         with remote_replay(addresses[:1]) as replay:
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(20)))
             assert shard.wait() == 1
             wait_until(lambda: replay.metrics()['replay_jobs'] == 0)
-    sentence = 'Replay job 0 cannot go on: OSError: the shelf is broken; the'
+    sentence = 'Replay job 0 cannot continue: OSError: the shelf is broken; the'
     assert shard.stderr.splitlines()[-1].startswith(sentence)
 
 
@@ -571,7 +571,7 @@ def test_an_unexpected_error_is_told_and_the_shard_used_again(tmp_path, addresse
     # Meanwhile the other thread finds it closed, which is not what is to be told.
     monkeypatch.setattr(ReplayConnection, '__exit__', close_slowly)
     with job(tmp_path / 'job', 0, addresses[:1]) as shard:
-        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         with remote_replay(addresses[:1]) as replay:
             replay.start(False, said.append)
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
@@ -586,7 +586,7 @@ def test_an_unexpected_error_is_told_and_the_shard_used_again(tmp_path, addresse
             for name, number in (('take', 2), ('put', 40)):
                 function = getattr(ReplayConnection, name)
                 monkeypatch.setattr(ReplayConnection, name, fails_once(function, number))
-                told = f'{addresses[0]} cannot be used: ZeroDivisionError: by {name}. Going on'
+                told = f'{addresses[0]} cannot be used: ZeroDivisionError: by {name}. Continuing'
                 wait_until(lambda told=told: is_told_when_used(told))
                 wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             draw_many(replay, 500)
@@ -599,7 +599,7 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
     logdir = tmp_path / 'run'
     with contextlib.ExitStack() as stack:
         shard = stack.enter_context(job(tmp_path / 'job', 0, ports[2:]))
-        shard.wait_until(lambda: 'waiting for it on port' in shard.stderr)
+        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         runs = [
             stack.enter_context(
                 learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
@@ -630,7 +630,7 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
         job(tmp_path / 'other', 0, other) as shard,
     ):
         for each in (vast, shard):
-            each.wait_until(lambda run=each: 'waiting for it on port' in run.stderr)
+            each.wait_until(lambda run=each: 'waiting for a learner on port' in run.stderr)
         with pytest.raises(ConfigError, match=f'at {one[0]} refuses: .* than there is room for'):
             remote_replay(one)
         with remote_replay(other) as replay:

@@ -381,7 +381,7 @@ def shard(tmp_path_factory):
     address = f'localhost:{free_ports(1)[0]}'
     flags = ('--job_name=replay', '--task=0', f'--replay_addresses={address}', '--trusted_network')
     with WarmRun(tmp_path_factory.mktemp('shard'), *flags) as run:
-        run.wait_until(lambda: 'waiting for it on port' in run.stderr)
+        run.wait_until(lambda: 'waiting for a learner on port' in run.stderr)
         yield address
         run.send(signal.SIGTERM)
         assert run.wait() == 0, run.stderr
