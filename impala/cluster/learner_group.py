@@ -372,7 +372,7 @@ class LearnerGroup:
             self._end(f'Learner {self._member.task} failed in an update: {said}.')
 
     def check(self) -> None:
-        """Raises the reason if the training has ended for any other than `stop`.
+        """Raises the reason if the training has ended for a reason other than `stop`.
 
         Raises:
           LearnerGroupError: one sentence.
@@ -430,7 +430,7 @@ class FollowerLog(Log):
         self._group = group
         self._task = task
         self._log_secs = log_secs
-        self._started = self._told = time.monotonic()
+        self._started = self._written_at = time.monotonic()
 
     def message(self, text: str) -> None:
         """Shows a line."""
@@ -473,7 +473,7 @@ class FollowerLog(Log):
     @property
     def line_is_due(self) -> bool:
         """See `Log`."""
-        return time.monotonic() - self._told >= self._log_secs
+        return time.monotonic() - self._written_at >= self._log_secs
 
     @property
     def picture_is_due(self) -> bool:
@@ -487,7 +487,7 @@ class FollowerLog(Log):
         """See `Log.maybe_write`."""
         if not self.line_is_due:
             return False
-        self._told = time.monotonic()
+        self._written_at = time.monotonic()
         return True
 
 

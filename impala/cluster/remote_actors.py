@@ -55,16 +55,16 @@ def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:
       notes: from each job, see `notes_of_job`. Invalid notes are ignored, since they come from
         other machines.
     """
-    told = []
+    reported = []
     for text in notes:
         with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             cache = json.loads(text)['level_cache']
             values = [float(cache[name]) for name in _CACHE_NAMES]
             if all(0 <= value < math.inf for value in values):
-                told.append(values)
-    if not told:
+                reported.append(values)
+    if not reported:
         return {}
-    return dict(zip(_CACHE_NAMES, map(sum, zip(*told, strict=True)), strict=True))
+    return dict(zip(_CACHE_NAMES, map(sum, zip(*reported, strict=True)), strict=True))
 
 
 class RemoteActors:

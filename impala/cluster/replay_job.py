@@ -250,7 +250,7 @@ class _Shard:
         self._buffer: _ReplayBuffer | None = None
         self._owner: Request | None = None
         # For each learner of the owner, the time of its last request.
-        self._heard_at: dict[int, float] = {}
+        self._seen_at: dict[int, float] = {}
         self._numbers = itertools.count()
         # Guards the answer, which the thread that stores unrolls publishes, too.
         self._lock = threading.Lock()
@@ -282,7 +282,7 @@ class _Shard:
         """Drops all unrolls and returns their number. May be called again."""
         if self._buffer is None:
             return 0
-        self._heard_at.clear()
+        self._seen_at.clear()
         with self._lock:
             buffer, self._buffer, self._owner = self._buffer, None, None
             self._answer = dataclasses.replace(self._answer, run='')
@@ -294,9 +294,9 @@ class _Shard:
         is_owner = owner is not None and owner.run == request.run
         if request.kind is RequestKind.RELEASE:
             if is_owner:
-                self._heard_at.pop(request.learner, None)
+                self._seen_at.pop(request.learner, None)
             return
-        silence = time.monotonic() - max(self._heard_at.values(), default=-math.inf)
+        silence = time.monotonic() - max(self._seen_at.values(), default=-math.inf)
         if owner is not None and not is_owner and silence < LEASE_SECONDS:
             levels = ', '.join(owner.layout.level_names)
             raise _RefusedError(
@@ -315,7 +315,7 @@ class _Shard:
                 what = 'The run begins anew' if is_owner else 'Another run begins'
                 self._report(f'{what}; the {held:,} earlier trajectories are gone')
             self._begin(request)
-        self._heard_at[request.learner] = time.monotonic()
+        self._seen_at[request.learner] = time.monotonic()
 
     def _check_room(self, layout: Layout) -> None:
         nbytes = Replay(layout.components, 1, 0).nbytes
