@@ -68,7 +68,7 @@ def config(batch_size, **changes):
 def create_learner(agent, changes, batch_size, strategy=None):
     """Makes a learner, with the target network that its settings ask for."""
     settings = config(batch_size, **changes)
-    target_agent = agent() if settings.target_update_steps else None
+    target_agent = agent() if settings.loss.target_update_steps else None
     decoder = image_decoder() if agent is encoder_agent else None
     return Learner(agent(), settings, strategy, target_agent, decoder)
 

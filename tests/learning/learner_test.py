@@ -56,7 +56,7 @@ def _assert_equal(actual, expected):
 def _gradients(agent, batch, config):
     with tf.GradientTape() as tape:
         outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
-        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config.loss)
     return _values(tape.gradient(total, agent.trainable_variables))
 
 
@@ -95,7 +95,7 @@ def test_metrics_are_the_scalars_promised():
     agent = mlp_agent()
     batch = batch_of(config, agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
-    total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+    total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config.loss)
     metrics = Learner(agent, config).step(batch)
     assert {name: value.dtype for name, value in metrics.items()} == {
         'loss/total': tf.float32,
@@ -199,7 +199,7 @@ def test_gradients_of_embeddings_count_like_dense_ones():
         tape.watch(dense)
         looked_up = tf.einsum('tba,ac->tbc', rows, dense)
         outputs = AgentOutput(None, looked_up[..., :-1], looked_up[..., -1])
-        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config.loss)
     gradient = tape.gradient(total, dense).numpy()
     metrics = learner.step(batch)
     np.testing.assert_allclose(metrics['gradient_norm'], _global_norm([gradient]), rtol=1e-4)
@@ -341,7 +341,7 @@ def test_metrics_of_appo_are_those_of_its_loss(target_update_steps):
     learner.step(batches[0])
     batch = batches[1]
     total, parts, _ = appo_loss(
-        batch.agent_outputs, outputs(batch), batch.env_outputs, config, target_outputs=target
+        batch.agent_outputs, outputs(batch), batch.env_outputs, config.loss, target_outputs=target
     )
     metrics = learner.step(batch)
     np.testing.assert_allclose(metrics['loss/total'], total, rtol=1e-4)
