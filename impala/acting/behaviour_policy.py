@@ -49,6 +49,7 @@ class UnrollSource:
           max_discarded_in_a_row: unrolls; 0 for no limit.
         """
         self._queue_capacity = queue_capacity
+        self._loadings: list[Loading] = []
         self._observation_names = list(spec.observation)
         self._state_structure = agent.state_spec
         scalar = ArraySpec((), 'float32')
@@ -116,7 +117,7 @@ class UnrollSource:
 
     def batches(self, batch_size: int, mix: Mix | None = None) -> Iterator[UnrollBatch]:
         """Yields batches of `assembler`, prepared one ahead, until the batcher is closed."""
-        return _ahead(self.assembler(batch_size, mix))
+        return self._ahead(self.assembler(batch_size, mix))
 
     def discard(self) -> None:
         """Discards unrolls, so that actors do not block, until the batcher is closed."""
@@ -124,8 +125,26 @@ class UnrollSource:
         batch_size = max(1, self._queue_capacity // 2)
         # Observations, by far the largest part of an unroll, are not copied.
         take = compiled(lambda: self.batcher.dequeue(batch_size, num_inputs=1).actors)
-        for _ in _ahead(take):
+        for _ in self._ahead(take):
             pass
+
+    def _ahead(self, assemble: Callable[[], Batch]) -> Iterator[Batch]:
+        """Yields assembled batches, prepared one ahead, until the batcher is closed."""
+        loading = Loading(assemble)
+        self._loadings.append(loading)
+        try:
+            for (batch,) in loading:
+                yield batch
+        finally:
+            loading.close()
+
+    def wait(self) -> None:
+        """Waits for the threads of `batches` and `discard`; the batcher is closed.
+
+        A thread that returned from TensorFlow while Python shuts down would crash the process.
+        """
+        for loading in self._loadings:
+            loading.wait()
 
     def _step_output(self, inputs: Sequence[tf.Tensor]) -> StepOutput:
         reward, *info, end = inputs[:5]
@@ -244,16 +263,6 @@ class BehaviourPolicy(tf.Module):
         """Raises the error that ended the serving thread, if any."""
         if self._failure is not None:
             raise self._failure
-
-
-def _ahead(assemble: Callable[[], Batch]) -> Iterator[Batch]:
-    """Yields assembled batches, prepared one ahead, until the source is closed."""
-    loading = Loading(assemble)
-    try:
-        for (batch,) in loading:
-            yield batch
-    finally:
-        loading.close()
 
 
 def _after(operations: Sequence[tf.Operation], value: tf.Tensor) -> tf.Tensor:

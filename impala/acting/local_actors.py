@@ -96,6 +96,7 @@ class LocalActors:
 
     def __enter__(self) -> 'LocalActors':
         with self._stack as stack:
+            stack.callback(self._source.wait)
             stack.enter_context(self._behaviour.serving())
             stack.enter_context(self._pool)
             self._stack = stack.pop_all()

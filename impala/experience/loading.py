@@ -86,6 +86,10 @@ class Loading(Generic[Batch]):
 
     def __exit__(self, *error: Any) -> None:
         self.close()
+        self.wait()
+
+    def wait(self) -> None:
+        """Waits for the threads to end, after `close` or the end of the source."""
         if self._has_started:
             for thread in self._threads:
                 thread.join()

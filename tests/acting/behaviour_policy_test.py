@@ -226,3 +226,17 @@ def test_batches_that_nobody_wants_any_more_end_while_they_wait(has_replay):
         forgetting.start()
         forgetting.join(TIMEOUT)
         assert not forgetting.is_alive()
+
+
+def test_no_thread_is_left_in_tensorflow_when_the_batches_are_waited_for():
+    """One that returned while Python shuts down would crash the process."""
+    agent = Constant(2)
+    source = make_source(agent, num_actors=1)
+    behaviour = BehaviourPolicy(agent, source)
+    before = {*threading.enumerate()}
+    with behaviour.serving(), playing(source, 1):
+        batches = source.batches(2)
+        next(batches)
+        batches.close()
+    source.wait()
+    assert not [each for each in {*threading.enumerate()} - before if 'loader' in each.name]
