@@ -169,6 +169,11 @@ class _Checked:
 
 
 def _own_settings(section: Any) -> dict[str, tuple[Any, bool, Setting]]:
+    return _settings_of_class(section)
+
+
+@functools.cache
+def _settings_of_class(section: Any) -> dict[str, tuple[Any, bool, Setting]]:
     """Returns name -> type, whether it may be None, and description of the settings of a class."""
     hints = typing.get_type_hints(section)
     found = {}

@@ -1,3 +1,4 @@
+import gc
 import os
 import platform
 import subprocess
@@ -80,3 +81,17 @@ def test_onednn_is_used_on_every_x86_processor_unless_asked_otherwise(value, is_
     assert said.stdout == f'{is_used}\n'
     # A busy machine may take long.
     assert said.stderr.replace('Starting: TensorFlow is loaded\n', '') == ''
+
+
+def test_garbage_is_collected_again_afterwards():
+    frozen = gc.get_freeze_count()
+    try:
+        with starting_tensorflow():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        with pytest.raises(ImportError), starting_tensorflow():
+            raise ImportError
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
