@@ -319,8 +319,8 @@ def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
         replay.add(batch_of(range(BATCH)))
         wait_until(lambda: len(replay) == BATCH)
         wait_until(lambda: len(set(draw(replay) % 2)) == 2)
-        # It delivers what a batch needs of it just before the learner would give it up.
-        line.delay = 0.9
+        # It delivers what a batch needs of it not long before the learner would give it up, in 1 s.
+        line.delay = 0.7
         waited, num_slow = 0.0, 0
         for _ in range(60):
             started = time.monotonic()

@@ -274,7 +274,7 @@ CHOICES = {
     'loaders': (0, 2),
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
 }
-NUM_CANDIDATES = 2000
+NUM_CANDIDATES = 400
 
 
 def _pairs(choice):
