@@ -147,7 +147,7 @@ class _Checked:
         return _replaced(self, values)
 
     def agreed(self, *agreements: Agreement) -> dict[str, Any]:
-        """Returns name -> value of the settings that jobs must agree on, JSON-serialisable.
+        """Returns name -> value of the settings that jobs must agree on, JSON-serializable.
 
         Args:
           *agreements: `'jobs'`, `'learners'` or both; see `Agreement`.
@@ -653,7 +653,7 @@ class OptimizerConfig(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig(_Checked):
-    """Sample re-use and replay."""
+    """Sample reuse and replay."""
 
     sample_reuse: int = setting(
         1, 'Updates per batch.', unit='updates', low=1, high=10_000, agreement='learners'

@@ -152,7 +152,7 @@ class EnvironmentSpec:
     suite: str = ''
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON-serialisable form; `from_json` is its inverse."""
+        """Returns a JSON-serializable form; `from_json` is its inverse."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -77,7 +77,7 @@ class Episodes(Sequence[Episode]):
         return Episode(self._level_name, episode_seed(self._seed, self._level_name, number), number)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON-serialisable form; `from_json` is its inverse."""
+        """Returns a JSON-serializable form; `from_json` is its inverse."""
         numbers = self._numbers
         return {
             'level_name': self._level_name,
@@ -97,7 +97,7 @@ class Schedule:
 
     Attributes:
       num_played: episodes that have a result.
-      series_settings: JSON-serialisable keyword arguments of every `EpisodeSeries`.
+      series_settings: JSON-serializable keyword arguments of every `EpisodeSeries`.
     """
 
     def __init__(

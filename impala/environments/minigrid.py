@@ -51,7 +51,7 @@ class MiniGridPicture:
     """A picture of the cells that the agent sees, instead of MiniGrid's own symbols.
 
     The picture does not show changes that a wrapper makes to the symbols. Most such wrappers are
-    recognised by their type or space (`observation_maker`), the others when an observation differs
+    recognized by their type or space (`observation_maker`), the others when an observation differs
     from what MiniGrid generated.
     """
 

@@ -80,7 +80,7 @@ def summary(result: CheckpointScores) -> dict[str, Any]:
     """Returns the content of `test_scores.json`.
 
     Returns:
-      JSON-serialisable: `checkpoint`, `agent_steps`, `frames`, `policy`, `seed`, `partial` (whether
+      JSON-serializable: `checkpoint`, `agent_steps`, `frames`, `policy`, `seed`, `partial` (whether
       the test ended before all episodes were played), `max_frames`, and `levels`: level name ->
       `returns` (None for each that is not finite), `not_finite` (their number), `cut_off` (number
       of episodes cut off at `max_frames`); of the finite returns `mean` and `median` (None if there

@@ -69,7 +69,7 @@ class Packing:
         return sum(math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in self.packed)
 
     def new(self) -> list[np.ndarray]:
-        """Returns uninitialised arrays for a packed unroll."""
+        """Returns uninitialized arrays for a packed unroll."""
         return [aligned(each.shape, np.dtype(each.dtype)) for each in self.packed]
 
     def pack(self, unroll: Sequence[np.ndarray], packed: Sequence[np.ndarray]) -> bool:
@@ -259,7 +259,7 @@ def unroll_nbytes(components: Sequence[UnrollArray], stack: str | None = None) -
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns an uninitialised array that TensorFlow can use without a copy."""
+    """Returns an uninitialized array that TensorFlow can use without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
     memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -29,7 +29,7 @@ class TrainableAgent(Protocol):
 
     @property
     def popart(self) -> PopArt | None:
-        """The last layer of the baseline if it is normalised per level, else None."""
+        """The last layer of the baseline if it is normalized per level, else None."""
 
     def encode(self, frames: tf.Tensor) -> tf.Tensor:
         """Returns features f32 `[N, F]` of frames `[N, ...]`; called only with a decoder."""

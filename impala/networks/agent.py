@@ -39,7 +39,7 @@ class AgentConfig:
       compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
         follows the torso, are float32 either way.
       max_reward_input: the last reward, as an input, is clipped to plus or minus this.
-      popart_levels: names of the levels, in the order of their ids, whose values PopArt normalises
+      popart_levels: names of the levels, in the order of their ids, whose values PopArt normalizes
         separately; empty without PopArt.
       latent_size: number of features of the auto-encoder's encoder; other torsos have fixed ones.
     """
@@ -59,7 +59,7 @@ class Agent(snt.Module):
     All variables exist once it is constructed.
 
     Attributes:
-      popart: the last layer of a baseline that is normalised per level; None without PopArt.
+      popart: the last layer of a baseline that is normalized per level; None without PopArt.
 
     Args:
       config: shapes the network.
@@ -196,7 +196,7 @@ class Agent(snt.Module):
         Returns:
           `AgentOutput` of `[T+1, B, ...]` and the state after the last row. No action is sampled:
           `action` is the policy's most probable one, since a learner knows the action that was
-          taken. With PopArt `baseline` is `[T+1, B, V]`: normalised, for each level.
+          taken. With PopArt `baseline` is `[T+1, B, V]`: normalized, for each level.
         """
         actions, rows = tf.nest.map_structure(_merge, (prev_actions, env_outputs))
         x = self._inputs(actions, rows, features)

@@ -1,4 +1,4 @@
-"""PopArt: values normalised per level, so that levels with large rewards do not dominate.
+"""PopArt: values normalized per level, so that levels with large rewards do not dominate.
 
 Hessel et al., "Multi-task Deep Reinforcement Learning with PopArt", 2019
 (https://arxiv.org/abs/1809.04474), after van Hasselt et al., "Learning values across many orders of
@@ -46,7 +46,7 @@ class PopArt(snt.Module):
         )
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        """Returns normalised values for each level, f32 `[N, L]`, of features f32 `[N, F]`."""
+        """Returns normalized values for each level, f32 `[N, L]`, of features f32 `[N, F]`."""
         return self._linear(x)
 
     def stddev(self, level_id: tf.Tensor) -> tf.Tensor:
@@ -67,17 +67,17 @@ class PopArt(snt.Module):
             for name, value in zip(level_names, values, strict=True)
         }
 
-    def values(self, normalised: tf.Tensor, level_id: tf.Tensor) -> tf.Tensor:
+    def values(self, normalized: tf.Tensor, level_id: tf.Tensor) -> tf.Tensor:
         """Returns the values that outputs stand for.
 
         Args:
-          normalised: f32 `[T, B, L]`, outputs of the layer.
+          normalized: f32 `[T, B, L]`, outputs of the layer.
           level_id: i32 `[B]`, level of each unroll.
 
         Returns:
           f32 `[T, B]`, values in the units of the rewards; differentiable.
         """
-        own = tf.reduce_sum(normalised * tf.one_hot(level_id, self._num_levels), -1)
+        own = tf.reduce_sum(normalized * tf.one_hot(level_id, self._num_levels), -1)
         mean = tf.cast(tf.gather(self.mean, level_id), tf.float32)
         return self.stddev(level_id) * own + mean
 

@@ -433,7 +433,7 @@ def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
 
 
 def _weights(shape: list[int], fan_in: int | None = None) -> tf.Variable:
-    """Returns weights, initialised as Sonnet does.
+    """Returns weights, initialized as Sonnet does.
 
     Args:
       shape: of the weights.

@@ -77,7 +77,7 @@ class Log(Protocol):
         """Records the state of actor jobs.
 
         Args:
-          rows: JSON-serialisable, one for each actor job.
+          rows: JSON-serializable, one for each actor job.
           learner: index of the learner that they serve.
         """
 

@@ -22,7 +22,7 @@ _FLAGS = {
     'frame_shape': '--level_name, --width, --height or --frame_stack (shape of the frames)',
     'frame_dtype': '--level_name (dtype of the frames)',
     'has_instructions': '--level_name (whether it has instructions)',
-    'popart_levels': '--popart or --level_name (levels whose values are normalised)',
+    'popart_levels': '--popart or --level_name (levels whose values are normalized)',
     'has_target_network': '--target_update_steps (whether there is a target network)',
 }
 
@@ -33,7 +33,7 @@ def flags_of(setting: str) -> str:
 
 
 def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns the settings that determine the shapes of the network; JSON-serialisable."""
+    """Returns the settings that determine the shapes of the network; JSON-serializable."""
     frame = spec.observation['frame']
     return {
         'torso': network.torso,
@@ -50,7 +50,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
 def checkpoint_settings(
     config: LearnerConfig, network: AgentConfig, spec: EnvironmentSpec
 ) -> dict[str, Any]:
-    """Returns the settings that determine the variables of a checkpoint; JSON-serialisable."""
+    """Returns the settings that determine the variables of a checkpoint; JSON-serializable."""
     return network_settings(network, spec) | {
         'optimizer': config.optimizer.optimizer,
         'has_target_network': bool(config.loss.target_update_steps),
@@ -58,7 +58,7 @@ def checkpoint_settings(
 
 
 def counted_by(level_names: Sequence[str], spec: EnvironmentSpec) -> dict[str, Any]:
-    """Returns the settings that give a run's counters and logs their meaning; JSON-serialisable.
+    """Returns the settings that give a run's counters and logs their meaning; JSON-serializable.
 
     A run counts agent steps; frames and all schedules follow from these and the action repeats.
     """

@@ -21,7 +21,7 @@ def read_summary(logdir: str) -> dict[str, Any]:
       logdir: the log directory.
 
     Returns:
-      JSON-serialisable: `wall_seconds`, `frames`, `agent_steps`, `updates`,
+      JSON-serializable: `wall_seconds`, `frames`, `agent_steps`, `updates`,
       `agent_steps_per_second`, `updates_skipped` and `unrolls_discarded` of the whole run;
       `episodes` (those with finite returns) and `episodes_not_finite` (the others);
       `mean_return_last_100` over all levels, None without episodes; `levels`: name -> its

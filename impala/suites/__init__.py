@@ -40,7 +40,7 @@ class Level:
 
     @property
     def has_scores(self) -> bool:
-        """Whether returns can be human-normalised."""
+        """Whether returns can be human-normalized."""
         return self.random is not None and self.human is not None
 
 
@@ -71,7 +71,7 @@ class Suite:
 
     @property
     def has_scores(self) -> bool:
-        """Whether the returns of every level can be human-normalised."""
+        """Whether the returns of every level can be human-normalized."""
         return all(level.has_scores for level in self.levels)
 
     def for_testing(self) -> 'Suite':
@@ -184,7 +184,7 @@ def _level(row: Mapping[str, str | None], where: str) -> Level:
     if random is not None and random == human:
         raise LevelError(
             f'{where}: random and human score of {name} are both {random:g}, which leaves nothing '
-            'to normalise by.'
+            'to normalize by.'
         )
     published = {}
     for column in row:

@@ -1,6 +1,6 @@
-"""Scores of levels and suites: human-normalised, with and without a cap, with intervals.
+"""Scores of levels and suites: human-normalized, with and without a cap, with intervals.
 
-Espeholt et al. 2018, section 5.3: the score of a level is human-normalised, `100 * (mean return -
+Espeholt et al. 2018, section 5.3: the score of a level is human-normalized, `100 * (mean return -
 random) / (human - random)`. For DMLab-30 the score of each level is capped at 100 before the mean
 over levels is taken; for Atari-57 the median is reported.
 """
@@ -26,7 +26,7 @@ class ScoreError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class SuiteScore:
-    """Human-normalised percentages over the levels of a suite.
+    """Human-normalized percentages over the levels of a suite.
 
     Attributes:
       mean_no_cap: mean over levels.
@@ -66,7 +66,7 @@ def mean_return(returns: Sequence[float], level_name: str) -> float:
 def normalized_levels(
     returns: Mapping[str, Sequence[float]], levels: Sequence[Level]
 ) -> dict[str, float]:
-    """Returns the human-normalised percentage of every level.
+    """Returns the human-normalized percentage of every level.
 
     Args:
       returns: level name -> returns of its episodes; levels not in `levels` are ignored.

@@ -1,4 +1,4 @@
-"""The source of the learner's batches: actors, replay, loaders and sample re-use."""
+"""The source of the learner's batches: actors, replay, loaders and sample reuse."""
 
 import contextlib
 import dataclasses

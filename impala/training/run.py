@@ -118,7 +118,7 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
 
 
 def shared_settings(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> dict[str, Any]:
-    """Returns the settings that all learners of a run must agree on, JSON-serialisable."""
+    """Returns the settings that all learners of a run must agree on, JSON-serializable."""
     return (
         config.agreed('jobs', 'learners')
         | network_settings(network, spec)

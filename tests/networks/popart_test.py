@@ -310,7 +310,7 @@ def test_a_run_is_resumed_and_tested(tmp_path):
         assert last[f'popart/stddev/{level}'] == pytest.approx(np.sqrt(nu - mu**2), rel=1e-5)
 
     backwards = f'--level_name={",".join(reversed(LEVELS))}'
-    name = r'--popart or --level_name \(levels whose values are normalised\)'
+    name = r'--popart or --level_name \(levels whose values are normalized\)'
     for i, (flags, now) in enumerate(
         [((levels, '--nopopart'), r'\[\]'), ((backwards,), r'\["levels:long", "levels:short"\]')]
     ):

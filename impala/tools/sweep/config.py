@@ -69,7 +69,7 @@ class PBTConfig:
       round_frames: frames between two comparisons of a member with another.
       burn_in_frames: frames before which nothing is copied or changed.
       margin: how much fitter another member must be to be copied; in percentage points if fitness
-        is human-normalised, else in units of the return.
+        is human-normalized, else in units of the return.
       perturb_probability: of changing a hyper-parameter, after each comparison.
       perturb_factor: by which a hyper-parameter is multiplied or divided.
     """
@@ -95,7 +95,7 @@ class SweepConfig:
       space: name of a flag -> where its values come from.
       fitness_episodes: number of episodes, the last of each level, that make a member's fitness.
       pbt: settings of population based training; None for a random search.
-      identity: what must not change when the sweep is resumed, JSON-serialisable.
+      identity: what must not change when the sweep is resumed, JSON-serializable.
     """
 
     method: str

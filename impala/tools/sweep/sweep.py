@@ -121,7 +121,7 @@ def fitness_of(run: plot.Run, after_frames: int, last_episodes: int) -> float | 
       last_episodes: number of episodes, the last of each level, that count.
 
     Returns:
-      For a suite with known scores, the mean human-normalised score in percent, each level capped
+      For a suite with known scores, the mean human-normalized score in percent, each level capped
       at 100 (Appendix F); else the mean return. None if a level has no episode.
 
     Raises:
