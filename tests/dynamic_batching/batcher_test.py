@@ -1,8 +1,7 @@
 """Tests of the in-process batcher.
 
-Callers are real threads and graphs. What a batch looked like is told by the batched functions
-themselves, whose outputs include the batch size; what must not happen (deadlocks, lost callers)
-shows as a time-out of `run_all`.
+Callers are real threads and graphs. Batched functions also return the batch size. Deadlocks and
+lost callers show as time-outs of `run_all`.
 """
 
 import collections
@@ -23,7 +22,7 @@ TIMEOUT = 30  # Seconds; reached only by a deadlock.
 
 
 def run_all(functions, expect_errors=False):
-    """Runs functions in a thread each and returns what they returned, or raised."""
+    """Runs each function in a thread; returns their results or errors."""
     results = [None] * len(functions)
 
     def run(i):
@@ -60,12 +59,12 @@ def start(function):
 
 
 def batch_size_of(x):
-    """int32 [B], in each row the size of the batch."""
+    """Returns int32 `[B]`, with the batch size in every row."""
     return tf.fill([tf.shape(x)[0]], tf.shape(x)[0])
 
 
 class Gate:
-    """A batched function that waits until it is opened, so that callers pile up behind it."""
+    """A batched function that blocks until it is opened, so that callers queue up."""
 
     def __init__(self, **options):
         self._started = tf.queue.FIFOQueue(1000, tf.int32)
@@ -151,7 +150,7 @@ def test_loops_in_functions_in_threads():
         assert result.numpy() == [2 * (n * i + n * (n - 1) // 2)]
 
 
-def test_loops_of_one_function_meet_in_batches():
+def test_loops_in_one_function_share_batches():
     @batch_fn_with_options(minimum_batch_size=4, maximum_batch_size=4, timeout_ms=None)
     def size(x):
         return x + 1, batch_size_of(x)
@@ -167,14 +166,14 @@ def test_loops_of_one_function_meet_in_batches():
             outputs.append((value, sizes))
         return outputs
 
-    # A time-out of the minimum does not exist, so that this ends at all only if they meet.
+    # The minimum has no time-out, so this deadlocks unless the loops share batches.
     (outputs,) = run_all([loops])
     for caller, (value, sizes) in enumerate(outputs):
         assert value.numpy() == [caller + 50]
         assert sizes.numpy() == [4 * 50]
 
 
-def test_turns_of_a_loop_that_do_not_need_each_other_meet_in_a_batch():
+def test_independent_loop_iterations_share_a_batch():
     @batch_fn_with_options(minimum_batch_size=3, maximum_batch_size=3, timeout_ms=None)
     def size(x):
         return batch_size_of(x)
@@ -186,13 +185,12 @@ def test_turns_of_a_loop_that_do_not_need_each_other_meet_in_a_batch():
             sizes += size(x)
         return sizes
 
-    # If the next turn waited for this one's call, which has no other use than its result, this
-    # would not end.
+    # This deadlocks if an iteration waits for the previous iteration's call.
     (sizes,) = run_all([lambda: loop(tf.zeros([1]))])
     assert sizes.numpy() == [3 * 3]
 
 
-def test_a_call_whose_results_are_not_used_is_not_made_in_a_function():
+def test_a_graph_drops_a_call_whose_results_are_unused():
     calls = []
     record = batch_fn(lambda x: tf.py_function(lambda y: (calls.append(1), y)[1], [x], x.dtype))
     record(tf.zeros([1]))
@@ -278,7 +276,7 @@ def test_variables_are_read_anew_and_may_be_created_inside():
     assert [float(r[0]) for r in results] == [5.0] * 4
 
 
-def test_a_result_that_is_an_input_is_a_copy_of_its_own():
+def test_a_returned_input_is_a_copy():
     @batch_fn_with_options(minimum_batch_size=2, timeout_ms=None)
     def identity(x):
         return x
@@ -292,17 +290,17 @@ def test_a_result_that_is_an_input_is_a_copy_of_its_own():
             np.testing.assert_array_equal(result, np.full([1, 2000], 2 * k + i))
 
 
-def test_alone_without_minimum():
+def test_one_caller_without_a_minimum():
     assert batch_fn(batch_size_of)(tf.zeros([1])).numpy() == [1]
 
 
-def test_below_the_minimum_ends_by_time_out():
+def test_a_batch_below_the_minimum_starts_at_the_time_out():
     batched = batch_fn_with_options(minimum_batch_size=10, timeout_ms=50)(batch_size_of)
     sizes = [int(size[0]) for size in run_all([lambda: batched(tf.zeros([1]))] * 3)]
     assert sorted(sizes) in ([3, 3, 3], [1, 2, 2], [1, 1, 1])
 
 
-def test_above_the_maximum_takes_several_batches():
+def test_more_callers_than_the_maximum_take_several_batches():
     gate = Gate(minimum_batch_size=1, maximum_batch_size=4)
     gate.open(100)
     results = run_all([lambda i=i: gate.batched(tf.constant([i])) for i in range(10)])
@@ -310,7 +308,7 @@ def test_above_the_maximum_takes_several_batches():
     assert all(1 <= int(size[0]) <= 4 for _, size in results)
 
 
-def test_callers_that_come_during_a_batch_share_the_next():
+def test_callers_that_arrive_during_a_batch_share_the_next():
     gate = Gate(minimum_batch_size=1, maximum_batch_size=6)
     first = start(lambda: gate.batched(tf.constant([0])))
     assert gate.wait_until_started() == 1
@@ -328,7 +326,7 @@ def test_callers_that_come_during_a_batch_share_the_next():
     assert max(batches) <= 6 and sum(batches) == 9
 
 
-def test_number_of_callers_that_changes():
+def test_varying_number_of_callers():
     batched = batch_fn_with_options(minimum_batch_size=4, maximum_batch_size=5, timeout_ms=5)(
         lambda x: x + 1
     )
@@ -344,13 +342,13 @@ def test_number_of_callers_that_changes():
     assert [int(r[0]) for r in results] == counts
 
 
-def test_options_that_cannot_be():
+def test_invalid_options():
     for options in ((0, 1, 1), (3, 2, 1), (1, 1, -1)):
         with pytest.raises(ValueError):
             batch_fn_with_options(*options)
 
 
-def test_bad_shape_dtype_or_structure_fails_that_caller_alone():
+def test_bad_shape_dtype_or_structure_fails_only_that_caller():
     batched = batch_fn_with_options(minimum_batch_size=2, maximum_batch_size=2, timeout_ms=None)(
         lambda x: (x['a'], batch_size_of(x['a']))
     )
@@ -379,7 +377,7 @@ def test_bad_shape_dtype_or_structure_fails_that_caller_alone():
     assert waiting.result(TIMEOUT)[1].numpy() == [2]
 
 
-def test_first_call_that_is_wrong_leaves_the_batcher_usable():
+def test_a_bad_first_call_leaves_the_batcher_usable():
     batched = batch_fn(lambda x: tf.matmul(x, tf.ones([3, 1])))
     with pytest.raises(ValueError):
         batched(tf.ones([1, 2]))
@@ -390,7 +388,7 @@ def test_first_call_that_is_wrong_leaves_the_batcher_usable():
     assert batched(tf.ones([1, 3])).numpy() == [[3.0]]
 
 
-def test_a_wrong_first_call_fails_alone_where_there_is_an_input_signature():
+def test_a_bad_first_call_fails_alone_with_an_input_signature():
     traced = []
 
     def act(frame, state):
@@ -457,7 +455,7 @@ def test_a_static_batch_size_with_an_input_signature():
         ([tf.float32], 'Input 0 .*must be a tf.TensorSpec, but is tf.float32'),
     ],
 )
-def test_input_signatures_that_cannot_be(signature, pattern):
+def test_invalid_input_signatures(signature, pattern):
     def identity(*x):
         return x
 
@@ -465,7 +463,7 @@ def test_input_signatures_that_cannot_be(signature, pattern):
         batch_fn_with_options(input_signature=signature)(identity)
 
 
-def test_an_assertion_reaches_every_caller_of_the_batch_and_later_ones_go_on():
+def test_an_assertion_fails_every_caller_of_its_batch_and_no_later_one():
     @batch_fn_with_options(minimum_batch_size=3, maximum_batch_size=3, timeout_ms=None)
     def positive(x):
         tf.debugging.assert_positive(x, 'not positive')
@@ -480,7 +478,7 @@ def test_an_assertion_reaches_every_caller_of_the_batch_and_later_ones_go_on():
     assert [int(r[0]) for r in run_all([call(1), call(2), call(3)])] == [1, 2, 3]
 
 
-def test_a_python_exception_reaches_every_caller():
+def test_a_python_exception_fails_every_caller_of_its_batch():
     def raise_if_negative(x):
         if (x < 0).any():
             raise KeyError('an error of its own')
@@ -538,7 +536,7 @@ def test_close_before_the_first_call():
         batched(tf.zeros([1]))
 
 
-def test_close_stops_the_batch_under_way():
+def test_close_stops_the_running_batch():
     gate = Gate(minimum_batch_size=1)
     first = start(lambda: gate.batched(tf.zeros([1])))
     gate.wait_until_started()
@@ -591,13 +589,13 @@ def test_cancelling_a_graph_releases_its_slot_and_leaves_others_alone():
         manager.start_cancel()
         with pytest.raises(tf.errors.CancelledError):
             cancelled.result(TIMEOUT)
-        # Did the slot remain taken, one of these two would be computed with the cancelled caller
-        # and the other would wait for ever.
+        # If the slot stayed taken, one of these two would share a batch with the cancelled caller
+        # and the other would wait forever.
         results = run_all([lambda i=i: function(tf.constant([i])) for i in (2.0, 3.0)])
         assert [(float(x[0]), int(size[0])) for x, size in results] == [(2, 2), (3, 2)]
 
 
-def test_cancelling_one_caller_of_a_batch_under_way_leaves_the_other_alone():
+def test_cancelling_one_caller_of_a_running_batch_leaves_the_other_alone():
     gate = Gate(minimum_batch_size=2, maximum_batch_size=2, timeout_ms=None)
     manager = cancellation.CancellationManager()
     concrete = tf.function(lambda x: gate.batched(x)).get_concrete_function(tf.TensorSpec([1]))
@@ -679,39 +677,39 @@ assert placed(tf.ones([1])).numpy() == [5.0]
 
 
 def test_variables_and_operations_on_another_device():
-    # In a process of its own: devices cannot be added to one in use.
+    # In its own process, since devices can only be added before TensorFlow uses them.
     result = subprocess.run(
         [sys.executable, '-c', ANOTHER_DEVICE], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
 
 
-OPTIMISED = """
+OPTIMIZED = """
 import tensorflow as tf
 from dynamic_batching import batch_fn
-# What removes assertions is one of the optimisations of graphs.
+# This graph optimization removes assertions.
 tf.config.optimizer.set_experimental_options({'debug_stripper': True})
 
 @batch_fn
-def optimised(x):
+def optimized(x):
     tf.debugging.assert_less(x, 0)
     return x + 1
 
-assert optimised(tf.constant([1])).numpy() == [2]
-assert tf.function(optimised)(tf.constant([2])).numpy() == [3]
+assert optimized(tf.constant([1])).numpy() == [2]
+assert tf.function(optimized)(tf.constant([2])).numpy() == [3]
 """
 
 
-def test_the_function_is_optimised_like_any_other():
-    # In a process of its own: the options of others must not change.
+def test_the_function_is_optimized_like_any_other():
+    # In its own process, since the option would affect other tests.
     result = subprocess.run(
-        [sys.executable, '-c', OPTIMISED], capture_output=True, text=True, timeout=120
+        [sys.executable, '-c', OPTIMIZED], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
 
 
 def test_a_function_that_calls_a_compiled_one():
-    # A compiled function stays one of its own, unlike others, which become part of their callers.
+    # Unlike other functions, a compiled one is not inlined into its caller.
     weight = tf.Variable(2)
     double = tf.function(lambda x: x * weight, jit_compile=True, autograph=False)
     outer = batch_fn(lambda x: double(x) + 1)
@@ -723,7 +721,7 @@ def test_inputs_and_variables_that_the_function_does_not_use():
     first, second = tf.Variable(2), tf.Variable(3)
 
     def triple(unused, x):
-        first * 5  # Nobody wants to know.
+        first * 5  # Unused.
         return x * second
 
     batched = batch_fn(triple)

@@ -9,6 +9,6 @@ def test_a_library_is_loaded_once():
     assert load_ops('dynamic_batching') is load_ops('dynamic_batching')
 
 
-def test_a_library_that_is_not_compiled_is_named_with_the_cure():
+def test_the_error_for_an_uncompiled_library_names_the_fix():
     with pytest.raises(ImportError, match='ops of impala.suites are not compiled; run `make inst'):
         load_ops('impala.suites')

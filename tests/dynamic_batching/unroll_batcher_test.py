@@ -1,9 +1,8 @@
 """Tests of the batcher of actor processes.
 
-Where the order of things matters, actors are clients in threads of this process, one call at a
-time; where crashes matter, they are processes (`actor_nursery.py`) that number their rows and check
-their answers, so that a row or an answer that is lost, repeated, torn or someone else's shows. What
-must not happen (deadlocks, lost wake-ups) shows as a time-out.
+Tests of ordering use clients in threads of this process, one call at a time. Tests of crashes use
+processes (`actor_nursery.py`) that number their rows and check their answers, which reveals lost,
+repeated, torn and misdelivered ones. Deadlocks and lost wake-ups show as time-outs.
 """
 
 import collections
@@ -32,7 +31,7 @@ from dynamic_batching.unroll_batcher import ActorState, UnrollBatcher
 from impala.trajectory import ArraySpec, EpisodeEnd
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.
-PROMPTLY = 5  # Seconds that a busy machine may need for what takes milliseconds.
+PROMPTLY = 5  # Seconds; milliseconds unless the machine is busy.
 FOREVER_MS = 1e6
 FIXED_INPUTS = [
     ArraySpec((), 'float32'),
@@ -63,7 +62,7 @@ def make_batcher(num_actors, **options):
 
 @contextlib.contextmanager
 def closing(batcher):
-    """Closes the batcher when the block is left: threads that wait must end in any case."""
+    """Closes the batcher at the end of the block, so that waiting threads always end."""
     try:
         yield batcher
     finally:
@@ -71,7 +70,7 @@ def closing(batcher):
 
 
 def get(batcher):
-    """The next batch of requests, or a failed test."""
+    """Returns the next batch of requests; fails if none comes."""
     return start(batcher.get_inputs).result(TIMEOUT)
 
 
@@ -95,12 +94,12 @@ def send(client, byte, is_first=False):
 
 
 def first_rows(batcher, actors):
-    """Connects clients, each of which sends a first row with its number; returns the futures."""
+    """Connects clients that send their numbers as first rows; returns the futures."""
     return [send(connect(batcher, actor), actor, is_first=True) for actor in actors]
 
 
 class Nursery:
-    """Actor processes that die at our command."""
+    """Actor processes that can be killed."""
 
     def __init__(self, batcher):
         environment = os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, sys.path))}
@@ -122,7 +121,7 @@ class Nursery:
         self._process.stdout.close()
 
     def start(self, actor, incarnation=0):
-        """Starts a process that is connected when this returns; returns its id."""
+        """Starts a process, waits until it is connected and returns its id."""
         return self._ask(do='start', actor=actor, incarnation=incarnation)
 
     def kill(self, pid):
@@ -131,7 +130,7 @@ class Nursery:
         return self.wait(pid)
 
     def wait(self, pid):
-        """Returns the exit code of a process that ends by itself."""
+        """Waits until a process ends by itself; returns its exit code."""
         return self._ask(do='wait', pid=pid)
 
     def _ask(self, **command):
@@ -141,7 +140,7 @@ class Nursery:
 
 
 def wait_until_asleep(pid):
-    """Returns when a process that is connected sleeps, which it only does for its action."""
+    """Waits until a connected process sleeps, which it only does to wait for its action."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         with open(f'/proc/{pid}/stat', encoding='ascii') as file:
@@ -163,7 +162,7 @@ def make_counting_batcher(num_actors, **options):
 
 
 def count_rows(batcher, requests, version):
-    """Answers rows of a nursery's processes, each as none other is."""
+    """Gives each row of a nursery's processes a unique answer."""
     who = requests.inputs[5]
     last_action = tf.cast(requests.last_action, tf.int64)
     action = (who[:, 0] * 1000 + who[:, 1]) * 100000 + who[:, 2]
@@ -183,7 +182,7 @@ def count_rows(batcher, requests, version):
 
 
 def serve_counting(batcher):
-    """Answers, in a loop of TensorFlow, until the batcher is closed; versions count batches."""
+    """Answers in a `tf.while_loop` until the batcher is closed; versions count batches."""
 
     @tf.function
     def loop():
@@ -219,7 +218,7 @@ def check_counting_unroll(unrolls, column, unroll_length, level_ids):
     byte = (actor + 3 * incarnation + counters) % 256
     np.testing.assert_array_equal(frame, np.repeat(byte[:, None], frame.shape[1], 1))
 
-    # The episodes, played again from the start.
+    # Replay the episodes from the start.
     total, steps, frames = 0.0, 0, 0
     rows = [(0.0, 0.0, 0, 0, EpisodeEnd.TERMINATED)]
     for counter in range(1, counters[-1] + 1):
@@ -238,7 +237,7 @@ def check_counting_unroll(unrolls, column, unroll_length, level_ids):
     ):
         np.testing.assert_array_equal(got, want)
 
-    # Row t of the outputs answered row t - 1; nothing did before the first.
+    # Row t holds the answer to row t - 1; the very first row holds zeros.
     answered = counters - 1
     right_action = actor_nursery.right_action(actor, incarnation, answered)
     np.testing.assert_array_equal(action, np.where(counters == 0, 0, right_action))
@@ -265,7 +264,7 @@ def check_counting_unroll(unrolls, column, unroll_length, level_ids):
 
 @dataclasses.dataclass
 class Row:
-    """What an actor sent, and what it was answered."""
+    """A row of an actor and its answer."""
 
     reward: float
     episode_return: float
@@ -275,13 +274,13 @@ class Row:
     frame: np.ndarray
     words: np.ndarray
     frames: int
-    outputs: list | None = None  # That answered this row.
+    outputs: list | None = None  # The answer to this row.
     state_before: list | None = None
     version: int | None = None
 
 
 def random_array(rng, spec):
-    """Random numbers of a spec; no NaN, which equals nothing, and no negative action."""
+    """Random numbers of a spec: no NaN, which is unequal to itself, and no negative action."""
     if spec is ACTION:
         return rng.integers(0, 2**31 - 1, spec.shape, spec.dtype)
     if spec.dtype == 'float32':
@@ -291,7 +290,7 @@ def random_array(rng, spec):
 
 
 @pytest.mark.parametrize('in_graph', [False, True])
-def test_unrolls_are_what_was_sent_and_answered(in_graph):
+def test_unrolls_hold_what_was_sent_and_answered(in_graph):
     num_actors, unroll_length, batch_size = 3, 4, 2
     rng = np.random.default_rng(1)
     frame_spec, words_spec = ArraySpec((2, 3, 1), 'uint8'), ArraySpec((5,), 'int32')
@@ -456,20 +455,20 @@ def test_a_batch_waits_for_its_minimum():
         assert [actor.result(TIMEOUT) for actor in actors] == [0, 1, 2]
 
 
-def test_actors_that_wait_for_the_learner_are_not_waited_for():
+def test_batches_do_not_wait_for_actors_blocked_on_a_full_queue():
     batcher = make_batcher(4, unroll_length=1, queue_capacity=1, minimum_batch_size=4)
     with closing(batcher):
         clients = [connect(batcher, actor) for actor in range(4)]
         actions = [send(client, 0, is_first=True) for client in clients]
         echo(batcher, get(batcher))
         assert [action.result(TIMEOUT) for action in actions] == [0] * 4
-        # All four unrolls are full, and there is room for one: its actor is a batch by itself.
+        # All four unrolls are full and the queue has room for one, so its actor is a batch alone.
         actions = [send(client, 7) for client in clients]
         requests = get(batcher)
         assert requests.last_action.shape == [1]
 
 
-def test_actors_that_have_finished_are_not_waited_for():
+def test_batches_do_not_wait_for_finished_actors():
     batcher = make_batcher(4, minimum_batch_size=4)
     with closing(batcher):
         clients = [connect(batcher, actor) for actor in range(4)]
@@ -483,7 +482,7 @@ def test_actors_that_have_finished_are_not_waited_for():
             requests.result(0.3)
         clients[3].finish()
         assert sorted(requests.result(PROMPTLY).tickets[0].numpy()) == [0, 1]
-        # Whoever takes the place of one that had finished counts again.
+        # The replacement of a finished actor counts again.
         batcher.reset_actor(3)
         echo(batcher, requests.result())
         assert [action.result(TIMEOUT) for action in actions] == [5, 6]
@@ -506,7 +505,7 @@ def test_a_full_unroll_does_not_wait_for_a_batch():
         requests = start(batcher.get_inputs)
         unrolls = start(batcher.dequeue, 1)
         actions = [send(clients[1], 7)]
-        # The other one plays on, but the learner can have what is complete.
+        # The other actor still plays, but the learner gets the complete unroll.
         assert unrolls.result(TIMEOUT).inputs[5].numpy().tolist() == [[[0]], [[7]]]
         assert not requests.done()
         actions.append(send(clients[0], 8))
@@ -514,7 +513,7 @@ def test_a_full_unroll_does_not_wait_for_a_batch():
         assert [action.result(TIMEOUT) for action in actions] == [7, 8]
 
 
-def test_fewer_make_a_batch_after_the_time_out():
+def test_a_smaller_batch_starts_after_the_time_out():
     batcher = make_batcher(3, minimum_batch_size=3, timeout_ms=200)
     with closing(batcher):
         started = time.monotonic()
@@ -525,7 +524,7 @@ def test_fewer_make_a_batch_after_the_time_out():
         assert requests.tickets[0].numpy().tolist() == [2]
         echo(batcher, requests)
         assert actors[0].result(TIMEOUT) == 2
-        # Nobody waits: however long that lasts, there is no empty batch.
+        # Without requests there is no batch, even after the time-out.
         requests = start(batcher.get_inputs)
         with pytest.raises(concurrent.futures.TimeoutError):
             requests.result(0.5)
@@ -533,7 +532,7 @@ def test_fewer_make_a_batch_after_the_time_out():
         assert requests.result(TIMEOUT).tickets[0].numpy().tolist() == [0]
 
 
-def test_more_than_the_maximum_make_several_batches_and_nobody_starves():
+def test_actors_beyond_the_maximum_batch_size_are_served_in_turn():
     num_actors = 5
     batcher = make_batcher(
         num_actors,
@@ -563,11 +562,11 @@ def test_more_than_the_maximum_make_several_batches_and_nobody_starves():
             echo(batcher, requests)
     for player in players:
         player.result(TIMEOUT)
-    # Threads of one interpreter are not all ready all the time, hence the slack.
+    # Slack, since threads of one interpreter are not always ready.
     assert min(served.values()) > 0.5 * max(served.values()), served
 
 
-def test_a_single_batch_size_goes_round():
+def test_batches_of_one_serve_every_actor():
     num_actors = 4
     batcher = make_batcher(num_actors, maximum_batch_size=1, minimum_batch_size=1)
     with closing(batcher):
@@ -580,7 +579,7 @@ def test_a_single_batch_size_goes_round():
         assert not any(actor.done() for actor in actors)
 
 
-def test_several_batches_may_be_under_way():
+def test_several_batches_may_be_in_progress():
     batcher = make_batcher(4, maximum_batch_size=2, minimum_batch_size=2)
     with closing(batcher):
         actors = first_rows(batcher, range(4))
@@ -610,12 +609,12 @@ def test_several_batches_may_be_under_way():
         ({'outputs': []}, 'action'),
     ],
 )
-def test_senseless_options_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(tf.errors.OpError, match=message):
         make_batcher(2, **options)
 
 
-def test_a_client_refuses_what_does_not_fit():
+def test_a_client_refuses_wrong_actors_and_observations():
     spec = ArraySpec((2, 3), 'uint8')
     batcher = make_batcher(2, inputs=[*FIXED_INPUTS, spec])
     right = np.arange(6, dtype=np.uint8).reshape([2, 3])
@@ -637,7 +636,7 @@ def test_a_client_refuses_what_does_not_fit():
         ]:
             with pytest.raises(ValueError):
                 client.start(EpisodeEnd.TERMINATED, wrong)
-        # Whatever was refused left nothing behind; what is not contiguous arrives as it should.
+        # Refused rows leave nothing behind. Non-contiguous arrays arrive intact.
         answer = start(client.start, EpisodeEnd.TERMINATED, (np.asfortranarray(right),))
         requests = get(batcher)
         assert [float(value[0]) for value in requests.inputs[:5]] == [0, 0, 0, 0, 1]
@@ -646,7 +645,7 @@ def test_a_client_refuses_what_does_not_fit():
         assert answer.result(TIMEOUT) == 5
 
 
-def test_a_client_refuses_a_place_that_is_taken():
+def test_a_client_refuses_an_occupied_slot():
     batcher = make_batcher(1)
     with closing(batcher):
         client = connect(batcher, 0)
@@ -665,14 +664,14 @@ def test_a_client_refuses_a_place_that_is_taken():
 
 
 @pytest.mark.parametrize('contents', [b'', b'x', b'\0' * 100000])
-def test_a_client_refuses_what_is_no_segment(contents, tmp_path):
+def test_a_client_refuses_files_that_are_not_segments(contents, tmp_path):
     path = tmp_path / 'file'
     path.write_bytes(contents)
     with open(path, 'r+b') as file, pytest.raises(ValueError, match='segment'):
         actor_nursery.WaitingClient(file.fileno(), 0, [BYTE])
 
 
-def test_a_client_refuses_other_descriptors():
+def test_a_client_refuses_pipes_and_invalid_descriptors():
     read_end, write_end = os.pipe()
     with open(read_end, 'rb'), open(write_end, 'wb'), pytest.raises(ValueError, match='segment'):
         actor_nursery.WaitingClient(read_end, 0, [BYTE])
@@ -680,7 +679,7 @@ def test_a_client_refuses_other_descriptors():
         actor_nursery.WaitingClient(-1, 0, [BYTE])
 
 
-def test_answers_that_do_not_fit_are_refused():
+def test_malformed_answers_are_refused():
     batcher = make_counting_batcher(1)
     with closing(batcher):
         start(
@@ -714,7 +713,7 @@ def test_answers_that_do_not_fit_are_refused():
         batcher.set_outputs(requests.tickets, version, outputs, states)
 
 
-def test_answers_of_tickets_that_are_used_up_are_ignored():
+def test_answers_to_outdated_tickets_are_ignored():
     batcher = make_batcher(1)
     with closing(batcher):
         client = connect(batcher, 0)
@@ -736,7 +735,7 @@ def make_number_batcher(**options):
 
 
 def play_row(batcher, client, numbers, reward=1.0, is_first=False):
-    """Sends a row and serves it; returns what was not finite of it, and what the policy saw."""
+    """Sends and answers a row; returns its non-finite values and what the policy saw."""
     observation = [np.array(numbers, np.float32)]
     if is_first:
         non_finite = client.start(EpisodeEnd.TERMINATED, observation)
@@ -749,7 +748,7 @@ def play_row(batcher, client, numbers, reward=1.0, is_first=False):
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_unrolls_with_values_that_are_not_finite_are_discarded(value):
+def test_unrolls_with_non_finite_values_are_discarded(value):
     batcher = make_number_batcher()
     with closing(batcher):
         client = ActorClient(batcher.fd, 0, [NUMBERS])
@@ -771,10 +770,10 @@ def test_unrolls_with_values_that_are_not_finite_are_discarded(value):
         assert statistics.queued_unrolls == 2
         assert statistics.discarded_unrolls == 3
         assert statistics.discarded_in_a_row == 0
-        # They prove that the actor works, all the same.
+        # Discarded unrolls count as completed, since they show that the actor works.
         assert statistics.completed_unrolls == [5]
         np.testing.assert_equal(statistics.non_finite, (0, 0, value))
-        # The return says that it is none; the episode goes on with finite rewards.
+        # A non-finite reward makes all later returns of its episode non-finite.
         returns = unrolls.inputs[1].numpy().T
         assert returns[0].tolist() == [2, 3, 4]
         assert not np.isfinite(returns[1]).any()
@@ -788,7 +787,7 @@ def test_a_reward_beyond_float32_is_not_finite():
         assert play_row(batcher, client, [0, 0], reward=-1e39)[0] == {0: -np.inf}
 
 
-def test_first_observations_are_looked_at():
+def test_first_observations_are_checked():
     batcher = make_number_batcher()
     with closing(batcher):
         client = ActorClient(batcher.fd, 0, [NUMBERS])
@@ -799,12 +798,12 @@ def test_first_observations_are_looked_at():
         assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [2, 3, 4]
 
 
-def test_unrolls_that_are_discarded_need_no_room():
+def test_discarded_unrolls_need_no_room_in_the_queue():
     batcher = make_number_batcher(queue_capacity=1)
     with closing(batcher):
         client = ActorClient(batcher.fd, 0, [NUMBERS])
         play_row(batcher, client, [0, 0], is_first=True)
-        # The first unroll fills the queue; those after it are spoiled, up to row 20.
+        # The first unroll fills the queue; the following ones are spoiled, up to row 20.
         for row in range(1, 23):
             play_row(batcher, client, [row, np.inf if 3 <= row <= 20 else 0])
         assert batcher.statistics().discarded_unrolls == 10
@@ -812,7 +811,7 @@ def test_unrolls_that_are_discarded_need_no_room():
             requests = start(batcher.get_inputs)
             client.send(1.0, EpisodeEnd.NOT_ENDED, [np.array([row, 0], np.float32)])
             if row == 24:
-                # The present unroll is worth learning from, and there is no room for another.
+                # This unroll is good, and the queue has no room for it.
                 with pytest.raises(concurrent.futures.TimeoutError):
                     requests.result(0.3)
                 assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [0, 1, 2]
@@ -822,7 +821,7 @@ def test_unrolls_that_are_discarded_need_no_room():
         assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [22, 23, 24]
 
 
-def test_what_an_actor_spoiled_does_not_outlive_it():
+def test_a_reset_forgets_non_finite_values():
     batcher = make_number_batcher()
     with closing(batcher):
         client = ActorClient(batcher.fd, 0, [NUMBERS])
@@ -836,12 +835,12 @@ def test_what_an_actor_spoiled_does_not_outlive_it():
         assert batcher.statistics().discarded_unrolls == 0
 
 
-def test_a_batcher_with_nothing_to_learn_from_closes():
+def test_a_batcher_closes_after_too_many_discarded_unrolls_in_a_row():
     batcher = make_number_batcher(max_discarded_in_a_row=2)
     with closing(batcher):
         client = ActorClient(batcher.fd, 0, [NUMBERS])
         play_row(batcher, client, [0, 0], is_first=True)
-        # The first and the third unroll are spoiled, which are not two in a row.
+        # The first and the third unroll are spoiled: not two in a row.
         for row in range(1, 7):
             play_row(batcher, client, [row, 0], np.nan if row in (1, 5) else 1)
         play_row(batcher, client, [np.nan, 0])
@@ -855,7 +854,7 @@ def test_a_batcher_with_nothing_to_learn_from_closes():
         assert batcher.statistics().discarded_in_a_row == 2
 
 
-def test_unrolls_discarded_behind_a_full_queue_are_no_reason_to_close():
+def test_unrolls_discarded_while_the_queue_is_full_do_not_close_the_batcher():
     batcher = make_batcher(
         2, inputs=[*FIXED_INPUTS, NUMBERS], queue_capacity=1, max_discarded_in_a_row=2
     )
@@ -863,7 +862,7 @@ def test_unrolls_discarded_behind_a_full_queue_are_no_reason_to_close():
         good, bad = (ActorClient(batcher.fd, actor, [NUMBERS]) for actor in range(2))
         for row in range(4):
             play_row(batcher, good, [row, 0], is_first=row == 0)
-        # The queue holds its first unroll, and for its second one there is no room.
+        # The queue holds its first unroll and has no room for the second.
         good.send(1.0, EpisodeEnd.NOT_ENDED, [np.array([4, 0], np.float32)])
         for row in range(11):
             play_row(batcher, bad, [np.nan, 0], is_first=row == 0)
@@ -873,7 +872,7 @@ def test_unrolls_discarded_behind_a_full_queue_are_no_reason_to_close():
         assert requests.inputs[-1].numpy()[0, 0] == 4
         assert batcher.dequeue(1).inputs[-1].numpy()[:, 0, 0].tolist() == [2, 3, 4]
         assert not batcher.activity().closed
-        # Now there is room, and nothing good comes.
+        # Now there is room, but all new unrolls are spoiled.
         for _ in range(3):
             play_row(batcher, bad, [np.nan, 0])
         requests = start(batcher.get_inputs)
@@ -887,14 +886,14 @@ def test_returns_are_summed_in_double_precision():
     with closing(batcher):
         client = ActorClient(batcher.fd, 0, [NUMBERS])
         play_row(batcher, client, [0, 0], is_first=True)
-        # float32 has no number between the first and the last of these returns.
+        # float32 cannot hold the second of these returns, 2**24 + 1.
         for reward in (2**24, 1, 1, 0):
             play_row(batcher, client, [0, 0], reward)
         returns = batcher.dequeue(2).inputs[1].numpy().T
         assert returns.tolist() == [[0, 2**24, 2**24], [2**24, 2**24 + 2, 2**24 + 2]]
 
 
-def test_closing_fails_whoever_waits_and_whoever_comes():
+def test_closing_fails_waiting_and_later_calls():
     batcher = make_batcher(2, minimum_batch_size=2)
     cancelled = tf.errors.CancelledError
     waiting = [start(batcher.get_inputs) for _ in range(2)]
@@ -919,8 +918,8 @@ def test_closing_fails_whoever_waits_and_whoever_comes():
     assert batcher.statistics()[1] == [0, 0]
 
 
-def test_closing_is_noticed_at_any_time():
-    # Each round meets the waiting sides at another instant of their going to sleep.
+def test_closing_wakes_every_waiting_call():
+    # Each round closes at another instant while the callers go to sleep.
     rng = random.Random(1)
     slowest = 0.0
     for _ in range(60):
@@ -940,7 +939,7 @@ def test_closing_is_noticed_at_any_time():
     assert slowest < PROMPTLY
 
 
-def test_a_batcher_that_is_forgotten_closes():
+def test_a_garbage_collected_batcher_closes():
     batcher = make_batcher(1)
     descriptor = batcher.fd
     client = connect(batcher, 0)
@@ -959,7 +958,7 @@ def test_a_batcher_that_is_forgotten_closes():
 
 
 @pytest.mark.parametrize('method', ['get_inputs', 'dequeue'])
-def test_cancelling_a_graph_that_waits(method):
+def test_cancelling_a_waiting_graph(method):
     batcher = make_batcher(1)
     arguments = [] if method == 'get_inputs' else [1]
     with closing(batcher):
@@ -971,7 +970,7 @@ def test_cancelling_a_graph_that_waits(method):
             manager.start_cancel()
             with pytest.raises(tf.errors.CancelledError):
                 cancelled.result(PROMPTLY)
-        # Nothing of them is left: what comes goes to those that are still there.
+        # Cancelled calls leave nothing behind: requests and unrolls go to later calls.
         client = connect(batcher, 0)
         answer = send(client, 1, is_first=True)
         unrolls = start(batcher.dequeue, 1)
@@ -984,7 +983,7 @@ def test_cancelling_a_graph_that_waits(method):
 
 
 @pytest.mark.parametrize('method', ['get_inputs', 'dequeue'])
-def test_cancelling_one_of_several_that_wait(method):
+def test_cancelling_one_of_two_waiting_graphs(method):
     batcher = make_batcher(1)
     arguments = [] if method == 'get_inputs' else [1]
     with closing(batcher):
@@ -1017,7 +1016,7 @@ def test_actors_wait_when_the_queue_is_full():
             wait_until_asleep(process)
         time.sleep(0.2)
         assert sum(batcher.statistics()[1]) == capacity
-        # A batch larger than all there is room for is put together while actors go on.
+        # A batch may be larger than the queue: actors continue while it is assembled.
         dequeued = 0
         for _ in range(20):
             unrolls = start(batcher.dequeue, batch_size).result(TIMEOUT)
@@ -1031,7 +1030,7 @@ def test_actors_wait_when_the_queue_is_full():
         assert [nursery.wait(process) for process in processes] == [actor_nursery.CLOSED] * 4
 
 
-def test_room_in_the_queue_goes_round():
+def test_actors_share_the_room_in_the_queue():
     num_actors, batch_size = 6, 4
     batcher = make_counting_batcher(
         num_actors, unroll_length=3, queue_capacity=1, minimum_batch_size=3, timeout_ms=1
@@ -1040,7 +1039,7 @@ def test_room_in_the_queue_goes_round():
         for actor in range(num_actors):
             nursery.start(actor)
         server = start(serve_counting, batcher)
-        # Slower than the actors, so that they wait for room all the time.
+        # Dequeue more slowly than actors play, so that they always wait for room.
         delivered = collections.Counter()
         for _ in range(30):
             time.sleep(0.02)
@@ -1048,7 +1047,7 @@ def test_room_in_the_queue_goes_round():
             delivered.update(unrolls.actors.numpy().tolist())
         batcher.close()
         server.result(TIMEOUT)
-    # An equal share is 20 unrolls; one that is always last in line gets hardly any.
+    # An equal share is 20 unrolls; an actor that is always last in line gets hardly any.
     assert min(delivered[actor] for actor in range(num_actors)) >= 10
 
 
@@ -1074,7 +1073,7 @@ def test_an_actor_killed_while_it_waits_is_forgotten():
         assert seen == [[0, 1, 0]]
 
 
-def test_an_actor_killed_while_in_a_batch_gets_no_answer_of_that_batch():
+def test_a_replaced_actor_gets_no_answer_meant_for_its_predecessor():
     batcher = make_counting_batcher(2, minimum_batch_size=2, unroll_length=100)
     version = tf.constant(0, tf.int64)
     with Nursery(batcher) as nursery, closing(batcher):
@@ -1085,7 +1084,7 @@ def test_an_actor_killed_while_in_a_batch_gets_no_answer_of_that_batch():
         nursery.kill(processes[0])
         batcher.reset_actor(0)
         nursery.start(0, incarnation=1)
-        # The answer to the old process comes when the new one may have asked already.
+        # By now the new process may have sent its first request.
         count_rows(batcher, old, version)
         new = get(batcher)
         order = np.argsort(new.tickets[0].numpy())
@@ -1100,7 +1099,7 @@ def test_an_actor_killed_while_in_a_batch_gets_no_answer_of_that_batch():
         np.testing.assert_array_equal(new.states[1].numpy()[order[0]], [0, 0])
 
 
-def test_an_actor_killed_between_requests_loses_its_unfinished_unroll_alone():
+def test_an_actor_killed_between_requests_loses_only_its_unfinished_unroll():
     unroll_length = 4
     batcher = make_batcher(1, unroll_length=unroll_length)
     with closing(batcher):
@@ -1154,8 +1153,8 @@ def test_stages_are_timed():
     assert seconds['queue/wait'] == 0 and seconds['queue/copy'] == 0
 
 
-def test_who_has_the_turn_is_known():
-    """Of two actors, one of which plays three rows; what it does changes its progress only."""
+def test_activity_shows_what_each_actor_waits_for():
+    """One of two actors plays three rows; only its progress changes."""
 
     def states_when(expected):
         deadline = time.monotonic() + TIMEOUT
@@ -1172,7 +1171,7 @@ def test_who_has_the_turn_is_known():
             action = send(client, row, is_first=row == 0)
             requests = get(batcher)
             activity = states_when([ActorState.IDLE, ActorState.SLEEPING])
-            # Before the first row there is nothing to be timed.
+            # Nothing is timed before the first row.
             assert row == 0 or activity.progress[1] > progress[-1]
             progress.append(activity.progress[1])
             echo(batcher, requests)
@@ -1192,7 +1191,7 @@ def test_who_has_the_turn_is_known():
 
 
 @pytest.mark.parametrize('minimum, maximum, capacity', [(8, 16, 3), (3, 3, 1)])
-def test_actors_killed_at_random_damage_nothing(minimum, maximum, capacity):
+def test_killing_actors_at_random_damages_nothing(minimum, maximum, capacity):
     num_actors, unroll_length, batch_size = 16, 5, 6
     seconds = 4.0
     level_ids = [actor % 3 for actor in range(num_actors)]
@@ -1224,7 +1223,7 @@ def test_actors_killed_at_random_damage_nothing(minimum, maximum, capacity):
         kills = 0
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            # Two actors are never killed: theirs is every unroll up to the end.
+            # Two actors are never killed and must deliver every unroll.
             actor = rng.randrange(num_actors - 2)
             if rng.random() < 0.5:
                 time.sleep(rng.random() * 0.01)
@@ -1234,7 +1233,7 @@ def test_actors_killed_at_random_damage_nothing(minimum, maximum, capacity):
             processes[actor] = nursery.start(actor, incarnations[actor])
             kills += 1
         assert not server.done() and not learner.done()
-        # All of them go on to play.
+        # All of them keep playing.
         count = len(dequeued)
         deadline = time.monotonic() + TIMEOUT
         while not all(batcher.statistics()[1]) and time.monotonic() < deadline:

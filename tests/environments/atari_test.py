@@ -1,4 +1,4 @@
-"""Atari games against Gymnasium's and the Arcade Learning Environment's own."""
+"""Compares Atari games with those of Gymnasium and the Arcade Learning Environment."""
 
 import re
 
@@ -33,7 +33,7 @@ ATARI_57 = re.findall(
 
 
 @pytest.mark.parametrize('frames_per_noop', [1, 4])
-def test_no_ops_last_so_many_frames(frames_per_noop, make):
+def test_no_ops_last_the_given_number_of_frames(frames_per_noop, make):
     environment = make('ALE/Pong-v5', frames_per_noop=frames_per_noop)
     frames = []
     for _ in range(200):
@@ -60,7 +60,7 @@ def test_every_game_of_atari57(make):
         environment = make(name, full_action_set=True)
         assert environment.spec.num_actions == 18
         first = environment.reset()['frame'].copy()
-        # Some show a still picture for a while.
+        # Some games show a still picture at first.
         actions = random_actions(environment, 2000)
         assert any(
             not np.array_equal(environment.step(action)[2]['frame'], first) for action in actions
@@ -83,7 +83,7 @@ def test_every_game_of_atari57(make):
         ('Boxing', 10, {'width': 64, 'height': 48}, {'screen_size': (64, 48)}),
     ],
 )
-def test_atari_plays_as_gymnasium_does(game, seed, config, options, make):
+def test_atari_matches_gymnasium(game, seed, config, options, make):
     limit = options.get('max_num_frames_per_episode')
     environment = make(f'ALE/{game}-v5', seed, **config)
     if limit:
@@ -117,7 +117,7 @@ def test_atari_plays_as_gymnasium_does(game, seed, config, options, make):
         assert EpisodeEnd.TERMINATED in ends
 
 
-def test_atari_plays_as_the_vector_environment_of_ale_does(make):
+def test_atari_matches_ales_vector_environment(make):
     environment = make('ALE/Pong-v5', max_noops=0)
     truth = ale_py.AtariVectorEnv(
         'pong', 1, num_threads=1, noop_max=0, use_fire_reset=False, reward_clipping=False
@@ -139,9 +139,9 @@ def test_atari_limit_is_half_an_hour_of_play():
     assert ATARI_MAX_EPISODE_FRAMES == 30 * 60 * 60
 
 
-# With no life left Breakout is over, and in Bank Heist the last car still drives.
+# With no life left Breakout is over, but in Bank Heist the last car still drives.
 @pytest.mark.parametrize('game, lives', [('Breakout', 5), ('BankHeist', 4)])
-def test_atari_reports_lost_lives_and_the_game_goes_on(game, lives, make):
+def test_atari_reports_lost_lives_and_continues_the_game(game, lives, make):
     environment = make(f'ALE/{game}-v5', 3, end_episode_on_life_loss=True)
     undisturbed = make(f'ALE/{game}-v5', 3)
     raw = gymnasium.make(f'ALE/{game}-v5', frameskip=4, repeat_action_probability=0.0)
@@ -168,7 +168,7 @@ def test_atari_reports_lost_lives_and_the_game_goes_on(game, lives, make):
 
 
 @pytest.mark.parametrize('frame_stack', [1, 3])
-def test_atari_stack_holds_the_newest_frames_with_the_newest_last(frame_stack, make):
+def test_atari_stacks_end_with_the_newest_frame(frame_stack, make):
     environment = make('ALE/Pong-v5', frame_stack=frame_stack)
     whole = make('ALE/Pong-v5', frame_stack=8)
     actions = random_actions(environment, 30)

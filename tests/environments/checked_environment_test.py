@@ -1,4 +1,4 @@
-"""Tests of environments of one's own, each with a mistake that its author could make."""
+"""Tests of user-defined environments, each with a mistake that its author could make."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ WORDS = ArraySpec((3,), 'int32')
 
 
 class Own(Environment):
-    """Right in every way; tests put mistakes in."""
+    """A correct environment, to which tests add mistakes."""
 
     spec = EnvironmentSpec({'frame': FRAME}, 2, 1)
     answer = (1.0, EpisodeEnd.NOT_ENDED, {'frame': np.ones(2, np.float32)})
@@ -40,7 +40,7 @@ class Own(Environment):
 
 @pytest.fixture
 def create(monkeypatch):
-    """Makes an environment by what stands in the place of a module's attribute."""
+    """Creates an environment from the given attribute of a module."""
     module = types.ModuleType('own_environment_mistakes')
     monkeypatch.setitem(sys.modules, module.__name__, module)
 
@@ -52,12 +52,12 @@ def create(monkeypatch):
 
 
 def returning(**members):
-    """A callable that makes an environment with other members."""
+    """Returns a callable that makes `Own` with other members."""
     return lambda seed, config: type('Mistaken', (Own,), members)()
 
 
 def sentence(error):
-    """The text of an error that must be one sentence, which names the level."""
+    """Returns the text of an error, which must be one sentence that names the level."""
     text = str(error.value)
     assert 'own_environment_mistakes:make' in text
     assert text.endswith('.') and '\n' not in text
@@ -96,7 +96,7 @@ def spec_of(observation=None, **values):
         (spec_of(suite='atari'), "'frame' as float32 [2], and it must be uint8"),
     ],
 )
-def test_specs_that_no_agent_can_be_made_for(create, spec, text):
+def test_invalid_specs_are_refused(create, spec, text):
     with pytest.raises(LevelError) as error:
         create(returning(spec=spec))
     assert text in sentence(error)
@@ -116,7 +116,7 @@ def _raise(error):
         (lambda seed, config: Environment(), 'cannot be made: TypeError: Can'),
     ],
 )
-def test_callables_that_make_no_environment(create, make, text):
+def test_factories_that_make_no_environment_are_refused(create, make, text):
     with pytest.raises(LevelError) as error:
         create(make)
     assert text in sentence(error)
@@ -130,8 +130,8 @@ def test_callables_that_make_no_environment(create, make, text):
         (lambda seed, config: {}['map'], "KeyError: 'map' (checked_environment_test.py, line "),
     ],
 )
-def test_what_fails_before_anything_starts_is_a_sentence(create, make, text):
-    """In an actor, later, it may be a failure of chance."""
+def test_failures_before_the_start_are_one_sentence(create, make, text):
+    """Later, in an actor, failures may be transient."""
     with pytest.raises((ValueError, SystemExit, KeyError)):
         create(make)
     described = actor._describe('own_environment_mistakes:make', 7, EnvironmentConfig())
@@ -162,7 +162,7 @@ OBSERVATIONS = [
 
 
 @pytest.mark.parametrize(('answer', 'text'), STEPS)
-def test_steps_that_return_something_else(create, answer, text):
+def test_invalid_steps_are_refused(create, answer, text):
     environment = create(returning(answer=answer))
     environment.reset()
     for find in (lambda: environment.step(0), environment.check):
@@ -172,20 +172,20 @@ def test_steps_that_return_something_else(create, answer, text):
 
 
 @pytest.mark.parametrize(('observation', 'text'), OBSERVATIONS)
-def test_observations_that_are_not_as_declared(create, observation, text):
+def test_observations_must_match_the_spec(create, observation, text):
     environment = create(returning(first=observation))
     for find in (environment.reset, environment.check):
         with pytest.raises(DeclarationError) as error:
             find()
         assert text in sentence(error)
-    # The first step is tried, too, before anything is played.
+    # `check` tries the first step, too.
     with pytest.raises(DeclarationError) as error:
         create(returning(answer=(*Own.answer[:2], observation))).check()
     assert text in sentence(error)
 
 
 @pytest.mark.parametrize('word', [-1, 1000])
-def test_words_outside_of_the_hashed_ones(create, word):
+def test_words_beyond_the_hash_range_are_refused(create, word):
     spec = EnvironmentSpec({'frame': FRAME, 'instruction': WORDS}, 2, 1)
     good = Own.first | {'instruction': np.array([999, 1, 0], np.int32)}
     bad = Own.first | {'instruction': np.array([999, word, 0], np.int32)}
@@ -200,14 +200,14 @@ def test_words_outside_of_the_hashed_ones(create, word):
 @pytest.mark.parametrize(
     'reward', [1, 1.0, True, np.float32(1), np.float64(1), np.int8(1), np.array(1.0), np.bool_(1)]
 )
-def test_all_kinds_of_numbers_are_rewards(create, reward):
+def test_rewards_may_be_numbers_of_any_type(create, reward):
     environment = create(returning(answer=(reward, *Own.answer[1:])))
     assert environment.step(0)[0] == 1.0
     assert isinstance(environment.step(0)[0], float)
 
 
-def test_numpys_numbers_in_a_spec_become_pythons(create):
-    """They come of `np.shape` and of Gymnasium's `Discrete.n`."""
+def test_numpy_numbers_in_a_spec_become_python_numbers(create):
+    """They come from `np.shape` and Gymnasium's `Discrete.n`."""
     spec = EnvironmentSpec({'frame': ArraySpec([np.int64(2)], np.float32)}, np.int64(2), np.int8(1))
     environment = create(returning(spec=spec))
     assert environment.spec == Own.spec
@@ -215,22 +215,22 @@ def test_numpys_numbers_in_a_spec_become_pythons(create):
     environment.check()
 
 
-def test_a_failure_in_the_trial_is_left_to_the_actors(create):
-    """It may be one of chance; they are started again, and show the traceback."""
+def test_failures_during_the_check_are_left_to_the_actors(create):
+    """They may be transient; actors are restarted and show the traceback."""
     environment = create(returning(step=lambda self, action: 1 / 0))
     environment.check()
     with pytest.raises(ZeroDivisionError):
         environment.step(0)
 
 
-def test_frames_of_the_last_action_come_through(create):
+def test_last_action_frames_is_passed_through(create):
     environment = create(lambda seed, config: Own())
     assert environment.last_action_frames is None
     environment = create(returning(last_action_frames=3))
     assert environment.last_action_frames == 3
 
 
-def test_all_else_is_the_environments_own(create):
+def test_everything_else_is_passed_to_the_environment(create):
     calls = []
     members = {
         name: lambda self, *arguments, name=name: calls.append((name, *arguments)) or name
@@ -245,7 +245,7 @@ def test_all_else_is_the_environments_own(create):
     assert calls == [('seed_next', 3), ('render',), ('check',), ('close',)]
 
 
-def test_what_the_module_says_is_what_the_segment_holds():
+def test_max_observations_is_what_the_segment_holds():
     folder = pathlib.Path(__file__).resolve().parents[2] / 'dynamic_batching' / 'cc'
     source = (folder / 'shared_segment.h').read_text(encoding='utf-8')
     fields = int(re.search(r'kMaxFields = (\d+)', source)[1])

@@ -15,7 +15,7 @@ gymnasium.register_envs(ale_py)
 
 @pytest.fixture
 def make():
-    """Makes environments and closes them, also when the test fails."""
+    """Makes environments and closes them, even if the test fails."""
     made = []
 
     def make_one(level_name, seed=1, **config):
@@ -55,7 +55,7 @@ def register_atari():
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """Writes a module of one's own, which is gone with the test."""
+    """Writes a user's module, which is removed after the test."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(text):

@@ -1,4 +1,4 @@
-"""Names of levels: what they make, and what is said of wrong ones."""
+"""Level names: the environments they make, and the errors for wrong names."""
 
 import sys
 
@@ -14,7 +14,7 @@ from impala.errors import LevelError
     'level_name, free_of_gymnasium',
     [('ALE/Pong-v5', True), ('explore_goal_locations_small', True), ('VizdoomBasic-v1', False)],
 )
-def test_an_actor_process_does_not_load_what_it_does_not_need(level_name, free_of_gymnasium):
+def test_actor_processes_do_not_import_unneeded_packages(level_name, free_of_gymnasium):
     result = run_python(
         'import sys, environments\n'
         'environment = environments.create_environment(sys.argv[1], 1)\n'
@@ -27,7 +27,7 @@ def test_an_actor_process_does_not_load_what_it_does_not_need(level_name, free_o
     assert result.stderr == ''
 
 
-def test_a_callable_of_ones_own(tmp_path, monkeypatch):
+def test_user_defined_callables_and_registrations(tmp_path, monkeypatch):
     (tmp_path / 'own_environments_for_test.py').write_text(
         'import numpy as np\n'
         'from environments import Environment\n'
@@ -109,7 +109,7 @@ def test_classes_of_gymnasium_are_played_by_their_ids(module, make):
     ],
 )
 def test_unknown_levels(level_name, parts, monkeypatch):
-    # As on a machine that does not have it.
+    # As if it were not installed.
     monkeypatch.setitem(sys.modules, 'deepmind_lab', None)
     with pytest.raises(LevelError) as error:
         create_environment(level_name, 1)

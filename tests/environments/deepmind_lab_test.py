@@ -25,7 +25,7 @@ def digest_pixel(digest):
     return [digest & 255, digest >> 8 & 255, digest >> 16 & 255]
 
 
-def test_deepmind_lab_actions_seeds_and_throw_away_reset(make, deepmind_lab):
+def test_deepmind_lab_actions_seeds_and_discarded_first_reset(make, deepmind_lab):
     # Look left-right, look down-up, strafe, move, fire, jump, crouch.
     expected_actions = [
         [0, 0, 0, 1, 0, 0, 0],
@@ -50,8 +50,8 @@ def test_deepmind_lab_actions_seeds_and_throw_away_reset(make, deepmind_lab):
     )
     rows = play(environment, range(9))
     seed = np.random.RandomState(11).randint(2**31, dtype=np.int64)
-    # The stand-in's frames carry what it was told: the level, the seed, whether this is the first
-    # episode of its Lab, and the actions.
+    # The stand-in's frames hold a digest of the level, the seed, whether this is the first episode
+    # of its Lab, and the actions.
     text = f'contributed/dmlab30/explore_goal_locations_small {seed} False'
     digest = zlib.crc32(text.encode())
     assert first_pixels(rows)[0] == digest_pixel(digest)
@@ -72,7 +72,7 @@ def test_deepmind_lab_episodes_end_and_begin_in_one_step(make, deepmind_lab):
     assert not np.array_equal(rows[0][2]['frame'], rows[103][2]['frame'])
 
 
-def test_deepmind_lab_speaks(make, deepmind_lab):
+def test_deepmind_lab_instructions_are_hashed(make, deepmind_lab):
     environment = make('language_select_described_object', 2)
     instructions = {tuple(environment.reset()['instruction'].tolist()) for _ in range(20)}
     assert instructions == {
@@ -84,7 +84,7 @@ def test_deepmind_lab_speaks(make, deepmind_lab):
     assert not silent.reset()['instruction'].any()
 
 
-def test_deepmind_lab_keeps_quiet_and_its_files_to_itself(make, deepmind_lab, tmp_path, capfd):
+def test_deepmind_lab_prints_nothing_and_removes_its_files(make, deepmind_lab, tmp_path, capfd):
     environment = make('contributed/dmlab30/rooms_watermaze', temp_folder=str(tmp_path))
     environment.reset()
     assert os.environ['LP_NUM_THREADS'] == '0'
@@ -93,14 +93,14 @@ def test_deepmind_lab_keeps_quiet_and_its_files_to_itself(make, deepmind_lab, tm
     environment.close()
     environment.close()
     assert not os.listdir(tmp_path)
-    # The real Lab would take this process with it.
+    # The real Lab would crash this process.
     with pytest.raises(RuntimeError, match='closed'):
         environment.reset()
     with pytest.raises(RuntimeError, match='closed'):
         environment.step(0)
 
 
-def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
+def test_invalid_deepmind_lab_levels_are_refused(make, deepmind_lab, tmp_path):
     for level_name, config, parts in (
         ('explore_goal_location_small', {}, ["Did you mean 'explore_goal_locations_small'?"]),
         ('rooms_collect_good_objects_test', {}, ['hold-out']),
@@ -116,17 +116,17 @@ def test_deepmind_lab_levels_that_cannot_be_made(make, deepmind_lab, tmp_path):
 
 
 def make_images(folder, name='0001.jpg'):
-    """Makes what stands for the data set that two levels need."""
+    """Makes a stand-in for the data set that two levels need."""
     (folder / 'brady_konkle_oliva2008').mkdir(parents=True, exist_ok=True)
     (folder / 'brady_konkle_oliva2008' / name).write_bytes(b'a picture')
 
 
 @pytest.mark.parametrize('is_test', [False, True])
 @pytest.mark.parametrize('prefix', ['', 'contributed/dmlab30/'])
-def test_deepmind_lab_levels_with_images_want_them_before_anything_starts(
+def test_deepmind_lab_levels_with_images_check_for_them_first(
     is_test, prefix, make, deepmind_lab, tmp_path
 ):
-    """The module itself, like its stand-in, misses them in mid-episode and ends the process."""
+    """Without them the module, like its stand-in, ends the process in mid-episode."""
     level_name = f'{prefix}psychlab_continuous_recognition'
     folder = tmp_path / 'brady_konkle_oliva2008'
 
@@ -164,7 +164,7 @@ def test_every_level_of_dmlab30(is_test, make, deepmind_lab, tmp_path):
         environment.close()
 
 
-def test_the_mixer_seed_of_tests(make, deepmind_lab, monkeypatch):
+def test_only_tests_set_the_mixer_seed(make, deepmind_lab, monkeypatch):
     configs = []
     lab = importlib.import_module('deepmind_lab')
     real = lab.Lab
@@ -184,7 +184,7 @@ def test_deepmind_lab_compiles_a_map_once_for_all_environments(make, deepmind_la
     assert same(rows, again)
     assert (folder / name).stat().st_ino == written.st_ino
 
-    # A broken map would end the process; it is thrown away and compiled anew.
+    # A broken map would end the process, so it is discarded and compiled again.
     (folder / name).write_bytes((folder / name).read_bytes()[:-10])
     assert same(rows, play(make('rooms_watermaze', level_cache_dir=str(folder)), []))
     with zipfile.ZipFile(folder / name) as archive:

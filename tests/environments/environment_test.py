@@ -1,4 +1,4 @@
-"""What every environment promises, of each kind of levels."""
+"""What every environment guarantees, for each kind of level."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
         'language_select_described_object',
     ],
 )
-def test_observations_fit_the_spec_and_the_seed_decides_them(level_name, make, deepmind_lab):
+def test_observations_fit_the_spec_and_follow_from_the_seed(level_name, make, deepmind_lab):
     environment = make(level_name, seed=5)
     assert EnvironmentSpec.from_json(json.loads(json.dumps(environment.spec.to_json()))) == (
         environment.spec
@@ -43,7 +43,7 @@ def test_observations_fit_the_spec_and_the_seed_decides_them(level_name, make, d
     environment.close()
 
 
-def test_config_survives_json_and_refuses_nonsense():
+def test_config_survives_json_and_refuses_invalid_values():
     config = EnvironmentConfig(width=64, num_action_repeats=2, sticky_actions=0.25)
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     assert EnvironmentConfig(**values) == config
@@ -72,7 +72,7 @@ def test_config_survives_json_and_refuses_nonsense():
     ],
 )
 def test_a_seed_for_the_next_episode(level_name, config, make, deepmind_lab):
-    """It is the episode that an environment of that seed plays first."""
+    """Its episode is the first one of a new environment with that seed."""
     environment = make(level_name, seed=5, **config)
     actions = random_actions(environment, 60)
     play(environment, actions)
@@ -81,7 +81,7 @@ def test_a_seed_for_the_next_episode(level_name, config, make, deepmind_lab):
 
 
 def frames_of_an_episode(environment, act):
-    """Plays an episode; returns the frames that its actions lasted by the environment's account."""
+    """Plays an episode; returns the number of frames that the environment reports."""
     environment.reset()
     frames = 0
     while True:
@@ -91,11 +91,11 @@ def frames_of_an_episode(environment, act):
         frames += environment.spec.num_action_repeats
 
 
-def test_frames_of_an_action_that_the_end_cuts_short(make, register_atari):
+def test_frames_of_an_action_cut_short_by_the_end(make, register_atari):
     pong = {'game': 'pong', 'frameskip': 1, 'max_num_frames_per_episode': 50}
     name = register_atari('EnvironmentsTest/Own-v0', kwargs=pong)
     atari = make(name, max_noops=0)
-    # Twelve actions of four frames, and two frames; in the second episode, too.
+    # Twelve actions of four frames and one of two, in both episodes.
     assert [frames_of_an_episode(atari, lambda: 0) for _ in range(2)] == [50, 50]
 
     cart = make('CartPole-v1', 3, num_action_repeats=7)
@@ -110,5 +110,5 @@ def test_frames_of_an_action_that_the_end_cuts_short(make, register_atari):
         assert frames_of_an_episode(cart, lambda: 1) == steps
         truth.reset()
 
-    # 300 tics, by its configuration.
+    # 300 tics, as configured.
     assert frames_of_an_episode(make('VizdoomBasic-v1', num_action_repeats=7), lambda: 0) == 300

@@ -1,4 +1,4 @@
-"""Gymnasium environments: what becomes of their spaces, and mistakes they make."""
+"""Gymnasium environments: how their spaces are converted, and mistakes that they make."""
 
 import cv2
 import gymnasium
@@ -13,7 +13,7 @@ from impala.trajectory import EpisodeEnd
 
 
 class Toy(gymnasium.Env):
-    """Two steps an episode; says at their end what it is told to say."""
+    """Episodes of two steps, which end as the test chooses."""
 
     def __init__(self, observation_space, action_space=None, end=(True, False)):
         self.observation_space = observation_space
@@ -73,7 +73,7 @@ def test_gymnasium_vectors_rewards_and_ends(level_name, end, make):
     assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd(end)}
 
 
-def test_gymnasium_repeats_stop_where_the_episode_does(register_toy, make):
+def test_gymnasium_repeats_stop_at_the_end_of_the_episode(register_toy, make):
     level_name = register_toy(observation_space=image_space(3))
     environment = make(level_name, num_action_repeats=3)
     environment.reset()
@@ -133,7 +133,7 @@ def test_gymnasium_discrete_observations_become_one_hot(register_toy, make):
     ],
     ids=str,
 )
-def test_gymnasium_spaces_that_cannot_be_served_are_named(spaces, register_toy):
+def test_unsupported_gymnasium_spaces_are_named(spaces, register_toy):
     level_name = register_toy(**spaces)
     with pytest.raises(LevelError) as error:
         create_environment(level_name, 1)
@@ -142,7 +142,7 @@ def test_gymnasium_spaces_that_cannot_be_served_are_named(spaces, register_toy):
 
 
 class Scripted(gymnasium.Env):
-    """Returns what it is told to, whatever its spaces say."""
+    """Returns what the test gives it, whatever its spaces declare."""
 
     action_space = gymnasium.spaces.Discrete(2)
 
@@ -208,8 +208,8 @@ IMAGE = np.zeros((40, 40, 3), np.uint8)
         ),
     ],
 )
-def test_gymnasium_observations_are_what_their_space_declares(space, good, bad, parts, scripted):
-    """Whether it is the first one, that of a later reset, or one in mid-episode."""
+def test_gymnasium_observations_must_match_their_space(space, good, bad, parts, scripted):
+    """In the first observation, after a later reset, and in mid-episode."""
     environment = scripted(space, [good, good, bad])
     environment.reset()
     environment.step(0)
@@ -246,7 +246,7 @@ def test_gymnasium_observations_are_what_their_space_declares(space, good, bad, 
         ({'reset': (FINE, 1, 2)}, ['3 values from reset()']),
     ],
 )
-def test_gymnasium_rewards_and_ends_are_what_its_interface_says(changes, parts, scripted):
+def test_gymnasium_rewards_and_ends_must_match_the_interface(changes, parts, scripted):
     with pytest.raises(DeclarationError) as error:
         environment = scripted(VECTOR, [FINE], **changes)
         environment.reset()
@@ -256,7 +256,7 @@ def test_gymnasium_rewards_and_ends_are_what_its_interface_says(changes, parts, 
 
 
 @pytest.mark.parametrize('reward', [1, True, np.float32(1), np.int64(1), np.array(1.0)])
-def test_gymnasium_rewards_are_numbers_of_any_kind(reward, scripted):
+def test_gymnasium_rewards_may_be_numbers_of_any_type(reward, scripted):
     environment = scripted(VECTOR, [FINE], reward=reward)
     environment.reset()
     got, end, _ = environment.step(0)
@@ -264,7 +264,7 @@ def test_gymnasium_rewards_are_numbers_of_any_kind(reward, scripted):
 
 
 @pytest.mark.parametrize('truth', [True, 1, np.bool_(True), np.array(True)])
-def test_gymnasium_ends_are_truths_of_any_kind(truth, scripted):
+def test_gymnasium_ends_may_be_truth_values_of_any_type(truth, scripted):
     untrue = truth != truth
     for changes, end in (
         ({'terminated': truth, 'truncated': untrue}, EpisodeEnd.TERMINATED),
@@ -281,27 +281,28 @@ class OldReset(gymnasium.Wrapper):
         return self.env.reset()[0]
 
 
-def test_gymnasium_environments_have_its_interface(scripted):
+def test_gymnasium_environments_must_implement_its_interface(scripted):
     for name in ('action_space', 'observation_space'):
         env = Scripted(VECTOR, [FINE])
         setattr(env, name, None)
         with pytest.raises(LevelError, match=f"'Toy-v0' has no {name} out of gymnasium.spaces"):
             GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
-    # What Gymnasium wraps around an environment takes everything.
+    # Gymnasium's own wrappers accept any arguments.
     env = gymnasium.wrappers.TimeLimit(OldReset(Scripted(VECTOR, [FINE])), 5)
     with pytest.raises(LevelError, match=r'older interface .* OldReset.reset must take seed and'):
         GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
 
 
-def test_methods_of_extension_modules_have_no_signature_to_be_looked_at():
+def test_methods_without_a_signature_are_accepted():
     env = Scripted(VECTOR, [FINE])
+    # A method of an extension module.
     env.reset = {}.update
     environment = GymnasiumEnvironment('Toy-v0', env, 1, 1, EnvironmentConfig())
     with pytest.raises(DeclarationError, match=r'returned None from reset\(\)'):
         environment.reset()
 
 
-def test_gymnasium_needs_actions(scripted):
+def test_gymnasium_environments_without_actions_are_refused(scripted):
     space = gymnasium.spaces.Discrete(1)
     space.n = 0
     env = Scripted(VECTOR, [FINE])
@@ -311,7 +312,7 @@ def test_gymnasium_needs_actions(scripted):
 
 
 @pytest.mark.parametrize('space', [image_space(64, 64, 5), image_space(3, 64, 64)], ids=str)
-def test_what_an_image_is_stands_in_the_refusal(space, scripted):
+def test_errors_about_images_state_the_requirements(space, scripted):
     with pytest.raises(LevelError, match=r'sides of at least 32 pixels and 1 to 4 channels'):
         scripted(space, [])
 
@@ -319,7 +320,7 @@ def test_what_an_image_is_stands_in_the_refusal(space, scripted):
 @pytest.mark.parametrize(
     'space', [gymnasium.spaces.Discrete(5), image_space(3), gymnasium.spaces.Tuple([VECTOR])]
 )
-def test_missions_are_texts(space, scripted):
+def test_missions_must_be_texts(space, scripted):
     spoken = gymnasium.spaces.Dict(image=image_space(40, 40, 3), mission=space)
     with pytest.raises(LevelError) as error:
         scripted(spoken, [])

@@ -6,7 +6,7 @@ from impala.environments.instructions import hash_instruction
 
 
 def test_instruction_hash():
-    # The check value of the catalogue of CRC algorithms for CRC-32/ISO-HDLC.
+    # The check value of CRC-32/ISO-HDLC in the catalogue of CRC algorithms.
     bucket = 0xCBF43926 % 999 + 1
     hashed = hash_instruction('  123456789, "123456789"')
     assert hashed.dtype == np.int32

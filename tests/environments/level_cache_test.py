@@ -25,17 +25,17 @@ def test_level_cache(tmp_path, caplog):
     cache.write('some/../key', str(path))
     first = path.read_bytes()
     write_map(path, 'another')
-    # What stands at the path from an earlier episode is replaced.
+    # A file left at the path by an earlier episode is replaced.
     assert LevelCache(str(folder)).fetch('some/../key', str(path))
     assert path.read_bytes() == first
     assert not cache.fetch('other', str(path))
     assert len(maps_in(folder)) == 1 and not caplog.records
 
-    # A map that was not written to its end is not kept.
+    # A truncated map is not kept.
     path.write_bytes(first[:-1])
     cache.write('broken', str(path))
     assert len(maps_in(folder)) == 1 and len(caplog.records) == 1
-    # A flipped bit inside a map that looks whole from the outside.
+    # A flipped bit is found, although the archive looks intact.
     (name,) = maps_in(folder)
     spoilt = bytearray(first)
     spoilt[first.index(b'one')] ^= 1
@@ -45,7 +45,7 @@ def test_level_cache(tmp_path, caplog):
     assert sorted(os.listdir(tmp_path)) == ['cache', 'map.pk3']
 
 
-def test_level_cache_forgets_what_was_not_used_for_longest(tmp_path):
+def test_level_cache_removes_the_least_recently_used_maps(tmp_path):
     folder, path = tmp_path / 'cache', tmp_path / 'map.pk3'
     size = 5000
     cache = LevelCache(str(folder), limit_bytes=4.5 * size)
@@ -66,7 +66,7 @@ def test_level_cache_forgets_what_was_not_used_for_longest(tmp_path):
         write(f'map {number}')
         os.utime(cache._path(f'map {number}'), (1.5e9 + number, 1.5e9 + number))
     assert len(maps_in(folder)) == 4
-    # The oldest is used again, so two others go with the fifth map: nine tenths are 4.05 maps.
+    # Map 0 is used again, so the fifth map evicts two others: nine tenths are 4.05 maps.
     assert LevelCache(str(folder)).fetch('map 0', str(path))
     write('map 4')
     there = [number for number in range(5) if os.path.exists(cache._path(f'map {number}'))]
@@ -81,7 +81,7 @@ def test_level_cache_forgets_what_was_not_used_for_longest(tmp_path):
     ('folder_mode', 'file_mode'),
     [(0o700, 0o644), (0o755, 0o644), (0o2775, 0o664), (0o777, 0o666)],
 )
-def test_a_level_cache_is_open_to_whom_its_folder_is(tmp_path, folder_mode, file_mode):
+def test_level_cache_files_take_the_permissions_of_their_folder(tmp_path, folder_mode, file_mode):
     folder = tmp_path / 'cache'
     folder.mkdir()
     folder.chmod(folder_mode)
@@ -91,7 +91,7 @@ def test_a_level_cache_is_open_to_whom_its_folder_is(tmp_path, folder_mode, file
     assert modes == [file_mode] * 2
 
 
-# zipfile loads a module when it is used, which other users need not be able to read.
+# zipfile imports encodings.cp437 on use, when the other user may be unable to read it.
 LEVEL_CACHE_OF_ANOTHER_USER = """
 import encodings.cp437, os, sys
 from impala.environments.level_cache import LevelCache
@@ -107,8 +107,8 @@ print(cache.seconds_saved)
 
 @pytest.mark.skipif(os.getuid() != 0, reason='only root can act as another user')
 def test_another_users_level_cache(tmp_path):
-    """The map counts as used, and the seconds that it saves are known."""
-    # The folders of tests are closed to others.
+    """A hit marks the map as used and counts the seconds saved."""
+    # Other users cannot enter pytest's folders.
     with tempfile.TemporaryDirectory(dir='/tmp') as name:
         os.chmod(name, 0o755)
         shared, own = pathlib.Path(name, 'shared'), pathlib.Path(name, 'own')
@@ -132,7 +132,7 @@ def test_another_users_level_cache(tmp_path):
         assert cached.stat().st_mtime > 1.5e9
 
 
-def test_level_cache_tells_what_it_saves(tmp_path, make, deepmind_lab, monkeypatch):
+def test_level_cache_reports_what_it_saves(tmp_path, make, deepmind_lab, monkeypatch):
     monkeypatch.setenv('DEEPMIND_LAB_COMPILE_SECONDS', '0.2')
     assert level_cache_statistics(str(tmp_path)) == {}
     # Maps repeat after four seeds; each environment resets once more at its start.
@@ -167,7 +167,7 @@ for repetition in range(6):
 
 
 def test_processes_share_a_level_cache_that_is_too_small(tmp_path):
-    """They write, use and remove the same maps at the same time, and one spoils them."""
+    """They write, use and remove the same maps at once, while the test truncates some."""
     folder = tmp_path / 'cache'
     processes = [
         subprocess.Popen(
@@ -186,7 +186,7 @@ def test_processes_share_a_level_cache_that_is_too_small(tmp_path):
 
 
 @pytest.mark.parametrize('num_caches', [1, 200])
-def test_a_level_cache_is_bounded_however_many_write(tmp_path, num_caches):
+def test_a_level_cache_is_bounded_for_any_number_of_writers(tmp_path, num_caches):
     path, folder = tmp_path / 'map.pk3', tmp_path / 'cache'
     write_map(path, 'one')
     # 300 maps fit.
@@ -197,7 +197,7 @@ def test_a_level_cache_is_bounded_however_many_write(tmp_path, num_caches):
         caches[number % num_caches].write(f'key {number}', str(path))
         if number % 20 == 0:
             largest = max(largest, len(maps_in(folder)))
-    # Looked at once in three maps, on the average.
+    # The size is checked once every three maps on average.
     assert 270 <= largest <= 400
 
 

@@ -1,4 +1,4 @@
-"""MiniGrid and BabyAI against the pictures of their own wrappers."""
+"""Compares MiniGrid and BabyAI with the pictures of their own wrappers."""
 
 import zlib
 
@@ -34,7 +34,7 @@ def minigrid_environment(env):
         lambda w, env: gymnasium.wrappers.FlattenObservation(w.ImgObsWrapper(env)),
     ],
 )
-def test_observation_wrappers_of_minigrid_stay_in_force(wrap):
+def test_minigrid_observation_wrappers_stay_in_effect(wrap):
     from minigrid import wrappers
 
     environment = minigrid_environment(wrap(wrappers, minigrid_env()))
@@ -51,8 +51,8 @@ def test_observation_wrappers_of_minigrid_stay_in_force(wrap):
             expected = truth.step(action)[0]
 
 
-def test_what_minigrid_itself_declares_wrongly_is_refused():
-    """Its wrapper takes the size from the space and the picture from the environment below."""
+def test_wrong_declarations_of_minigrid_itself_are_refused():
+    """Its wrapper takes the size from the space, but the picture from the wrapped environment."""
     from minigrid.wrappers import RGBImgPartialObsWrapper, ViewSizeWrapper
 
     environment = minigrid_environment(RGBImgPartialObsWrapper(ViewSizeWrapper(minigrid_env(), 5)))
@@ -78,15 +78,15 @@ class OtherSymbols(gymnasium.ObservationWrapper):
         ('OtherSymbols', lambda w, env: gymnasium.wrappers.TimeLimit(OtherSymbols(env), 9)),
     ],
 )
-def test_observation_wrappers_of_minigrid_that_make_no_picture_are_refused(name, wrap):
+def test_minigrid_observation_wrappers_without_a_picture_are_refused(name, wrap):
     from minigrid import wrappers
 
-    # 7x7 cells, so that the whole grid has the shape of what the agent sees of it.
+    # 7x7 cells, so that the whole grid has the shape of the agent's view.
     with pytest.raises(LevelError, match=f"'Grid-v0' has .* of its wrapper {name}|{name},"):
         minigrid_environment(wrap(wrappers, minigrid_env(size=7)))
 
 
-def test_minigrid_with_a_class_of_ones_own_that_sees_otherwise():
+def test_minigrid_classes_with_other_observations_are_refused():
     from minigrid.envs import EmptyEnv
 
     class Blind(EmptyEnv):
@@ -99,7 +99,7 @@ def test_minigrid_with_a_class_of_ones_own_that_sees_otherwise():
 
 
 class Secret(gymnasium.Wrapper):
-    """Changes observations where no one can see it beforehand."""
+    """Changes observations, which only a step reveals."""
 
     def step(self, action):
         observation, *others = self.env.step(action)
@@ -112,7 +112,7 @@ class Copies(gymnasium.Wrapper):
         return observation | {'image': observation['image'].copy()}, reward - 1, *others
 
 
-def test_minigrid_shows_its_picture_where_a_wrapper_leaves_observations_alone():
+def test_minigrid_shows_its_picture_if_wrappers_keep_observations():
     from minigrid.wrappers import PositionBonus, ReseedWrapper, RGBImgPartialObsWrapper
 
     truth = RGBImgPartialObsWrapper(minigrid_env(agent_view_size=5))
@@ -128,7 +128,7 @@ def test_minigrid_shows_its_picture_where_a_wrapper_leaves_observations_alone():
         environment.step(2)
 
 
-def test_babyai_shows_the_picture_of_what_the_agent_sees_and_the_mission(make, capfd):
+def test_babyai_shows_the_agents_view_and_the_mission(make, capfd):
     import minigrid  # noqa: F401
     from minigrid.wrappers import RGBImgPartialObsWrapper
 
@@ -139,7 +139,7 @@ def test_babyai_shows_the_picture_of_what_the_agent_sees_and_the_mission(make, c
     }
     actions = random_actions(environment, 150)
     rows = play(environment, actions)
-    # It draws levels until one can be solved, and says so on stdout.
+    # BabyAI draws levels until one is solvable, and prints about it.
     make('BabyAI-GoToRedBall-v0', 8).reset()
     assert capfd.readouterr().out == ''
 

@@ -1,4 +1,4 @@
-"""What is compared with a space, value by value; the truth about floats' bounds is Gymnasium's."""
+"""Values checked against their spaces; Gymnasium decides about the bounds of floats."""
 
 import gymnasium
 import numpy as np
@@ -21,7 +21,7 @@ def pixels(value, *shape, dtype=np.uint8):
 
 
 class LazyFrames:
-    """An array in the making, as old frame stacks return it."""
+    """Becomes an array on demand, like old frame stacks."""
 
     def __array__(self, dtype=None, copy=None):
         return pixels(7)
@@ -31,7 +31,7 @@ class LazyFrames:
 @pytest.mark.parametrize(
     'space, value, came',
     [
-        # Images: nothing but the dtype, the shape and the range that are declared.
+        # Images need exactly the declared dtype, shape and range.
         (PIXELS, pixels(0.5, dtype=np.float32), 'float32 [40, 50, 3]'),
         (PIXELS, pixels(300, dtype=np.int64), 'int64 [40, 50, 3]'),
         (PIXELS, pixels(30, dtype=np.int64), 'int64 [40, 50, 3]'),
@@ -69,7 +69,7 @@ class LazyFrames:
         (Discrete(5), '2', "'2'"),
     ],
 )
-def test_what_is_not_in_the_space_is_refused(space, value, came, is_first):
+def test_values_outside_the_space_are_refused(space, value, came, is_first):
     frame = frame_of(space, (60, 70))
     with pytest.raises(DeclarationError) as error:
         frame.take(value, is_first)
@@ -86,7 +86,7 @@ def test_what_is_not_in_the_space_is_refused(space, value, came, is_first):
         (PIXELS, pixels(7)[::-1, :, ::-1], pixels(7)),
         (Box(0, 255, (40, 50), np.uint8), pixels(7, 40, 50), pixels(7, 40, 50, 1)),
         (Box(0, 200, PIXELS.shape, np.uint8), pixels(200), pixels(200)),
-        # The width of numbers is not their kind: all are given as float32.
+        # Numbers of any width are accepted and become float32.
         (Box(-1, 1, (2,)), np.array([0.5, -1], np.float32), [0.5, -1]),
         (Box(-1, 1, (2,)), np.array([0.5, -1], np.float64), [0.5, -1]),
         (Box(-1, 1, (2,)), np.array([0, -1]), [0, -1]),
@@ -102,7 +102,7 @@ def test_what_is_not_in_the_space_is_refused(space, value, came, is_first):
         (Discrete(3, start=-1), np.array(0), [0, 1, 0]),
     ],
 )
-def test_what_is_in_the_space_is_given_to_the_agent(space, value, expected):
+def test_values_in_the_space_reach_the_agent(space, value, expected):
     frame = frame_of(space)
     for is_first in (True, False):
         frame.take(value, is_first)
@@ -111,7 +111,7 @@ def test_what_is_in_the_space_is_given_to_the_agent(space, value, expected):
         assert got == frame.spec
 
 
-def test_one_hot_vectors_have_one_one():
+def test_one_hot_vectors_have_a_single_one():
     frame = frame_of(Discrete(4))
     for value in (1, 3, 3, 0, 2):
         frame.take(value, False)
@@ -119,7 +119,7 @@ def test_one_hot_vectors_have_one_one():
 
 
 @pytest.mark.parametrize('dtype', [np.float16, np.float32, np.float64])
-def test_rounding_does_not_leave_the_range_of_floats(dtype):
+def test_rounding_beyond_the_bounds_of_floats_is_accepted(dtype):
     low, high = np.array([[-1, 0, -1000, 0], [1, 1e-3, 0, np.inf]], dtype)
     space, scale = Box(low, high, dtype=dtype), [1, 1e-3, 1000, 1]
     frame = frame_of(space)
@@ -129,14 +129,14 @@ def test_rounding_does_not_leave_the_range_of_floats(dtype):
             rounded[i] = np.nextafter(value, dtype(outwards * np.inf), dtype=dtype)
             assert not space.contains(rounded)
             frame.take(rounded, is_first=True)
-            # A hundredth is no rounding.
+            # A hundredth is more than rounding.
             rounded[i] = value + outwards * 0.01 * scale[i]
             with pytest.raises(DeclarationError, match=rf'at \[{i}\] of its observation'):
                 frame.take(rounded, is_first=True)
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_not_finite_are_left_to_the_actor(value, caplog):
+def test_non_finite_numbers_are_left_to_the_actor(value, caplog):
     frame = frame_of(Box(-1, 1, (2,)))
     for is_first in (True, False):
         frame.take(np.array([0, value], np.float32), is_first)
@@ -146,7 +146,7 @@ def test_numbers_that_are_not_finite_are_left_to_the_actor(value, caplog):
     assert not caplog.records
 
 
-def test_floats_out_of_range_in_mid_episode_are_told_of_once(caplog):
+def test_floats_out_of_range_in_mid_episode_are_reported_once(caplog):
     """Like LunarLander-v3's, which flies twenty times higher than it declares."""
     frame = frame_of(Box(-2.5, 2.5, (2,)))
     frame.take(np.array([0, 2.5], np.float32), is_first=True)
@@ -177,18 +177,18 @@ def test_floats_out_of_range_in_mid_episode_are_told_of_once(caplog):
     ],
     ids=str,
 )
-def test_spaces_that_are_no_frame(space):
+def test_spaces_that_cannot_be_frames(space):
     assert frame_of(space) is None
 
 
-def test_texts():
+def test_text_spaces():
     minigrid = pytest.importorskip('minigrid.core.mission')
     mission = minigrid.MissionSpace(lambda: 'go')
     assert [observation_spaces.is_text(space) for space in (Text(3), mission)] == [True, True]
     assert not any(map(observation_spaces.is_text, (Discrete(3), PIXELS, Tuple([Text(3)]))))
 
 
-def test_spaces_are_told_in_one_line():
+def test_spaces_are_described_in_one_line():
     bounds = np.arange(100.0).reshape(10, 10)
     space = Dict(a=Box(bounds, bounds + 1, dtype=np.float64), b=Discrete(3), c=Tuple([PIXELS]))
     assert observation_spaces.space_text(space) == (

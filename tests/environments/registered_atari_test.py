@@ -1,4 +1,4 @@
-"""Atari ids that somebody registered, against what Gymnasium plays."""
+"""Compares Atari ids that users register with what Gymnasium plays."""
 
 import ale_py
 import gymnasium
@@ -22,13 +22,13 @@ from impala.trajectory import EpisodeEnd
         ({'game': 'pong', 'obs_type': 'grayscale', 'frameskip': 1}, 100, {'max_noops': 0}, 6),
     ],
 )
-def test_atari_ids_of_ones_own_play_as_gymnasium_plays_them(
+def test_registered_atari_ids_match_gymnasium(
     kwargs, limit, config, actions_seen, register_atari, make
 ):
-    """With the preprocessing, which wants a `frameskip` of 1 and repeats actions itself."""
+    """With Gymnasium's preprocessing, which needs `frameskip` 1 and repeats actions itself."""
     name = register_atari('EnvironmentsTest/Own-v0', kwargs=kwargs, max_episode_steps=limit)
     environment = make(name, 3, **config)
-    # Its own default is a fourth of sticky actions, and ours none.
+    # Gymnasium's default is 0.25, ours is 0.
     options = {} if 'repeat_action_probability' in kwargs else {'repeat_action_probability': 0.0}
     truth = gymnasium.wrappers.FrameStackObservation(
         gymnasium.wrappers.AtariPreprocessing(
@@ -54,7 +54,7 @@ def test_atari_ids_of_ones_own_play_as_gymnasium_plays_them(
     assert ends >= 2 or kwargs['game'] != 'pong'
 
 
-def test_atari_ids_of_ones_own_and_flags(register_atari, make):
+def test_flags_override_registered_atari_ids(register_atari, make):
     pong = {'game': 'pong', 'frameskip': 3, 'repeat_action_probability': 0.5}
     name = register_atari('EnvironmentsTest/Own-v0', kwargs=pong, max_episode_steps=50)
     environment = make(name, max_noops=0)
@@ -62,13 +62,13 @@ def test_atari_ids_of_ones_own_and_flags(register_atari, make):
     assert environment._ale.getFloat('repeat_action_probability') == 0.5
     rows = play(environment, [0] * 100)
     assert [t for t, row in enumerate(rows) if row[1]] == [50, 100]
-    # What flags say comes first; the limit stays 50 steps of 3 frames.
+    # Flags take precedence; the limit stays 50 steps of 3 frames.
     environment = make(name, max_noops=0, num_action_repeats=2, sticky_actions=0.1)
     assert environment._ale.getFloat('repeat_action_probability') == pytest.approx(0.1)
     rows = play(environment, [0] * 100)
     assert [t for t, row in enumerate(rows) if row[1]] == [75]
 
-    # The package's own ids mean the game only; one that was changed means what it says.
+    # The package's own ids only name the game; of a changed id all settings count.
     assert make('PongNoFrameskip-v0').spec.num_action_repeats == 4
     changed = {**gymnasium.registry['ALE/Pong-v5'].kwargs, 'max_num_frames_per_episode': 40}
     register_atari('ALE/Pong-v5', ale_py.AtariEnv, kwargs=changed)
@@ -97,14 +97,14 @@ def test_atari_ids_of_ones_own_and_flags(register_atari, make):
         ({'game': 'pong', 'repeat_action_probability': 1.5}, 'repeat_action_probability=1.5'),
     ],
 )
-def test_what_atari_ids_of_ones_own_cannot_have_is_refused(kwargs, part, register_atari):
+def test_unsupported_settings_of_registered_atari_ids_are_refused(kwargs, part, register_atari):
     name = register_atari('EnvironmentsTest/Own-v0', 'ale_py:AtariEnv', kwargs=kwargs)
     with pytest.raises(LevelError) as error:
         create_environment(name, 1)
     assert repr(name) in str(error.value) and part in str(error.value)
 
 
-def test_wrappers_of_atari_ids_of_ones_own_are_refused(register_atari):
+def test_wrappers_of_registered_atari_ids_are_refused(register_atari):
     wrapper = gymnasium.envs.registration.WrapperSpec(
         'TimeAwareObservation', 'gymnasium.wrappers:TimeAwareObservation', {}
     )

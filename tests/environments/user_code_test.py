@@ -1,4 +1,4 @@
-"""Modules and callables that fail."""
+"""Users' modules and callables that fail."""
 
 import pathlib
 
@@ -30,7 +30,7 @@ def test_modules_that_cannot_be_imported(text, parts, attribute, module):
     assert '\n' not in str(error.value)
 
 
-def test_errors_of_several_lines_become_one_sentence_with_all_their_words(module):
+def test_multi_line_errors_become_one_sentence(module):
     name = module(
         'import gymnasium\n'
         'from environments import LevelError\n'
@@ -60,7 +60,7 @@ def test_errors_of_several_lines_become_one_sentence_with_all_their_words(module
         ('OfOnesOwnNowhere-v0', ['cannot be made', 'AttributeError', "'Nowhere'"]),
     ],
 )
-def test_environments_that_are_wrong_in_their_making(attribute, parts, module):
+def test_environments_that_cannot_be_created(attribute, parts, module):
     name = module(
         'import gymnasium, math\n'
         'def narrow(seed):\n'
@@ -80,7 +80,7 @@ def test_environments_that_are_wrong_in_their_making(attribute, parts, module):
         assert part in str(error.value)
 
 
-def test_failures_that_may_pass_are_not_taken_for_bad_input(module):
+def test_transient_failures_are_not_treated_as_bad_input(module):
     name = module(
         'import gymnasium\n'
         'def make(seed=0, config=None):\n'
@@ -92,8 +92,8 @@ def test_failures_that_may_pass_are_not_taken_for_bad_input(module):
             create_environment(f'{name}:{each}', 1)
 
 
-def test_a_failure_is_placed_in_the_code_of_the_user(module):
-    """Whichever module of the package calls that code, and nowhere if no code of theirs fails."""
+def test_failures_are_located_in_the_users_code(module):
+    """Whichever module of the package calls it."""
     name = module(
         'import gymnasium\n'
         'class OfOnesOwn(gymnasium.Env):\n'
@@ -112,5 +112,5 @@ def test_a_failure_is_placed_in_the_code_of_the_user(module):
     for path in package.glob('*.py'):
         with pytest.raises(KeyError) as error:
             exec(compile('\n{}["map"]', path, 'exec'), {})
-        # That of the test calls the package's.
+        # The innermost code outside the package is this test.
         assert describe_failure(error.value).startswith("KeyError: 'map' (user_code_test.py, ")

@@ -1,4 +1,4 @@
-"""ViZDoom against what Gymnasium plays, and what is left of it."""
+"""Compares ViZDoom with what Gymnasium plays; checks that it leaves nothing behind."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from impala.errors import LevelError
 from impala.trajectory import EpisodeEnd
 
 
-def test_vizdoom_plays_as_gymnasium_does(make, tmp_path, monkeypatch):
+def test_vizdoom_matches_gymnasium(make, tmp_path, monkeypatch):
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
     monkeypatch.chdir(tmp_path)
@@ -50,7 +50,7 @@ def test_vizdoom_plays_as_gymnasium_does(make, tmp_path, monkeypatch):
         create_environment('VizdoomBasic-MultiBinary-v1', 1)
 
 
-def test_vizdoom_ids_of_ones_own_say_how_often_actions_are_repeated(make):
+def test_registered_vizdoom_ids_set_the_action_repeats(make):
     import vizdoom.gymnasium_wrapper  # noqa: F401
 
     builtin = gymnasium.registry['VizdoomBasic-v1']
@@ -65,7 +65,7 @@ def test_vizdoom_ids_of_ones_own_say_how_often_actions_are_repeated(make):
         gymnasium.registry.pop(name)
 
 
-def test_nothing_of_vizdoom_outlives_an_actor_that_is_killed(tmp_path):
+def test_vizdoom_ends_with_a_killed_actor(tmp_path):
     before = set(os.listdir('/dev/shm'))
     actor = subprocess.Popen(
         [
@@ -96,7 +96,7 @@ def test_nothing_of_vizdoom_outlives_an_actor_that_is_killed(tmp_path):
         time.sleep(0.02)
     if is_running(children[0]):
         os.kill(children[0], signal.SIGKILL)
-        pytest.fail('ViZDoom goes on without its actor')
+        pytest.fail('ViZDoom keeps running without its actor')
 
 
 def is_running(pid):
