@@ -21,7 +21,7 @@ def result(returns, levels=KNOWN, **changes):
     return CheckpointScores('ckpt-1', 10, 10, 'sample', 1, suite, returns, **settings)
 
 
-def test_rows_of_an_older_history_stay(tmp_path):
+def test_rows_of_an_older_history_are_kept(tmp_path):
     level = suites.known_level('CartPole-v1')
     old = 'checkpoint,agent_steps,frames,level,episodes,mean,low,high'
     row = 'ckpt-1,10,10,CartPole-v1,2,9.5,9.0,10.0'
@@ -34,7 +34,7 @@ def test_rows_of_an_older_history_stay(tmp_path):
     ]
 
 
-def test_bytes_of_the_history_that_are_damaged_stay_as_they_are(tmp_path):
+def test_damaged_bytes_of_the_history_are_kept(tmp_path):
     path = tmp_path / 'test_history.csv'
     test_report.write(str(tmp_path), result({'levels:a': [1.0]}), add_to_history=True)
     header, row = path.read_bytes().splitlines()
@@ -49,8 +49,8 @@ def test_bytes_of_the_history_that_are_damaged_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     'other', [[math.nan, math.inf, -math.inf], [], [math.nan, 0.5], [math.nan, 1.0, 0.0]]
 )
-def test_returns_that_are_not_finite_are_told_and_left_out(tmp_path, levels, other):
-    """Levels with some, and with none, whose scores are known, or are not."""
+def test_non_finite_returns_are_reported_and_left_out(tmp_path, levels, other):
+    """Levels with some or no finite returns, with and without known scores."""
     finite = [value for value in other if math.isfinite(value)]
     tested = result({'levels:a': [1.0, math.nan, 3.0, math.inf, 8.0], 'b': other}, levels)
     with warnings.catch_warnings():
@@ -81,19 +81,19 @@ def test_returns_that_are_not_finite_are_told_and_left_out(tmp_path, levels, oth
         assert [row['mean'] for row in rows] == ['4.0', '0.5' if finite else '']
 
 
-def test_a_test_that_is_as_it_should_be_has_no_remarks():
+def test_a_complete_test_has_no_remarks():
     assert test_report.table(result({'levels:a': [1.0, 2.0]})).count('\n') == 2
 
 
-def test_a_million_returns_are_summed_up_quickly_and_rightly(tmp_path):
-    """Their bootstrap would take 16 GB of memory and minutes."""
+def test_intervals_of_a_million_returns_are_fast_and_correct(tmp_path):
+    """A bootstrap would take minutes and 16 GB of memory."""
     returns = np.random.default_rng(1).exponential(3.0, 1_000_000)
     low, high = scores.mean_interval(returns.tolist())
     assert (high - low) / 2 == pytest.approx(1.96 * 3.0 / 1000, rel=0.01)
     assert (low + high) / 2 == pytest.approx(returns.mean(), abs=1e-9)
     many = {'levels:a': returns, 'b': returns[:10]}
     low, high = scores.suite_intervals(many | {'b': returns}, KNOWN)['mean_no_cap']
-    # A suite's mean of 30% and 200% whose standard errors are 0.03% and 0.15%.
+    # The suite's mean of 30% and 200%, with standard errors of 0.03% and 0.15%.
     assert (high - low) / 2 == pytest.approx(1.96 * 0.5 * np.hypot(0.03, 0.15), rel=0.1)
     few = returns[:2000].tolist()
     normal = 1.96 * np.std(few) / 2000**0.5

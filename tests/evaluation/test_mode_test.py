@@ -29,7 +29,7 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutput
 
 @pytest.fixture(scope='module')
 def logdir(tmp_path_factory):
-    """A short run, trained as if every life were an episode."""
+    """A short run that was trained with every life as an episode."""
     folder = tmp_path_factory.mktemp('run')
     training.train(lives_config(folder))
     return folder
@@ -41,7 +41,7 @@ def lives_config(logdir, **changes):
 
 
 def to_test(run, num_episodes=10, policy='sample', num_videos=0, max_frames=None, **changes):
-    """The settings of a run's test."""
+    """Returns the settings for a test of a run."""
     return run.replace(
         mode='test', test_num_episodes=num_episodes, test_policy=policy, save_video=num_videos,
         test_max_frames=max_frames, **changes,
@@ -49,10 +49,10 @@ def to_test(run, num_episodes=10, policy='sample', num_videos=0, max_frames=None
 
 
 @pytest.mark.parametrize('num_episodes', [1, 5])
-def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episodes):
+def test_plays_exactly_the_requested_number_of_whole_games(logdir, num_episodes):
     lines = []
     returns = evaluate(to_test(lives_config(logdir), num_episodes), lines.append)
-    # Three lives of four steps, 1 each.
+    # Three lives of four steps with a reward of 1.
     assert returns == {'levels:lives': [12.0] * num_episodes}
     assert lines[0] == f'Testing {logdir}/checkpoints/ckpt-1'
     with open(logdir / 'test_scores.json') as file:
@@ -78,7 +78,7 @@ def test_plays_exactly_the_episodes_asked_for_and_whole_games(logdir, num_episod
     }
 
 
-def test_what_the_learner_keeps_beside_the_network_is_not_in_the_way(tmp_path):
+def test_checkpoints_with_target_network_and_adam_can_be_tested(tmp_path):
     run = config(tmp_path, loss='appo', target_update_steps=3, optimizer='adam')
     training.train(run)
     assert evaluate(to_test(run, 2), print) == {'levels:short': [5.0] * 2}
@@ -86,7 +86,7 @@ def test_what_the_learner_keeps_beside_the_network_is_not_in_the_way(tmp_path):
     assert (network.torso, network.use_lstm, spec.num_actions) == ('mlp', False, 2)
 
 
-def test_seeds_do_not_depend_on_who_plays(logdir):
+def test_seeds_do_not_depend_on_the_number_of_actors(logdir):
     """Each return of this level is a function of the environment's seed."""
     names = 'levels:seeded,levels:short'
     expected = [float(episode_seed(1, 'levels:seeded', number) % 1_000_000) for number in range(5)]
@@ -99,8 +99,8 @@ def test_seeds_do_not_depend_on_who_plays(logdir):
         assert returns == {'levels:seeded': expected, 'levels:short': [5.0] * 5}
 
 
-def test_every_level_plays_its_episodes_however_long_they_are(logdir, tmp_path):
-    """In one process: the environment of the short ones takes over some of the others."""
+def test_levels_with_short_and_long_episodes_play_equally_many(logdir, tmp_path):
+    """In one process, whose environment for the short ones takes over some of the long ones."""
     suite = tmp_path / 'both.csv'
     suite.write_text('level,random,human\nlevels:short,0,10\nlevels:long,0,10\n')
     run = lives_config(logdir, num_actors=3, envs_per_process=3, level_name=str(suite))
@@ -117,7 +117,7 @@ def test_every_level_plays_its_episodes_however_long_they_are(logdir, tmp_path):
     assert 'mean over levels, each capped at 100' in lines[-1]
 
 
-def test_a_greedy_policy_does_what_is_most_probable(logdir):
+def test_a_greedy_policy_takes_the_most_probable_action(logdir):
     """The return counts how often action 1 was chosen; observations are always the same."""
     run = lives_config(logdir, level_name='levels:counting')
     greedy = evaluate(to_test(run, 4, 'greedy'), print)['levels:counting']
@@ -143,7 +143,7 @@ def test_a_chosen_checkpoint(logdir, tmp_path):
 
 
 def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_path):
-    """What is cut short or gone is passed over."""
+    """Incomplete checkpoints are skipped until their files are complete."""
     run = lives_config(tmp_path, total_environment_frames=100)
     ready = tmp_path / 'ready'
     shutil.copytree(logdir / 'checkpoints', ready)
@@ -170,7 +170,7 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
         'checkpoint,agent_steps,frames,level,episodes,mean,low,high,policy,seed',
         f'{folder}/ckpt-1,100,100,levels:lives,2,12.0,12.0,12.0,sample,1',
     ]
-    # What differs in anything is another test.
+    # Another policy or number of episodes is another test.
     for num_episodes, policy in ((2, 'greedy'), (1, 'sample')):
         evaluate(to_test(run, num_episodes, policy, watch=True), lines.append)
     assert (tmp_path / 'test_history.csv').read_text().splitlines() == [
@@ -189,23 +189,21 @@ def test_scores_that_cannot_be_written_are_shown(logdir, tmp_path, capsys):
     with pytest.raises(checkpoint.LogdirError, match=re.escape(sentence)):
         evaluate(to_test(run, 2), lines.append)
     assert re.search(r'levels:lives +2 +12\.00', lines[-1])
-    # Who watches goes on.
+    # `--watch` only warns and continues.
     evaluate(to_test(run, 2, watch=True), lines.append)
     assert lines[-1] == 'Training is complete.'
     assert f'WARNING: {sentence}' in capsys.readouterr().err
 
 
-def test_watching_leaves_out_none_of_the_checkpoints_that_appear_during_a_test(
-    logdir, tmp_path, monkeypatch, capsys
-):
-    """But those that are removed by then, or damaged."""
+def test_watching_tests_all_checkpoints_saved_during_a_test(logdir, tmp_path, monkeypatch, capsys):
+    """Except those that are removed or damaged by then."""
     monkeypatch.setattr(evaluation, '_WATCH_SECONDS', 0.05)
     ready = tmp_path / 'ready' / 'checkpoints'
     kept = tmp_path / 'kept'
     shutil.copytree(logdir, ready.parent)
     for frames in (120, 140, 160, 180):
         training.train(lives_config(ready.parent, total_environment_frames=frames))
-        # Training keeps three.
+        # Training keeps three checkpoints.
         shutil.copytree(ready, kept, dirs_exist_ok=True)
     folder = tmp_path / 'run' / 'checkpoints'
     folder.mkdir(parents=True)
@@ -246,7 +244,7 @@ def test_watching_leaves_out_none_of_the_checkpoints_that_appear_during_a_test(
 
 @pytest.fixture(scope='module')
 def cartpole(tmp_path_factory):
-    """A policy that has learned something, and the returns of training that learned no more."""
+    """A trained policy, and its returns in further training with learning rate 0."""
     learned = config(
         tmp_path_factory.mktemp('cartpole'), level_name='CartPole-v1', num_actors=8,
         envs_per_process=4, queue_capacity=8, total_environment_frames=40_000, batch_size=8,
@@ -265,8 +263,8 @@ def cartpole(tmp_path_factory):
     return run, [row['return'] for row in rows]
 
 
-def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpole):
-    """Played again, all at once, with nothing but Gymnasium and the network."""
+def test_greedy_episodes_follow_from_weights_and_seeds(cartpole):
+    """The test repeats them, all at once, with only Gymnasium and the network."""
     count = 24
     run = cartpole[0]
     (returns,) = evaluate(to_test(run, count, 'greedy'), print).values()
@@ -298,20 +296,20 @@ def test_greedy_episodes_are_those_that_the_weights_and_the_seeds_lead_to(cartpo
             lengths[i] += 1
             margins[i] = min(margins[i], abs(logits[i, 1] - logits[i, 0]))
             is_over[i] = terminated or truncated
-    # Two actions this close may be told apart otherwise where rows are summed in another order.
+    # If rows are summed in another order, rounding may swap two actions this close.
     is_clear = margins > 1e-5
     assert is_clear.sum() > count / 2
     np.testing.assert_array_equal(np.array(returns)[is_clear], lengths[is_clear])
 
 
-def test_returns_do_not_depend_on_who_plays(cartpole):
-    """Actions are sampled; the number of rows that share a batch is another one each time."""
+def test_returns_do_not_depend_on_the_number_of_actors(cartpole):
+    """Actions are sampled, and batch sizes vary."""
     played = []
     for num_actors, envs_per_process, count in ((8, 4, 12), (12, 4, 12), (1, 1, 4)):
         run = cartpole[0].replace(num_actors=num_actors, envs_per_process=envs_per_process)
         played.append(evaluate(to_test(run, count), print)['CartPole-v1'])
     assert played[0] == played[1]
-    # Fewer episodes are the first of them.
+    # A shorter test plays the first of the same episodes.
     assert played[2] == played[0][:4]
     assert len(set(played[0])) > 6
 
@@ -330,9 +328,7 @@ SPEAKING = {'frame': ArraySpec((72, 96, 3), 'uint8'), 'instruction': ArraySpec((
         (GreedyAgent, AgentConfig('shallow', False), IMAGE),
     ],
 )
-def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
-    agent_class, network, observation
-):
+def test_a_row_gives_the_same_bits_in_any_batch(agent_class, network, observation):
     spec = with_action_noise(EnvironmentSpec(observation, 5, 1))
     agent = agent_class(network, spec)
     random = np.random.default_rng(1)
@@ -364,7 +360,7 @@ def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
         some = step(last_action, reward, done, state, np.array(chosen))
         for part, whole in zip(some, together, strict=True):
             np.testing.assert_array_equal(part, whole[chosen])
-    # An episode does not know the one before.
+    # An episode does not depend on the previous one.
     all_first = np.ones(count, bool)
     nothing = tf.nest.map_structure(np.zeros_like, (last_action, reward, all_first, state))
     nothing = (*nothing[:2], all_first, nothing[3])
@@ -372,11 +368,11 @@ def test_a_row_is_computed_alike_to_the_bit_whatever_is_beside_it(
         np.testing.assert_array_equal(one, other)
 
 
-def test_scores_are_those_of_training_that_learns_nothing(cartpole):
-    """The same weights act in both, with other seeds.
+def test_scores_match_training_with_learning_rate_0(cartpole):
+    """The same weights act in both, with different seeds.
 
     Means of hundreds of episodes are off by six standard errors less than once in a million times.
-    What the log of training lacks are the unfinished episodes, one of each environment at most.
+    The log of training lacks unfinished episodes, at most one per environment.
     """
     run, trained = cartpole
     (tested,) = evaluate(to_test(run, 300), print).values()
@@ -423,7 +419,7 @@ def test_another_network_is_refused(logdir):
         evaluate(to_test(lives_config(logdir, use_lstm='true'), 1), print)
 
 
-def test_an_episode_without_an_end_is_cut_off(logdir):
+def test_endless_episodes_are_cut_off(logdir):
     run = lives_config(logdir, level_name='levels:endless')
     lines = []
     returns = evaluate(to_test(run, 6, max_frames=30), lines.append)
@@ -439,7 +435,7 @@ def test_an_episode_without_an_end_is_cut_off(logdir):
 
 
 def after_results(monkeypatch, number, act):
-    """Has something done when so many episodes have a result."""
+    """Calls `act` as soon as `number` episodes have a result."""
     record = Schedule.record
 
     def record_and_act(schedule, *result):
@@ -450,7 +446,7 @@ def after_results(monkeypatch, number, act):
     monkeypatch.setattr(Schedule, 'record', record_and_act)
 
 
-def test_an_interrupted_test_leaves_what_was_played(logdir, tmp_path, monkeypatch):
+def test_an_interrupted_test_writes_the_scores_so_far(logdir, tmp_path, monkeypatch):
     shutil.copytree(logdir, tmp_path, dirs_exist_ok=True)
     names = 'levels:short,levels:endless'
     run = lives_config(tmp_path, level_name=names, num_actors=2)
@@ -471,7 +467,7 @@ def test_an_interrupted_test_leaves_what_was_played(logdir, tmp_path, monkeypatc
         ('3', '5.0', 'true'),
         ('0', '', 'true'),
     ]
-    # The history is of whole tests only.
+    # The history has complete tests only.
     with pytest.raises(evaluation.EvaluationInterrupted):
         evaluate(to_test(run, 3, watch=True), lines.append)
     assert not (tmp_path / 'test_history.csv').exists()
@@ -498,21 +494,21 @@ def test_an_episode_that_cannot_be_played_ends_the_test(logdir, tmp_path, monkey
     monkeypatch.setenv('LEVELS_FOLDER', str(tmp_path))
     with pytest.raises(ActorError, match='restarted 2 times'):
         evaluate(to_test(run, 8), print)
-    # What was played before is not lost.
+    # Earlier episodes are kept.
     scores = json.loads((logdir / 'test_scores.json').read_text())
     assert scores['partial'] and len(scores['levels']['levels:dies_again']['returns']) == 4
     deadly = str(episode_seed(1, 'levels:dies_again', 4))
     assert (tmp_path / 'died').read_text().split() == [deadly] * 3
 
 
-def test_restarts_with_an_episode_in_between_are_not_in_a_row(logdir, capsys):
-    """Five processes play an episode each, and the first four die in another."""
+def test_an_episode_between_restarts_resets_their_limit(logdir, capsys):
+    """Five processes play an episode each; the first four die in their next one."""
     run = lives_config(logdir, level_name='levels:mortal', num_actors=1, max_actor_restarts=1)
     seeds = [episode_seed(1, 'levels:mortal', number) for number in range(5)]
     returns = evaluate(to_test(run, 5), print)
     assert returns == {'levels:mortal': [float(seed % 1_000_000) for seed in seeds]}
     said = capsys.readouterr().err
-    # The same error each time, on the 2nd and the 4th in short.
+    # Repetitions of the same error are reported in short, the 2nd and the 4th time.
     assert said.count('ended with exit code 1 and is restarted') == 1
     assert 'as before, 2 times so far' in said and 'as before, 4 times so far' in said
     assert 'Actor processes died and were restarted 4 times.' in said

@@ -1,4 +1,4 @@
-"""Tests of impala/experience/loading.py: sources that the test opens and closes as it likes."""
+"""Tests of impala/experience/loading.py, with sources that the test opens and closes."""
 
 import gc
 import itertools
@@ -22,7 +22,7 @@ def wait_until(condition):
 
 
 class Source:
-    """Batches 0, 1, ...; each is assembled at once, or when the test opens it."""
+    """Assembles batches 0, 1, ... at once, or when the test opens it."""
 
     def __init__(self, number, is_open=True):
         self.begun = 0
@@ -61,7 +61,8 @@ def loader_threads():
         (['/cpu:0', '/cpu:1'], 1),
     ],
 )
-def test_gpus_have_a_loader_that_assembles_while_another_one_moves(devices, expected):
+def test_gpus_have_two_loaders_and_cpus_one(devices, expected):
+    """One assembles while the other moves."""
     assert default_loaders(devices) == expected
 
 
@@ -76,7 +77,7 @@ def test_one_loader_keeps_the_order():
         assert list(loading) == [(batch,) for batch in range(1000)]
 
 
-def test_several_loaders_lose_nothing_and_bring_nothing_twice():
+def test_several_loaders_deliver_each_batch_once():
     turns = itertools.count()
 
     def move_slowly(batch, device):
@@ -91,7 +92,7 @@ def test_several_loaders_lose_nothing_and_bring_nothing_twice():
 
 
 @pytest.mark.parametrize('loaders', [1, 4])
-def test_several_loaders_work_at_the_same_time_and_not_too_far_ahead(loaders):
+def test_loaders_work_in_parallel_and_not_too_far_ahead(loaders):
     moving, most, lock = 0, 0, threading.Lock()
     release = threading.Event()
 
@@ -111,7 +112,7 @@ def test_several_loaders_work_at_the_same_time_and_not_too_far_ahead(loaders):
         consumer = threading.Thread(target=lambda: [next(loading) for _ in range(10)])
         consumer.start()
         wait_until(lambda: most == loaders)
-        # All wait for the release, none of them twice.
+        # Each loader waits for the release with one batch.
         assert source.begun == loaders
         release.set()
         consumer.join(PATIENCE_SECONDS)
@@ -123,7 +124,7 @@ def test_several_loaders_work_at_the_same_time_and_not_too_far_ahead(loaders):
 
 
 @pytest.mark.parametrize('loaders', [1, 3])
-def test_no_more_batches_are_alive_than_there_may_be(loaders):
+def test_the_number_of_live_batches_is_bounded(loaders):
     class Batch:
         pass
 
@@ -148,7 +149,7 @@ def test_no_more_batches_are_alive_than_there_may_be(loaders):
 
 @pytest.mark.parametrize('loaders', [1, 4])
 @pytest.mark.parametrize('stage', ['assemble', 'move'])
-def test_an_error_of_a_loader_is_raised_where_batches_are_wanted(stage, loaders):
+def test_errors_of_loaders_reach_the_consumer(stage, loaders):
     def fail_at_last(batch):
         if batch == 20:
             raise ValueError('the third wheel is broken')
@@ -162,7 +163,7 @@ def test_an_error_of_a_loader_is_raised_where_batches_are_wanted(stage, loaders)
     ) as loading:
         with pytest.raises(ValueError, match='^the third wheel is broken$'):
             list(loading)
-        # Whoever asks again hears it again, and the other loaders have stopped, too.
+        # Later requests raise it again, and the other loaders stop, too.
         with pytest.raises(ValueError, match='^the third wheel is broken$'):
             next(loading)
         wait_until(lambda: not loader_threads())
@@ -184,7 +185,7 @@ def test_an_error_on_one_device_does_not_wait_for_the_others():
 
 
 @pytest.mark.parametrize('loaders', [1, 4])
-def test_closing_the_source_while_loaders_wait_is_the_end(loaders):
+def test_closing_the_source_ends_waiting_loaders(loaders):
     source = Source(100, is_open=False)
     with Loading(source, loaders) as loading:
         ended = []
@@ -199,7 +200,7 @@ def test_closing_the_source_while_loaders_wait_is_the_end(loaders):
     assert list(loading) == []
 
 
-def test_closing_ends_the_consumer_at_once_and_threads_with_their_source():
+def test_closing_ends_the_consumer_at_once_and_loaders_with_their_source():
     source = Source(100, is_open=False)
     loading = Loading(source, loaders=2)
     ended = []
@@ -214,7 +215,7 @@ def test_closing_ends_the_consumer_at_once_and_threads_with_their_source():
     source.close()
 
 
-def test_loaders_that_wait_for_room_end_when_closed():
+def test_closing_ends_loaders_that_wait_for_room():
     source = Source(100)
     with Loading(source, loaders=4) as loading:
         next(loading)
@@ -223,7 +224,7 @@ def test_loaders_that_wait_for_room_end_when_closed():
     assert list(loading) == []
 
 
-def test_nothing_begins_before_a_batch_is_asked_for():
+def test_nothing_is_loaded_before_the_first_request():
     source = Source(100)
     with Loading(source):
         pass

@@ -20,7 +20,7 @@ from impala.experience.replay import Replay, unroll_nbytes
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd, UnrollArray
 
 T = 20
-# An unroll that is a number, in two components: per unroll, and per row.
+# An unroll of one number, in two components: one per unroll and one per row.
 NUMBERED = [
     UnrollArray((), 'int64', 'number', False),
     UnrollArray((4, 3), 'float32', 'rows'),
@@ -28,14 +28,14 @@ NUMBERED = [
 
 
 def numbered(numbers):
-    """Unrolls `[T+1, N, ...]` whose contents all follow from their numbers."""
+    """Returns unrolls `[T+1, N, ...]` whose contents follow from their numbers."""
     numbers = np.asarray(numbers, np.int64)
     rows = numbers[np.newaxis, :, np.newaxis] * 100 + np.arange(12).reshape(4, 1, 3)
     return [numbers, rows.astype(np.float32)]
 
 
 def drawn(replay, size):
-    """Draws unrolls; returns their numbers, once it is clear that each is all of one piece."""
+    """Draws unrolls, checks that their components match and returns their numbers."""
     unrolls = [np.empty(size, np.int64), np.empty((4, size, 3), np.float32)]
     replay.sample(unrolls)
     np.testing.assert_array_equal(unrolls[1], numbered(unrolls[0])[1])
@@ -54,8 +54,8 @@ def test_each_unroll_is_drawn_equally_often():
     counts = np.bincount(draws, minlength=250)
     assert not counts[:150].any()
     chi_square = np.sum(np.square(counts[150:] - 200) / 200)
-    # Quantiles .0005 and .9995 of the distribution with 99 degrees of freedom, from a table; fewer
-    # would be as unlikely as more.
+    # Quantiles 0.0005 and 0.9995 with 99 degrees of freedom, from a table: counts may be neither
+    # too even nor too uneven.
     assert 59.14 < chi_square < 152.04
 
 
@@ -65,7 +65,7 @@ def test_draws_follow_from_the_seed():
     assert (drawn(filled(10, 10, seed=(1, 1)), 50) != first).any()
 
 
-def test_the_oldest_go_first():
+def test_the_oldest_unrolls_are_replaced_first():
     replay = Replay(NUMBERED, capacity=5, seed=0)
     assert len(replay) == 0
     with pytest.raises(ValueError, match='high <= 0'):
@@ -74,12 +74,12 @@ def test_the_oldest_go_first():
         replay.add(numbered([last]))
         assert len(replay) == min(5, last + 1)
         assert set(drawn(replay, 200)) == set(range(max(0, last - 4), last + 1))
-    # More at once than there is room for.
+    # More unrolls at once than the capacity.
     replay.add(numbered(range(12, 20)))
     assert set(drawn(replay, 200)) == {15, 16, 17, 18, 19}
 
 
-def test_threads_get_unrolls_of_one_piece():
+def test_threads_draw_consistent_unrolls():
     replay = filled(3, 3)
 
     def use(thread):
@@ -121,7 +121,7 @@ def test_the_fraction_is_exact_over_time(fraction, batch_size):
         assert replayed == round(1000 * batch_size * fraction)
 
 
-def test_batches_are_fresh_until_there_is_something_to_replay():
+def test_batches_are_fresh_while_replay_is_empty():
     replay = Replay(NUMBERED, 10, 0)
     mixer = ReplayMixer(replay, 0.5, 4)
     assert [mixer.next_num_fresh() for _ in range(3)] == [4, 4, 4]
@@ -130,7 +130,7 @@ def test_batches_are_fresh_until_there_is_something_to_replay():
 
 
 def atari_unrolls(game, num_unrolls, unroll_length=T, **config):
-    """Rows of a random agent as the actors write them; each begins with the last one before."""
+    """A random agent's unrolls as actors write them: each starts with the last row before it."""
     environment = create_environment(f'ALE/{game}-v5', 3, EnvironmentConfig(**config))
     try:
         random = np.random.default_rng(0)
@@ -159,11 +159,11 @@ def frame_components(shape):
 
 
 def assert_kept(frames):
-    """All unrolls `[T+1, N, H, W, C]` come out as they went in, from places used before."""
+    """Checks that unrolls `[T+1, N, H, W, C]` come out unchanged, even from reused places."""
     rows, size, *rest = frames.shape
     replay = Replay(frame_components((rows, *rest)), size, 0, stack='frame')
     for _ in range(2):
-        # The second time every place has been used by another one.
+        # In the second round every place has held another unroll.
         order = np.random.default_rng(0).permutation(size)
         replay.add([order, frames[:, order]])
     assert (len(replay), replay.left_out) == (size, 0)
@@ -180,11 +180,11 @@ def assert_kept(frames):
         (15, {'num_action_repeats': 12}),
         (16, {'end_episode_on_life_loss': True, 'unroll_length': 50}),
         (20, {'frame_stack': 2, 'num_action_repeats': 16}),
-        # So few steps make a game that one unroll has the ends of several.
+        # Games are so short that several end in one unroll.
         (4, {'frame_stack': 5, 'num_action_repeats': 64, 'unroll_length': 40}),
     ],
 )
-def test_stacks_of_atari_come_out_as_they_went_in(num_unrolls, config):
+def test_atari_stacks_come_out_unchanged(num_unrolls, config):
     frames, ends = atari_unrolls('Breakout', num_unrolls, **config)
     games = np.isin(ends[1:], (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED))
     assert games.sum() > 2
@@ -195,8 +195,8 @@ def test_stacks_of_atari_come_out_as_they_went_in(num_unrolls, config):
     assert_kept(frames)
 
 
-def test_episodes_of_any_length_come_out_as_they_went_in():
-    """Also of one row, which no game has; pixels of two values make rows that look alike."""
+def test_episodes_of_any_length_come_out_unchanged():
+    """Even of one row, which no game has. With two pixel values many rows look alike."""
     random = np.random.default_rng(0)
     unrolls = []
     for chance in np.linspace(0, 1, 40):
@@ -213,7 +213,7 @@ def test_episodes_of_any_length_come_out_as_they_went_in():
     assert_kept(np.stack(unrolls, 1))
 
 
-def test_an_unroll_whose_rows_are_no_stacks_is_left_out():
+def test_unrolls_whose_rows_are_not_shifted_stacks_are_left_out():
     frames, _ = atari_unrolls('Breakout', 3)
     broken = frames[:, 1].copy()
     broken[7, 3, 5, 1] ^= 1
@@ -226,7 +226,7 @@ def test_an_unroll_whose_rows_are_no_stacks_is_left_out():
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_an_unroll_that_is_not_finite_is_left_out(value):
+def test_non_finite_unrolls_are_left_out(value):
     replay = Replay(NUMBERED, 10, 0)
     unrolls = numbered(range(5))
     unrolls[1][2, 3, 1] = value
@@ -273,15 +273,15 @@ def test_frames_are_held_once_and_memory_is_bounded():
     assert unroll_nbytes(components, 'frame') == per_unroll == 170_406
     assert replay.nbytes == 12 * per_unroll
     assert after - before < 100_000
-    # Without stacks every byte is held as it is.
+    # Without stacks every byte is held.
     plain = components_of((72, 96, 3), 9, instruction=ArraySpec((32,), 'int32'))
     per_row = 72 * 96 * 3 + 32 * 4 + 4 + 4 + 4 + 4 + 1 + 4 + 9 * 4 + 4
     assert Replay(plain, 2, 0).nbytes == 2 * unroll_nbytes(plain)
     assert unroll_nbytes(plain) == (T + 1) * per_row + 12
 
 
-def test_batches_of_a_pipeline_have_fresh_unrolls_and_then_replayed_ones():
-    """Three unrolls of ten in a batch, of actors whose number the level tells, modulo 7."""
+def test_batches_have_fresh_unrolls_before_replayed_ones():
+    """A quarter of ten unrolls is replayed; their numbers modulo 7 are their actors and levels."""
     spec = EnvironmentSpec({'frame': ArraySpec((4, 5, 3), 'uint8')}, 2, 1)
     state = {'h': ArraySpec((3,), 'float32')}
     components = unroll_components(spec, state, 6, 7)

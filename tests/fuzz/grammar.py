@@ -1,8 +1,7 @@
 """The grammars of the fuzzer: command lines, suites, environments and damaged run folders.
 
 A grammar maps a symbol to its alternatives, strings in which `<symbol>` stands for an alternative
-of another symbol. Which alternative is taken is up to a random generator, so a case follows from
-its seed.
+of another symbol. A random generator picks the alternatives, so a case follows from its seed.
 """
 
 import dataclasses
@@ -12,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 Grammar = Mapping[str, Sequence[str]]
 
-# Flags that would make a case wait for another process, or for ever.
+# Flags that would make a case wait for another process, or forever.
 _WAITING_FLAGS = frozenset({'watch', 'task', 'job_name', 'learner_addresses', 'replay_addresses'})
-# Ended with by every command line, so that what is accepted is over soon.
+# Keep accepted runs short.
 _SHORT_RUN = (
     '--total_environment_frames=200',
     '--num_actors=2',
@@ -32,7 +31,7 @@ VALUES: Grammar = {
     'special': ['inf', '-inf', 'nan', 'NaN', 'Infinity', 'None', 'null'],
     'odd': ['0x10', '1_000', ' 3', '3 ', '+1', '--1', '٣', '1,000', '1e', '.', '1/2', '½'],
     'word': ['true', 'false', 'auto', 'all', 'cartpole', 'ü', '<word><word>', "'", '*', '%s', '{}'],
-    # A run may be begun in each of them, by whoever may do everything on the machine.
+    # Root may start a run in each of them.
     'path': ['/dev/null', '/dev/null/run', '/proc/none', '.', '..', 'gs://bucket/run', 's3://b'],
 }
 
@@ -57,8 +56,7 @@ SUITES: Grammar = {
     'digit': list('0123456789'),
 }  # fmt: skip
 
-# Observation, reward, end and the rest are right more often than not: else nearly all cases would
-# be refused for the first mistake.
+# Most alternatives are right, else nearly all cases would be refused for their first mistake.
 ENVIRONMENTS: Grammar = {
     'module': [
         'import numpy as np\n'
@@ -105,14 +103,14 @@ ENVIRONMENTS: Grammar = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What one run of the command is given.
+    """The input of one run of the command.
 
     Attributes:
-      kind: of the input that is made up.
+      kind: of the generated input.
       flags: of the command line; `{folder}` stands for the case's own folder.
       files: name within that folder -> content.
-      is_finished: whether `{folder}/run` is a copy of a finished run, and not there otherwise.
-      damage: what is done to that copy; None if nothing is.
+      is_finished: whether `{folder}/run` is a copy of a finished run; otherwise it is missing.
+      damage: to that copy; None for no damage.
     """
 
     kind: str
@@ -124,13 +122,13 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What is done to a file of a run.
+    """Damage to a file of a run.
 
     Attributes:
       file: path within the run's folder.
       how: name of the damage.
-      where: between 0 and 1, the place within the file.
-      text: what is put there, for the damages that put something.
+      where: relative position in the file, from 0 to 1.
+      text: what is written there, if the damage writes anything.
     """
 
     file: str
@@ -149,7 +147,7 @@ DAMAGES: Mapping[str, Callable[[bytes, int, bytes], bytes]] = {
     'change a value': lambda content, at, text: re.sub(rb'(?<=[=:,]).', text, content, count=1),
     'empty': lambda content, at, text: b'',
 }
-# These replace the file by something else.
+# These remove the file, or put a folder in its place.
 MISSING, FOLDER = 'remove', 'folder'
 _DAMAGED_FILES = (
     'flags.txt', 'network.json', 'metrics.jsonl', 'episodes.csv', 'checkpoints/checkpoint',
@@ -197,7 +195,7 @@ def make_case(seed: int, number: int, flag_types: Mapping[str, str]) -> Case:
         chosen = source.sample(names, source.choice((1, 1, 1, 2, 3)))
         flags = [_flag(source, name, flag_types[name]) for name in chosen]
         flags = ['--level_name=CartPole-v1', '--logdir={folder}/run', *_SHORT_RUN, *flags]
-        # With a run that has nothing left to do a case takes a fraction of the time.
+        # A finished run has nothing left to do, so these cases take a fraction of the time.
         return Case(kind, tuple(flags), is_finished=source.random() < 0.8)
     if kind == 'level':
         level_name = expand(LEVELS, 'level', source)
@@ -240,7 +238,7 @@ def _flag(source: random.Random, name: str, flag_type: str) -> str:
 
 
 def expand(grammar: Grammar, symbol: str, source: random.Random) -> str:
-    """Returns a text that a symbol stands for."""
+    """Returns a random expansion of a symbol."""
     return re.sub(
         r'<(\w+)>', lambda match: expand(grammar, match[1], source), source.choice(grammar[symbol])
     )

@@ -1,9 +1,9 @@
-"""Gives the command inputs from a grammar, and accepts two answers only.
+"""Runs the command on inputs from a grammar, and accepts only two answers.
 
     python tests/fuzz                                    # until Ctrl-C, with a new seed
     python tests/fuzz --seed=7 --first=41 --cases=1      # one case again
 
-An input is either refused with one sentence and exit code 2, or it is trained or tested with to the
+The command either refuses an input with one sentence and exit code 2, or trains or tests to the
 end. Everything else is a failure, which is printed with the command that repeats it.
 """
 
@@ -27,10 +27,10 @@ from impala.runs import flags
 CASE_SECONDS = 120
 REFUSED, ENDED_WELL = 'refused', 'ended well'
 
-# multiprocessing looks for the ends of all processes when it starts one, and must not be disturbed.
+# multiprocessing polls all its processes when it starts one, which must not happen concurrently.
 _one_at_a_time = threading.Lock()
 
-# What a run says of itself as it starts and goes on, which is no answer to the input.
+# Reports of progress, which are no answer to the input.
 _PROGRESS = re.compile(
     r'Starting|Tracing|WARNING: |Resuming from|Moved \d+ rows|.* frames \(|.*; all goes to |'
     r'Replay of |Testing |Changed flags: |Learning rate and|Actor .* restarted|\s*$'
@@ -65,11 +65,11 @@ def run_case(
 
     Args:
       case: of the grammar.
-      folder: its own, made if missing.
-      template: a finished run, of which the case may get a copy.
+      folder: of the case; made if missing.
+      template: logdir of a finished run, copied if the case needs one.
 
     Returns:
-      REFUSED, ENDED_WELL or '', and what is wrong if it is ''.
+      REFUSED or ENDED_WELL, and ''; after a failure '', and what is wrong.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in case.files.items():
@@ -107,7 +107,7 @@ def run_case(
 
 
 def _fault(code: int, stdout: str, stderr: str) -> str:
-    """Returns what is wrong with an answer; nothing if nothing is."""
+    """Returns what is wrong with an answer, or ''."""
     for text in ('Traceback', 'Exception ignored', 'Check failed', '*** SIG'):
         if text in stderr + stdout:
             return f'{text!r} was printed'
@@ -147,11 +147,11 @@ def fuzz(
     Args:
       seed: of the grammar.
       numbers: of the cases.
-      folder: for all files; a case's own files go when it is over.
+      folder: for all files; a case's own files are removed when it ends.
       template: logdir of a finished run.
 
     Yields:
-      Number of a case, and what `run_case` returned of it.
+      Number of a case, and what `run_case` returned.
     """
     types = flag_types()
 
@@ -163,7 +163,7 @@ def fuzz(
         return number, answer, fault and f'{case}\n{fault}'
 
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        # Not `map`, which would take an endless series to its end first.
+        # Not `map`, which would first exhaust the numbers, and they may be endless.
         pending: collections.deque[concurrent.futures.Future] = collections.deque()
         for number in numbers:
             pending.append(executor.submit(run, number))
@@ -174,5 +174,5 @@ def fuzz(
 
 
 def repeat_command(seed: int, number: int) -> str:
-    """Returns what runs one case again."""
+    """Returns the command that repeats one case."""
     return f'python tests/fuzz --seed={seed} --first={number} --cases=1'

@@ -1,4 +1,4 @@
-"""Tests of impala/learning/devices.py; what it makes is used in several_learners_test."""
+"""Tests of impala/learning/devices.py; several_learners_test uses its devices."""
 
 import pytest
 
@@ -17,6 +17,6 @@ from impala.learning import devices as learner_devices
         (['/cpu:0', '/cpu:1'], True, 'with --learner_addresses, several devices must be GPUs'),
     ],
 )
-def test_devices_that_cannot_be(devices, are_shared, sentence):
+def test_invalid_devices_are_refused(devices, are_shared, sentence):
     with pytest.raises(ConfigError, match=sentence):
         learner_devices.prepare(devices, are_shared)

@@ -28,7 +28,7 @@ from impala.trajectory import (
 
 
 class InfiniteSlopeAgent(EmbeddingAgent):
-    """Its baseline is finite at 0, the slope of its baseline is not."""
+    """Its baseline is finite at 0, but the slope of its baseline is not."""
 
     def value(self, x):
         return tf.sqrt(x)
@@ -90,7 +90,7 @@ def test_steps_follow_rmsprop_down_the_gradient_of_the_loss():
     assert learner.agent_steps.numpy() == 60
 
 
-def test_metrics_are_the_scalars_promised():
+def test_metrics_are_the_documented_scalars():
     config = _config()
     agent = mlp_agent()
     batch = batch_of(config, agent.initial_state(3))
@@ -128,7 +128,7 @@ def test_learning_rate_falls_linearly_to_zero_and_stays_there():
 
 
 @pytest.mark.parametrize('bad', ['nan', 'infinite_reward', 'nan_behaviour'])
-def test_loss_that_is_not_finite_changes_nothing(bad):
+def test_a_non_finite_loss_changes_nothing(bad):
     config = _config(reward_clipping='none', momentum=0.9, learning_rate=0.01)
     agent = mlp_agent()
     learner = Learner(agent, config)
@@ -155,7 +155,7 @@ def test_loss_that_is_not_finite_changes_nothing(bad):
     assert all(np.all(np.isfinite(v)) for v in everything)
 
 
-def test_gradient_that_is_not_finite_changes_nothing():
+def test_a_non_finite_gradient_changes_nothing():
     config = _config()
     agent = InfiniteSlopeAgent(np.zeros((_NUM_ACTIONS, _NUM_ACTIONS + 1)))
     learner = Learner(agent, config)
@@ -208,7 +208,7 @@ def test_gradients_of_embeddings_count_like_dense_ones():
     np.testing.assert_array_equal(agent.unused, [1.0, 2.0])
 
 
-def test_policy_lag_counts_updates_since_the_weights_that_acted():
+def test_policy_lag_counts_updates_since_the_acting_weights():
     config = _config()
     agent = mlp_agent()
     learner = Learner(agent, config)
@@ -221,7 +221,7 @@ def test_policy_lag_counts_updates_since_the_weights_that_acted():
     assert metrics['policy_lag_max'].numpy() == 0
 
 
-def test_replayed_unrolls_are_learnt_from_but_told_apart():
+def test_replayed_unrolls_train_alike_but_are_counted_apart():
     config = _config(replay_fraction=0.5, total_agent_steps=100)
     batch = batch_of(config, mlp_agent().initial_state(3))
     batch = batch._replace(policy_version=tf.constant([10, 4, 7], tf.int64))
@@ -234,11 +234,11 @@ def test_replayed_unrolls_are_learnt_from_but_told_apart():
     assert [metrics[name].numpy() for name in ('policy_lag_mean', 'policy_lag_max')] == [0, 0]
     assert metrics['replayed_policy_lag_mean'].numpy() == 4.5
     assert metrics['replayed_policy_lag_max'].numpy() == 6
-    # What is learnt does not depend on it.
+    # Fresh and replayed unrolls train alike.
     assert 'replayed_fraction' not in learners[1].step(batch)
     assert learners[1].counts() == (11, 15)
     _assert_equal(*[_values(learner.agent.trainable_variables) for learner in learners])
-    # All is fresh, then the same again.
+    # A batch without replayed unrolls, then the same batch again.
     for is_fresh, agent_steps in ((True, 20), (False, 20)):
         metrics = learners[0].step(batch, is_fresh, tf.zeros([3], tf.bool))
         assert metrics['replayed_fraction'].numpy() == 0
@@ -313,7 +313,7 @@ def appo_learner(**changes):
     return Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
 
 
-def test_the_target_network_follows_every_so_many_updates():
+def test_the_target_network_is_updated_periodically():
     learner = appo_learner(target_update_steps=3)
     for variable in learner.target_agent.trainable_variables:
         variable.assign_add(tf.ones_like(variable))
@@ -336,7 +336,7 @@ def test_metrics_of_appo_are_those_of_its_loss(target_update_steps):
         inputs = (batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
         return agent.unroll(*inputs)[0]
 
-    # At the second update the target network is still what the agent was before the first.
+    # At the second update the target network still has the initial weights.
     target = outputs(batches[1]) if target_update_steps else None
     learner.step(batches[0])
     batch = batches[1]
@@ -367,7 +367,7 @@ def test_steps_follow_adam_down_the_gradient_of_the_loss():
         batch = batch_of(config, agent.initial_state(3), seed=update)
         gradients = _gradients(agent, batch, config)
         learner.step(batch)
-        # In the order of section 2 of the paper, in which epsilon is not corrected for its bias.
+        # In the order of section 2 of the paper, without bias correction of epsilon.
         t = update + 1
         rate = 0.01 * (1 - update * 15 / 150) * np.sqrt(1 - 0.75**t) / (1 - 0.8**t)
         for i, g in enumerate(gradients):
@@ -378,7 +378,7 @@ def test_steps_follow_adam_down_the_gradient_of_the_loss():
             np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_batches_used_again_count_as_updates_only():
+def test_reused_batches_count_as_updates_only():
     learner = appo_learner(total_agent_steps=60, entropy_cost=0.5, final_entropy_cost=0.1)
     batches = [batch_of(learner.config, learner.agent.initial_state(3), seed) for seed in range(2)]
     seen = []
@@ -400,20 +400,20 @@ def test_batches_used_again_count_as_updates_only():
     assert learner._step.experimental_get_tracing_count() == 1
 
 
-def test_entropy_cost_of_the_end_is_reached():
+def test_the_final_entropy_cost_is_reached():
     learner = appo_learner(total_agent_steps=15, entropy_cost=0.5, final_entropy_cost=0.0)
     batch = batch_of(learner.config, learner.agent.initial_state(3))
     assert [float(learner.step(batch)['entropy_cost']) for _ in range(3)] == [0.5, 0.0, 0.0]
 
 
-def test_learning_rate_of_the_end_is_kept():
+def test_the_final_learning_rate_is_kept():
     learner = appo_learner(total_agent_steps=30, final_learning_rate=0.004)
     batch = batch_of(learner.config, learner.agent.initial_state(3))
     rates = [learner.step(batch)['learning_rate'] for _ in range(4)]
     np.testing.assert_allclose(rates, [0.01, 0.007, 0.004, 0.004], rtol=1e-6)
 
 
-def test_appo_that_is_not_finite_changes_nothing():
+def test_a_non_finite_appo_loss_changes_nothing():
     learner = appo_learner(reward_clipping='none')
     good = batch_of(learner.config, learner.agent.initial_state(3))
     learner.step(good)
@@ -444,7 +444,7 @@ def test_checkpoint_holds_target_network_and_adam(tmp_path):
 
 
 @pytest.mark.parametrize('has_target', [False, True])
-def test_a_target_network_and_its_updates_go_together(has_target):
+def test_a_target_network_needs_target_update_steps_and_vice_versa(has_target):
     config = _config(loss='appo', target_update_steps=0 if has_target else 5)
     with pytest.raises(ValueError, match='target_update_steps=. does not fit target_agent'):
         Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
@@ -459,7 +459,7 @@ def test_a_target_network_and_its_updates_go_together(has_target):
         {'loss': 'appo', 'learning_rate': 0.02, 'kl_cost': 0.1, 'normalize_advantages': True},
     ],
 )
-def test_learns_to_choose_what_is_rewarded(changes):
+def test_learns_to_choose_the_rewarded_action(changes):
     """In episodes of one step, the frame shows which action earns 1; the others earn 0."""
     config = LearnerConfig.of(batch_size=32, unroll_length=4, total_agent_steps=10**6, **changes)
     agent = mlp_agent(use_lstm=False)
@@ -478,11 +478,11 @@ def test_learns_to_choose_what_is_rewarded(changes):
             done=np.ones(rows, bool),
             observation={'frame': np.eye(_OBSERVATION_SIZE, dtype=np.float32)[best]},
         )
-        # Neither reward nor action of the step before tells anything here, so the agent sees none.
+        # The previous reward and action say nothing here, so the agent sees zeros.
         logits = policy(zeros, env_outputs).policy_logits.numpy()
         chosen = np.argmax(logits + rng.gumbel(size=logits.shape), -1).astype(np.int32)
         rewards = np.float32(chosen == best)
-        # What was decided in row t stands in row t + 1.
+        # Row t + 1 holds what was decided in row t.
         later = [np.roll(x, 1, axis=0) for x in (rewards, chosen, logits)]
         batch = ActorOutput(
             level_id=np.zeros(config.batch_size, np.int32),
@@ -506,7 +506,7 @@ def _named(variables):
 
 
 @pytest.mark.parametrize('changes', [{}, {'loss': 'appo', 'target_update_steps': 2}], ids=str)
-def test_the_autoencoders_loss_trains_decoder_and_encoder_and_nothing_else(changes):
+def test_the_autoencoder_loss_trains_only_decoder_and_encoder(changes):
     config = _config(autoencoder_cost=30.0, learning_rate=0.01, **changes)
     has_target = 'target_update_steps' in changes
     learners = [
@@ -517,7 +517,7 @@ def test_the_autoencoders_loss_trains_decoder_and_encoder_and_nothing_else(chang
     batch = batch_of_images(config, learner.agent.initial_state(3))
     frames = tf.reshape(batch.env_outputs.observation['frame'][:-1], [-1, 9, 14, 3])
     before = [_named(each.variables) for each in learners]
-    # The first row of the next unroll is the last of this one: it is not counted here.
+    # The last row is also the first of the next unroll, and counts there.
     expected = autoencoder_loss(frames, learner.reconstruct(frames))
     metrics = [each.step(batch) for each in learners]
     assert 'loss/autoencoder' not in metrics[0]
@@ -535,7 +535,7 @@ def test_the_autoencoders_loss_trains_decoder_and_encoder_and_nothing_else(chang
     for name in after[0]:
         np.testing.assert_array_equal(before[0][name], before[1][name])
         moved = np.abs(after[1][name] - after[0][name]).max()
-        # The policy's, the baseline's and the core's weights go where they go without a decoder.
+        # Weights of policy, baseline and core change as they do without a decoder.
         assert moved > 1e-5 if name in encoder else moved < 1e-6, (name, moved)
     for variable in learner.decoder.trainable_variables:
         assert np.any(variable.numpy() != before[1][variable.name]), variable.name
@@ -550,7 +550,7 @@ def test_the_loss_of_the_policy_does_not_reach_the_decoder():
     metrics = learner.step(batch)
     assert metrics.keys() == plain.step(batch).keys()
     _assert_equal(_named(learner.decoder.variables).values(), before.values())
-    # The encoder is trained all the same, as it is without a decoder.
+    # The encoder is trained as it is without a decoder.
     for mine, other in zip(learner.weights, plain.weights, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
     assert any(
@@ -559,15 +559,14 @@ def test_the_loss_of_the_policy_does_not_reach_the_decoder():
     )
 
 
-def test_what_is_published_has_no_decoder():
+def test_published_weights_have_no_decoder():
     learner = Learner(encoder_agent(), _config(), decoder=image_decoder())
     shapes = [weight.shape for weight in encoder_agent().trainable_variables]
     assert [weight.shape for weight in learner.weights] == shapes
 
 
-def test_reconstructions_become_the_frames():
-    # Without the baseline: that never has enough of one and the same batch, whose targets run away
-    # from it, and sooner or later throws the encoder far off.
+def test_reconstructions_converge_to_the_frames():
+    # Without the baseline loss: on one repeated batch its targets run away and ruin the encoder.
     config = _config(
         baseline_cost=0.0,
         autoencoder_cost=100.0,
@@ -581,11 +580,11 @@ def test_reconstructions_become_the_frames():
     assert history[-1] < 0.1 * history[0]
     frames = batch.env_outputs.observation['frame'][0]
     made = learner.reconstruct(frames).numpy()
-    # White where the square is, grey elsewhere, not but the mean of all frames.
+    # White where the square is and grey elsewhere, not just the mean of all frames.
     is_white = frames.numpy() == 255
     assert made[is_white].mean() > 0.8
     assert abs(made[~is_white].mean() - 70 / 255) < 0.05
-    # What the policy sees changes with the frame.
+    # The features of the policy change with the frame.
     assert not np.allclose(learner.agent.encode(frames[:1]), learner.agent.encode(frames[1:2]))
 
 
@@ -604,7 +603,7 @@ def test_checkpoint_holds_decoder_and_its_slots(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     trained = [*learner.agent.trainable_variables, *learner.decoder.trainable_variables]
     assert len(learner.variables) == 3 * len(trained) + 2
-    # Who acts takes the agent alone out of it.
+    # Actors restore only the agent.
     alone = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=encoder_agent()))
     status = alone.restore(path).expect_partial()
     status.assert_existing_objects_matched()

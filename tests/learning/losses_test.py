@@ -45,7 +45,7 @@ def _slow_loss(agent_outputs, learner_outputs, env_outputs, config):
     for b in range(batch):
         later_v = value[length, b]
         for t in reversed(range(length)):
-            # The action chosen in row t and its consequences stand in row t + 1.
+            # Row t + 1 holds the action chosen in row t and its consequences.
             action = agent_outputs.action[t + 1, b]
             reward = min(max(env_outputs.reward[t + 1, b], -1.0), 1.0)
             gamma = 0.0 if env_outputs.done[t + 1, b] else config.discounting
@@ -75,23 +75,23 @@ def test_vtrace_loss_equals_the_slow_one():
     )
 
 
-def test_rewards_in_another_unit_do_not_matter_if_it_is_given():
+def test_the_unit_of_rewards_does_not_matter_if_it_is_given():
     config = LossConfig(reward_clipping='none', discounting=0.9)
     agent_outputs, learner_outputs, env_outputs = _unrolls()
     factors = np.array([1000.0, 1.0, 0.01], np.float32)
-    normalised = tf.constant(learner_outputs.baseline)
+    normalized = tf.constant(learner_outputs.baseline)
 
     def loss(factors, value_stddev):
         with tf.GradientTape() as tape:
-            tape.watch(normalised)
+            tape.watch(normalized)
             total, parts, targets = losses.vtrace_loss(
                 agent_outputs,
-                learner_outputs._replace(baseline=factors * normalised),
+                learner_outputs._replace(baseline=factors * normalized),
                 env_outputs._replace(reward=factors * env_outputs.reward),
                 config,
                 value_stddev,
             )
-        return parts, targets, tape.gradient(total, normalised)
+        return parts, targets, tape.gradient(total, normalized)
 
     plain, plain_targets, plain_gradient = loss(np.float32(1.0), None)
     parts, targets, gradient = loss(factors, tf.constant(factors))
@@ -188,7 +188,7 @@ def _near(agent_outputs, learner_outputs):
 
 
 @pytest.mark.parametrize('lambda_', [1.0, 0.9])
-def test_where_nothing_is_clipped_appo_has_the_gradient_of_vtrace(lambda_):
+def test_without_clipping_appo_has_the_gradient_of_vtrace(lambda_):
     agent_outputs, learner_outputs, env_outputs = _unrolls(length=6, batch=4)
     unrolls = (agent_outputs, _near(agent_outputs, learner_outputs), env_outputs)
     common = {
@@ -204,7 +204,7 @@ def test_where_nothing_is_clipped_appo_has_the_gradient_of_vtrace(lambda_):
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert np.abs(expected[0]).max() > 0.1
-    # Where the policy is the one that acted, V-trace does not clip either: with its defaults.
+    # On-policy, V-trace with its defaults does not clip either.
     on_policy = learner_outputs._replace(
         policy_logits=np.roll(agent_outputs.policy_logits, -1, axis=0)
     )
@@ -218,13 +218,13 @@ def test_where_nothing_is_clipped_appo_has_the_gradient_of_vtrace(lambda_):
 @pytest.mark.parametrize(
     ('ratio', 'advantage', 'loss', 'slope'),
     [
-        # Inside the interval [.8, 1.2] nothing is clipped; the slope is ratio times advantage.
+        # Inside the interval [0.8, 1.2] nothing is clipped; the slope is ratio times advantage.
         (1.1, 2.0, -2.2, -2.2),
         (0.9, -2.0, 1.8, 1.8),
-        # Already moved where the advantage points to: clipped.
+        # Already moved in the direction of the advantage: clipped.
         (1.5, 2.0, -2.4, 0.0),
         (0.5, -2.0, 1.6, 0.0),
-        # Moved to the wrong side: the gradient stays.
+        # Moved against the advantage: the gradient stays.
         (1.5, -2.0, 3.0, 3.0),
         (0.5, 2.0, -1.0, -1.0),
     ],
@@ -350,8 +350,8 @@ def test_on_policy_advantages_of_gae(lambda_):
     np.testing.assert_allclose(by_logits[:-1], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_a_target_network_that_is_the_learner_gives_the_ratio_its_slope_only():
-    """Then pi / pi_target is 1: the loss is the sum of advantages, the slope that of log pi."""
+def test_a_target_network_equal_to_the_learner_makes_the_ratio_1():
+    """The loss is then the sum of advantages; the slope of the ratio is that of log pi."""
     agent_outputs, learner_outputs, env_outputs = _unrolls(length=1, batch=2)
     agent_outputs = agent_outputs._replace(policy_logits=learner_outputs.policy_logits[[1, 0]])
     config = LossConfig(loss='appo', discounting=0.9, entropy_cost=0.0, baseline_cost=0.3)
@@ -369,8 +369,8 @@ def test_a_target_network_that_is_the_learner_gives_the_ratio_its_slope_only():
     assert parts['kl'] == 0.0
 
 
-def test_appo_counts_values_in_the_unit_of_their_level():
-    """Errors and advantages of a unit of 2 are halves; the targets stay in units of the rewards."""
+def test_appo_scales_values_by_the_deviation_of_their_level():
+    """A deviation of 2 halves errors and advantages; targets keep the unit of the rewards."""
     unrolls = _unrolls()
     config = LossConfig(loss='appo')
     _, plain, targets = losses.appo_loss(*unrolls, config)
@@ -382,7 +382,7 @@ def test_appo_counts_values_in_the_unit_of_their_level():
     np.testing.assert_allclose(targets, of_vtrace, rtol=1e-5)
 
 
-def test_gradient_of_the_divergence_pulls_back():
+def test_gradient_of_the_divergence_pulls_towards_the_old_policy():
     """The gradient of KL(pi_old || pi) by the logits of pi is pi - pi_old."""
     rng = np.random.default_rng(0)
     old, new = (tf.constant(rng.normal(size=(2, 3, 4)), tf.float32) for _ in range(2))
@@ -431,7 +431,7 @@ def test_autoencoder_loss_equals_the_slow_one_and_is_summed_over_frames_not_pixe
 
 
 @pytest.mark.parametrize('loss', ['vtrace', 'appo'])
-def test_entropy_cost_of_the_moment_counts(loss):
+def test_the_current_entropy_cost_applies(loss):
     unrolls = _unrolls()
     config = LossConfig(loss=loss, entropy_cost=0.25)
     total, parts, _ = _appo_gradient(config, *unrolls)
@@ -445,7 +445,7 @@ def test_entropy_of_a_uniform_policy_is_its_maximum():
     assert losses.entropy_loss(tf.random.stateless_normal([2, 3, 7], [1, 2])) > uniform
 
 
-def test_entropy_gradient_is_finite_for_a_certain_policy():
+def test_entropy_gradient_is_finite_for_a_deterministic_policy():
     logits = tf.constant([[[0.0, 200.0, -200.0]]])
     with tf.GradientTape() as tape:
         tape.watch(logits)
@@ -459,7 +459,7 @@ def test_entropy_gradient_is_finite_for_a_certain_policy():
     [
         ('abs_one', [-7.0, -0.5, 0.0, 0.5, 7.0], [-1.0, -0.5, 0.0, 0.5, 1.0]),
         ('none', [-7.0, -0.5, 0.0, 0.5, 7.0], [-7.0, -0.5, 0.0, 0.5, 7.0]),
-        # tanh(1) = .76159416, tanh(.2) = .19737532
+        # tanh(1) = 0.76159416, tanh(0.2) = 0.19737532
         (
             'soft_asymmetric',
             [-5.0, -1.0, 0.0, 1.0, 5.0, 1000.0, -1000.0],

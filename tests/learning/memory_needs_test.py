@@ -1,4 +1,4 @@
-"""Tests of impala/learning/memory_needs.py: against what is really made, and worked out by hand."""
+"""Tests of impala/learning/memory_needs.py, against real allocations and by hand."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ def network_of(run, spec):
     return build.choose_network(run, ('levels:short',), spec)
 
 
-def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):
+def test_unrolls_are_counted_as_the_batcher_allocates_them(tmp_path):
     run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', use_lstm='true')
     network = network_of(run, IMAGE)
     unrolls, processes = memory_needs.of_actors(run, IMAGE, network)
@@ -32,7 +32,7 @@ def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):
                           run.actors.queue_capacity, 1, 1.0)  # fmt: skip
     made = os.fstat(source.batcher.fd).st_size
     source.batcher.close()
-    # Outputs and states are in memory of their own.
+    # Outputs and states are allocated separately.
     own = (run.learner.unroll_length + 1) * 4 * (2 + IMAGE.num_actions) + 2 * 256 * 4 + 12
     assert unrolls.nbytes == pytest.approx(made + 7 * own, rel=0.01)
     assert list(unrolls.flags.items())[0] == ('queue_capacity', 4)
@@ -43,7 +43,7 @@ def test_unrolls_are_counted_as_the_batcher_makes_them(tmp_path):
     assert processes.flags == {'envs_per_actor': 3, 'envs_per_process': 2}
 
 
-def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
+def test_a_learner_needs_memory_for_batches_weights_and_replay(tmp_path):
     run = config(
         tmp_path,
         loaders=2,
@@ -57,17 +57,17 @@ def test_a_learner_needs_its_batches_weights_and_replay(tmp_path):
     network = network_of(run, STACK)
     batches, weights, replay = memory_needs.of_learner(run, STACK, network)
     pixels = math.prod(STACK.observation['frame'].shape)
-    # Of three that are held and two in the making.
+    # Three batches are held and two are being assembled.
     assert batches.nbytes == pytest.approx(5 * 4 * 10 * pixels, rel=0.01)
     assert batches.flags == {
         'batch_size': 4, 'unroll_length': 9, 'reuse_buffer': 3, 'loaders': 2,
     }  # fmt: skip
-    # One that is held and one in the making, which is what nobody has said.
+    # One batch is held and one is being assembled, also by default.
     for loaders in (0, 1):
         single = run.replace(reuse_buffer=1, loaders=loaders)
         batches, *_ = memory_needs.of_learner(single, STACK, network)
         assert batches.nbytes == pytest.approx(2 * 4 * 10 * pixels, rel=0.01)
-    # Of each stack of 4 one frame is kept, and three more.
+    # One frame of each stack of 4 is kept, and three more per unroll.
     assert replay.nbytes == pytest.approx(100 * 13 * pixels / 4, rel=0.01)
     agent = Agent(network, STACK)
     made = 4 * sum(int(tf.size(weight)) for weight in agent.trainable_variables)
@@ -88,7 +88,7 @@ def test_nearly_all_weights_are_in_the_linear_layer(tmp_path, torso, size):
     assert weights.nbytes == 5 * 4 * largest
 
 
-def test_a_network_of_a_frame_that_is_too_large_is_refused_unmade(tmp_path):
+def test_too_large_networks_are_refused_before_they_are_built(tmp_path):
     frame = ArraySpec((4096, 4096, 4), 'uint8')
     spec = dataclasses.replace(STACK, observation={'frame': frame})
     run = config(tmp_path, torso='shallow', width=4096, height=4096)
@@ -101,7 +101,7 @@ def test_a_network_of_a_frame_that_is_too_large_is_refused_unmade(tmp_path):
     memory_needs.check([dataclasses.replace(huge[0], nbytes=10**6)])
 
 
-def test_a_torso_that_cannot_serve_the_frames_is_refused(tmp_path):
+def test_torsos_that_do_not_fit_the_frames_are_refused(tmp_path):
     run = config(tmp_path, torso='autoencoder')
     with pytest.raises(run_config.ConfigError, match='autoencoder torso needs uint8 frames'):
         memory_needs.of_learner(run, VECTOR, network_of(run, VECTOR))
@@ -109,7 +109,7 @@ def test_a_torso_that_cannot_serve_the_frames_is_refused(tmp_path):
 
 @contextlib.contextmanager
 def little_memory(nbytes):
-    """Lets this process allocate no more than so much; memory that is shared does not count."""
+    """Limits what this process may still allocate; shared memory does not count."""
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with open('/proc/self/status') as file:
         used = 1024 * int(re.search(r'VmData:\s+(\d+)', file.read())[1])
@@ -122,7 +122,7 @@ def little_memory(nbytes):
 
 @pytest.mark.parametrize(('queue_capacity', 'unroll_length'), [(10**6, 10**5), (10**6, 100)])
 def test_unrolls_that_cannot_be_allocated_are_refused(tmp_path, queue_capacity, unroll_length):
-    """Should an estimate be wrong: more than can be addressed, and more than is given out."""
+    """If the estimate was wrong: beyond the address space, and beyond the limit."""
     run = config(tmp_path, queue_capacity=queue_capacity, unroll_length=unroll_length)
     network = network_of(run, VECTOR)
     agent = Agent(network, VECTOR)

@@ -1,4 +1,4 @@
-"""What is for GPUs, on a second device that stands in for one; see `second_device`."""
+"""Tests GPU code on a second device that stands in for a GPU; see `second_device`."""
 
 import json
 import math
@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 300
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-    """What `second_device` writes."""
+    """Returns what `second_device` writes."""
     folder = tmp_path_factory.mktemp('second_device')
     environment = os.environ | {
         'TF_XLA_FLAGS': '--tf_xla_enable_xla_devices',
@@ -39,16 +39,16 @@ def result(found, check):
 
 
 def test_batched_functions_use_variables_of_another_device(found):
-    """3 times the variable; in the graph it is added, too."""
+    """Three times the variable; the graph also adds the variable."""
     assert result(found, 'batched function') == [[6, 8, 6], [15, 20, 15]]
 
 
-def test_sparse_gradients_change_there_what_they_change_on_the_cpu(found):
+def test_sparse_gradients_have_the_same_effect_as_on_the_cpu(found):
     assert result(found, 'sparse gradients') < 1e-6
 
 
 @pytest.mark.parametrize('name', LEARNERS)
-def test_learners_learn_there(found, name):
+def test_learners_learn_on_a_second_device(found, name):
     first, second = result(found, name)['updates']
     assert {first['skipped'], second['skipped']} == {0}
     assert all(map(math.isfinite, [*first.values(), *second.values()]))
@@ -56,7 +56,7 @@ def test_learners_learn_there(found, name):
     assert (first['policy_lag_mean'], second['policy_lag_mean']) == (0, 1)
 
 
-def test_a_run_trains_goes_on_and_is_tested_there(found):
+def test_a_run_is_trained_resumed_and_tested_on_a_second_device(found):
     run = result(found, 'whole run')
     assert [device.endswith(DEVICE) for device in run['batches']] == [True]
     assert [device.endswith(DEVICE) for device in run['variables']] == [True]
@@ -70,8 +70,8 @@ def test_a_run_trains_goes_on_and_is_tested_there(found):
     not tf.sysconfig.get_build_info()['is_cuda_build'], reason='lists no kernels for GPUs'
 )
 @pytest.mark.parametrize('name', LEARNERS)
-def test_every_operation_has_a_kernel_for_gpus_or_stands_on_the_cpu_on_purpose(found, name):
+def test_every_operation_has_a_gpu_kernel_or_is_pinned_to_the_cpu(found, name):
     kernels = result(found, name)
     assert not kernels['missing']
-    # The serving loop's have none, nor has the one that finds equal instructions.
+    # The serving loop's ops have none, nor has UniqueV2, which finds equal instructions.
     assert {'UnrollBatcherGet', 'UnrollBatcherSet', 'UniqueV2'} <= kernels['pinned'].keys()

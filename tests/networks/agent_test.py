@@ -62,7 +62,7 @@ def assert_nests_close(actual, expected, rtol=1e-4, atol=1e-5):
 
 # Espeholt et al. (2018), Figure 3, at DeepMind Lab's 72x96 pixels and 9 actions.
 @pytest.mark.parametrize(('torso', 'millions'), [('shallow', 1.2), ('deep', 1.6)])
-def test_number_of_parameters_is_the_papers(torso, millions):
+def test_number_of_parameters_matches_the_paper(torso, millions):
     agent = Agent(AgentConfig(torso=torso), make_spec((72, 96, 3), num_actions=9, words=32))
     count = sum(int(np.prod(v.shape)) for v in agent.trainable_variables)
     assert round(count / 1e6, 1) == millions
@@ -119,7 +119,7 @@ def test_unroll_equals_single_steps(use_lstm):
 
 
 @pytest.mark.parametrize('unrolled', [False, True])
-def test_state_is_the_initial_one_where_done_and_kept_elsewhere(unrolled):
+def test_state_is_reset_where_done_and_kept_elsewhere(unrolled):
     spec = make_spec()
     agent = Agent(AgentConfig(torso='shallow'), spec)
     lead = (1, 2) if unrolled else (2,)
@@ -143,7 +143,7 @@ def test_state_is_the_initial_one_where_done_and_kept_elsewhere(unrolled):
 
 @pytest.mark.parametrize('what', ['reward', 'frame'])
 @pytest.mark.parametrize('unrolled', [False, True])
-def test_what_is_not_a_number_is_forgotten_with_the_episode(unrolled, what):
+def test_nan_is_forgotten_at_the_end_of_the_episode(unrolled, what):
     spec = make_spec((4,), instruction=False)
     agent = Agent(AgentConfig(torso='mlp'), spec)
     t, b = 3, 2
@@ -151,7 +151,7 @@ def test_what_is_not_a_number_is_forgotten_with_the_episode(unrolled, what):
     env_outputs = env_outputs._replace(
         done=tf.constant([[True, True], [False, False], [True, False]])
     )
-    # Of the first environment, in the row before its episode ends.
+    # In the first environment, one row before its episode ends.
     where = [[1, 0]]
     if what == 'reward':
         reward = tf.tensor_scatter_nd_update(env_outputs.reward, where, [np.nan])
@@ -197,7 +197,7 @@ def test_sampled_actions_follow_the_policy():
     np.testing.assert_allclose(frequency, expected, atol=0.015)
 
 
-def test_actions_of_broken_weights_are_actions_all_the_same():
+def test_broken_weights_still_give_valid_actions():
     spec = make_spec((4,), instruction=False, num_actions=3)
     agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
     for variable in agent.trainable_variables:
@@ -207,7 +207,7 @@ def test_actions_of_broken_weights_are_actions_all_the_same():
     assert np.isnan(output.policy_logits).all()
 
 
-def test_sampling_repeats_with_the_same_seed_and_goes_on_between_calls():
+def test_sampling_repeats_with_the_same_seed_and_differs_between_calls():
     spec = make_spec((4,), instruction=False)
     agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
     inputs = make_inputs(spec, 64)
@@ -275,7 +275,7 @@ def weighted_sum(encoding):
 
 
 def sonnet_instruction_encoding(agent, sentences):
-    """Returns the same of `snt.LSTM` over lists of words, one by one, with the agent's weights."""
+    """Returns the same from an `snt.LSTM` with the agent's weights, word by word."""
     encoder = next(m for m in agent.submodules if m.name == 'instruction_encoder')
     variables = {v.name.split('instruction_encoder/')[-1]: v for v in encoder.trainable_variables}
     core = snt.LSTM(64)
@@ -364,7 +364,7 @@ def test_gradient_reaches_every_variable(torso, use_lstm):
 
 
 @pytest.mark.parametrize('use_lstm', [False, True])
-def test_features_encoded_before_are_those_of_the_torso(use_lstm):
+def test_unroll_accepts_features_encoded_in_advance(use_lstm):
     spec = make_spec((21, 35, 3))
     agent = Agent(AgentConfig(torso='autoencoder', use_lstm=use_lstm, latent_size=6), spec)
     prev_actions, env_outputs = make_inputs(spec, 4, 3)
@@ -373,7 +373,7 @@ def test_features_encoded_before_are_those_of_the_torso(use_lstm):
     features = agent.encode(tf.reshape(env_outputs.observation['frame'], [12, 21, 35, 3]))
     assert features.shape == (12, 6)
     assert_nests_close(agent.unroll(prev_actions, env_outputs, state, features), expected)
-    # Nothing of the frames comes in but by them.
+    # Frames enter only through the features.
     moved = agent.unroll(prev_actions, env_outputs, state, features + 1.0)
     assert np.all(np.abs(moved[0].policy_logits - expected[0].policy_logits).max(-1) > 1e-4)
     black = {**env_outputs.observation, 'frame': env_outputs.observation['frame'] * 0}
@@ -381,7 +381,7 @@ def test_features_encoded_before_are_those_of_the_torso(use_lstm):
     assert_nests_close(agent.unroll(prev_actions, unseen, state, features), expected)
 
 
-def test_who_acts_with_an_autoencoder_has_no_decoder():
+def test_acting_with_an_autoencoder_needs_no_decoder():
     spec = make_spec((84, 84, 4), instruction=False)
     agent = Agent(AgentConfig(torso='autoencoder'), spec)
     step = tf.function(agent.step).get_concrete_function(
@@ -390,7 +390,7 @@ def test_who_acts_with_an_autoencoder_has_no_decoder():
     kinds = [op.type for op in step.graph.get_operations()]
     assert kinds.count('Conv2D') == 3
     assert 'DepthToSpace' not in kinds
-    # Nor does a weight shape frames: the largest output is what the first convolution makes.
+    # No frames are reconstructed: the largest output is the first convolution's.
     outputs = [
         math.prod(op.outputs[0].shape)
         for op in step.graph.get_operations()
@@ -441,7 +441,7 @@ def test_orthogonal_weights(torso):
             continue
         changed += 1
         gain = {NUM_ACTIONS: 0.01, 1: 1.0}.get(variable.shape[-1], np.sqrt(2))
-        # Rows or columns, whichever are fewer, are at right angles and of the length of the gain.
+        # Rows or columns, whichever are fewer, are orthogonal, and their length is the gain.
         matrix = np.reshape(variable, [-1, variable.shape[-1]]).astype(np.float64)
         products = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
         np.testing.assert_allclose(products, gain**2 * np.eye(len(products)), atol=1e-5)
@@ -449,7 +449,7 @@ def test_orthogonal_weights(torso):
     assert changed == num_layers + 2
 
 
-def test_orthogonal_weights_leave_the_policy_uniform_at_first():
+def test_orthogonal_weights_make_the_initial_policy_uniform():
     agent = Agent(AgentConfig(torso='shallow', use_lstm=False), make_spec((36, 36, 3)))
     agent.initialize_orthogonally()
     action, env_output = make_inputs(make_spec((36, 36, 3)), 8)
@@ -457,7 +457,7 @@ def test_orthogonal_weights_leave_the_policy_uniform_at_first():
     np.testing.assert_allclose(tf.nn.softmax(output.policy_logits), 1 / NUM_ACTIONS, rtol=0.1)
 
 
-def test_popart_goes_with_orthogonal_weights():
+def test_orthogonal_weights_leave_popart_unchanged():
     config = AgentConfig(torso='mlp', use_lstm=False, popart_levels=('a', 'b'))
     agent = Agent(config, make_spec((4,), instruction=False))
     heads = [variable.numpy() for variable in agent.popart.trainable_variables]

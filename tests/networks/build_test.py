@@ -17,7 +17,7 @@ from impala.networks import build
         ('VizdoomBasic-v1', IMAGE, {'torso': 'shallow'}, ('shallow', True)),
     ],
 )
-def test_the_network_follows_the_level_where_flags_leave_it_open(level, spec, flags, expected):
+def test_the_level_decides_the_network_unless_flags_do(level, spec, flags, expected):
     network = build.choose_network(config('/nowhere', **flags), (level,), spec)
     assert (network.torso, network.use_lstm) == expected
 
@@ -30,7 +30,7 @@ def test_the_network_follows_the_level_where_flags_leave_it_open(level, spec, fl
         ('avx512f amx_bf16 amx_tile', True),
     ],
 )
-def test_bfloat16_is_chosen_only_on_processors_made_for_it(tmp_path, monkeypatch, flags, has_it):
+def test_bfloat16_is_chosen_only_on_processors_with_support(tmp_path, monkeypatch, flags, has_it):
     cpu_info = tmp_path / 'cpuinfo'
     cpu_info.write_text(f'model name\t: X\nflags\t\t: fpu {flags}\nbogomips\t: 1\n')
     assert build.has_fast_bfloat16(str(cpu_info)) == has_it

@@ -11,7 +11,7 @@ T, B, INPUTS, HIDDEN = 6, 3, 5, 4
 
 
 def sonnet_unroll(core, inputs, reset, state):
-    """Returns outputs and last state of `snt.LSTM`, each row's state replaced where it is reset."""
+    """Returns outputs and last state of `snt.LSTM`, with the state reset where `reset` is set."""
     outputs = []
     for inputs_t, reset_t in zip(tf.unstack(inputs), np.asarray(reset), strict=True):
         fresh = core.initial_state(B)
@@ -41,7 +41,7 @@ def cores():
 
 @pytest.fixture
 def sequence():
-    """Returns inputs, resets and a state that is not the initial one."""
+    """Returns inputs, resets and a random state."""
     rng = np.random.default_rng(2)
     inputs = tf.constant(rng.normal(size=(T, B, INPUTS)), tf.float32)
     reset = tf.constant(
@@ -84,7 +84,7 @@ def test_unroll_and_its_gradients_equal_sonnets_steps(cores, sequence, in_graph)
                 sources = (variables, inputs, tuple(state))
                 tape.watch(sources)
                 outputs, last = unroll(core, inputs, reset, state)
-                # Everything returned takes part, each with its own weight.
+                # Every output takes part, each with its own weight.
                 loss = tf.reduce_sum(outputs * weights)
                 loss += tf.reduce_sum(tf.sin(last.hidden)) + tf.reduce_sum(last.cell**2)
             return outputs, last, tape.gradient(loss, sources)
@@ -99,10 +99,10 @@ def test_unroll_and_its_gradients_equal_sonnets_steps(cores, sequence, in_graph)
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_that_is_not_a_number_stays_between_its_resets(cores, sequence):
+def test_nan_does_not_spread_beyond_resets(cores, sequence):
     ours, _ = cores
     inputs, _, state = sequence
-    # The second column is reset before its broken row, behind it, and nowhere else.
+    # The second column is reset only right before and right after its broken row.
     reset = np.zeros([T, B], bool)
     reset[2, 1] = reset[3, 1] = True
     projected = ours.project(tf.reshape(inputs, [-1, INPUTS])).numpy().reshape([T, B, -1])
@@ -129,7 +129,7 @@ def test_a_row_that_is_not_a_number_stays_between_its_resets(cores, sequence):
 
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
-def test_a_broken_state_that_is_reset_is_as_any_other(cores, sequence, bad):
+def test_a_broken_state_does_not_matter_after_a_reset(cores, sequence, bad):
     ours, _ = cores
     inputs, reset, state = sequence
     assert reset[0, 0] and not reset[0, 1]
@@ -164,7 +164,7 @@ def test_unroll_takes_unknown_sizes(cores, sequence):
     np.testing.assert_allclose(last.cell, expected_last.cell, rtol=1e-5, atol=1e-6)
 
 
-def test_initial_weights_are_distributed_as_sonnets():
+def test_initial_weights_are_distributed_like_sonnets():
     ours = lstm.LSTM(100, 25)
     for weights, fan_in in ((ours.w_i, 100), (ours.w_h, 25)):
         assert np.std(weights) == pytest.approx(0.88 / np.sqrt(fan_in), rel=0.1)

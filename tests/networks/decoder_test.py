@@ -1,4 +1,4 @@
-"""Tests of impala/networks/decoder.py against Sonnet's layers and against what a transpose is."""
+"""Tests of impala/networks/decoder.py against Sonnet's layers and the definition of a transpose."""
 
 import math
 
@@ -16,7 +16,7 @@ LATENT_SIZE = 10
 
 
 class SonnetDecoder(snt.Module):
-    """The decoder in Sonnet's layers; sizes are halved, or quartered, as often as the encoder's."""
+    """The decoder in Sonnet's layers; its sizes mirror those of the encoder."""
 
     def __init__(self, shape):
         super().__init__()
@@ -50,7 +50,7 @@ def latents(rows=3):
 def test_equals_the_same_network_of_sonnet_layers(shape):
     own, reference = decoder(shape), SonnetDecoder(shape)
     reference(latents())
-    # Next to the frame is the encoder's layer 0.
+    # Layer 0 is next to the frame, as in the encoder.
     layers = {module.name: module for module in own.submodules}
     order = ('linear', 'conv_2', 'conv_1', 'conv_0')
     for layer, other in zip((layers[name] for name in order), reference.layers, strict=True):
@@ -93,11 +93,11 @@ def test_bfloat16_is_close_to_float32_with_float32_variables(shape):
 
 def test_a_new_decoder_makes_pixels_of_moderate_size():
     values = decoder((84, 84, 4))(latents(20)).numpy()
-    # As much variance as goes in comes out, but for what the ReLUs take away.
+    # Layers preserve the variance, except for what the ReLUs remove.
     assert 0.05 < values.std() < 1
 
 
-def test_frames_stand_above_their_reconstructions():
+def test_frames_are_shown_above_their_reconstructions():
     frames = np.array([[[[10, 20, 30]]], [[[40, 50, 60]]]], np.uint8)
     made = np.array([[[[0.0, 0.5, 1.0]]], [[[-0.3, 1.7, 0.1]]]], np.float32)
     expected = [[[10, 20, 30], [40, 50, 60]], [[0, 128, 255], [0, 255, 26]]]
@@ -106,7 +106,7 @@ def test_frames_stand_above_their_reconstructions():
     np.testing.assert_array_equal(shown, expected)
 
 
-def test_of_a_stack_the_newest_frame_is_shown():
+def test_the_newest_frame_of_a_stack_is_shown():
     frames = np.arange(2 * 3 * 5 * 4, dtype=np.uint8).reshape(2, 3, 5, 4)
     shown = picture(frames, frames / np.float32(255))
     assert shown.shape == (6, 10, 1)

@@ -28,7 +28,7 @@ BETA = 3e-4
 
 
 def expected_statistics(mean, second_moment, targets, level_id):
-    """One step of size beta for each level that there is, in loops."""
+    """One step of size beta for each level with targets, in loops."""
     mean, second_moment = np.array(mean), np.array(second_moment)
     for level in set(level_id):
         columns = [i for i, each in enumerate(level_id) if each == level]
@@ -57,7 +57,7 @@ def test_statistics_follow_the_equations():
         mean, second_moment = expected_statistics(mean, second_moment, targets, level_id)
     np.testing.assert_allclose(popart.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(popart.second_moment, second_moment, rtol=1e-12)
-    # Of the second level there was nothing.
+    # The second level had no targets.
     assert (popart.mean[1], popart.second_moment[1]) == (0, 1)
     np.testing.assert_allclose(
         popart.stddev(tf.constant([2, 1])), np.sqrt(second_moment - mean**2)[[2, 1]], rtol=1e-6
@@ -78,18 +78,18 @@ def test_an_update_preserves_the_values():
             targets = targets[:, :2]
         level_id = tf.range(targets.shape[1])
         popart.update(popart.moments(tf.constant(targets), level_id))
-        # Rounding is that of the outputs, of which the values are a multiple.
+        # In units of the outputs, since they determine the rounding.
         unit = np.sqrt(popart.second_moment - tf.square(popart.mean))
         np.testing.assert_allclose(values(popart, features) / unit, before / unit, atol=2e-6)
         assert not np.array_equal(popart(features)[:, 0], outputs[:, 0])
         np.testing.assert_array_equal(
             np.array_equal(popart(features)[:, 2], outputs[:, 2]), bool(update % 2)
         )
-    # The outputs are not preserved: a level of a thousand has had to shrink them.
+    # Outputs are not preserved: those of the level with rewards of a thousand have shrunk.
     assert np.abs(popart(features)[:, 0] - at_first[:, 0]).max() > 0.5
 
 
-def test_values_are_those_of_the_level_of_each_unroll():
+def test_values_are_those_of_each_unrolls_level():
     tf.random.set_seed(2)
     popart = PopArt(5, 3)
     popart.mean.assign([1.0, -2.0, 5.0])
@@ -116,7 +116,7 @@ def test_the_standard_deviation_is_bounded(mean, second_moment, stddev):
 
 
 @pytest.mark.parametrize('use_lstm', [True, False])
-def test_who_acts_computes_the_policy_only(use_lstm):
+def test_acting_computes_only_the_policy(use_lstm):
     agent = mlp_agent(use_lstm, ('a', 'b'))
     batch = batch_of(LearnerConfig.of(batch_size=3, unroll_length=2), agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
@@ -185,10 +185,10 @@ def test_a_learner_updates_statistics_and_preserves_values():
 
 
 class Bandits:
-    """Two levels of episodes of one step, in which the frame tells which of three actions pays.
+    """Two levels with episodes of one step, whose frame shows which of three actions pays.
 
-    Luck is as large as skill, so that there is always something left to explain. Every input
-    says something in both levels, and what is right in one is wrong in the other.
+    Noise is as large as the pay, so that errors of the baseline never vanish. Every input matters
+    in both levels, and what is right in one is wrong in the other.
     """
 
     SIGNS = np.array([[1, 1, -1], [1, -1, 1], [-1, 1, 1]], np.float32)
@@ -213,7 +213,7 @@ class Bandits:
         self.unroll = tf.function(lambda action, outputs: self.agent.unroll(action, outputs, ())[0])
 
     def look(self, frames):
-        """Rows `[T+1, B]` without rewards, and what the agent makes of them."""
+        """Returns rows `[T+1, B]` without rewards, and the agent's logits for them."""
         rows = frames.shape[:2]
         zeros = np.zeros(rows, np.float32)
         outputs = StepOutput(
@@ -232,7 +232,7 @@ class Bandits:
             outputs, logits = self.look(self.FRAMES[level_id, best])
             chosen = np.argmax(logits + self.rng.gumbel(size=logits.shape), -1).astype(np.int32)
             rewards = self.pay[level_id] * ((chosen == best) + self.rng.normal(size=rows))
-            # What was decided in row t stands in row t + 1.
+            # Row t + 1 holds what was decided in row t.
             reward, action, logits = (np.roll(x, 1, 0) for x in (rewards, chosen, logits))
             batch = ActorOutput(
                 level_id=level_id,
@@ -244,7 +244,7 @@ class Bandits:
             self.learner.step(tf.nest.map_structure(tf.convert_to_tensor, batch))
 
     def skill(self):
-        """Probability of the right action, mean over frames, of each level."""
+        """Returns each level's probability of the right action, averaged over frames."""
         probabilities = tf.nn.softmax(self.look(self.FRAMES)[1]).numpy()
         return probabilities[:, range(3), range(3)].mean(1)
 
@@ -258,7 +258,7 @@ def test_levels_whose_rewards_differ_a_thousandfold_are_both_learned():
         np.testing.assert_allclose(bandits.skill(), 1 / 3, atol=0.1)
         bandits.train(300)
     assert with_it.skill().min() > 0.9
-    # Where plain IMPALA learns nothing but the large one, only the size of the rewards is to blame.
+    # Plain IMPALA learns only the level with large rewards; with equal rewards it learns both.
     assert without.skill()[0] < 0.5
     assert without.skill()[1] > 0.9
     assert alike.skill().min() > 0.9
@@ -275,7 +275,7 @@ FLAGS = (
 
 
 def mean_of_checkpoint(logdir, number, statistic='mean'):
-    """Mean target of each level, or another statistic, as in a checkpoint."""
+    """Returns each level's mean target, or another statistic, from a checkpoint."""
     reader = tf.train.load_checkpoint(str(logdir / 'checkpoints' / f'ckpt-{number}'))
     (name,) = (n for n in reader.get_variable_to_shape_map() if f'/popart/{statistic}/' in n)
     return reader.get_tensor(name)
@@ -297,8 +297,8 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     for number, row in ((1, rows[19]), (2, last)):
         mean = [row[f'popart/mean/{level}'] for level in LEVELS]
         np.testing.assert_allclose(mean_of_checkpoint(logdir, number), mean, rtol=1e-5)
-    # Each of the ten steps of an unroll is rewarded with 1, and values start near 0. Which levels a
-    # batch has is up to the speed of their actors. The 21st update goes on where the 20th ended.
+    # Each of the ten steps of an unroll earns 1, and values start near 0. The levels of a batch
+    # depend on the speed of their actors. The 21st update continues where the 20th ended.
     for level in LEVELS:
         steps = np.diff([row[f'popart/mean/{level}'] for row in rows]) / BETA
         learned = np.diff([row[f'level_frames/{level}'] for row in rows]) > 0
@@ -318,7 +318,7 @@ def test_a_run_is_resumed_and_tested(tmp_path):
             assert_one_sentence(
                 refused, 2, rf'{name} was \["levels:short", "levels:long"\] and is now {now}'
             )
-    # The run's own flags, but on one level only, and that not its first.
+    # The run's own flags, but only on its second level.
     test = ('--mode=test', f'--level_name={LEVELS[1]}', '--test_num_episodes=2')
     with WarmRun(tmp_path / 'c', *test, f'--logdir={logdir}') as run:
         assert run.wait() == 0, run.stderr
@@ -327,7 +327,7 @@ def test_a_run_is_resumed_and_tested(tmp_path):
     assert scores[LEVELS[1]]['returns'] == [20, 20]
 
 
-def test_actor_jobs_take_it_from_the_learner(tmp_path):
+def test_actor_jobs_take_popart_from_the_learner(tmp_path):
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         address = f'--learner_address=localhost:{probe.getsockname()[1]}'
@@ -339,7 +339,7 @@ def test_actor_jobs_take_it_from_the_learner(tmp_path):
         '--total_environment_frames=400',
         f'--logdir={logdir}',
     )
-    # It has the second level only.
+    # The actor job plays only the second level.
     actor = ('--job_name=actor', '--task=0', f'--level_name={LEVELS[1]}')
     with (
         WarmRun(tmp_path / 'learner', *FLAGS, *learner, address) as first,

@@ -127,7 +127,7 @@ def torso_and_reference(name, shape, dtype='uint8', compute_dtype=tf.float32):
 
 def own_layers(torso):
     layers = [m for m in torso.submodules if isinstance(m, torsos.Convolution | torsos.Linear)]
-    # A torso applies its layers in the order of their names, but for a section's first convolution.
+    # Torsos apply layers in the order of their names, except for a section's first convolution.
     order = {'section': 0, 'block': 1}
 
     def key(layer):
@@ -182,7 +182,7 @@ def test_equals_the_same_network_of_sonnet_layers(name, shape, dtype, compute_dt
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         scale = np.abs(expected_gradient).max()
         assert scale > 0
-        # In float32, close calls of max pools and ReLUs send single gradients another way.
+        # In float32, close calls of max pools and ReLUs reroute single gradients.
         close = 1e-4 if compute_dtype == tf.float64 else 1e-2
         np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-3, atol=close * scale)
 
@@ -208,15 +208,15 @@ def test_bfloat16_is_close_to_float32_with_float32_variables(name):
         cosine = np.vdot(gradient, expected_gradient) / (
             np.linalg.norm(gradient) * np.linalg.norm(expected_gradient)
         )
-        # Rounding decides close calls of max pools and ReLUs anew: single gradients change route.
+        # Rounding flips close calls of max pools and ReLUs, which reroutes single gradients.
         assert cosine > 0.9
 
 
-def test_initial_weights_are_distributed_as_sonnets():
+def test_initial_weights_are_distributed_like_sonnets():
     torso = torsos.create_torso('deep', ArraySpec((24, 24, 3), 'uint8'), tf.float32)
     for layer in own_layers(torso):
         fan_in = math.prod(layer.w.shape[:-1])
-        # Cut off at two deviations, a normal distribution's own deviation is .88 of what it was.
+        # Truncation at two deviations reduces the deviation of a normal distribution to 0.88.
         assert np.std(layer.w) == pytest.approx(0.88 / math.sqrt(fan_in), rel=0.15)
         assert np.abs(layer.w).max() <= 2 / math.sqrt(fan_in)
         assert not np.any(layer.b)
@@ -255,13 +255,13 @@ def reachable(outputs):
 
 
 @pytest.mark.parametrize('name', ['shallow', 'deep', 'nature', 'autoencoder'])
-def test_frames_that_are_no_images_are_refused(name):
+def test_frames_that_are_not_images_are_refused(name):
     with pytest.raises(ValueError, match=rf'{name} torso needs uint8 frames .* float32 \[4\]'):
         torsos.create_torso(name, ArraySpec((4,), 'float32'), tf.float32)
 
 
 @pytest.mark.parametrize('latent_size', [1, 7])
-def test_the_latent_has_the_size_asked_for(latent_size):
+def test_the_latent_has_the_given_size(latent_size):
     frame = ArraySpec((20, 20, 3), 'uint8')
     torso = torsos.create_torso('autoencoder', frame, tf.float32, latent_size)
     assert torso.output_size == latent_size
@@ -269,7 +269,7 @@ def test_the_latent_has_the_size_asked_for(latent_size):
 
 
 def multiply_adds(torso, shape):
-    """Counts them for one frame by the shapes of TensorFlow's graph."""
+    """Counts multiply-adds per frame, from the shapes in TensorFlow's graph."""
     graph = tf.function(torso).get_concrete_function(tf.TensorSpec([1, *shape], tf.uint8)).graph
     count = 0
     for op in graph.get_operations():
@@ -305,7 +305,7 @@ def test_too_small_frames_are_refused(name, pixels):
         torsos.create_torso(name, ArraySpec((pixels, pixels - 1, 3), 'uint8'), tf.float32)
 
 
-def test_checkpoints_of_shallow_torsos_of_before_fit(tmp_path):
+def test_older_checkpoints_of_shallow_torsos_still_fit(tmp_path):
     torso = torsos.create_torso('shallow', ArraySpec((84, 84, 4), 'uint8'), tf.float32)
     before = tf.train.Checkpoint()
     for number, layer in enumerate(own_layers(torso)):

@@ -38,7 +38,7 @@ def test_follows_algorithm_1(compiled):
     assert optimizer.updates.numpy() == 7
 
 
-def test_epsilon_stands_beside_the_root():
+def test_epsilon_is_added_outside_the_root():
     """At t = 1: rate sqrt(1 - b2) / (1 - b1) (1 - b1) g / (sqrt(1 - b2) g + epsilon)."""
     parameter = tf.Variable([1.0])
     Adam([parameter], beta1=0.9, beta2=0.75, epsilon=2.0).apply(
@@ -47,7 +47,7 @@ def test_epsilon_stands_beside_the_root():
     np.testing.assert_allclose(parameter, [1 - 0.1 * 0.5 * 6 / (0.5 * 6 + 2)], rtol=1e-6)
 
 
-def test_sparse_gradients_count_as_dense_ones_and_none_leaves_alone():
+def test_sparse_gradients_count_as_dense_ones_and_none_is_skipped():
     table = np.arange(6, dtype=np.float32).reshape(3, 2)
     slices = tf.IndexedSlices(tf.constant([[1.0, 2.0], [3.0, 4.0]]), tf.constant([2, 0]), [3, 2])
     dense = tf.constant([[3.0, 4.0], [0.0, 0.0], [1.0, 2.0]])
@@ -63,7 +63,7 @@ def test_sparse_gradients_count_as_dense_ones_and_none_leaves_alone():
     assert not np.array_equal(results[0], table)
 
 
-def test_what_does_not_fit_is_refused():
+def test_mismatched_updates_and_parameters_are_refused():
     parameters = [tf.Variable([1.0]), tf.Variable([2.0], name='other')]
     optimizer = Adam(parameters[:1])
     with pytest.raises(ValueError, match='1 updates for 2 parameters'):

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from impala.learning.optimizers.rmsprop import RMSProp, sum_duplicates
 
-# The last is worth several threads.
+# The last is large enough for several threads.
 _SHAPES = [(3, 5), (7,), (), (300, 700)]
 
 
@@ -16,7 +16,7 @@ def _random(shapes, seed):
 
 
 def _tensorflow_1(initial, gradients, learning_rates, **hyperparameters):
-    """Returns what TensorFlow 1's own optimizer makes of the same gradients, and its slots."""
+    """Returns parameters and slots of TensorFlow 1's own optimizer after the same gradients."""
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         parameters = [
             tf.compat.v1.get_variable(f'p{i}', initializer=p, use_resource=True)
@@ -74,7 +74,7 @@ def test_equals_tensorflow_1_bit_for_bit(hyperparameters, compiled):
     rates = np.linspace(6e-2, 0, 10, dtype=np.float32)
     expected = _tensorflow_1(initial, gradients, rates, **hyperparameters)
     actual = _ours(initial, gradients, rates, compiled, **hyperparameters)
-    # What was the last step matters to nobody who has no momentum.
+    # Without momentum the last step does not matter.
     compared = 3 if hyperparameters['momentum'] else 2
     for ours, theirs in zip(actual[:compared], expected, strict=False):
         for a, b in zip(ours, theirs, strict=True):
@@ -102,7 +102,7 @@ def test_rows_of_an_embedding_equal_tensorflow_1_bit_for_bit(compiled):
 
 
 def test_first_step_by_hand():
-    # mean square: .9 * 1 + .1 * 2^2 = 1.3; step: .5 * 2 / sqrt(1.3 + .25).
+    # mean square: 0.9 * 1 + 0.1 * 2^2 = 1.3; step: 0.5 * 2 / sqrt(1.3 + 0.25).
     parameter = tf.Variable([3.0])
     optimizer = RMSProp([parameter], decay=0.9, momentum=0.0, epsilon=0.25)
     optimizer.apply([tf.constant([2.0])], [parameter], 0.5)
@@ -110,7 +110,7 @@ def test_first_step_by_hand():
     np.testing.assert_allclose(parameter, [3.0 - 1.0 / np.sqrt(1.55)], rtol=1e-6)
 
 
-def test_no_update_leaves_a_parameter_and_its_slots_alone():
+def test_a_gradient_of_none_leaves_a_parameter_and_its_slots_unchanged():
     parameters = [tf.Variable([1.0, 2.0]), tf.Variable([3.0])]
     optimizer = RMSProp(parameters, momentum=0.9)
     optimizer.apply([None, tf.constant([1.0])], parameters, 0.1)
@@ -149,7 +149,7 @@ def test_summed_duplicates_are_the_same_gradient():
     )
 
 
-def test_strangers_are_refused():
+def test_unknown_parameters_are_refused():
     parameter = tf.Variable([1.0], name='known')
     optimizer = RMSProp([parameter])
     with pytest.raises(ValueError, match='stranger'):
