@@ -1,4 +1,4 @@
-"""Tests of impala/runs/checkpoint.py, on real files with real damage and a real limit of space."""
+"""Tests of impala/runs/checkpoint.py, on real files with real damage and limited space."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ class Learner(tf.Module):
         self.updates = tf.Variable(0, dtype=tf.int64)
 
     def train(self, updates):
-        """Sets values that tell the number of updates."""
+        """Sets values that follow from the number of updates."""
         self.updates.assign(updates)
         self.weights.assign(tf.random.stateless_normal(self.weights.shape, [updates, 0]))
         self.slots[0].assign(tf.random.stateless_normal(self.weights.shape, [updates, 1]))
@@ -76,7 +76,7 @@ def files_under(logdir):
 
 @contextlib.contextmanager
 def file_size_limit(num_bytes):
-    """Lets the operating system refuse to write beyond `num_bytes` of any file."""
+    """Makes the operating system refuse to write files beyond `num_bytes`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -90,14 +90,14 @@ def logdir(tmp_path):
     return str(tmp_path / 'log (1)')
 
 
-def test_nothing_to_restore_and_nothing_made(logdir):
+def test_restoring_nothing_creates_nothing(logdir):
     checkpointer = checkpoint.Checkpointer(logdir, Learner())
     assert not checkpointer.restore()
     assert checkpointer.latest is None
     assert not os.path.exists(logdir)
 
 
-def test_restores_everything_in_another_process_state(logdir):
+def test_restores_everything(logdir):
     learner = trained(7)
     saver = checkpoint.Checkpointer(logdir, learner)
     path = saver.save(123.456)
@@ -125,7 +125,7 @@ def test_restores_a_part_of_the_learner(logdir):
     assert_same(part.agent, outer.agent)
 
 
-def test_keeps_the_newest_and_goes_on_counting_after_a_resumption(logdir):
+def test_keeps_the_newest_and_continues_counting_when_resumed(logdir):
     learner = Learner()
     for start in (0, 3):
         checkpointer = checkpoint.Checkpointer(logdir, learner, max_to_keep=2)
@@ -153,7 +153,7 @@ def test_maybe_save_by_training_time(logdir):
 
 @pytest.mark.parametrize('suffix', ['.index', '.data-00000-of-00001'])
 @pytest.mark.parametrize('damage', ['truncated', 'emptied', 'removed', 'flipped'])
-def test_falls_back_to_the_newest_intact_one(logdir, suffix, damage):
+def test_falls_back_to_the_newest_intact_checkpoint(logdir, suffix, damage):
     newest = save_two(logdir)
     name = newest + suffix
     content = bytearray(pathlib.Path(name).read_bytes())
@@ -176,7 +176,7 @@ def test_falls_back_to_the_newest_intact_one(logdir, suffix, damage):
     assert newest in line and os.path.join(logdir, 'checkpoints', 'ckpt-1') in line
     assert '\n' not in line
 
-    # What is saved from here on counts as newer than the damaged one.
+    # The next checkpoint counts as newer than the damaged one.
     restored.train(9)
     checkpointer.save(30.0)
     again = Learner()
@@ -186,7 +186,7 @@ def test_falls_back_to_the_newest_intact_one(logdir, suffix, damage):
     assert not lines
 
 
-def test_what_is_saved_after_falling_back_is_the_newest(logdir):
+def test_a_checkpoint_saved_after_falling_back_is_the_newest(logdir):
     learner = Learner()
     checkpointer = checkpoint.Checkpointer(logdir, learner)
     for updates in (1, 2, 3):
@@ -208,7 +208,7 @@ def test_what_is_saved_after_falling_back_is_the_newest(logdir):
 
 
 def test_no_flipped_byte_goes_unnoticed(logdir):
-    """Each byte in turn: the damage is seen, or it lies in padding and the values are the same."""
+    """Flips each byte: it is noticed, or it is padding and the values are the same."""
     learner = trained(1, num_weights=40)
     path = checkpoint.Checkpointer(logdir, learner).save(0.0)
     seen = 0
@@ -234,7 +234,7 @@ def test_no_flipped_byte_goes_unnoticed(logdir):
     assert seen > 0.9 * sum(os.path.getsize(name) for name in names)
 
 
-def test_all_damaged_is_one_sentence_that_names_them(logdir):
+def test_if_all_are_damaged_one_sentence_names_them(logdir):
     save_two(logdir)
     names = [name for name in files_under(logdir) if '.data-' in name]
     for name in names:
@@ -279,7 +279,7 @@ def test_ten_is_newer_than_nine(logdir):
     assert int(restored.updates.numpy()) == 10
 
 
-def test_another_network_is_one_sentence(logdir):
+def test_another_network_is_refused_in_one_sentence(logdir):
     path = checkpoint.Checkpointer(logdir, trained(1)).save(0.0)
     with pytest.raises(checkpoint.LogdirError, match=re.escape(path)) as error:
         checkpoint.Checkpointer(logdir, Learner(NUM_WEIGHTS + 1)).restore()
@@ -290,10 +290,10 @@ def test_another_network_is_one_sentence(logdir):
         checkpoint.Checkpointer(logdir, bigger).restore()
 
 
-# The index is some hundred bytes and the data 2 * 4 * NUM_WEIGHTS, so that these limits stop the
-# data in the middle and everything at once.
+# The index takes some hundred bytes and the data 2 * 4 * NUM_WEIGHTS. These limits stop the write
+# in the middle of the data, and at once.
 @pytest.mark.parametrize('space', [NUM_WEIGHTS * 4, 0])
-def test_no_space_leaves_the_previous_checkpoint_and_nothing_else(logdir, space):
+def test_a_full_disk_leaves_only_the_previous_checkpoint(logdir, space):
     lines = []
     learner = trained(1)
     checkpointer = checkpoint.Checkpointer(logdir, learner, save_secs=600, report=lines.append)
@@ -336,7 +336,7 @@ def test_first_save_without_space_or_folder(logdir):
         checkpoint.Checkpointer(other, trained(1)).save(0.0)
 
 
-def test_folder_lost_while_running_is_reported_then_made_again(logdir):
+def test_a_folder_lost_while_running_is_reported_and_recreated(logdir):
     lines = []
     checkpointer = checkpoint.Checkpointer(logdir, trained(1), save_secs=1, report=lines.append)
     checkpointer.save(0.0)
@@ -365,7 +365,7 @@ def test_leftovers_of_a_killed_save_are_removed(logdir):
     assert not os.path.exists(leftover)
 
 
-def test_flags_are_replaced_as_a_whole(logdir):
+def test_flags_are_replaced_atomically(logdir):
     path = write_flags(logdir, '--seed=1\n')
     with file_size_limit(4), pytest.raises(checkpoint.LogdirError, match=re.escape(path)):
         write_flags(logdir, '--seed=2\n')
@@ -375,7 +375,7 @@ def test_flags_are_replaced_as_a_whole(logdir):
     assert pathlib.Path(path).read_text() == '--seed=3\n'
 
 
-def test_one_run_per_logdir_also_after_a_kill(logdir):
+def test_a_logdir_is_locked_until_its_run_ends_or_is_killed(logdir):
     program = (
         'import fcntl, os, sys\n'
         'fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n'
@@ -397,7 +397,7 @@ def test_one_run_per_logdir_also_after_a_kill(logdir):
 
 
 @pytest.mark.parametrize('name', ['run[1]', 'run*', 'run?', 'a\\b'])
-def test_names_that_tensorflow_cannot_restore_from(tmp_path, name):
+def test_names_that_tensorflow_cannot_restore_from_are_refused(tmp_path, name):
     with pytest.raises(checkpoint.LogdirError, match=re.escape(name)):
         checkpoint.Checkpointer(str(tmp_path / name), Learner())
 

@@ -1,4 +1,4 @@
-"""Tests of impala/runs/console.py, by what a log shows."""
+"""Tests of impala/runs/console.py, through what a log shows."""
 
 import contextlib
 import fcntl
@@ -29,7 +29,7 @@ def clock():
     return Clock()
 
 
-def test_plain_lines_when_no_terminal(logdir, clock):
+def test_plain_lines_without_a_terminal(logdir, clock):
     stream = io.StringIO()
     with create(logdir, clock, stream) as log:
         record(log, [-20.0, -19.0])
@@ -68,7 +68,7 @@ def test_bar_on_a_terminal(logdir, clock, columns):
                 clock.now += 10
                 write(log, 250, 1)
                 log.message('hello')
-                # More than was asked for must not break the bar.
+                # More steps than requested must not break the bar.
                 write(log, 1001, 2)
                 drain()
             drain()
@@ -84,7 +84,7 @@ def test_bar_on_a_terminal(logdir, clock, columns):
     assert 'frames (25.0%)' not in text
 
 
-def test_a_stream_that_breaks_does_not_end_the_run(logdir, clock):
+def test_a_broken_stream_does_not_end_the_run(logdir, clock):
     reader, writer = os.pipe()
     stream = os.fdopen(writer, 'w')
     os.close(reader)

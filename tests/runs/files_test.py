@@ -31,7 +31,7 @@ METRICS = {'wall_seconds': 1.5, 'frames': 40, 'agent_steps': 10, 'updates': 1, '
         b'',
     ],
 )
-def test_what_is_no_line_of_metrics(line):
+def test_invalid_lines_of_metrics_are_refused(line):
     with pytest.raises(ValueError):
         run_files.parse_metrics(line)
 
@@ -57,12 +57,12 @@ def test_a_line_of_metrics():
         b'',
     ],
 )
-def test_what_is_no_episode(line):
+def test_invalid_episodes_are_refused(line):
     with pytest.raises(ValueError):
         run_files.parse_episode(line)
 
 
-def test_damaged_lines_are_left_out_and_told_once(tmp_path):
+def test_damaged_lines_are_left_out_and_reported_once(tmp_path):
     path = tmp_path / 'episodes.csv'
     header = 'wall_seconds,frames,agent_steps,level,episode_return,episode_frames,ended_by\n'
     row = '1.5,40,10,a,-inf,5,terminated\n'
@@ -71,7 +71,7 @@ def test_damaged_lines_are_left_out_and_told_once(tmp_path):
     rows = list(run_files.read_episodes(str(tmp_path), told.append))
     assert [each['return'] for each in rows] == [-float('inf')] * 2
     assert told == [f'WARNING: {path}, line 3 (and 1 more) is damaged and left out.']
-    # The header, and a last line that was cut, are no damage.
+    # The header and a truncated last line do not count as damage.
     path.write_text(header + row + '1.5,4')
     assert len([*run_files.read_episodes(str(tmp_path), told.append)]) == 1 == len(told)
     path.write_text(header + 'x\n')
@@ -79,7 +79,7 @@ def test_damaged_lines_are_left_out_and_told_once(tmp_path):
     assert told[1] == f'WARNING: {path}, line 2 is damaged and left out.'
 
 
-def test_a_folder_of_checkpoints_that_cannot_be_written_is_told(tmp_path):
+def test_an_unwritable_checkpoint_folder_is_reported(tmp_path):
     run_files.try_checkpoint_folder(str(tmp_path))
     assert os.listdir(tmp_path) == []
     (tmp_path / 'checkpoints').mkdir()
@@ -99,7 +99,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_written_is_told(tmp_path):
         run_files.try_checkpoint_folder(str(tmp_path))
 
 
-def test_files_with_numbers_that_no_checkpoint_has_are_none(tmp_path):
+def test_files_with_impossible_numbers_are_not_checkpoints(tmp_path):
     folder = tmp_path / 'checkpoints'
     folder.mkdir()
     for number in ('3', '9' * 25, '\u0663'):

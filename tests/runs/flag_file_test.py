@@ -19,7 +19,7 @@ def texts(*arguments):
     return [argument.text for argument in flag_file.expand(arguments)]
 
 
-def test_files_stand_in_the_place_of_their_flags(tmp_path):
+def test_flag_files_are_expanded_in_place(tmp_path):
     inner = write(tmp_path / 'inner.flags', '', '  --b=2', '# --c=3', '// no flag')
     outer = write(tmp_path / 'outer.flags', '\ufeff--a=1', inner, '--nod')
     assert texts('--a=0', outer, '--d') == ['--a=0', '--a=1', '--b=2', '--nod', '--d']
@@ -31,9 +31,9 @@ def test_files_stand_in_the_place_of_their_flags(tmp_path):
     assert origins == [f'{outer}, line 1', f'{inner}, line 2', f'{outer}, line 3', '']
 
 
-def test_the_folder_of_a_runs_flag_file_is_the_run(tmp_path):
+def test_a_runs_flag_file_implies_its_logdir(tmp_path):
     flags = write(tmp_path / 'run' / 'flags.txt', '--notable=1', '--a=1')
-    # Anybody's file may have that name.
+    # Without a run next to it, a file of that name is like any other.
     assert texts(flags) == ['--notable=1', '--a=1']
     (tmp_path / 'run' / 'network.json').touch()
     here = f'--logdir={tmp_path}/run'
@@ -42,14 +42,14 @@ def test_the_folder_of_a_runs_flag_file_is_the_run(tmp_path):
     moved = f'--flagfile={tmp_path}/moved/flags.txt'
     there = f'--logdir={tmp_path}/moved'
     assert texts(moved, '--a=2') == ['--notable=1', '--a=1', there, '--a=2']
-    # What is given counts, wherever it stands.
+    # A given --logdir takes precedence, wherever it stands.
     assert texts('--logdir=x', moved) == ['--logdir=x', '--notable=1', '--a=1']
     assert texts(moved, '--logdir', 'x') == ['--notable=1', '--a=1', '--logdir', 'x']
     outer = write(tmp_path / 'outer.flags', moved, '--b=3')
     assert texts(outer)[-2:] == [there, '--b=3']
 
 
-def test_the_folder_is_named_from_the_root(tmp_path, monkeypatch):
+def test_the_implied_logdir_is_absolute(tmp_path, monkeypatch):
     write(tmp_path / 'run' / 'flags.txt', '--a=1')
     (tmp_path / 'run' / 'checkpoints').mkdir()
     monkeypatch.chdir(tmp_path / 'run')
@@ -70,7 +70,7 @@ def test_the_folder_is_named_from_the_root(tmp_path, monkeypatch):
         (None, 'Cannot read the flag file .*x.flags: Is a directory'),
     ],
 )
-def test_what_is_no_flag_file_is_one_sentence(tmp_path, content, sentence):
+def test_invalid_flag_files_give_one_sentence(tmp_path, content, sentence):
     path = tmp_path / 'x.flags'
     if content is None:
         path.mkdir()
@@ -82,12 +82,12 @@ def test_what_is_no_flag_file_is_one_sentence(tmp_path, content, sentence):
 
 
 @pytest.mark.parametrize('path', ['/dev/zero', '/nowhere/x', ''])
-def test_a_path_that_is_none_is_one_sentence(path):
+def test_invalid_paths_give_one_sentence(path):
     with pytest.raises(flag_file.FlagFileError, match='flag file|names no file'):
         flag_file.expand([f'--flagfile={path}'])
 
 
-def test_a_file_that_includes_itself_is_one_sentence(tmp_path):
+def test_recursive_flag_files_give_one_sentence(tmp_path):
     first, second = tmp_path / 'first.flags', tmp_path / 'second.flags'
     write(first, '--a=1', f'--flagfile={second}')
     write(second, f'--flagfile={os.path.relpath(first)}')
@@ -110,7 +110,7 @@ def test_a_file_that_includes_itself_is_one_sentence(tmp_path):
         ('--sise=3', "Unknown command line flag 'sise'. Did you mean: size ?"),
     ],
 )
-def test_what_absl_says_is_told_plainly(argument, sentence):
+def test_errors_of_absl_are_reworded(argument, sentence):
     values = flags.FlagValues()
     flags.DEFINE_integer('size', 2, '', 1, 10, flag_values=values)
     flags.DEFINE_float('rate', 0.1, '', flag_values=values)

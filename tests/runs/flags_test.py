@@ -8,7 +8,7 @@ from absl import flags as absl_flags
 from impala.config import Config, ConfigError, all_settings
 from impala.runs import flag_file, flags
 
-# A value of each setting that is not its default, and with which the others go together.
+# Values that are not the defaults and are valid together.
 CHANGED = {
     'learning_rate': 0.1,
     'level_name': 'a,b',
@@ -44,7 +44,7 @@ def test_every_setting_has_a_flag():
 
 
 def another_value(known):
-    """A value of a setting that is not its default."""
+    """Returns a value that is not the setting's default."""
     if known.setting.choices:
         return next(choice for choice in known.setting.choices if choice != known.default)
     if known.kind is bool:
@@ -60,7 +60,7 @@ def another_value(known):
 
 
 def test_every_flag_reaches_the_setting_of_its_name():
-    """One at a time is not at its default; nothing else changes."""
+    """One flag at a time differs from its default; nothing else changes."""
     defaults = parsed().flag_values_dict()
     for name, known in all_settings().items():
         value = another_value(known)
@@ -87,7 +87,7 @@ def test_flags_become_settings():
 
 
 @pytest.mark.parametrize('changes', [{}, CHANGED])
-def test_the_flag_file_restores_all_that_is_of_the_run(tmp_path, changes):
+def test_the_flag_file_restores_the_runs_settings(tmp_path, changes):
     config = Config.of(logdir='/x', stop_at_frames=7, **changes)
     path = tmp_path / 'flags.txt'
     path.write_text(flags.to_text(config))
@@ -111,7 +111,7 @@ def test_the_flag_file_restores_all_that_is_of_the_run(tmp_path, changes):
         ('--batchsize=3', "Unknown command line flag 'batchsize'"),
     ],
 )
-def test_an_argument_that_makes_no_sense_is_one_sentence_with_its_place(argument, sentence):
+def test_invalid_arguments_give_one_sentence_with_their_place(argument, sentence):
     with pytest.raises(flag_file.FlagFileError) as error:
         flags.parse('', [flag_file.Argument(argument, 'a.flags, line 3')], defined())
     assert sentence in str(error.value)
@@ -147,7 +147,7 @@ def test_flags_that_have_an_effect_or_their_default_are_not_refused():
         flags.refuse_unused(flags.config_of(parsed(*arguments)), arguments)
 
 
-def test_changes_are_told_unless_nothing_depends_on_them():
+def test_relevant_changes_are_reported():
     stored = flags.parse_stored(
         [flag_file.Argument('--batch_size=4'), flag_file.Argument('--popart')]
     )

@@ -1,4 +1,4 @@
-"""Tests of impala/runs/interval.py, by the lines of a log."""
+"""Tests of impala/runs/interval.py, through the lines of a log."""
 
 import math
 
@@ -27,7 +27,7 @@ def clock():
     return Clock()
 
 
-def test_a_line_has_what_happened_since_the_last(logdir, clock):
+def test_a_line_covers_the_time_since_the_last(logdir, clock):
     with create(logdir, clock, log_secs=10) as log:
         for i, lag in enumerate([1.0, 5.0, 3.0]):
             log.record_update(
@@ -91,7 +91,7 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
         'policy_lag_max': 2.0,
         'loss/total': 7.0,
         'stage_seconds/actor/environment': 1.5,
-        # This stage went back to zero: its process was started again.
+        # This stage restarted at zero with its process.
         'stage_seconds/learner/train_step': 1.0,
         'stage_seconds/learner/wait': 15.0,
         'learner_idle_share': 0.75,
@@ -104,7 +104,7 @@ def test_a_line_has_what_happened_since_the_last(logdir, clock):
     }
 
 
-def test_levels_have_frames_and_speeds_of_their_own(logdir, clock):
+def test_levels_have_their_own_frames_and_speeds(logdir, clock):
     pong, other = (f'level_frames/{name}' for name in LEVELS)
     with create(logdir, clock) as log:
         log.record_agent_steps(np.array([0, 1, 0]), 20)
@@ -119,7 +119,7 @@ def test_levels_have_frames_and_speeds_of_their_own(logdir, clock):
     assert first[f'level_frames_per_second/{LEVELS[0]}'] == 16
     assert second[f'level_frames_per_second/{LEVELS[0]}'] == 0
     assert second[f'level_frames_per_second/{LEVELS[1]}'] == 12
-    # The run goes on from the first line.
+    # The run resumes from the first line.
     with create(logdir, clock, begin=Counters(agent_steps=60, frames=240)) as log:
         log.record_agent_steps(np.array([0]), 20)
         clock.now += 10

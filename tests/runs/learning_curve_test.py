@@ -27,7 +27,7 @@ def test_mean_of_the_last_hundred():
     np.testing.assert_allclose(points[:, 3], expected, rtol=1e-12)
 
 
-def test_no_episode_and_no_finite_one():
+def test_no_episodes_and_no_finite_ones():
     for returns in ([], [float('nan'), float('inf')]):
         curve = curve_of(returns)
         assert curve.num_episodes == 0
@@ -60,6 +60,6 @@ def test_draws_a_png(tmp_path, num_levels):
     assert os.listdir(tmp_path) == ['curve.png']
 
 
-def test_a_folder_that_is_missing_is_an_os_error(tmp_path):
+def test_a_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
         learning_curve.draw(str(tmp_path / 'none' / 'curve.png'), {})

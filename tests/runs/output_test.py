@@ -6,7 +6,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Says much, and ends with a code that Python does not have of its own.
+# Prints a lot, and ends with a code that Python itself does not use.
 TALKATIVE = """
 import sys
 from impala.runs.output import outlive_readers
@@ -24,7 +24,7 @@ sys.exit(17)
 
 
 def run(folder, **settings):
-    """Returns the program, which waits for the end of its input."""
+    """Starts the program, which waits for the end of its input."""
     return subprocess.Popen(
         [sys.executable, '-c', TALKATIVE],
         cwd=folder,
@@ -35,7 +35,7 @@ def run(folder, **settings):
 
 
 @pytest.mark.parametrize('is_blocking', [True, False])
-def test_what_is_said_arrives_where_somebody_reads(tmp_path, is_blocking):
+def test_output_reaches_its_readers(tmp_path, is_blocking):
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, is_blocking)
     process = run(tmp_path, stdout=write_end, stderr=subprocess.PIPE, text=True)
@@ -52,7 +52,7 @@ def test_what_is_said_arrives_where_somebody_reads(tmp_path, is_blocking):
 
 
 @pytest.mark.parametrize('lost', [('stdout',), ('stderr',), ('stdout', 'stderr')])
-def test_work_is_done_and_ends_as_ever_when_readers_go(tmp_path, lost):
+def test_losing_readers_changes_neither_work_nor_exit_code(tmp_path, lost):
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
     process = run(tmp_path, **pipes)
     for name in lost:
@@ -65,7 +65,7 @@ def test_work_is_done_and_ends_as_ever_when_readers_go(tmp_path, lost):
     assert stdout is None or stdout.endswith(b'more\n')
 
 
-def test_a_full_disk_and_a_terminal_that_is_gone(tmp_path):
+def test_a_full_disk_and_a_closed_terminal(tmp_path):
     with open('/dev/full', 'w') as full:
         process = run(tmp_path, stdout=full, stderr=full)
         process.communicate()
@@ -78,7 +78,7 @@ def test_a_full_disk_and_a_terminal_that_is_gone(tmp_path):
     assert process.returncode == 17
 
 
-def test_files_are_not_printed_into_where_output_is_closed_from_the_start(tmp_path):
+def test_output_closed_from_the_start_is_not_printed_into_files(tmp_path):
     shell = ['/bin/sh', '-c', 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable]
     talkative = TALKATIVE.replace('sys.stdin.read()', '')
     environment = os.environ | {'PYTHONPATH': str(ROOT)}

@@ -7,7 +7,7 @@ from impala.runs.progress import Progress
 
 
 class Stream(io.StringIO):
-    """Says when it has been written to so many times."""
+    """Sets `written` after `number` flushes."""
 
     def __init__(self, number, is_terminal):
         super().__init__()
@@ -23,7 +23,7 @@ class Stream(io.StringIO):
             self.written.set()
 
 
-def test_a_line_now_and_then_also_when_nothing_advances(monkeypatch):
+def test_lines_are_printed_periodically_even_without_progress(monkeypatch):
     stream = Stream(3, is_terminal=False)
     monkeypatch.setattr(sys, 'stderr', stream)
     with Progress(2000, 'episode', lambda: '; and so on', line_seconds=0.01) as progress:
@@ -35,7 +35,7 @@ def test_a_line_now_and_then_also_when_nothing_advances(monkeypatch):
     assert re.fullmatch(r'1,500 of 2,000 episodes in \d s; and so on', lines[-1])
 
 
-def test_short_work_is_done_in_silence(monkeypatch):
+def test_short_work_prints_nothing(monkeypatch):
     stream = Stream(1, is_terminal=False)
     monkeypatch.setattr(sys, 'stderr', stream)
     with Progress(1, 'episode') as progress:

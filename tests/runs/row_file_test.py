@@ -1,4 +1,4 @@
-"""Tests of impala/runs/row_file.py, by what a log finds in its files."""
+"""Tests of impala/runs/row_file.py, through the files of a log."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def clock():
     return Clock()
 
 
-def test_rows_behind_the_checkpoint_are_moved_away(logdir, clock):
+def test_rows_after_the_checkpoint_are_moved_away(logdir, clock):
     with create(logdir, clock, log_secs=1) as log:
         for agent_steps in (100, 200, 300):
             record(log, [agent_steps], level_id=1)
@@ -47,7 +47,7 @@ def test_rows_behind_the_checkpoint_are_moved_away(logdir, clock):
         assert '300' in file.read()
 
 
-def test_damaged_lines_are_told_and_left_out(logdir, clock):
+def test_damaged_lines_are_reported_and_left_out(logdir, clock):
     with create(logdir, clock, log_secs=1) as log:
         record(log, [5], level_id=1)
         clock.now += 10
@@ -66,7 +66,7 @@ def test_damaged_lines_are_told_and_left_out(logdir, clock):
 
 
 @pytest.mark.parametrize('cut', [1, 7, 40])
-def test_a_cut_last_line_is_repaired(logdir, clock, cut):
+def test_a_truncated_last_line_is_repaired(logdir, clock, cut):
     with create(logdir, clock, log_secs=1) as log:
         for agent_steps in (100, 200):
             record(log, [agent_steps])
@@ -83,7 +83,7 @@ def test_a_cut_last_line_is_repaired(logdir, clock, cut):
     assert [row['episode_return'] for row in episodes(logdir)] == ['100.0', '300.0']
 
 
-def test_a_cut_header_is_repaired(logdir, clock):
+def test_a_truncated_header_is_repaired(logdir, clock):
     create(logdir, clock).close()
     os.truncate(os.path.join(logdir, 'episodes.csv'), 20)
     with create(logdir, clock) as log:
@@ -92,7 +92,7 @@ def test_a_cut_header_is_repaired(logdir, clock):
     assert [row['level'] for row in episodes(logdir)] == ['ALE/Pong-v5']
 
 
-def test_full_disk_loses_no_row_and_never_cuts_one(logdir, clock):
+def test_a_full_disk_neither_loses_nor_truncates_rows(logdir, clock):
     stream = io.StringIO()
     with create(logdir, clock, stream, log_secs=1) as log:
         agent_steps = 0
@@ -107,7 +107,7 @@ def test_full_disk_loses_no_row_and_never_cuts_one(logdir, clock):
                 write(log, agent_steps)
 
         play(3)
-        # Rows have different lengths, so that some limit falls into the middle of one.
+        # Rows have different lengths, so some limit falls into the middle of a row.
         size = os.path.getsize(os.path.join(logdir, 'metrics.jsonl'))
         for space in (size + 1, size + 100, size + 700):
             with file_size_limit(space):
@@ -124,7 +124,7 @@ def test_full_disk_loses_no_row_and_never_cuts_one(logdir, clock):
     assert len(os.listdir(os.path.join(logdir, 'summaries'))) == 1
 
 
-def test_closing_on_a_full_disk_says_what_is_lost(logdir, clock):
+def test_closing_on_a_full_disk_reports_what_is_lost(logdir, clock):
     stream = io.StringIO()
     log = create(logdir, clock, stream)
     record(log, [1.0])

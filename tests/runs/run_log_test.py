@@ -1,4 +1,4 @@
-"""Tests of impala/runs/run_log.py: the files are read by other means than they were written."""
+"""Tests of impala/runs/run_log.py; they read its files by other means."""
 
 import gc
 import io
@@ -38,7 +38,7 @@ def clock():
 
 def test_curves_leave_nothing_in_memory(logdir, clock):
     gc.collect()
-    gc.disable()  # For it comes too late in a process as large as a learner.
+    gc.disable()  # In a process as large as a learner it runs too late.
     try:
         with create(logdir, clock) as log:
             record(log, [1.0])
@@ -51,7 +51,7 @@ def test_curves_leave_nothing_in_memory(logdir, clock):
 
 
 def test_lines_leave_nothing_in_memory(logdir, clock):
-    """Each has 20 numbers that were never there before."""
+    """Each line has 20 new numbers."""
     lines = 50
     with open(os.devnull, 'w') as stream, create(logdir, clock, stream) as log:
 
@@ -89,7 +89,7 @@ def test_episodes_of_a_whole_batch(logdir, clock):
     with create(logdir, clock, log_secs=1000) as log:
         clock.now += 1.5
         log.record_episodes(np.array([1, 0]), returns, frames, ends)
-        # Written with the counters of the update whose batch they came in, before any line.
+        # A row has the counters of its batch's update and is written before any line.
         write(log, 6, 1)
         rows = episodes(logdir)
     assert [list(row.values()) for row in rows] == [
@@ -114,7 +114,7 @@ def test_close_writes_what_is_left_and_repeats_safely(logdir, clock):
     assert not [name for name in os.listdir(logdir) if 'tmp' in name]
 
 
-def test_a_failing_run_is_logged_and_its_error_passes(logdir, clock):
+def test_a_failing_run_is_logged_and_its_error_propagates(logdir, clock):
     with pytest.raises(KeyError), create(logdir, clock) as log:
         write(log, 10, 1)
         raise KeyError
@@ -140,7 +140,7 @@ def test_curve_is_drawn_from_time_to_time(logdir, clock):
     assert os.path.exists(path)
 
 
-def test_a_picture_a_minute_is_a_file_and_in_tensorboard(logdir, clock):
+def test_one_picture_a_minute_goes_to_a_file_and_tensorboard(logdir, clock):
     pixels = np.random.default_rng(0).integers(256, size=(6, 10, 3), dtype=np.uint8)
     due = []
     with create(logdir, clock, log_secs=10) as log:
@@ -170,7 +170,7 @@ def test_a_picture_a_minute_is_a_file_and_in_tensorboard(logdir, clock):
         np.testing.assert_array_equal(tf.io.decode_png(png), pixels + (step - 10) // 10)
 
 
-def test_a_picture_that_cannot_be_written_ends_nothing(logdir, clock):
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(logdir, clock):
     stream = io.StringIO()
     with create(logdir, clock, stream) as log:
         with file_size_limit(0):
@@ -179,7 +179,7 @@ def test_a_picture_that_cannot_be_written_ends_nothing(logdir, clock):
         assert os.listdir(logdir).count('frames.png') == 0
 
 
-def test_resumed_run_goes_on(logdir, clock):
+def test_a_resumed_run_continues_its_log(logdir, clock):
     with create(logdir, clock) as log:
         record(log, [1.0] * 60)
         clock.now += 100

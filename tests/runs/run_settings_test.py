@@ -32,7 +32,7 @@ def test_settings_of_the_network_are_compared_by_flag(tmp_path, change, flags):
     other = dataclasses.replace(network, **change)
     with pytest.raises(run_files.LogdirError, match=flags):
         run_settings.check_same_network(logdir, run_settings.network_settings(other, VECTOR))
-    # Precision is no shape: a run may go on in another.
+    # A run may be resumed with another precision, which changes no shape.
     faster = dataclasses.replace(network, compute_dtype='bfloat16')
     run_settings.check_same_network(logdir, run_settings.network_settings(faster, VECTOR))
 
@@ -69,7 +69,7 @@ def test_with_popart_other_levels_are_another_network(tmp_path):
         ),
     ],
 )
-def test_another_level_is_another_network_if_its_spec_is(spec):
+def test_another_spec_is_another_network(spec):
     network = build.choose_network(config('/nowhere'), ('a',), IMAGE)
     assert run_settings.network_settings(network, IMAGE) != run_settings.network_settings(
         network, spec
@@ -109,14 +109,14 @@ def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
             )
 
 
-def test_what_counts_frames_and_which_levels_are_played_stay(tmp_path):
+def test_action_repeats_and_levels_must_not_change(tmp_path):
     logdir = str(tmp_path)
     before = run_settings.counted_by(('a', 'b'), STACK)
     assert before == {'num_action_repeats': STACK.num_action_repeats, 'levels': ['a', 'b']}
     run_settings.store_settings(logdir, {'torso': 'mlp'}, before)
     assert run_settings.stored_settings(logdir) == {'torso': 'mlp'}
     others = before | {'levels': ['a', 'c']}
-    # Nothing was trained as yet.
+    # Nothing has been trained yet.
     run_settings.check_same_run(logdir, others | {'num_action_repeats': 1}, False)
 
     (tmp_path / 'checkpoints').mkdir()
@@ -148,7 +148,7 @@ def test_settings_are_stored_and_compared(tmp_path):
     settings = {'torso': 'deep', 'use_lstm': True, 'frame_shape': (72, 96, 3)}
     assert run_settings.stored_settings(logdir) is None
     run_settings.store_settings(logdir, {'torso': 'shallow'}, {})
-    # Nothing was trained with the first ones.
+    # Nothing has been trained with the first settings.
     run_settings.check_same_network(logdir, settings)
     run_settings.store_settings(logdir, settings, {})
     (tmp_path / 'checkpoints').mkdir()

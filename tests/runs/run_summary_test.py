@@ -39,7 +39,7 @@ def test_summary(logdir, clock):
         log.record_discarded_unrolls(1200)
         clock.now += 5
         write(log, 1000, 10)
-        # Of the last moments, in which nothing was learned.
+        # Discarded after the last update.
         log.record_discarded_unrolls(7)
     summary = run_summary.read_summary(logdir)
     json.dumps(summary, allow_nan=False)
@@ -85,9 +85,7 @@ def test_summary_of_a_run_without_episodes(logdir, clock):
         ([], 3, 'none has ended in an unroll that was learned from.'),
     ],
 )
-def test_no_run_says_that_no_episode_has_ended_when_one_has(
-    logdir, clock, returns, discarded, text
-):
+def test_a_missing_mean_return_is_explained(logdir, clock, returns, discarded, text):
     stream = io.StringIO()
     with create(logdir, clock, stream) as log:
         record(log, returns)

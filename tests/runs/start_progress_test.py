@@ -5,7 +5,7 @@ from impala.runs import start_progress
 PATIENCE_SECONDS = 60
 
 
-def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
+def test_a_slow_start_reports_its_progress(monkeypatch):
     monkeypatch.setattr(start_progress.time, 'monotonic', lambda: 100.0)
     told, done = [], 0
     progress = start_progress.StartProgress(told.append, lambda: f'{done} of 30 are up')
@@ -15,12 +15,12 @@ def test_a_start_that_takes_long_says_how_far_it_is(monkeypatch):
         before = len(told)
         progress.look(now)
         times += [done] * (len(told) - before)
-    # After 2 seconds, and then after 4, 6, 9, ...
+    # After 2 seconds, and then 4, 6 and 9 seconds later.
     assert times == [2, 6, 12, 21]
     assert told[1] == 'Starting: 6 of 30 are up'
 
 
-def test_what_is_done_quickly_is_not_told(monkeypatch):
+def test_a_fast_start_reports_nothing(monkeypatch):
     told, has_told = [], threading.Event()
 
     def report(text):

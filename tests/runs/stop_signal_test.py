@@ -13,7 +13,7 @@ PATIENCE_SECONDS = 120
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_the_start_and_stops_the_run(number, request):
-    # Whoever runs the tests may ignore it, as `nohup` does.
+    # The tests may inherit an ignored signal, from `nohup` for example.
     request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
     signal.signal(number, signal.SIG_DFL)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -39,7 +39,7 @@ def test_a_signal_interrupts_the_start_and_stops_the_run(number, request):
 
 @pytest.mark.parametrize('is_started', [False, True])
 def test_a_process_with_nothing_to_lose_is_ended_by_force(monkeypatch, is_started, capfd):
-    """It is inside of something that nobody can interrupt."""
+    """It is in a call that cannot be interrupted."""
     has_exited, codes = threading.Event(), []
 
     def exit_with(code):
@@ -63,7 +63,7 @@ def test_a_process_with_nothing_to_lose_is_ended_by_force(monkeypatch, is_starte
 
 
 @pytest.mark.parametrize('begins', [False, True])
-def test_a_process_with_something_to_lose_is_not(monkeypatch, begins):
+def test_a_process_with_something_to_lose_is_not_ended_by_force(monkeypatch, begins):
     codes = []
     monkeypatch.setattr(stop_signal.os, '_exit', codes.append)
     monkeypatch.setattr(stop_signal, 'START_SECONDS', 0.01)
@@ -74,7 +74,7 @@ def test_a_process_with_something_to_lose_is_not(monkeypatch, begins):
             stop.begun()
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped.wait(PATIENCE_SECONDS)
-        time.sleep(0.1)  # Ten times as long as the other would have got.
+        time.sleep(0.1)  # Ten times START_SECONDS.
     assert not codes
 
 
@@ -88,7 +88,7 @@ def test_work_that_may_be_left_unfinished_is_interrupted():
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(PATIENCE_SECONDS)
         assert stopped.wait(PATIENCE_SECONDS)
-        # Whoever comes later need not begin.
+        # Later blocks are not entered.
         with pytest.raises(KeyboardInterrupt), stop.interrupting():
             pytest.fail('the block was entered')
 

@@ -1,4 +1,4 @@
-"""Tests of impala/runs/summaries.py, by what a log writes."""
+"""Tests of impala/runs/summaries.py, through what a log writes."""
 
 import os
 
@@ -43,7 +43,7 @@ def test_tensorboard_has_the_same_numbers(logdir, clock):
     assert seen == pytest.approx(expected)
 
 
-def test_summaries_are_tried_again_in_a_new_file(logdir, clock):
+def test_failed_summaries_are_retried_in_a_new_file(logdir, clock):
     with create(logdir, clock, log_secs=1) as log:
         for i in range(1, 10):
             clock.now += 100

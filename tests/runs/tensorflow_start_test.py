@@ -19,8 +19,8 @@ print(_pywrap_util_port.IsMklEnabled())
 """
 
 
-def test_what_was_said_is_shown_if_the_start_fails(monkeypatch, capfd):
-    # Set first, so that they are as they were behind the test.
+def test_output_is_shown_if_the_start_fails(monkeypatch, capfd):
+    # Set first, so that monkeypatch restores them after the test.
     for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS', 'TF_FORCE_GPU_ALLOW_GROWTH'):
         monkeypatch.setenv(name, '0')
     monkeypatch.delenv('TF_CPP_MIN_LOG_LEVEL')
@@ -34,7 +34,7 @@ def test_what_was_said_is_shown_if_the_start_fails(monkeypatch, capfd):
     assert capfd.readouterr().err == ''
 
 
-def test_a_start_that_takes_long_is_told_where_all_else_is_not(monkeypatch, capfd):
+def test_a_slow_start_is_reported_while_other_output_is_hidden(monkeypatch, capfd):
     for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS', 'TF_FORCE_GPU_ALLOW_GROWTH'):
         monkeypatch.setenv(name, '0')
     monkeypatch.delenv('TF_CPP_MIN_LOG_LEVEL')
@@ -54,9 +54,7 @@ def test_a_start_that_takes_long_is_told_where_all_else_is_not(monkeypatch, capf
 
 
 @pytest.mark.parametrize(('value', 'expected'), [(None, 'true'), ('false', 'false')])
-def test_memory_of_gpus_is_taken_as_it_is_needed_unless_asked_otherwise(
-    monkeypatch, value, expected
-):
+def test_gpu_memory_grows_on_demand_by_default(monkeypatch, value, expected):
     for name in ('TF_CPP_MIN_LOG_LEVEL', 'TF_ENABLE_ONEDNN_OPTS', 'TF_FORCE_GPU_ALLOW_GROWTH'):
         monkeypatch.setenv(name, '0')
     if value is None:
@@ -64,26 +62,26 @@ def test_memory_of_gpus_is_taken_as_it_is_needed_unless_asked_otherwise(
     else:
         monkeypatch.setenv('TF_FORCE_GPU_ALLOW_GROWTH', value)
     with starting_tensorflow():
-        # The name that TensorFlow's allocator asks for.
+        # TensorFlow's allocator reads this variable.
         assert os.environ['TF_FORCE_GPU_ALLOW_GROWTH'] == expected
 
 
 @pytest.mark.skipif(platform.machine() != 'x86_64', reason='left to TensorFlow')
 @pytest.mark.parametrize(('value', 'is_used'), [(None, True), ('0', False)])
-def test_onednn_is_used_on_every_x86_processor_unless_asked_otherwise(value, is_used):
+def test_onednn_is_used_on_every_x86_processor_by_default(value, is_used):
     environment = {key: text for key, text in os.environ.items() if not key.startswith('TF_')}
     if value is not None:
         environment['TF_ENABLE_ONEDNN_OPTS'] = value
-    # TensorFlow's own answer.
+    # Ask TensorFlow itself.
     said = subprocess.run(
         [sys.executable, '-c', ASK], env=environment, check=True, capture_output=True, text=True
     )
     assert said.stdout == f'{is_used}\n'
-    # A busy machine may take long.
+    # A start on a busy machine may be slow.
     assert said.stderr.replace('Starting: TensorFlow is loaded\n', '') == ''
 
 
-def test_garbage_is_collected_again_afterwards():
+def test_garbage_collection_resumes_afterwards():
     frozen = gc.get_freeze_count()
     try:
         with starting_tensorflow():

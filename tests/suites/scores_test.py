@@ -19,10 +19,10 @@ TWO = (Level('a', 'a', 0.0, 10.0), Level('b', 'b', -1.0, 1.0))
         ('dmlab30', 'impala_deep_pbt', 'mean_cap_100', 49.4),
     ],
 )
-def test_the_papers_scores_come_out_of_its_tables(suite, agent, score, published):
+def test_scores_match_the_paper(suite, agent, score, published):
     levels = suites.load(suite).levels
     returns = {level.name: [level.published[agent]] for level in levels}
-    # Published with one decimal, from levels published with as few as one.
+    # Published with one decimal, like some of the scores of levels.
     assert getattr(scores.suite_score(returns, levels), score) == pytest.approx(published, abs=0.06)
 
 
@@ -39,7 +39,7 @@ def test_a_score_by_hand():
         ({'a': [1], 'b': []}, 'The level b has no episode'),
     ],
 )
-def test_what_is_missing_is_named(returns, sentence):
+def test_missing_returns_are_named(returns, sentence):
     with pytest.raises(ScoreError, match=sentence):
         scores.suite_score(returns, TWO)
 
@@ -51,7 +51,7 @@ def test_unknown_human_scores_are_refused():
         scores.suite_score({}, [])
 
 
-def test_intervals_of_means_hold_what_they_promise():
+def test_intervals_of_means_have_the_promised_coverage():
     """Of 80 samples of 30 returns about 76 have the true mean in their interval."""
     random = np.random.default_rng(1)
     inside = 0

@@ -43,12 +43,12 @@ def test_levels_by_name():
     single = suites.load('rooms_collect_good_objects_test')
     assert single.level_names == ('rooms_collect_good_objects_test',)
     assert single.levels[0].human == 10
-    # What is named is what is played.
+    # A level given by name is tested itself, not its test level.
     train = suites.load('rooms_collect_good_objects_train').for_testing()
     assert train.level_names == ('rooms_collect_good_objects_train',)
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_a_users_suite_file(tmp_path):
     path = tmp_path / 'mine.csv'
     path.write_text(
         'human,level,random,others,test_level\n10,a:train,1.5,7,a:test\n20,b:both,-1,,\n,c:new,,,\n'
@@ -88,7 +88,7 @@ def test_a_file_of_ones_own(tmp_path):
         (b'\xff\xfe', 'is not a CSV file'),
     ],
 )
-def test_a_file_with_a_mistake_is_one_sentence(tmp_path, text, sentence):
+def test_mistakes_in_a_file_give_one_sentence(tmp_path, text, sentence):
     path = tmp_path / 'mine.csv'
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(LevelError, match=re.escape(sentence)) as error:
@@ -107,12 +107,12 @@ def test_a_file_with_a_mistake_is_one_sentence(tmp_path, text, sentence):
         ('dmlab', "Did you mean 'dmlab30'"),
     ],
 )
-def test_names_that_make_no_sense(level_name, sentence):
+def test_invalid_names_are_refused(level_name, sentence):
     with pytest.raises(LevelError, match=re.escape(sentence)):
         suites.load(level_name)
 
 
-def test_the_tables_are_whole():
+def test_the_tables_are_complete():
     """Every row has a number in every column."""
     for name in suites.packaged_suites():
         path = os.path.join(os.path.dirname(suites.__file__), f'{name}.csv')

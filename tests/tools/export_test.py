@@ -13,7 +13,7 @@ from impala.networks.agent import Agent, AgentConfig
 from impala.tools import export
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
-# What somebody has who knows TensorFlow only. One row's inputs are JSON on stdin.
+# A program that knows only TensorFlow. It reads each step's inputs as JSON from stdin.
 STRANGER = """
 import json, os, sys
 import numpy as np, tensorflow as tf
@@ -34,7 +34,7 @@ print(json.dumps(rows))
 
 
 @pytest.mark.parametrize(('use_lstm', 'popart'), [(True, False), (False, False), (False, True)])
-def test_a_stranger_acts_as_the_agent_does(tmp_path, use_lstm, popart):
+def test_the_exported_model_acts_like_the_agent(tmp_path, use_lstm, popart):
     logdir = tmp_path / 'run'
     training.train(
         config(logdir, use_lstm=str(use_lstm).lower(), popart=popart, total_environment_frames=20)
@@ -111,7 +111,7 @@ def test_an_autoencoder_is_exported_without_its_decoder(tmp_path, monkeypatch):
     [('levels:float_picture', (4, 5, 3), 'float32'), ('levels:byte_vector', (3,), 'uint8')],
 )
 def test_observations_keep_their_type(tmp_path, level, shape, dtype):
-    """Bytes are scaled and floats are not, so the same numbers are others to the network."""
+    """The network scales bytes but not floats."""
     logdir = tmp_path / 'run'
     run = config(logdir, level_name=level, torso='mlp', use_lstm='false')
     training.train(run)
@@ -135,7 +135,7 @@ def test_observations_keep_their_type(tmp_path, level, shape, dtype):
     np.testing.assert_allclose(step(**inputs)['baseline'], expected.baseline, rtol=1e-5)
 
 
-def test_the_terminal_has_what_was_written_and_nothing_else(tmp_path):
+def test_export_prints_only_what_was_written(tmp_path):
     logdir = tmp_path / 'run'
     training.train(config(logdir, total_environment_frames=20))
     environment = os.environ.copy()
@@ -148,11 +148,11 @@ def test_the_terminal_has_what_was_written_and_nothing_else(tmp_path):
         check=True,
     )
     assert result.stdout == f'Written {logdir}/checkpoints/ckpt-1 to {logdir}/saved_model\n'
-    # A busy machine may take long.
+    # A start on a busy machine may be slow.
     assert result.stderr.replace('Starting: TensorFlow is loaded\n', '') == ''
 
 
-def test_what_cannot_be_exported_is_one_sentence(tmp_path, capsys):
+def test_failed_exports_give_one_sentence(tmp_path, capsys):
     assert export.main([str(tmp_path)]) == 2
     assert 'is not the folder of a training run' in capsys.readouterr().err
     settings = {

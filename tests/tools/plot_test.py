@@ -16,7 +16,7 @@ from impala.tools import plot
 
 
 def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=ALE/Pong-v5',)):
-    """A run of one episode every 100 agent steps, 400 frames and 36 seconds."""
+    """Writes a run with an episode every 100 agent steps, 400 frames and 36 seconds."""
     folder.mkdir(parents=True)
     rows = [','.join(EPISODES_HEADER)]
     lines = []
@@ -37,13 +37,13 @@ def write_run(folder, seed, returns, level='ALE/Pong-v5', flags=('--level_name=A
             )
         )
     (folder / 'episodes.csv').write_text('\n'.join(rows) + '\n')
-    # The last line of a run that goes on.
+    # The last line of an active run may be incomplete.
     (folder / 'metrics.jsonl').write_text('\n'.join(lines) + '\n{"wall_sec')
     (folder / 'flags.txt').write_text('\n'.join((*flags, f'--seed={seed}')) + '\n')
     return str(folder)
 
 
-def test_returns_that_are_not_finite_are_told_and_left_out(tmp_path, capsys):
+def test_non_finite_returns_are_reported_and_left_out(tmp_path, capsys):
     logdir = write_run(tmp_path / 'a', 1, [1.0, math.nan, 3.0, math.inf])
     assert plot.main([logdir, f'--output={tmp_path}']) == 0
     told = f'{logdir}: 2 episodes whose return is not finite are left out.\n'
@@ -58,7 +58,7 @@ def test_running_mean():
     np.testing.assert_allclose(plot.running_mean(values), expected)
 
 
-def test_spread_is_where_all_curves_are():
+def test_spread_is_limited_to_where_all_curves_are():
     short = np.array([0.0, 10.0]), np.array([0.0, 10.0])
     long = np.array([5.0, 20.0]), np.array([20.0, 20.0])
     x, mean, low, high = plot.spread([short, long], points=3)
@@ -67,11 +67,11 @@ def test_spread_is_where_all_curves_are():
     assert mean.tolist() == [12.5, 13.75, 15]
 
 
-def test_places_are_spread_out_as_little_as_can_be():
+def test_places_are_spread_out_as_little_as_possible():
     assert plot.spread_out([], 1) == []
     assert plot.spread_out([1, 3, 9], 1) == [1, 3, 9]
     assert plot.spread_out([1, 3, 3.5, 9], 1) == [1, 2.75, 3.75, 9]
-    # Pushed by those above, these two push the next one.
+    # The last two push the second, and these three push the first.
     np.testing.assert_allclose(plot.spread_out([1, 2.5, 3, 3], 1), [0.875, 1.875, 2.875, 3.875])
     places = plot.spread_out([0, 0, 0, 5, 5.5], 2)
     np.testing.assert_allclose(places, [-2, 0, 2, 4.25, 6.25])
@@ -79,7 +79,7 @@ def test_places_are_spread_out_as_little_as_can_be():
 
 @pytest.mark.parametrize('num_levels', [1, 4])
 def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
-    """Two of the published scores of Pong are .58 apart, and there are five lines."""
+    """There are five lines, and two of the published scores of Pong are only 0.58 apart."""
     games = ('Pong', 'Breakout', 'Boxing', 'Alien')[:num_levels]
     for game in games:
         write_run(tmp_path / game, 1, [1, 2, 3], level=f'ALE/{game}-v5')
@@ -90,7 +90,7 @@ def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
         (legend,) = figure.legends
         assert [text.get_text() for text in legend.get_texts()] == ['all']
         for axes in figure.axes:
-            # Without the lines that lead to them.
+            # Boxes of the texts without the lines that lead to them.
             boxes = {
                 re.sub(r' \S+ \S$', '', text.get_text()): Text.get_window_extent(text)
                 for text in axes.texts
@@ -106,7 +106,7 @@ def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
                 others = [other for other in figure.axes if other is not axes]
                 assert not any(box.overlaps(other.bbox) for other in others)
     if num_levels > 1:
-        # The paper's 787.34 in Breakout, where the curve ends at 3 and people score 30.
+        # In Breakout the paper has 787.34, while the curve ends at 3 and humans score 30.
         assert 'paper: impala_deep 787.34 \N{UPWARDS ARROW}' in [
             text.get_text() for text in figure.axes[1].texts
         ]
@@ -119,7 +119,7 @@ def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
         assert low + end * (high - low) == pytest.approx(lines[name])
 
 
-def test_a_suite_of_ones_own_has_its_lines(tmp_path, capsys):
+def test_a_users_suite_has_its_lines(tmp_path, capsys):
     path = tmp_path / 'mine.csv'
     path.write_text('level,random,human,others\nmy:level,0.5,7,6\nALE/Pong-v5,-1,1,\n')
     flags = (f'--level_name={path}',)
@@ -142,7 +142,7 @@ def test_a_suite_of_ones_own_has_its_lines(tmp_path, capsys):
     assert 'There are no lines for its random and human scores.' in capsys.readouterr().err
 
 
-def test_runs_that_differ_in_their_seeds_are_one_line(tmp_path):
+def test_runs_that_differ_only_in_their_seeds_share_a_line(tmp_path):
     logdirs = [
         write_run(tmp_path / 'pong_1', 1, [1, 2, 3]),
         write_run(tmp_path / 'pong_2', 2, [3, 4, 5]),
@@ -197,13 +197,13 @@ def test_pictures_from_the_command_line(tmp_path, capsys, over):
     assert capsys.readouterr().out.count(str(output)) == 6
 
 
-def test_the_home_folder_has_its_short_name(tmp_path, monkeypatch):
+def test_a_tilde_stands_for_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     assert plot.main([write_run(tmp_path / 'a', 1, [1.0]), '--output=~/pictures']) == 0
     assert (tmp_path / 'pictures' / 'learning_curves.png').exists()
 
 
-def test_drawing_takes_no_tensorflow(tmp_path):
+def test_drawing_does_not_import_tensorflow(tmp_path):
     logdir = write_run(tmp_path / 'run', 1, range(5))
     code = (
         'import sys; from impala.tools import plot; code = plot.main(sys.argv[1:]); '
@@ -219,6 +219,6 @@ def test_drawing_takes_no_tensorflow(tmp_path):
     assert (result.returncode, result.stderr) == (0, '')
 
 
-def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
+def test_a_missing_run_gives_one_sentence(tmp_path, capsys):
     assert plot.main([str(tmp_path / 'none')]) == 2
     assert 'Cannot read the logs of a run' in capsys.readouterr().err

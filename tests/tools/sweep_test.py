@@ -1,4 +1,4 @@
-"""Searches: what is sampled and decided, and real ones that are killed and go on."""
+"""Sweeps: how they sample and decide, and real ones that are killed and resumed."""
 
 import contextlib
 import csv
@@ -55,14 +55,14 @@ def settings(**changes):
     return sweep_config.PBTConfig(round_frames=1, **changes)
 
 
-def test_a_sweep_itself_takes_no_tensorflow():
-    # Which would cost hundreds of megabytes, and has threads, among which no process may be forked.
+def test_a_sweep_itself_does_not_import_tensorflow():
+    # It would cost hundreds of megabytes, and its threads make forking unsafe.
     code = 'import sys, impala.tools.sweep.sweep; sys.exit("tensorflow" in sys.modules)'
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize('name', ['sweep_random', 'pbt', 'sweep_dmlab30'])
-def test_what_is_shipped_can_be_read(name, monkeypatch):
+def test_shipped_sweeps_can_be_read(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = sweep_config.read(f'configs/{name}.json')
     # Table D.1 of the paper.
@@ -86,7 +86,7 @@ def test_members_are_samples_of_the_space(tmp_path):
     assert stats.chisquare(counts).pvalue > 0.001
     logs = np.log([columns['entropy_cost'], columns['learning_rate'], columns['epsilon']])
     assert np.abs(np.corrcoef(logs) - np.eye(3)).max() < 0.06
-    # A member is the same however many there are, and another with another seed.
+    # A member depends on the seed, but not on the number of members.
     assert config.sample(7) == members[7]
     other = sweep_config.read(write(tmp_path, RANDOM | {'seed': 2}))
     assert other.sample(7) != sweep_config.read(write(tmp_path, RANDOM)).sample(7)
@@ -100,20 +100,20 @@ def test_a_better_member_is_copied_and_a_worse_one_is_not():
         (10.0, 15.1): [(1, values[1]), (None, values[1])],
         (10.0, 15.0): [(None, values[0]), (None, values[1])],
         (15.1, 10.0): [(None, values[0]), (0, values[0])],
-        # Nothing is known of one of them.
+        # One of them has no fitness.
         (None, 15.0): [(None, values[0]), (None, values[1])],
     }.items():
         assert sweep.evolve(fitness, [False] * 2, values, False, keep, random) == expected
         kept = [(None, values[0]), (None, values[1])]
         assert sweep.evolve(fitness, [False] * 2, values, True, keep, random) == kept
-    # One that failed takes over another, also while the others burn in.
+    # A failed member copies another one, even during burn-in.
     assert sweep.evolve([None, 1.0], [True, False], values, True, keep, random) == [
         (1, values[1]),
         (None, values[1]),
     ]
 
 
-def test_members_are_compared_with_any_other():
+def test_members_are_compared_with_random_others():
     values = [{'epsilon': float(i)} for i in range(4)]
     random = np.random.default_rng(1)
     keep = settings(perturb_probability=0.0)
@@ -123,7 +123,7 @@ def test_members_are_compared_with_any_other():
         )
         for _ in range(600)
     ]
-    # The first is worse than both others that can be drawn, the second than one of them.
+    # The first is worse than both members it may draw, the second is worse than one.
     first, second, third, fourth = ([s[i][0] for s in sources] for i in range(4))
     assert set(first) == {1, 2} and 240 < first.count(1) < 360
     assert set(second) == {None, 2} and 240 < second.count(2) < 360
@@ -141,7 +141,7 @@ def test_hyperparameters_are_multiplied_or_divided():
     rates = [new['learning_rate'] for decisions in explored for _, new in decisions]
     unchanged, up, down = rates.count(1.0), rates.count(1.2), rates.count(1 / 1.2)
     assert unchanged + up + down == 10000
-    # A third of them, and both ways are as likely: an unbiased walk in the logarithm.
+    # A third changes, up as often as down: an unbiased walk in the logarithm.
     assert stats.binomtest(up + down, 10000, 0.33).pvalue > 0.001
     assert stats.binomtest(up, up + down, 0.5).pvalue > 0.001
     epsilons = {round(new['epsilon'], 6) for decisions in explored for _, new in decisions}
@@ -156,7 +156,7 @@ def test_hyperparameters_are_multiplied_or_divided():
 
 
 def run_of(level_name, returns):
-    """A run whose episodes of each level end after 100, 200, ... frames."""
+    """Returns a run in which each level's episodes end after 100, 200, ... frames."""
     episodes = {
         level: np.array([(100.0 * i, 0, 0, value) for i, value in enumerate(values, 1)])
         for level, values in returns.items()
@@ -164,7 +164,7 @@ def run_of(level_name, returns):
     return plot.Run('', {'level_name': level_name}, episodes, [])
 
 
-def test_fitness_is_the_mean_of_the_last_episodes_of_the_present_weights():
+def test_fitness_is_the_mean_of_the_last_episodes_of_the_current_weights():
     run = run_of('CartPole-v1', {'CartPole-v1': [1.0, 2.0, 4.0, 9.0]})
     assert sweep.fitness_of(run, 0, 100) == 4
     assert sweep.fitness_of(run, 0, 2) == 6.5
@@ -201,7 +201,7 @@ def test_lineage_goes_back_through_copies():
     assert state.lineage('b') == ['b', 'b', 'b']
 
 
-def test_the_fittest_is_first_and_who_has_no_fitness_last():
+def test_members_are_ranked_by_fitness_and_those_without_come_last():
     members = [
         sweep_state.Member(name, {'epsilon': 0.1}, fitness=fitness)
         for name, fitness in (('a', None), ('b', -1.0), ('c', 5.0))
@@ -238,7 +238,7 @@ def test_the_fittest_is_first_and_who_has_no_fitness_last():
         (PBT | {'members': 1}, r'key members: 1 should be a whole number from 2 on'),
     ],
 )  # fmt: skip
-def test_a_bad_file_is_one_sentence(tmp_path, capsys, change, message):
+def test_mistakes_in_a_file_give_one_sentence(tmp_path, capsys, change, message):
     path = write(tmp_path, RANDOM | change)
     assert sweep.main([path, f'--logdir={tmp_path}/sweep']) == 2
     error = capsys.readouterr().err
@@ -247,7 +247,7 @@ def test_a_bad_file_is_one_sentence(tmp_path, capsys, change, message):
     assert not (tmp_path / 'sweep').exists()
 
 
-def test_what_is_no_file_no_json_or_another_sweep_is_one_sentence(tmp_path, capsys):
+def test_missing_invalid_and_changed_sweeps_give_one_sentence(tmp_path, capsys):
     assert sweep.main([str(tmp_path / 'none.json')]) == 2
     assert 'Cannot read the sweep' in capsys.readouterr().err
     path = tmp_path / 'search.json'
@@ -303,7 +303,7 @@ def row_of(**changes):
         ('member', {'more': 1}),
     ],
 )
-def test_a_state_that_no_sweep_has_written_is_one_sentence(tmp_path, where, changes):
+def test_an_invalid_state_gives_one_sentence(tmp_path, where, changes):
     config = sweep_config.read(write(tmp_path, RANDOM))
     state = sweep_state.load(str(tmp_path), config)
     state.history.append(row_of(copied_from='01', fitness=2.5))
@@ -317,9 +317,9 @@ def test_a_state_that_no_sweep_has_written_is_one_sentence(tmp_path, where, chan
         sweep_state.load(str(tmp_path), config)
 
 
-def test_it_says_how_far_the_members_are(tmp_path, monkeypatch):
+def test_a_sweep_reports_the_progress_of_its_members(tmp_path, monkeypatch):
     class Member:
-        """Learns a quarter between two looks, and then fails."""
+        """Trains a quarter of its frames between two polls, and then fails."""
 
         exit_codes = (None, None, None, 1)
 
@@ -357,7 +357,7 @@ def test_it_says_how_far_the_members_are(tmp_path, monkeypatch):
 
 
 class Sweep:
-    """A sweep in a process of its own, which ends with the block, as do its members."""
+    """A sweep in its own process; the process and its members end with the block."""
 
     def __init__(self, folder, config):
         self._output = open(folder / 'output.txt', 'ab')  # noqa: SIM115
@@ -400,7 +400,7 @@ def lines_of(member):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
+def test_a_stopped_or_killed_sweep_resumes_where_it_was(tmp_path):
     config = write(tmp_path, RANDOM | {'flags': FLAGS | {'total_environment_frames': 25000}})
     first, second = (tmp_path / 'sweep' / 'members' / name for name in ('00', '01'))
     output = tmp_path / 'output.txt'
@@ -418,7 +418,7 @@ def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
         run.wait_until(lambda: lines_of(second))
         run.process.kill()
         run.process.wait()
-        # Its members notice.
+        # Its members notice and end.
         run.wait_until(lambda: not run.members())
     before = lines_of(first)
     assert json.loads(before[-1])['frames'] >= 25000
@@ -453,7 +453,7 @@ def test_a_search_that_is_stopped_and_killed_goes_on_where_it_was(tmp_path):
 
 
 def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
-    # Of these samples one makes every loss infinite, by the first update.
+    # One of these samples makes every loss infinite with the first update.
     space = {'learning_rate': {'choice': [1e-3, 1e6]}, 'epsilon': {'choice': [1e-3]}}
     content = PBT | {'members': 3, 'parallel': 3, 'space': space, 'seed': 23}
     config = sweep_config.read(write(tmp_path, content))
@@ -470,7 +470,7 @@ def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
     assert history['0', '02']['copied_from'] in ('00', '01')
     better, worse = ('00', '01') if fitness[0] > fitness[1] else ('01', '00')
     assert history['0', better]['copied_from'] == ''
-    # The one that failed cannot be drawn.
+    # The failed member cannot be drawn.
     assert history['0', worse]['copied_from'] == better
     folder = tmp_path / 'sweep' / 'members'
     for name in ('02', worse):
@@ -497,7 +497,7 @@ def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
     assert np.ptp(cv2.imread(str(tmp_path / 'sweep' / 'sweep.png'))) > 200
 
 
-def test_values_that_do_not_go_together_cost_one_member_only(tmp_path):
+def test_incompatible_values_cost_only_one_member(tmp_path):
     space = {'batch_size': {'choice': [2, 8]}}
     flags = {k: v for k, v in FLAGS.items() if k != 'batch_size'} | {'replay_fraction': 0.6}
     content = RANDOM | {'space': space, 'seed': 1, 'flags': flags | {'replay_capacity': 50}}
@@ -511,7 +511,7 @@ def test_values_that_do_not_go_together_cost_one_member_only(tmp_path):
     assert rows['01']['outcome'] == 'done' and int(rows['01']['frames']) >= 12000
 
 
-def test_what_no_member_can_do_ends_a_sweep(tmp_path):
+def test_a_mistake_common_to_all_members_ends_the_sweep(tmp_path):
     content = RANDOM | {'flags': FLAGS | {'level_name': 'CartPol-v1'}}
     with Sweep(tmp_path, write(tmp_path, content)) as run:
         assert run.process.wait(PATIENCE_SECONDS) == 2
