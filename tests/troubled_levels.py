@@ -1,4 +1,4 @@
-"""Levels whose actor processes come to grief, for tests of the pool (`troubled_levels:...`)."""
+"""Levels whose actor processes fail, for tests of the pool (`troubled_levels:...`)."""
 
 import atexit
 import os
@@ -14,7 +14,7 @@ from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
 
 
 class Level(environments.Environment):
-    """Calls a function in its step number `at`; episodes of 7 steps, with reward 1 each."""
+    """Has episodes of 7 steps with reward 1 each; calls a function in step number `at`."""
 
     spec = EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 3, 1)
 
@@ -44,7 +44,7 @@ def good(seed, config):
 
 
 def starts_late(seed, config):
-    """Is made when the process of `good` has ended."""
+    """Is created once the process of `good` has ended."""
     while True:
         time.sleep(0.05)
         others = [name for name in os.listdir(config.temp_folder) if name.startswith('level-')]
@@ -53,13 +53,13 @@ def starts_late(seed, config):
 
 
 def fails_early(seed, config):
-    """Fails before any unroll is full, and talks first."""
+    """Prints a lot, then fails before any unroll is full."""
     print('a lot of talk\n' * 1000)
     return Level(3, lambda: _raise(RuntimeError(f'the joystick broke with seed {seed}')))
 
 
 def fails_mostly(seed, config):
-    """Fails before any unroll is full, but for every fourth."""
+    """Fails before any unroll is full, for three of four seeds."""
     at = 30 if seed % 4 == 0 else 3
     return Level(at, lambda: _raise(RuntimeError(f'the joystick broke with seed {seed}')))
 
@@ -70,7 +70,7 @@ def fails_late(seed, config):
 
 
 def chatters(seed, config):
-    """Prints at its first steps more than anybody wants to keep, then fails."""
+    """Prints far too much in its first steps, then fails."""
     level = Level(100_000, lambda: None)
     step = level.step
 
@@ -85,12 +85,12 @@ def chatters(seed, config):
 
 
 def fails_to_start(seed, config):
-    """Cannot be made."""
+    """Cannot be created."""
     raise RuntimeError('there is no joystick')
 
 
-def hangs_to_start(seed, config):
-    """Is never made."""
+def hangs_at_start(seed, config):
+    """Hangs while it is created."""
     time.sleep(1e6)
 
 
@@ -99,13 +99,13 @@ def hangs(seed, config):
     return Level(3, lambda: time.sleep(1e6))
 
 
-def exits_to_start(seed, config):
-    """Ends its process instead of being made."""
+def exits_at_start(seed, config):
+    """Ends its process while it is created."""
     os._exit(83)
 
 
 def has_a_fork(seed, config):
-    """Leaves a process that holds all that this one does."""
+    """Leaves a forked process that inherits all open files."""
     child = os.fork()
     if child == 0:
         time.sleep(1e6)
@@ -113,7 +113,7 @@ def has_a_fork(seed, config):
 
 
 def has_an_engine(seed, config):
-    """Plays with a program of its own, which it forgets to end."""
+    """Starts an engine process and never ends it."""
     return _with_child(subprocess.Popen(['sleep', '1000000']).pid, config)
 
 
@@ -123,34 +123,34 @@ def _with_child(child, config):
 
 
 def exits(seed, config):
-    """Ends its process as if all were well."""
+    """Ends its process with exit code 0."""
     return Level(3, lambda: os._exit(0))
 
 
 def exits_82(seed, config):
-    """Ends its process as an actor does whose environment cannot be played as asked."""
+    """Ends its process with the exit code for levels that cannot be played."""
     return Level(3, lambda: os._exit(82))
 
 
 def exits_83(seed, config):
-    """Ends its process as an actor does when the batcher is closed."""
+    """Ends its process with the exit code for a closed batcher."""
     return Level(3, lambda: os._exit(83))
 
 
 def exits_politely(seed, config):
-    """Raises what ends a program."""
+    """Raises SystemExit."""
     return Level(3, lambda: sys.exit('I am done.'))
 
 
-def misses_something(seed, config):
-    """Cannot be played as asked, which shows late; its engine has the first and the last word."""
+def raises_level_error(seed, config):
+    """Raises LevelError in its third step; its engine prints before and after."""
     os.write(2, b'engine: hello')
     atexit.register(os.write, 2, b'engine: bye\n')
     return Level(3, lambda: _raise(environments.LevelError('This level\nneeds a map.')))
 
 
 def breaks_its_declaration(seed, config):
-    """Has another number of observations in its third step."""
+    """Returns an observation of the wrong shape in its third step."""
     level = Level()
     step = level.step
 
@@ -163,12 +163,12 @@ def breaks_its_declaration(seed, config):
 
 
 def warns(seed, config):
-    """Has something to say, but goes on."""
+    """Logs a warning, but works."""
     LevelCache('/dev/null/cache').write('key', '/dev/null')
     return Level()
 
 
 def prints_and_exits(seed, config):
-    """Fails without any text of Python's."""
+    """Aborts after a message of its engine, without a Python traceback."""
     os.write(2, b'engine: out of polygons\n')
     os.abort()

@@ -1,4 +1,4 @@
-"""Tests of how actor processes are started and ended, and of what is asked of levels beforehand."""
+"""Tests of starting and ending actor processes, and of reading the specs of levels beforehand."""
 
 import errno
 import glob
@@ -20,7 +20,7 @@ from impala.errors import LevelError
 from impala.runs import start_progress
 
 
-def test_the_folder_goes_when_its_janitor_was_killed():
+def test_the_folder_is_removed_even_if_its_janitor_was_killed():
     with ActorHost(EnvironmentConfig()) as actor_host:
         folder = actor_host.config.temp_folder
         assert os.path.isdir(folder)
@@ -28,7 +28,7 @@ def test_the_folder_goes_when_its_janitor_was_killed():
     assert not os.path.exists(folder)
 
 
-def test_specs_come_from_a_process_of_their_own():
+def test_specs_are_read_in_a_separate_process():
     with ActorHost(EnvironmentConfig()) as actor_host:
         spec = actor_host.environment_spec('troubled_levels:good', 1)
         assert spec == troubled_levels.Level.spec
@@ -42,7 +42,7 @@ def test_specs_come_from_a_process_of_their_own():
             actor_host.environment_spec('troubled_levels:prints_and_exits', 1)
 
 
-def test_several_levels_have_one_spec_or_are_refused_by_name():
+def test_levels_without_a_common_spec_are_refused_by_name():
     with ActorHost(EnvironmentConfig()) as actor_host:
         spec = actor_host.common_spec(['levels:short', 'levels:long', 'levels:short'], 1)
         assert spec == actor_host.environment_spec('levels:long', 1)
@@ -65,7 +65,7 @@ def test_several_levels_have_one_spec_or_are_refused_by_name():
             actor_host.common_spec(['levels:short', 'troubled_levels:prints_and_exits'], 1)
 
 
-def test_several_atari_games_have_one_set_of_actions():
+def test_several_atari_games_share_a_set_of_actions():
     names = ['ALE/Pong-v5', 'ALE/Breakout-v5']
     with ActorHost(EnvironmentConfig()) as actor_host, pytest.raises(LevelError, match='actions'):
         actor_host.common_spec(names, 1)
@@ -75,8 +75,8 @@ def test_several_atari_games_have_one_set_of_actions():
     assert with_common_actions(EnvironmentConfig(), names[:1]) == EnvironmentConfig()
 
 
-def test_what_an_environment_starts_neither_holds_up_its_description_nor_stays():
-    """It holds the pipes of the process that tells what the level is like."""
+def test_child_processes_of_an_environment_do_not_block_its_spec_and_are_killed():
+    """The child holds the pipes of the process that sends the spec."""
     with ActorHost(EnvironmentConfig()) as actor_host:
         spec = actor_host.environment_spec('troubled_levels:has_a_fork', 1)
         assert spec == troubled_levels.Level.spec
@@ -84,38 +84,38 @@ def test_what_an_environment_starts_neither_holds_up_its_description_nor_stays()
         wait_until(lambda: not is_running(int(path.rpartition('-')[2])))
 
 
-def test_an_environment_that_is_never_made_is_named_and_given_up(monkeypatch):
+def test_an_environment_that_hangs_at_start_is_named_and_given_up(monkeypatch):
     monkeypatch.setattr(actor_processes, 'WATCH_SECONDS', 0.05)
     monkeypatch.setattr(start_progress, '_FIRST_SECONDS', 0.1)
     monkeypatch.setattr(start_progress, '_PAUSE_SECONDS', 0.5)
-    told = []
+    reports = []
     with (
         ActorHost(
-            EnvironmentConfig(), ActorsConfig(silence_secs=0.3, actor_timeout=3.0), told.append
+            EnvironmentConfig(), ActorsConfig(silence_secs=0.3, actor_timeout=3.0), reports.append
         ) as actor_host,
         pytest.raises(ActorError) as error,
     ):
-        actor_host.common_spec(['troubled_levels:good', 'troubled_levels:hangs_to_start'], 1)
+        actor_host.common_spec(['troubled_levels:good', 'troubled_levels:hangs_at_start'], 1)
     text = str(error.value)
-    assert 'The environment troubled_levels:hangs_to_start failed.' in text
+    assert 'The environment troubled_levels:hangs_at_start failed.' in text
     assert 'It did not answer for 3 seconds (--actor_timeout).' in text
-    # Where it hangs.
-    assert 'in hangs_to_start' in text
-    assert 'Starting: troubled_levels:hangs_to_start is tried, level 2 of 2' in told
+    # The report says where it hangs.
+    assert 'in hangs_at_start' in text
+    assert 'Starting: troubled_levels:hangs_at_start is tried, level 2 of 2' in reports
     assert any(
-        line.startswith('The environment troubled_levels:hangs_to_start, which is tried before')
+        line.startswith('The environment troubled_levels:hangs_at_start, which is tried before')
         and line.endswith('the run ends after 3 s (--actor_timeout)')
-        for line in told
+        for line in reports
     )
 
 
-def test_an_environment_that_ends_its_process_failed():
+def test_an_environment_that_ends_its_process_has_failed():
     with ActorHost(EnvironmentConfig()) as actor_host, pytest.raises(ActorError) as error:
-        actor_host.environment_spec('troubled_levels:exits_to_start', 1)
-    assert 'exits_to_start failed. It ended with exit code 83.' in str(error.value)
+        actor_host.environment_spec('troubled_levels:exits_at_start', 1)
+    assert 'exits_at_start failed. It ended with exit code 83.' in str(error.value)
 
 
-def test_an_interruption_ends_the_process_that_describes(monkeypatch):
+def test_an_interruption_ends_the_process_that_reads_the_spec(monkeypatch):
     processes = []
     start = ActorHost.start
 
@@ -130,16 +130,16 @@ def test_an_interruption_ends_the_process_that_describes(monkeypatch):
     monkeypatch.setattr(actor_processes, 'have_ended', interrupt)
     with ActorHost(EnvironmentConfig()) as actor_host:
         with pytest.raises(KeyboardInterrupt):
-            actor_host.environment_spec('troubled_levels:hangs_to_start', 1)
+            actor_host.environment_spec('troubled_levels:hangs_at_start', 1)
         assert processes[0].returncode is not None
         assert not os.listdir(os.path.join(actor_host.config.temp_folder, 'process_groups'))
 
 
-def test_a_process_that_was_ended_gets_no_more_signals(monkeypatch):
+def test_an_ended_process_gets_no_more_signals(monkeypatch):
     with ActorHost(EnvironmentConfig()) as actor_host, tempfile.TemporaryFile() as errors:
         process = actor_host.start({'no': 'settings'}, [], errors)
         code = actor_host.end(process)
-        # By now the system may have given its number to somebody else's group.
+        # By now the system may have reused its id for an unrelated group.
         signals = []
         monkeypatch.setattr(os, 'killpg', lambda *sent: signals.append(sent))
         assert actor_host.end(process) == code
@@ -147,7 +147,7 @@ def test_a_process_that_was_ended_gets_no_more_signals(monkeypatch):
         assert not signals
 
 
-def test_open_files_are_had_or_refused_in_a_sentence(monkeypatch):
+def test_the_limit_of_open_files_is_raised_or_reported(monkeypatch):
     limits = [(256, 256)]
     monkeypatch.setattr(resource, 'getrlimit', lambda kind: limits[-1])
     monkeypatch.setattr(resource, 'setrlimit', lambda kind, limit: limits.append(limit))
@@ -156,7 +156,7 @@ def test_open_files_are_had_or_refused_in_a_sentence(monkeypatch):
     text = str(error.value)
     assert text.startswith('--num_actors=400 needs ')
     assert 'permits 256 (`ulimit -n`)' in text
-    # As many as the sentence says are possible.
+    # The number that the sentence gives is possible.
     possible = int(text.partition('no more than ')[2].split()[0])
     actor_processes.require_files(possible, 'num_actors', 400)
     assert len(limits) == 1
@@ -175,7 +175,7 @@ def test_open_files_are_had_or_refused_in_a_sentence(monkeypatch):
     ('number', 'limit'),
     [(errno.EAGAIN, 'processes .`ulimit -u`'), (errno.EMFILE, 'open files .`ulimit -n`')],
 )
-def test_a_process_that_is_not_permitted_is_one_sentence(number, limit, monkeypatch):
+def test_a_process_that_is_not_permitted_raises_one_sentence(number, limit, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 

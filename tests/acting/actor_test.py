@@ -21,7 +21,7 @@ ENDS = [EpisodeEnd.NOT_ENDED, EpisodeEnd.LIFE_LOST, EpisodeEnd.TRUNCATED, Episod
 
 
 class Recorded(Environment):
-    """Overwrites one buffer with its step number; remembers its actions."""
+    """Writes its step number to a buffer that it reuses; records its actions."""
 
     spec = EnvironmentSpec(
         {'frame': ArraySpec((2,), 'uint8'), 'instruction': ArraySpec((3,), 'int32')}, 100, 4
@@ -67,7 +67,7 @@ def make_batcher(num_actors):
 
 
 def test_rows_actions_and_episodes():
-    """Two environments take turns; each has the actions, and gets the unroll, of its own."""
+    """Two environments take turns; each has its own actions and unroll."""
     both = [Recorded(), Recorded()]
     observation = list(Recorded.spec.observation.values())
     batcher = make_batcher(2)
@@ -97,17 +97,17 @@ def test_rows_actions_and_episodes():
         assert both[index].actions[:8] == actions
         assert unrolls.outputs[0].numpy()[:, column].tolist() == [0, *actions]
         assert reward.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
-        # The first row starts an episode; a lost life (row 1, row 5) ends none of the game's.
+        # The first row starts an episode; a lost life (rows 1 and 5) does not end the game.
         assert end.tolist() == [1, 3, 2, 1, 0, 3, 2, 1, 0]
         assert episode_return.tolist() == [0, 0.5, 1.5, 1.5, 2, 4.5, 7.5, 3.5, 4]
         assert episode_step.tolist() == [0, 1, 2, 1, 1, 2, 3, 1, 1]
-        # An action lasts 4 frames; the one of row 3 was cut short by the end after 3.
+        # An action lasts 4 frames, except that the episode of row 3 ended after 3.
         assert episode_frames.tolist() == [0, 4, 6, 3, 4, 8, 10, 3, 4]
         assert frame.tolist() == [[step, step] for step in range(9)]
         assert words.tolist() == [[500 + step] * 3 for step in range(9)]
 
 
-def test_an_observation_that_is_not_as_declared_is_told_from_one_of_the_start():
+def test_a_wrong_observation_raises_different_errors_at_the_start_and_later():
     observation = list(Recorded.spec.observation.values())
     batcher = make_batcher(1)
     environment = Recorded()
@@ -153,13 +153,13 @@ def lifeline():
         os.close(end)
 
 
-def test_a_level_that_cannot_be_played_is_one_sentence(lifeline):
+def test_a_level_that_cannot_be_played_prints_one_sentence(lifeline):
     result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], segment=lifeline[0], actors=[0])
     assert result.returncode == actor.BAD_INPUT_EXIT_CODE
     assert 'NoSuchGame' in result.stderr and 'Traceback' not in result.stderr
 
 
-def test_values_that_are_not_finite_are_warned_of_once(caplog):
+def test_non_finite_values_are_warned_of_once(caplog):
     values = actor._NonFiniteWarnings(['frame', 'speed'])
     for _ in range(2):
         values.warn('mine:first', {0: -np.inf, 2: np.nan}, True)
@@ -170,17 +170,17 @@ def test_values_that_are_not_finite_are_warned_of_once(caplog):
         "the observation 'speed' of mine:first is nan as float32",
         "the observation 'frame' of mine:other is inf as float32",
     ]
-    # Nothing is learned in a test.
+    # In test mode the warning does not mention learning.
     assert ['learn' in record.message for record in caplog.records] == [True, True, False]
 
 
-def test_a_segment_that_is_none_is_a_failure_with_a_traceback(lifeline):
+def test_a_wrong_segment_fails_with_a_traceback(lifeline):
     result = run(lifeline, level_names=['CartPole-v1'], segment=lifeline[0], actors=[0])
     assert result.returncode == 1
     assert 'Traceback' in result.stderr and 'no segment' in result.stderr
 
 
-def test_a_sentence_is_found_among_all_that_is_printed(capfd):
+def test_the_last_sentence_is_found_in_mixed_output(capfd):
     os.write(2, b'engine: half a li')
     actor.say('An old one.')
     actor.say('Two\nlines of an \N{LATIN SMALL LETTER E WITH ACUTE}lan.')
@@ -188,5 +188,5 @@ def test_a_sentence_is_found_among_all_that_is_printed(capfd):
     printed = capfd.readouterr().err
     assert actor.sentence_of(printed) == 'Two\nlines of an \N{LATIN SMALL LETTER E WITH ACUTE}lan.'
     assert actor.sentence_of('engine: bye\n') is None
-    # Cut short.
+    # A sentence that is cut off does not count.
     assert actor.sentence_of(printed[: printed.rindex('lan.')]) == 'An old one.'

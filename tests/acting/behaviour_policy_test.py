@@ -69,7 +69,7 @@ def make_mixer(agent, batch_size, unroll_length=5):
 
 
 @pytest.mark.parametrize(('use_lstm', 'has_replay'), [(True, False), (False, True), (True, True)])
-def test_a_learner_with_the_same_weights_finds_what_the_actors_were_told(use_lstm, has_replay):
+def test_a_learner_with_the_same_weights_reproduces_the_outputs_of_the_actors(use_lstm, has_replay):
     config = AgentConfig(torso='mlp', use_lstm=use_lstm, core_size=16)
     learning, acting = Agent(config, SPEC), Agent(config, SPEC)
     source = make_source(acting, num_actors=3)
@@ -115,7 +115,7 @@ class Constant(tf.Module):
         return AgentOutput(tf.zeros([rows], tf.int32), logits, tf.fill([rows], high)), state
 
 
-def test_weights_are_replaced_as_a_whole_and_versions_are_theirs():
+def test_weights_are_replaced_atomically_with_their_version():
     learner, agent = Constant(), Constant()
     source = make_source(agent, num_actors=4, unroll_length=3)
     behaviour = BehaviourPolicy(agent, source)
@@ -131,7 +131,7 @@ def test_weights_are_replaced_as_a_whole_and_versions_are_theirs():
     def publish():
         version = 0
         while not stop.is_set():
-            # In place, while actors use what was published before.
+            # In place, while actors use the published weights.
             update()
             version += 1
             behaviour.publish(learner.weights, tf.constant(version, tf.int64))
@@ -178,13 +178,13 @@ def test_an_error_of_the_agent_ends_serving_and_is_raised_by_check():
         with pytest.raises(ClosedError):
             for _ in range(4):
                 client.step(1.0, EpisodeEnd.NOT_ENDED, observation)
-        # Whoever waits for batches hears of it, too.
+        # Batches end, too.
         assert list(source.batches(1)) == []
     with pytest.raises(tf.errors.InvalidArgumentError, match='out of its depth'):
         behaviour.check()
 
 
-def test_closing_is_no_error():
+def test_closing_is_not_an_error():
     agent = Constant(2)
     source = make_source(agent, num_actors=1)
     behaviour = BehaviourPolicy(agent, source)
@@ -193,7 +193,7 @@ def test_closing_is_no_error():
     behaviour.check()
 
 
-def test_a_batch_that_is_to_be_replayed_in_part_ends_while_it_waits():
+def test_closing_ends_the_wait_for_a_partly_replayed_batch():
     agent = Constant(2)
     source = make_source(agent, num_actors=1)
     behaviour = BehaviourPolicy(agent, source)
@@ -202,13 +202,13 @@ def test_a_batch_that_is_to_be_replayed_in_part_ends_while_it_waits():
         for _ in range(3):
             next(batches)
         source.batcher.close()
-        # There may be one that was assembled ahead.
+        # Some may have been assembled ahead.
         assert len(list(batches)) <= 2
     behaviour.check()
 
 
 @pytest.mark.parametrize('has_replay', [False, True])
-def test_batches_that_nobody_wants_any_more_end_while_they_wait(has_replay):
+def test_abandoned_batches_stop_waiting(has_replay):
     agent = Constant(2)
     source = make_source(agent, num_actors=1)
     behaviour = BehaviourPolicy(agent, source)
@@ -228,8 +228,8 @@ def test_batches_that_nobody_wants_any_more_end_while_they_wait(has_replay):
         assert not forgetting.is_alive()
 
 
-def test_no_thread_is_left_in_tensorflow_when_the_batches_are_waited_for():
-    """One that returned while Python shuts down would crash the process."""
+def test_waiting_for_the_source_leaves_no_thread_in_tensorflow():
+    """A thread that returned while Python shuts down would crash the process."""
     agent = Constant(2)
     source = make_source(agent, num_actors=1)
     behaviour = BehaviourPolicy(agent, source)

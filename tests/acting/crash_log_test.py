@@ -18,9 +18,9 @@ def test_the_same_error_is_shown_once_and_then_counted():
     log = CrashLog()
     shown = [log.take(f'Actor {i} (Pong)', 'ended with exit code 1', error(i)) for i in range(40)]
     assert shown[0] == f'Actor 0 (Pong) ended with exit code 1 and is restarted.\n{error(0)}'
-    # The 2nd, 4th, 8th, 16th and 32nd.
-    told = [i for i, text in enumerate(shown) if text is not None]
-    assert told == [0, 1, 3, 7, 15, 31]
+    # The 1st, 2nd, 4th, 8th, 16th and 32nd.
+    reported = [i for i, text in enumerate(shown) if text is not None]
+    assert reported == [0, 1, 3, 7, 15, 31]
     assert shown[31] == (
         'Actor 31 (Pong) ended with exit code 1: RuntimeError: the joystick 31 broke at 0x1f '
         '(/home/joystick.py, line 12) (as before, 32 times so far)'
@@ -48,12 +48,12 @@ def test_another_error_is_shown_in_full(how, text):
     )
 
 
-def test_several_actors_of_a_process_are_several():
+def test_several_actors_of_a_process_take_the_plural():
     shown = CrashLog().take('Actors 0-1 (Pong)', 'ended with signal 9', '')
     assert shown == 'Actors 0-1 (Pong) ended with signal 9 and are restarted.'
 
 
-def test_a_process_that_hung_is_told_by_where_it_was():
+def test_a_hang_is_identified_by_its_location():
     stack = (
         f'noise\n{STACK}\n  File "/home/joystick.py", line 9 in step\n'
         '  File "/lib/impala/acting/actor.py", line 70 in act'
@@ -66,7 +66,7 @@ def test_a_process_that_hung_is_told_by_where_it_was():
     )
 
 
-def test_without_an_error_there_is_nothing_to_say():
+def test_summary_without_error_text():
     log = CrashLog()
     assert log.summary() is None
     log.take('Actor 1 (Pong)', 'ended with signal 9', '')

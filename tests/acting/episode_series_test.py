@@ -19,7 +19,7 @@ from impala.trajectory import EpisodeEnd
     ('suite', 'channels', 'filmed'),
     [
         ('', (200, 90, 30), (200, 90, 30)),
-        # The fourth says how opaque it is.
+        # The fourth channel is opacity.
         ('', (200, 90, 30, 255), (200, 90, 30)),
         ('', (140,), (140, 140, 140)),
         ('', (20, 140), (140, 140, 140)),
@@ -40,7 +40,7 @@ def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, f
     pictures = [video.read()[1] for _ in range(3)]
     assert video.read()[0] is False
     video.release()
-    # Encoding loses a little.
+    # Encoding is lossy.
     for picture in pictures:
         np.testing.assert_allclose(picture.mean((0, 1))[::-1], filmed, atol=8)
 
@@ -48,12 +48,12 @@ def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, f
 @pytest.mark.parametrize(
     ('level_name', 'repeats', 'rate'),
     [
-        # Its metadata have 50.
+        # From its metadata.
         ('CartPole-v1', None, 50),
         ('CartPole-v1', 3, 16.67),
         ('ALE/Pong-v5', None, 15),
         ('ALE/Pong-v5', 1, 60),
-        # 35 tics.
+        # 35 tics a second, 4 in a step.
         ('VizdoomBasic-v1', None, 8.75),
         ('levels:short', None, 10),
     ],
@@ -70,8 +70,8 @@ def test_a_film_has_the_speed_of_the_environment(tmp_path, level_name, repeats, 
     video.release()
 
 
-def test_a_schedule_gives_each_level_all_its_numbers_and_takes_results_in_any_order():
-    """Three actors for two levels: one of them has the second level alone."""
+def test_a_schedule_gives_each_level_all_its_episodes_and_takes_results_in_any_order():
+    """Three actors for two levels: one actor has the second level to itself."""
     ended = []
     schedule = Schedule(['a', 'b'], 3, 5, 7, ended.append)
     numbers = [
@@ -100,8 +100,8 @@ def test_a_schedule_gives_each_level_all_its_numbers_and_takes_results_in_any_or
     assert ended == [103, 103, 101, 101, 104, 104, 100, 100, 102, 102]
 
 
-def test_a_billion_episodes_are_decided_on_and_handed_over_at_once():
-    """Some have been played from the first on; by who had no more of its own, from the last on."""
+def test_a_billion_episodes_are_scheduled_and_serialized_quickly():
+    """Some of actor 0's episodes are done: early ones, and the last, which actor 1 took over."""
     started = time.monotonic()
     schedule = Schedule(['a'], 2, 10**9, 7)
     for number in (0, 2, 6, 8, 10**9 - 2):
@@ -118,7 +118,7 @@ def test_a_billion_episodes_are_decided_on_and_handed_over_at_once():
 
 @pytest.mark.parametrize('logits', [[0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [0.0, 5.0, -5.0]])
 def test_noise_makes_the_most_probable_action_a_sample_of_the_policy(logits):
-    """Independent of the step before, within an episode and over the first steps of episodes."""
+    """Samples are independent within an episode, and among the first steps of episodes."""
     within = episode_series._NoiseStream(11, 3)
     noises = [
         np.array([within.next() for _ in range(20_000)]),
@@ -137,8 +137,8 @@ def test_noise_makes_the_most_probable_action_a_sample_of_the_policy(logits):
         assert stats.chisquare(chosen[hoped > 1], hoped[hoped > 1], sum_check=False).pvalue > 1e-4
 
 
-def test_noise_follows_from_the_episode_alone():
-    """Not from the number of episodes before, nor from the environment's own stream."""
+def test_noise_depends_on_the_episode_alone():
+    """It depends neither on the number of steps nor on the environment's own stream."""
 
     def noise(seed, number):
         stream = episode_series._NoiseStream(seed, 4)
@@ -161,25 +161,25 @@ def test_seeds_differ_between_runs_levels_and_episodes():
     assert len(seeds) == 800 and all(0 <= seed < 2**31 for seed in seeds)
 
 
-def test_who_has_no_more_takes_the_last_of_who_has_the_most():
+def test_an_idle_actor_takes_the_last_episodes_of_the_longest_queue():
     a, b, c = (
         [Episode(name, 0, number) for number in range(n)]
         for name, n in zip('abc', (1, 3, 4), strict=True)
     )
     queues = EpisodeQueues([a, b, c])
     assert (queues.first(0), queues.take(0), queues.first(0)) == (a[0], a[0], None)
-    # And stays there, though another has more by then.
+    # It stays with that queue, though another is longer by then.
     assert (queues.take(0), queues.first(0), queues.take(0)) == (c[3], c[2], c[2])
     assert queues.first(2) == queues.take(2) == c[0]
-    # Who still has some of its own keeps to them.
+    # An actor with episodes of its own plays those.
     assert [queues.take(1), queues.take(1)] == [b[0], b[1]]
     assert (queues.first(0), queues.take(2), queues.first(0)) == (c[1], c[1], None)
     assert queues.take(0) == b[2]
     assert [queues.take(index) for index in range(3)] == [None] * 3
 
 
-class Told(levels._Level):
-    """Shows level and seed in each frame; the seed decides on the length and on the rewards."""
+class SeedShowing(levels._Level):
+    """Shows level and seed in each frame; the seed determines length and rewards."""
 
     made: ClassVar[list] = []
 
@@ -212,14 +212,14 @@ class Told(levels._Level):
 
 
 @pytest.mark.parametrize('is_reseeded', [True, False])
-def test_episodes_taken_over_are_played_as_they_would_have_been(monkeypatch, is_reseeded):
-    """Two environments take turns until all is played; the first has more to play by far."""
+def test_episodes_that_are_taken_over_are_played_unchanged(monkeypatch, is_reseeded):
+    """Two environments take turns; the first has far more to play."""
     monkeypatch.setattr(
         environments,
         'create_environment',
-        lambda name, seed, config: Told(name, seed, is_reseeded),
+        lambda name, seed, config: SeedShowing(name, seed, is_reseeded),
     )
-    Told.made.clear()
+    SeedShowing.made.clear()
     queues = EpisodeQueues(
         [[Episode('1', 30 + n, n) for n in range(9)], [Episode('2', 60 + n, n) for n in range(2)]]
     )
@@ -242,22 +242,22 @@ def test_episodes_taken_over_are_played_as_they_would_have_been(monkeypatch, is_
         (name, n, sum([0.1 * seed] * (2 + seed % 3)), 2 + seed % 3, False)
         for (name, n), seed in played.items()
     )
-    # Row 0 of each episode is its own, whoever plays it, and who comes to help plays the other's.
+    # Row 0 belongs to its episode, whoever plays it; only the second environment plays both levels.
     first_frames = sorted(shown[0] + shown[1])
     assert first_frames == sorted((float(name), seed) for (name, _), seed in played.items())
     assert {level for level, _ in shown[1]} == {1, 2} and {level for level, _ in shown[0]} == {1}
-    assert len(Told.made) == (3 if is_reseeded else 11)
+    assert len(SeedShowing.made) == (3 if is_reseeded else 11)
     for series in both:
         series.close()
-    assert not any(level.is_open for level in Told.made)
+    assert not any(level.is_open for level in SeedShowing.made)
 
 
 @pytest.mark.parametrize('is_reseeded', [True, False])
 def test_an_episode_is_cut_off_at_its_limit_and_the_next_is_played(monkeypatch, is_reseeded):
-    """Of lengths of 2, 3 and 4 agent steps, two frames each, with room for three."""
+    """Episodes have 2, 3 or 4 agent steps of two frames each; the limit allows three."""
 
     def make(name, seed, config):
-        level = Told(name, seed, is_reseeded)
+        level = SeedShowing(name, seed, is_reseeded)
         level.spec = dataclasses.replace(level.spec, num_action_repeats=2)
         return level
 

@@ -5,11 +5,11 @@ from impala.config import ActorsConfig
 
 
 def looks(watch, sequence):
-    """What a watch says of (seconds, signs) in turn."""
+    """Returns the results of a watch for each (seconds, signs) in turn."""
     return [watch.look(now, signs) for now, signs in sequence]
 
 
-def test_who_hangs_is_reported_at_growing_intervals_and_given_up_in_the_end():
+def test_a_hang_is_reported_at_growing_intervals_and_times_out():
     watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=500), longest_gap=10)
     due, timed_out = {}, []
     for now in range(0, 520, 10):
@@ -17,56 +17,56 @@ def test_who_hangs_is_reported_at_growing_intervals_and_given_up_in_the_end():
         assert not silences.back and 1 not in silences.due | silences.timed_out
         due |= {now: silences.due[0]} if silences.due else {}
         timed_out += [now] if 0 in silences.timed_out else []
-    # At the first look it has just begun.
+    # The silence begins at the first look.
     assert due == {60: 60, 120: 120, 240: 240, 480: 480}
     assert timed_out == [500, 510]
 
 
-def test_who_waits_for_us_is_not_silent():
+def test_an_actor_that_waits_for_an_answer_is_not_silent():
     watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=60), longest_gap=10)
     for now in range(0, 1000, 10):
         assert watch.look(now, {0: None}) == ({}, {}, {})
-    # Its time begins when it is answered.
+    # Silence counts from the answer.
     assert looks(watch, [(1000, {0: 'answered'}), (1010, {0: 'answered'})])[1] == ({}, {}, {})
 
 
-def test_what_hangs_together_is_told_together_and_who_is_back_by_name():
+def test_simultaneous_hangs_are_reported_together():
     watch = SilenceWatch(ActorsConfig(silence_secs=40, actor_timeout=0), longest_gap=10)
-    told = {}
+    reported = {}
     for now in range(0, 70, 10):
-        # Number 1 has hung 10 seconds longer than number 2, and 3 for a moment only.
+        # Actor 1 has hung 10 seconds longer than actor 2, and actor 3 only briefly.
         signs = {1: 'a', 2: now if now < 10 else 'b', 3: now if now < 40 else 'c'}
         if now == 60:
             signs[1] = 'back'
         silences = watch.look(now, signs)
-        told |= {now: silences} if any(silences) else {}
-    assert told == {40: ({1: 40, 2: 30}, {}, {}), 60: ({}, {1: 60}, {})}
+        reported |= {now: silences} if any(silences) else {}
+    assert reported == {40: ({1: 40, 2: 30}, {}, {}), 60: ({}, {1: 60}, {})}
 
 
-def test_time_in_which_nobody_ran_does_not_count():
-    """The watch's own process was stopped for an hour, or the machine asleep."""
+def test_time_in_which_nothing_ran_does_not_count():
+    """The watch's own process was stopped for an hour, or the machine slept."""
     watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=60), longest_gap=5)
     for now in (0, 1, 3601, 7201, 7202):
         assert watch.look(now, {0: 'step'}) == ({}, {}, {})
 
 
-def test_a_process_that_was_replaced_begins_anew():
+def test_a_replaced_process_begins_anew():
     watch = SilenceWatch(ActorsConfig(silence_secs=60, actor_timeout=60), longest_gap=100)
     watch.look(0, {0: 'step'})
     watch.forget(0)
     assert watch.look(100, {0: 'step'}) == ({}, {}, {})
-    # The same if there was none for a while.
+    # So does one that was absent for a while.
     looks(watch, [(150, {}), (200, {0: 'step'})])
     assert watch.look(250, {0: 'step'}) == ({}, {}, {})
     assert watch.look(260, {0: 'step'}) == ({0: 60}, {}, {0: 60})
 
 
-def test_zero_is_never():
+def test_zero_means_never():
     watch = SilenceWatch(ActorsConfig(silence_secs=0, actor_timeout=0), longest_gap=1e9)
     assert looks(watch, [(0, {0: 'step'}), (1e8, {0: 'step'})])[1] == ({}, {}, {})
 
 
-def test_the_time_of_day_when_it_began():
+def test_the_start_of_a_silence_is_a_time_of_day():
     before = datetime.datetime.now()
     text = since(3600)
     after = datetime.datetime.now()

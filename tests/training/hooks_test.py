@@ -1,4 +1,4 @@
-"""Tests of impala/training/hooks.py: what hooks see, when, and what becomes of their errors."""
+"""Tests of impala/training/hooks.py: what hooks see, when they run, and what their errors do."""
 
 import json
 import time
@@ -12,8 +12,8 @@ from impala.training import hooks
 from impala.training.hooks import Logging, NonFiniteGuard, StageTimer, Update
 
 
-class Recorded(Log):
-    """A log with a line due or not, which keeps the order of what happens to it."""
+class RecordingLog(Log):
+    """A log that records its calls in order, and whose lines are due always or never."""
 
     def __init__(self, line_is_due=True):
         self.due = line_is_due
@@ -32,7 +32,7 @@ class Recorded(Log):
 
 
 class Watch(hooks.Hook):
-    """Keeps what it sees."""
+    """Records what it sees."""
 
     def __init__(self):
         self.updates, self.lines = [], []
@@ -47,7 +47,7 @@ class Watch(hooks.Hook):
 
 
 def update(log=None, is_fresh=True, **metrics):
-    return Update((), is_fresh, metrics, 3, 20, 80, None, log or Recorded())
+    return Update((), is_fresh, metrics, 3, 20, 80, None, log or RecordingLog())
 
 
 def test_a_users_hook_sees_every_update_and_adds_to_lines(tmp_path):
@@ -56,13 +56,13 @@ def test_a_users_hook_sees_every_update_and_adds_to_lines(tmp_path):
     assert [each.updates for each in watch.updates] == [1, 2, 3, 4, 5]
     assert [each.frames for each in watch.updates] == [20, 40, 60, 80, 100]
     assert all(each.is_fresh and 'loss/total' in each.metrics for each in watch.updates)
-    # The last time is for what is left at the end.
+    # The last call is for what remains at the end.
     assert watch.lines == [1, 2, 3, 4, 5, 5]
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [line['seen'] for line in lines] == [1, 2, 3, 4, 5]
 
 
-def test_an_error_of_a_hook_ends_the_run_which_is_saved(tmp_path):
+def test_an_error_of_a_hook_ends_the_run_and_saves_it(tmp_path):
     class Ends(training.Hook):
         def after_update(self, update):
             if update.updates == 2:
@@ -71,15 +71,15 @@ def test_an_error_of_a_hook_ends_the_run_which_is_saved(tmp_path):
     with pytest.raises(training.TrainingError, match='Enough'):
         training.train(config(tmp_path), hooks=[Ends()])
     assert (tmp_path / 'checkpoints' / 'ckpt-1.index').exists()
-    # From there it is resumed.
+    # The run resumes from there.
     watch = Watch()
     training.train(config(tmp_path), hooks=[watch])
     assert [each.updates for each in watch.updates] == [3, 4, 5]
 
 
 @pytest.mark.parametrize('line_is_due', [True, False])
-def test_lines_are_written_after_all_have_recorded(line_is_due):
-    log = Recorded(line_is_due)
+def test_lines_are_written_after_all_hooks_have_recorded(line_is_due):
+    log = RecordingLog(line_is_due)
 
     class Records(hooks.Hook):
         def after_update(self, update):
@@ -97,8 +97,8 @@ def test_lines_are_written_after_all_have_recorded(line_is_due):
     ]
 
 
-def test_policy_lags_of_reused_batches_are_told_apart():
-    log = Recorded()
+def test_policy_lags_of_reused_batches_are_logged_separately():
+    log = RecordingLog()
     for is_fresh in (True, False):
         hooks.Metrics().after_update(update(log, is_fresh, policy_lag_max=3.0, gradient_norm=1.0))
     assert log.calls == [
@@ -107,7 +107,7 @@ def test_policy_lags_of_reused_batches_are_told_apart():
     ]
 
 
-def test_only_skipped_updates_in_a_row_end_a_run():
+def test_only_consecutive_skipped_updates_end_a_run():
     guard = NonFiniteGuard(sample_reuse=2)
     for _ in range(3):
         for _ in range(2 * hooks.MAX_SKIPPED_UPDATES - 1):
@@ -119,7 +119,7 @@ def test_only_skipped_updates_in_a_row_end_a_run():
         guard.after_update(update(skipped=1.0))
 
 
-def test_stage_timer_adds_up_also_when_a_stage_fails():
+def test_stage_timer_includes_failed_stages():
     timer = StageTimer()
     for _ in range(2):
         with pytest.raises(KeyError), timer('a'):

@@ -41,14 +41,14 @@ def test_learners_agree_on_all_that_shapes_an_environment():
         EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 4),
         AgentConfig(torso='mlp', use_lstm=False),
     )
-    # The repeats of the level, whether they are said or not.
+    # The level's action repeats, even if no flag sets them.
     expected = {**run.environment.agreed('jobs'), 'num_action_repeats': 4}
     assert settings['sticky_actions'] == 0.25
     assert settings['max_noops'] == 7
     assert expected.items() <= settings.items()
 
 
-def test_neither_another_seed_nor_a_run_that_goes_on_plays_the_same_episodes(tmp_path):
+def test_different_seeds_and_resumed_runs_play_different_episodes(tmp_path):
     """Each return of this level is a function of the environment's seed."""
 
     def play(folder, seed, frames):
@@ -63,11 +63,11 @@ def test_neither_another_seed_nor_a_run_that_goes_on_plays_the_same_episodes(tmp
     later = play('a', 1, 400)[len(first) :]
     other_seed = play('b', 2, 200)
     assert len({*first, *later, *other_seed}) == len({*first}) + len({*later}) + len({*other_seed})
-    # Another run of the same seed plays the same; not all actors need have been in its batches.
+    # The same seed plays the same episodes, though batches may lack some of the actors.
     assert {*first} & {*play('c', 1, 200)}
 
 
-def test_trains_on_several_levels_and_goes_on(tmp_path):
+def test_a_run_on_several_levels_resumes(tmp_path):
     run = config(tmp_path, level_name='levels:short,levels:long')
     first = training.train(run)
     assert '--level_name=levels:short,levels:long\n' in (tmp_path / 'flags.txt').read_text()
@@ -91,7 +91,7 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
     with pytest.raises(run_files.LogdirError, match='was levels:short,levels:long and is now'):
         training.train(run.replace(level_name='levels:long'))
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')} == before
-    # What was allowed once is what the run is from then on.
+    # A change of levels is allowed once and then part of the run.
     other = run.replace(level_name='levels:long', allow_level_change=True)
     assert training.train(other) == second
     assert training.train(other.replace(allow_level_change=False)) == second
@@ -103,7 +103,7 @@ def test_trains_on_several_levels_and_goes_on(tmp_path):
         training.train(other)
 
 
-def test_a_signal_at_the_end_of_the_first_train_step_leaves_time_to_save_it(tmp_path, monkeypatch):
+def test_a_signal_during_the_first_train_step_leaves_time_to_save(tmp_path, monkeypatch):
     to_floats, save = loop._to_floats, checkpoint.Checkpointer.save
 
     def interrupt(metrics):
@@ -123,10 +123,10 @@ def test_a_signal_at_the_end_of_the_first_train_step_leaves_time_to_save_it(tmp_
     assert not codes
 
 
-def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
+def test_a_stopped_run_resumes_with_other_hyperparameters(tmp_path):
     run = config(tmp_path, stop_at_frames=40, learning_rate=0.1, epsilon=0.1)
     first = training.train(run)
-    # Weights do not move where epsilon is large and gradients are clipped to next to nothing.
+    # A large epsilon and tiny gradients keep the weights where they are.
     other = run.replace(
         stop_at_frames=80, learning_rate=0.5, epsilon=1e6, gradient_clip_norm=1e-9,
         entropy_cost=0.0, baseline_cost=0.0,
@@ -134,7 +134,7 @@ def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
     second = training.train(other)
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert [line['frames'] for line in lines] == [20, 40, 60, 80]
-    # Falls over all 100 frames, from where it starts now.
+    # It decays over all 100 frames, from its new start.
     rates = [line['learning_rate'] for line in lines]
     np.testing.assert_allclose(rates, [0.1, 0.08, 0.3, 0.2], rtol=1e-6)
     for line in lines[2:]:
@@ -150,11 +150,11 @@ def test_stops_for_now_and_goes_on_with_other_hyperparameters(tmp_path):
     assert weights[0] and weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         np.testing.assert_allclose(weights[1][name], value, atol=1e-12)
-    # There is nothing to do before a stop that lies behind.
+    # There is nothing to do if the stop has been passed.
     assert training.train(run.replace(stop_at_frames=60)) == second
 
 
-def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
+def test_a_run_that_fails_repeatedly_keeps_its_checkpoints(tmp_path):
     checkpoints = tmp_path / 'checkpoints'
     training.train(config(tmp_path))
     before = {path.name: path.read_bytes() for path in checkpoints.iterdir()}
@@ -173,8 +173,8 @@ def test_a_run_that_fails_again_and_again_keeps_its_checkpoints(tmp_path):
         assert {path.name: path.read_bytes() for path in checkpoints.iterdir()} == before
 
 
-def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
-    """The reward is infinite in every 37th step, and an episode has ten."""
+def test_unrolls_with_infinite_rewards_are_discarded(tmp_path, capfd):
+    """The reward of every 37th step is infinite; an episode has ten steps."""
     run = config(tmp_path, level_name='levels:sometimes_infinite', total_environment_frames=400)
     run = run.replace(unroll_length=2)
     training.train(run)
@@ -184,7 +184,7 @@ def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
     lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
     assert lines[-1]['frames'] == 400
     assert sum(line['updates_skipped'] for line in lines) == 0
-    # One more line, without an update, tells of unrolls discarded after the last of them.
+    # One more line, without an update, may report unrolls discarded after the last update.
     assert len(lines) - len({line['updates'] for line in lines}) in (0, 1)
     assert sum('loss/total' in line for line in lines) == len({line['updates'] for line in lines})
     # Row 37 is within an unroll, row 74 ends one and starts the next.
@@ -213,7 +213,7 @@ def test_unrolls_with_infinite_rewards_are_not_learned_from(tmp_path, capfd):
         ({'inference_batch_size': 3}, 'inference_batch_size=3 is more than .*num_actors=2'),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(tmp_path, flags, sentence):
+def test_incompatible_settings_are_refused(tmp_path, flags, sentence):
     with pytest.raises(run_config.ConfigError, match=sentence):
         training.train(config(tmp_path, **({'level_name': 'levels:short'} | flags)))
     assert not (tmp_path / 'checkpoints').exists()
@@ -226,7 +226,7 @@ def test_a_level_that_cannot_be_played_leaves_the_folder_alone(tmp_path):
     assert 'stop signal' not in {thread.name for thread in threading.enumerate()}
 
 
-def test_a_run_begins_with_the_weights_that_were_asked_for(tmp_path):
+def test_a_run_begins_with_the_weights_of_its_initializer(tmp_path):
     norms = {}
     for initializer in ('truncated_normal', 'orthogonal'):
         run = config(
@@ -248,7 +248,7 @@ def test_a_run_begins_with_the_weights_that_were_asked_for(tmp_path):
     assert np.all(norms['truncated_normal'] > 0.1)
 
 
-# What may be chosen of each setting of the learner; the first is the default.
+# Values to combine of each setting of the learner; the first is the default.
 CHOICES = {
     'torso': ('auto', 'autoencoder'),
     'latent_size': (64, 5),
@@ -290,7 +290,7 @@ def _run(logdir, choice):
     return config(
         logdir,
         **choice | {'use_lstm': use_lstm},
-        # Of odd frames and instructions, or vectors.
+        # Odd frames with instructions, or vectors.
         level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
         batch_size=2 * _num_devices(choice),
         total_environment_frames=200 * _num_devices(choice),
@@ -298,7 +298,7 @@ def _run(logdir, choice):
 
 
 def _refusal(choice):
-    """Returns why a choice is refused, None if it is not."""
+    """Returns why a choice is refused, or None if it is accepted."""
     try:
         _run('nowhere', choice)
     except run_config.ConfigError as error:
@@ -308,7 +308,7 @@ def _refusal(choice):
 
 @functools.cache
 def _accepted():
-    """Returns many choices that are accepted, at random."""
+    """Returns many random choices that are accepted."""
     random = np.random.default_rng(0)
     accepted = []
     for _ in range(NUM_CANDIDATES):
@@ -323,9 +323,9 @@ def _accepted():
 
 @functools.cache
 def _pairwise():
-    """Returns choices in which every pair that any accepted choice has occurs.
+    """Returns choices that together have every pair of values of any accepted choice.
 
-    Few of them have several devices, which take a process each.
+    Prefers choices without several devices, which need a process each.
     """
     pairs = [(choice, _pairs(choice)) for choice in _accepted()]
     missing = set().union(*(each for _, each in pairs))
@@ -340,7 +340,7 @@ def _pairwise():
     return chosen
 
 
-def test_pairs_that_never_train_are_those_refused_by_name():
+def test_only_pairs_refused_by_name_never_train():
     trained = set().union(*map(_pairs, _pairwise()))
     pairs = {
         tuple(pair)
@@ -365,7 +365,7 @@ def test_pairs_that_never_train_are_those_refused_by_name():
     }
     assert pairs - trained == refused
     for (name, value), (other, other_value) in refused:
-        # Refused whatever else is chosen, and by both names where there is no other reason.
+        # Refused whatever else is chosen; without another reason, the refusal names both flags.
         refusals = [
             _refusal(choice | {name: value})
             for choice in _accepted()
@@ -388,7 +388,7 @@ def shard(tmp_path_factory):
 
 
 def _train(folder, number, shard):
-    """Trains as one of the choices says, in a folder of its own; returns its last checkpoint."""
+    """Trains with one of the choices in its own folder; returns the last checkpoint."""
     choice = _pairwise()[number]
     run = _run(folder / str(number), choice)
     if run.cluster.replay_addresses:
@@ -397,7 +397,7 @@ def _train(folder, number, shard):
 
 
 def train_on_devices(folder, number, shard):
-    """Does what `_train` does; in a process of its own, as there can be one strategy in each."""
+    """Like `_train`, for a process of its own, as each can have only one strategy."""
     learner_devices.prepare(CHOICES['learner_devices'][1], are_shared_with_others=False)
     _train(pathlib.Path(folder), number, shard)
 
@@ -416,7 +416,7 @@ def folder_of_devices(tmp_path_factory, shard):
         assert process.exitcode == 0
 
     on_devices = [i for i, choice in enumerate(_pairwise()) if choice['learner_devices']]
-    # Those with the replay job, which is one run's at a time, in turns.
+    # Runs with the replay job take turns, because it serves one run at a time.
     turns = [[], []]
     for number in on_devices:
         turns[bool(_pairwise()[number]['replay_addresses'])].append(number)
@@ -435,7 +435,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
         assert _train(tmp_path, number, shard) == str(logdir / 'checkpoints' / 'ckpt-1')
     assert (logdir / 'checkpoints' / 'ckpt-1.index').exists()
     lines = [json.loads(line) for line in (logdir / 'metrics.jsonl').read_text().splitlines()]
-    # Each line is of one update: by a batch that is new, or by one of before.
+    # Each line is of one update, on a new or a reused batch.
     reused = [line for line in lines if 'reused_policy_lag_mean' in line]
     assert bool(reused) == (choice['sample_reuse'] > 1)
     for line in lines:
@@ -445,12 +445,12 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
     frames, batch_frames = 200 * _num_devices(choice), 20 * _num_devices(choice)
     if choice['replay_fraction']:
         fractions = [line['replayed_fraction'] for line in new]
-        # Fewer where there was nothing to replay yet, for one of two devices or for both.
+        # Less while there was nothing to replay yet, for one of two devices or for both.
         assert set(fractions) <= {0, 0.25, 0.5}
         assert fractions[-1] == 0.5
         assert sum(batch_frames * (1 - each) for each in fractions) == lines[-1]['frames']
         if not choice['replay_addresses'] and not choice['learner_devices']:
-            # Each loader may begin with a batch while there is nothing to replay.
+            # Each loader may begin with a batch before there is anything to replay.
             assert 1 <= fractions.count(0) <= (choice['loaders'] or 1)
             assert 0.25 not in fractions
         lags = {'replayed_policy_lag_max', 'reused_replayed_policy_lag_max'}
@@ -462,7 +462,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
     assert frames <= lines[-1]['frames'] < frames + batch_frames
     updates = _uses(len(new), choice['sample_reuse'], choice['reuse_buffer'])
     assert lines[-1]['updates'] == updates == len(lines)
-    # Two actors of which each unroll has two episodes, told once.
+    # Every episode is recorded once.
     episode_steps = 10 if choice['torso'] == 'autoencoder' else 5
     episodes = (logdir / 'episodes.csv').read_text().splitlines()
     assert len(episodes) == 1 + lines[-1]['frames'] // episode_steps
@@ -473,7 +473,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
 
 
 def _uses(batches, times, buffer_size):
-    """Returns updates up to the first use of the last batch, with which the run ends."""
+    """Returns the number of updates up to the first use of the last batch, which ends the run."""
     ages = [round(use * (buffer_size - 1) / max(1, times - 1)) for use in range(times)]
     return 1 + sum(age < held for held in range(1, batches) for age in ages)
 
@@ -528,7 +528,7 @@ def test_a_replay_larger_than_the_memory_is_refused(tmp_path):
     assert not (tmp_path / 'checkpoints').exists()
 
 
-def test_a_target_network_and_popart_do_not_go_together(tmp_path):
+def test_a_target_network_and_popart_cannot_be_combined(tmp_path):
     with pytest.raises(run_config.ConfigError, match='--target_update_steps=2 .* with --popart'):
         config(tmp_path, loss='appo', target_update_steps=2, popart=True)
 
@@ -543,7 +543,7 @@ def test_a_target_network_and_popart_do_not_go_together(tmp_path):
         ),
     ],
 )
-def test_a_run_goes_on_with_another_loss_but_not_with_other_variables(tmp_path, changes, sentence):
+def test_a_run_resumes_with_another_loss_but_not_with_other_variables(tmp_path, changes, sentence):
     training.train(config(tmp_path))
     with pytest.raises(checkpoint.LogdirError, match=sentence):
         training.train(
@@ -559,7 +559,7 @@ def test_a_run_goes_on_with_another_loss_but_not_with_other_variables(tmp_path, 
     assert training.train(run) == str(tmp_path / 'checkpoints' / 'ckpt-2')
 
 
-def test_an_autoencoder_trains_in_bfloat16_and_goes_on_with_another_cost_only(tmp_path):
+def test_an_autoencoder_trains_in_bfloat16_and_resumes_with_another_cost_only(tmp_path):
     run = config(
         tmp_path,
         level_name='levels:picture',
