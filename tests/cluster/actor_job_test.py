@@ -1,4 +1,4 @@
-"""Tests of impala/cluster/actor_job.py beyond those of the command line, see jobs_test.py."""
+"""Tests of impala/cluster/actor_job.py; jobs_test.py tests its command line."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ def server():
 
 
 class Publications(list):
-    """The versions that actors have been given."""
+    """Records the versions that actors are given."""
 
     def publish(self, weights, version):
         self.append(int(version))
@@ -39,13 +39,13 @@ class Publications(list):
 NETWORK = {'torso': 'mlp', 'use_lstm': False, 'popart_levels': [], 'latent_size': 64}
 
 
-def agree(of_the_learner, **flags):
-    """What a job with these flags plays, where the learner has changed settings of an environment.
+def agree(learner_changes, **flags):
+    """Returns the environment settings of a job with these flags and changes of the learner's.
 
-    Level and learner know only how many frames a step has.
+    The level has 4 action repeats by default.
     """
-    learner = config('/nowhere', **of_the_learner)
-    repeats = of_the_learner.get('num_action_repeats') or 4
+    learner = config('/nowhere', **learner_changes)
+    repeats = learner_changes.get('num_action_repeats') or 4
     settings = json.loads(json.dumps(job_settings(learner, ('levels:short',), NETWORK, repeats)))
     own = config('/elsewhere', dataset_path='/here', job_name='actor', task=0, **flags)
     agreed, levels = _agreed(own, flags, settings)
@@ -53,7 +53,7 @@ def agree(of_the_learner, **flags):
     return agreed.environment
 
 
-# Of each, something else than the default.
+# A value of each that is not the default.
 SHAPING = {
     'width': 50,
     'height': 60,
@@ -66,28 +66,28 @@ SHAPING = {
     'frame_stack': 2,
 }
 LOCATION = {'dataset_path': '/here', 'level_cache_dir': ''}
-# Of the machine, or of tests.
+# Settings of the machine, or of tests.
 LOCAL = {'dataset_path', 'level_cache_dir', 'level_cache_gb', 'temp_folder', 'is_test', 'render'}
 
 
-def test_all_that_shapes_an_environment_is_the_learners():
+def test_the_learner_decides_all_that_shapes_an_environment():
     assert SHAPING.keys() | LOCAL == {field.name for field in dataclasses.fields(EnvironmentConfig)}
     assert agree(SHAPING) == EnvironmentConfig(**LOCATION, **SHAPING)
-    # Said once more, as in a flag file for all jobs.
+    # The same flags may be repeated, as in a flag file for all jobs.
     assert agree(SHAPING, **SHAPING) == EnvironmentConfig(**LOCATION, **SHAPING)
 
 
 @pytest.mark.parametrize(('flag', 'value'), SHAPING.items())
-def test_flags_that_say_something_else_are_refused(flag, value):
+def test_contradicting_flags_are_refused(flag, value):
     with pytest.raises(ConfigError, match=rf'^--{flag}={value} does not fit .* leave it out\.$'):
         agree({}, **{flag: value})
 
 
-def test_action_repeats_that_the_level_has_anyway_may_be_said():
+def test_the_default_action_repeats_of_the_level_may_be_given():
     assert agree({}, num_action_repeats=4).num_action_repeats is None
 
 
-def test_more_answers_at_once_than_environments_are_refused(server):
+def test_an_inference_batch_larger_than_the_job_is_refused(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
         own = config(
             '/nowhere',
@@ -111,18 +111,18 @@ def make_job(connection, publications, reconnect_timeout=600.0, **kwargs):
     return _Learner(connection, publications, _Retry(cluster, print, StopSignal()), **kwargs)
 
 
-def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(server, monkeypatch):
-    """The other one dies after the first try, or asks again and again."""
+def test_a_job_replaces_a_dead_one_and_gives_way_to_a_live_one(server, monkeypatch):
+    """The other job dies after the first try, or keeps renewing its reservation."""
     monkeypatch.setattr(actor_job, '_RESERVING_AGAIN_SECONDS', 0.1)
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
         other, connection = learner.connect(), learner.connect()
         job = make_job(connection, Publications(), task=3, num_environments=1)
-        said = []
+        reports = []
         assert other.reserve(3, 1).is_own
-        job.reserve(said.append)
-        assert len(said) == 1
+        job.reserve(reports.append)
+        assert len(reports) == 1
         assert re.match(
-            '--task=3 is taken by a job on .*; waiting up to 10 seconds to see', said[0]
+            '--task=3 is taken by a job on .*; waiting up to 10 seconds to see', reports[0]
         )
         assert job.holder is None
         assert not other.reserve(3, 600).is_own
@@ -138,7 +138,7 @@ def test_a_job_waits_for_one_that_has_died_and_gives_way_to_one_that_lives(serve
             job.reserve(live)
 
 
-def test_a_job_that_comes_when_training_is_complete_hears_of_it(server):
+def test_a_job_that_starts_after_training_ends_at_once(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
         learner.board.finish()
         learner.inbox.close()
@@ -147,7 +147,7 @@ def test_a_job_that_comes_when_training_is_complete_hears_of_it(server):
         assert job.finished and job.holder is None
 
 
-def test_weights_are_read_once_for_an_unroll_of_each_environment(server):
+def test_weights_are_read_once_per_round_of_environments(server):
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
         connection = learner.connect(weights=[tf.TensorSpec([1])])
         publications = Publications()
@@ -173,7 +173,7 @@ def test_weights_are_read_once_for_an_unroll_of_each_environment(server):
 
 @pytest.mark.parametrize('is_known', [True, False])
 def test_lost_weights_are_replaced_at_once(server, is_known):
-    """The learner has come back from a checkpoint, and the job has not noticed it."""
+    """The learner has resumed from a checkpoint, unnoticed by the job."""
     with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
         connection = learner.connect(weights=[tf.TensorSpec([1])])
         publications = Publications()
@@ -188,5 +188,5 @@ def test_lost_weights_are_replaced_at_once(server, is_known):
             job.send(remote_peer.make_unroll(10), '', 1)
         assert publications == [10, 7]
         with pytest.raises(Rejected):
-            # That is another reason.
+            # A refusal for another reason is raised.
             job.send(remote_peer.make_unroll(3)[:1] * 4, '', 2)

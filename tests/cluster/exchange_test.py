@@ -1,6 +1,6 @@
 """Tests of impala/cluster/exchange.py, from within one process.
 
-What must not happen (a call that waits forever) shows as a time-out.
+A call that waits forever shows as a time-out.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _sequences = itertools.count(1)
 
 @contextlib.contextmanager
 def make_inbox(capacity=4, components=COMPONENTS, latest_version=1000):
-    """An inbox of its own name that is closed when the block is left."""
+    """An inbox with a unique name, which is closed when the block ends."""
     inbox = UnrollInbox(capacity, components, 'policy_version', next(_names))
     inbox.set_latest_version(latest_version)
     try:
@@ -47,7 +47,7 @@ def make_inbox(capacity=4, components=COMPONENTS, latest_version=1000):
 
 
 def make_unroll(seed, **replaced):
-    """Random arrays, whose policy version is the seed."""
+    """Returns random arrays; the policy version is the seed."""
     random = np.random.default_rng(seed)
     unroll = {
         'policy_version': np.int64(seed),
@@ -69,7 +69,7 @@ def put(inbox, unroll, actor=0, client=0, sequence=None):
 def wait_until(condition):
     deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, 'it does not happen'
+        assert time.monotonic() < deadline, 'timed out'
         time.sleep(0.001)
 
 
@@ -78,7 +78,7 @@ def versions(batch):
 
 
 def assert_is_batch_of(batch, unrolls):
-    """Compares with what NumPy stacks."""
+    """Compares a batch with NumPy's stack of the unrolls."""
     for i, component in enumerate(COMPONENTS):
         axis = 1 if component.time_major else 0
         expected = np.stack([unroll[i].numpy() for unroll in unrolls], axis)
@@ -98,7 +98,7 @@ def test_batch_of_unrolls_in_the_queue_is_time_major():
         assert_is_batch_of(inbox.take(2), unrolls[3:])
 
 
-def test_batch_of_unrolls_that_come_one_by_one():
+def test_batch_of_unrolls_that_arrive_one_by_one():
     with make_inbox(capacity=1) as inbox:
         take = start(inbox.take, 3)
         unrolls = [make_unroll(i) for i in range(3)]
@@ -107,14 +107,14 @@ def test_batch_of_unrolls_that_come_one_by_one():
         assert_is_batch_of(take.result(TIMEOUT), unrolls)
 
 
-def test_a_number_is_that_of_one_client_at_a_time():
+def test_a_number_belongs_to_one_client_at_a_time():
     with make_inbox() as inbox:
         assert inbox.reserve(0, 111, 'first', 600).is_own
         assert inbox.reserve(1, 222, 'second', 600).is_own
         holder = inbox.reserve(0, 222, 'second', 600)
         assert (holder.is_own, holder.host) == (False, 'first')
         assert 0 <= holder.seconds_since_seen < TIMEOUT
-        # Nor can it be given back by another client than its own.
+        # Only its own client can give it back.
         assert not inbox.reserve(0, 222, 'second', 0).is_own
         assert inbox.reserve(0, 111, 'first', 600).is_own
         assert inbox.reserve(0, 111, 'first', 0).is_own
@@ -122,7 +122,7 @@ def test_a_number_is_that_of_one_client_at_a_time():
         assert not inbox.reserve(0, 111, 'first', 600).is_own
 
 
-def test_a_number_is_free_when_its_client_was_not_heard_of_for_long():
+def test_a_reservation_expires():
     with make_inbox() as inbox:
         assert inbox.reserve(0, 111, 'first', 0.1).is_own
         wait_until(lambda: inbox.reserve(0, 222, 'second', 600).is_own)
@@ -138,7 +138,7 @@ def test_a_number_is_free_when_its_client_was_not_heard_of_for_long():
         ((0, 1, '', float('nan')), 'for so long'),
     ],
 )
-def test_numbers_that_cannot_be_reserved(arguments, error):
+def test_invalid_reservations_are_refused(arguments, error):
     with make_inbox() as inbox, pytest.raises(tf.errors.InvalidArgumentError, match=error):
         inbox.reserve(*arguments)
 
@@ -172,7 +172,7 @@ def test_batches_of_large_unrolls_from_many_threads():
                 frame = tf.fill([rows, size], tf.cast(actor * each + i, tf.uint8))
                 put(inbox, [tf.constant(actor * each + i, tf.int64), frame], actor, client=actor)
 
-        # A sequence number per thread grows, because they all come from one counter.
+        # Sequence numbers grow within each thread, because they all come from one counter.
         threads = [start(send, actor) for actor in range(num_threads)]
         seen = []
         for _ in range(num_threads * each // batch_size):
@@ -233,7 +233,7 @@ def test_invalid_unroll_is_refused(component, value, reason):
         assert (statistics.queued, statistics.waiting) == (0, 0)
         assert statistics.actors[5].rejected == 1
         assert reason in statistics.actors[5].last_rejection
-        # The sequence number of a refused unroll is free.
+        # The sequence number of a refused unroll can be used again.
         assert put(inbox, make_unroll(2), actor=5)
         assert versions(inbox.take(1)) == [2]
 
@@ -247,7 +247,7 @@ def test_every_finite_number_is_valid(value):
         np.testing.assert_array_equal(inbox.take(1).components[2], np.full((1, 6), value))
 
 
-def test_bounds_themselves_are_valid():
+def test_bounds_are_inclusive():
     with make_inbox() as inbox:
         put(inbox, make_unroll(1, level_id=np.int32(0), policy_version=np.int64(0)))
         put(inbox, make_unroll(1, level_id=np.int32(2), policy_version=np.int64(1000)))
@@ -267,7 +267,7 @@ def test_wrong_number_of_components_is_refused():
         put(inbox, make_unroll(1)[:-1])
 
 
-def test_unroll_that_comes_twice_enters_once():
+def test_unroll_that_arrives_twice_enters_once():
     with make_inbox() as inbox:
         assert put(inbox, make_unroll(1), actor=3, client=8, sequence=1)
         assert not put(inbox, make_unroll(1), actor=3, client=8, sequence=1)
@@ -279,7 +279,7 @@ def test_unroll_that_comes_twice_enters_once():
         assert (actor.accepted, actor.duplicates) == (3, 2)
 
 
-def test_unroll_that_comes_twice_while_it_waits_enters_once():
+def test_unroll_that_arrives_twice_while_it_waits_enters_once():
     with make_inbox(capacity=1) as inbox:
         put(inbox, make_unroll(0))
         puts = [start(put, inbox, make_unroll(1), 3, 8, 1) for _ in range(3)]
@@ -289,7 +289,7 @@ def test_unroll_that_comes_twice_while_it_waits_enters_once():
         assert inbox.statistics().queued == 0
 
 
-def test_cancelled_put_leaves_nothing():
+def test_cancelled_put_leaves_nothing_behind():
     with make_inbox(capacity=1) as inbox:
         put(inbox, make_unroll(0))
         manager = cancellation.CancellationManager()
@@ -301,7 +301,7 @@ def test_cancelled_put_leaves_nothing():
             cancelled.result(TIMEOUT)
         assert inbox.statistics().waiting == 0
         assert versions(inbox.take(1)) == [0]
-        # It was not in the queue, so that it may come again.
+        # It was not in the queue, so it may be sent again.
         assert put(inbox, make_unroll(1), 0, 8, 1)
         assert versions(inbox.take(1)) == [1]
 
@@ -364,7 +364,7 @@ def test_cancelled_take_leaves_later_unrolls_to_others():
         manager = cancellation.CancellationManager()
         function = tf.function(lambda: inbox.take(100)).get_concrete_function()
         cancelled = start(manager.get_cancelable_function(function))
-        # The call takes up whatever comes as soon as it waits.
+        # Once the call waits, it takes whatever arrives.
         wait_until(lambda: put(inbox, make_unroll(0)) and inbox.statistics().queued == 0)
         manager.start_cancel()
         with pytest.raises(tf.errors.CancelledError):
@@ -373,7 +373,7 @@ def test_cancelled_take_leaves_later_unrolls_to_others():
         assert versions(inbox.take(1)) == [7]
 
 
-def test_close_wakes_who_waits_for_room_or_unrolls():
+def test_close_wakes_waiting_puts_and_takes():
     with make_inbox(capacity=1) as full, make_inbox() as empty:
         put(full, make_unroll(0))
         waiting = [start(put, full, make_unroll(1)), start(empty.take, 1)]
@@ -402,7 +402,7 @@ def test_name_is_taken_until_its_inbox_is_closed():
     again.close()
 
 
-def test_components_that_make_no_sense_are_refused():
+def test_inconsistent_components_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match='int64 scalar'):
         UnrollInbox(1, COMPONENTS, 'level_id', next(_names))
     scalar = UnrollArray((), 'float32', 'reward', time_major=True)
@@ -504,7 +504,7 @@ def test_updates_of_a_variable_do_not_reach_published_weights(board, make_update
         publish_and_update()
     else:
         publish()
-        # XLA has no sparse updates and none of our own ops.
+        # XLA supports neither sparse updates nor our own ops.
         compiled = mode == 'compiled' and make_update not in (_rmsprop, _sparse_rmsprop)
         (update if mode == 'eager' else tf.function(update, jit_compile=compiled))()
     _, (published,) = board.read(specs(variable))
@@ -526,7 +526,7 @@ def test_publishing_does_not_copy(board):
     assert address(weight.read_value()) != address(published)
 
 
-def test_closed_board_lets_go_of_its_weights(board):
+def test_closed_board_refuses_calls(board):
     board.publish([tf.zeros([2])], 1)
     board.close()
     with pytest.raises(tf.errors.CancelledError, match='closed'):

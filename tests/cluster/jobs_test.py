@@ -1,4 +1,4 @@
-"""Learner and actor jobs as real commands on this machine, killed and started again."""
+"""Learner and actor jobs as real commands on this machine, killed and restarted."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ NUMBERED = 'benchmarks.numbered_level:cart_pole'
 
 @pytest.fixture
 def address():
-    """A free one on the loopback interface."""
+    """A free address on the loopback interface."""
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         return f'localhost:{probe.getsockname()[1]}'
@@ -47,7 +47,7 @@ def learner(folder, logdir, address, *flags):
 
 
 def actor(folder, task, address, *flags, **options):
-    # Empty, as in the flags.txt of a run, it says nothing.
+    # An empty --replay_addresses, as in the flags.txt of a run, has no effect.
     return WarmRun(folder, '--job_name=actor', f'--task={task}', f'--learner_address={address}',
                    f'--envs_per_actor={ENVIRONMENTS}', '--replay_addresses=', *flags,
                    **options)  # fmt: skip
@@ -59,7 +59,7 @@ def tasks(logdir):
     return {row['task'] for row in lines[-1]['actors']} if lines else set()
 
 
-def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
+def test_training_continues_while_jobs_come_and_go(tmp_path, address, monkeypatch):
     numbers = tmp_path / 'numbers'
     numbers.mkdir()
     monkeypatch.setenv(numbered_level.FOLDER_VARIABLE, str(numbers))
@@ -71,14 +71,14 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
         return numbered_level.account(episodes(logdir), str(numbers))
 
     with (
-        # So many that what they have begun when the learner goes would, if it were sent to the next
-        # one, be refused more often than a job survives.
+        # With this many environments, the next learner would refuse the job too often to survive
+        # if the job sent it the unrolls begun with the killed one.
         actor(
             tmp_path / 'early', 0, address, '--envs_per_actor=12', '--envs_per_process=12'
         ) as early,
         learner(tmp_path / 'first', logdir, address, endless, level) as first,
     ):
-        # Whoever comes first waits and says so.
+        # A learner without actors waits and says so.
         first.wait_until(lambda: re.search(r'Waiting for actors on port \d+', first.stderr))
         first.wait_until(lambda: tasks(logdir) == {0})
         with actor(tmp_path / 'killed', 1, address) as killed:
@@ -102,7 +102,7 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
             waited = [each.stderr.count('Waiting for it') for each in (early, late)]
             os.kill(first.id, signal.SIGKILL)
             first.process.wait()
-            # Though an actor was killed in the midst of its unrolls, nothing is missing or twice.
+            # Although an actor was killed in mid-unroll, no episode is missing or duplicated.
             so_far = account()
             assert so_far.episodes > 100
             assert (so_far.duplicates, so_far.gaps) == (0, {})
@@ -118,18 +118,18 @@ def test_jobs_come_and_go_and_training_goes_on(tmp_path, address, monkeypatch):
                 assert 'Traceback' not in each.stderr
     lines = metrics(logdir)
     assert lines[-1]['frames'] >= reached + 20_000
-    # Every update is of 8 unrolls of 20 steps, whatever happened to those who sent them.
+    # Every update takes 8 unrolls of 20 steps, whatever happened to their senders.
     assert all(line['frames'] == 8 * 20 * line['updates'] for line in lines)
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
-    # What the learner had not saved went with it, and what was begun with weights that it had not
-    # saved is no use to the next one. Between the two there may be an unroll of older weights.
+    # What the learner had not saved is lost, as are unrolls begun with weights that it had not
+    # saved. An unroll of older weights between the two may split a gap.
     result = account()
     assert result.duplicates == 0
     assert 0 < len(result.gaps) <= 12 + ENVIRONMENTS
     assert max(result.gaps.values()) <= 2
 
 
-def test_no_environment_of_one_job_is_that_of_another_or_of_its_last_start(tmp_path, address):
+def test_environments_differ_between_jobs_and_restarts(tmp_path, address):
     """Each return of this level is a function of the environment's seed."""
     logdir = tmp_path / 'run'
     flags = ['--level_name=levels:seeded', '--total_environment_frames=1000000000']
@@ -143,7 +143,7 @@ def test_no_environment_of_one_job_is_that_of_another_or_of_its_last_start(tmp_p
         for number, task in enumerate((0, 1, 0)):
             with actor(tmp_path / str(number), task, address) as only:
                 if task:
-                    # Whichever comes first has the number.
+                    # The first job to come has the number.
                     only.wait_until(lambda: 'Actor job 1: ' in only.stderr)
                     with actor(tmp_path / 'twice', task, address) as second:
                         assert second.wait() == 2
@@ -157,7 +157,7 @@ def test_no_environment_of_one_job_is_that_of_another_or_of_its_last_start(tmp_p
         assert len(seeds()) == 3 * ENVIRONMENTS
 
 
-def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):
+def test_actors_learn_of_the_end_of_a_short_run(tmp_path, address):
     enough = '--total_environment_frames=2000'
     with (
         actor(tmp_path / 'actor', 0, address) as only,
@@ -167,20 +167,20 @@ def test_actors_hear_of_the_end_of_a_run_that_was_short(tmp_path, address):
     ):
         assert short.wait() == 0
         assert only.wait() == 0
-    # As in a flag file for all jobs; only who acts has a use for it.
+    # A flag file for all jobs may have it, although only actors use it.
     assert '--inference_batch_size=99 has no effect on a learner' in short.stderr
     assert 'Training is complete.' in only.stdout
 
 
 @pytest.fixture(scope='module')
 def server():
-    """TensorFlow's server in this process, without a learner: a test brings its settings."""
+    """TensorFlow's server in this process, without a learner; tests publish settings."""
     return LearnerServer('localhost:0')
 
 
 @pytest.fixture
 def show(server):
-    """Shows settings as a learner does; returns its address."""
+    """Publishes settings as a learner does; returns the address."""
     boards = []
 
     def show(**changes):
@@ -202,8 +202,8 @@ def show(server):
         board.close()
 
 
-def test_the_level_caches_of_actor_jobs_reach_the_learner(tmp_path, address):
-    """Of two jobs, each with a cache of its own, whose stand-in compiles in no time."""
+def test_statistics_of_level_caches_reach_the_learner(tmp_path, address):
+    """Two jobs have their own caches; the stand-in compiles in no time."""
     lab = {'pythonpath': [TESTS / 'deepmind_lab_stand_in']}
     logdir = tmp_path / 'run'
     flags = ('--task=0', f'--learner_address={address}', f'--logdir={logdir}', '--trusted_network',
@@ -223,7 +223,7 @@ def test_the_level_caches_of_actor_jobs_reach_the_learner(tmp_path, address):
 
 
 @pytest.mark.parametrize(
-    ('notes', 'told'),
+    ('notes', 'expected'),
     [
         ([], {}),
         (['', '3', '[]', '{"level_cache": 3}', '{"level_cache": {"hits": 1}}'], {}),
@@ -240,11 +240,11 @@ def test_the_level_caches_of_actor_jobs_reach_the_learner(tmp_path, address):
         ),
     ],
 )
-def test_sums_of_level_caches(notes, told):
-    assert remote_actors.level_cache_of_jobs(notes) == told
+def test_sums_of_level_caches(notes, expected):
+    assert remote_actors.level_cache_of_jobs(notes) == expected
 
 
-def test_an_actor_of_another_version(tmp_path, show):
+def test_an_actor_of_another_version_is_refused(tmp_path, show):
     address = show(protocol=PROTOCOL + 1)
     with actor(tmp_path, 0, address) as run:
         assert_one_sentence(
@@ -252,7 +252,7 @@ def test_an_actor_of_another_version(tmp_path, show):
         )
 
 
-def test_an_actor_with_flags_of_another_run(tmp_path, show):
+def test_an_actor_with_flags_of_another_run_is_refused(tmp_path, show):
     address = show()
     with actor(tmp_path / 'misled', 2, address, '--unroll_length=7') as misled:
         assert_one_sentence(misled, 2, r'--unroll_length=7 does not fit .* has 20')
@@ -262,31 +262,31 @@ def test_an_actor_with_flags_of_another_run(tmp_path, show):
         assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is none of the levels')
 
 
-def test_a_learner_whose_port_is_in_use(tmp_path, address):
+def test_a_learner_whose_port_is_in_use_prints_one_sentence(tmp_path, address):
     with (
         socket.create_server(('', int(address.partition(':')[2]))),
         learner(tmp_path, tmp_path / 'run', address, '--notrusted_network') as second,
     ):
         assert_one_sentence(second, 2, f'cannot listen on {address}: another process does')
-        # Nobody can reach what does not listen.
+        # Nobody can reach a port that is not open.
         assert 'WARNING' not in second.stderr
 
 
-def test_a_learner_that_is_stopped_before_its_first_update(tmp_path, address):
+def test_stopping_a_learner_before_its_first_update(tmp_path, address):
     with learner(tmp_path, tmp_path / 'run', address) as run:
         run.wait_until(lambda: 'all goes to' in run.stderr)
         run.send(signal.SIGTERM)
         assert run.wait() == 130
-    # The second one if the machine was too busy for an orderly end within four seconds.
+    # The latter if the machine was too busy for an orderly end within four seconds.
     assert re.search('(Stopped before the first update: |Interrupted before ).*\n$', run.stderr)
     assert run.stdout == ''
 
 
-def test_an_actor_with_another_network(tmp_path, show):
+def test_an_actor_with_another_network_is_refused(tmp_path, show):
     spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 3, 1)
     network = network_settings(AgentConfig(torso='mlp', use_lstm=False), spec)
     address = show(network=network)
-    # What is said of the network on the command line, and what the environment makes of it here.
+    # First a flag is wrong, then this job's environment.
     with actor(tmp_path / 'a', 0, address, '--torso=deep') as run:
         assert_one_sentence(
             run, 2, rf'^--torso=deep does not fit the learner at {address}, which has mlp: leave'
@@ -305,7 +305,7 @@ def test_an_actor_with_another_network(tmp_path, show):
         ('another program', 'does not answer'),
     ],
 )
-def test_a_wrong_address(tmp_path, address, kind, what):
+def test_a_wrong_address_is_reported(tmp_path, address, kind, what):
     with contextlib.ExitStack() as stack:
         if kind == 'no name':
             address = 'no-such-host.invalid:8000'
@@ -325,7 +325,7 @@ def test_a_wrong_address(tmp_path, address, kind, what):
     assert run.stdout == ''
 
 
-def test_an_actor_that_is_stopped_while_it_waits_for_its_learner(tmp_path, address):
+def test_interrupting_an_actor_that_waits_for_its_learner(tmp_path, address):
     with actor(tmp_path, 0, address) as run:
         run.wait_until(lambda: 'Waiting for it' in run.stderr)
         run.send(signal.SIGINT)

@@ -17,7 +17,7 @@ SETTINGS = {'batch_size': 2, 'vtrace_lambda': 1.0, 'gradient_clip_norm': None}
 
 @pytest.fixture
 def addresses():
-    """Of three learners on the loopback interface."""
+    """Addresses of three learners on the loopback interface."""
     return tuple(f'localhost:{port}' for port in free_ports(3))
 
 
@@ -29,7 +29,7 @@ def threads():
 
 
 class Log:
-    """Keeps what it is given."""
+    """Records what it is given."""
 
     def __init__(self):
         self.episodes, self.actors, self.unrolls = [], {}, []
@@ -51,13 +51,13 @@ def group(addresses, task, settings=SETTINGS, reports=None):
     )
 
 
-def test_the_first_hears_of_the_others_until_all_are_done(addresses, threads):
+def test_the_first_learner_collects_from_the_others_until_all_are_done(addresses, threads):
     log = Log()
 
     def first():
         with group(addresses, 0) as it:
             it.finish()
-            # What was told before the others were done is there.
+            # Everything that the others sent before they were done has arrived.
             it.collect(log)
             it.check()
 
@@ -96,7 +96,7 @@ def test_the_first_hears_of_the_others_until_all_are_done(addresses, threads):
     assert log.actors == {1: [{'task': 1}], 2: [{'task': 2}]}
 
 
-def test_who_does_not_belong_is_refused_and_the_others_go_on(addresses, threads):
+def test_intruders_are_refused_and_the_group_continues(addresses, threads):
     reports = []
 
     def member(task, **kwargs):
@@ -127,7 +127,7 @@ def test_who_does_not_belong_is_refused_and_the_others_go_on(addresses, threads)
         each.result(PATIENCE_SECONDS)
 
 
-def test_all_have_the_run_id_of_the_first(addresses, threads):
+def test_all_learners_have_the_run_id_of_the_first(addresses, threads):
     def member(task, run_id):
         with LearnerGroup(Member(addresses, task), SETTINGS, lambda text: None, run_id) as it:
             it.finish()

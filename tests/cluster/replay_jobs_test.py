@@ -1,4 +1,4 @@
-"""Tests of replay_job.py and remote_replay.py of impala/cluster: jobs, killed and restarted."""
+"""Tests of replay_job.py and remote_replay.py in impala/cluster, with jobs that are killed."""
 
 import asyncio
 import collections
@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 120
 BATCH = 50
 ROWS, HEIGHT, WIDTH, STACKED = 6, 3, 5, 4
 ENDLESS = '--total_environment_frames=1000000000'
-# Fresh and replayed unrolls of a batch of CARTPOLE, with this part of it.
+# The replayed part of a batch of CARTPOLE, and the mean number of fresh unrolls in it.
 FRACTION, NUM_FRESH = 0.3, 8 * 0.7
 COMPONENTS = [
     UnrollArray((), 'int32', 'level_id', False, 0, 2),
@@ -47,7 +47,7 @@ COMPONENTS = [
 
 @pytest.fixture
 def addresses():
-    """Of two replay jobs on the loopback interface."""
+    """Addresses of two replay jobs on the loopback interface."""
     return [f'localhost:{port}' for port in free_ports(2)]
 
 
@@ -58,7 +58,7 @@ def job(folder, task, addresses, *flags, **options):
 
 
 def changed_job(folder, task, addresses, change):
-    """A replay job for which Python's lines in `change` are run before."""
+    """A replay job that first runs the Python code in `change`."""
     program = folder / 'program.py'
     program.parent.mkdir(parents=True)
     program.write_text(
@@ -84,7 +84,7 @@ def kill(run):
 
 @functools.lru_cache(1000)
 def unroll(number):
-    """Arrays that follow from a number, with episodes of stacks that begin here and there."""
+    """Returns an unroll that is determined by a number; its frame stacks restart at random rows."""
     random = np.random.default_rng(number)
     stack = random.integers(256, size=(HEIGHT, WIDTH, STACKED), dtype=np.uint8)
     stacks = [stack]
@@ -115,12 +115,12 @@ def batch_of(numbers):
 def wait_until(happened):
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not happened():
-        assert time.monotonic() < deadline, 'waited in vain'
+        assert time.monotonic() < deadline, 'timed out'
         time.sleep(0.01)
 
 
 def draw(replay):
-    """Draws a batch; returns the numbers of its unrolls, which are all of one piece."""
+    """Draws a batch, checks that its unrolls are intact, and returns their numbers."""
     wait_until(lambda: replay.reserve(BATCH))
     unrolls = [
         np.random.default_rng(1).integers(0, 2, array.shape).astype(array.dtype)
@@ -133,7 +133,7 @@ def draw(replay):
 
 
 def draw_many(replay, number):
-    # What was drawn before the last ones came is on its way for a while.
+    # The first batches may have been drawn before the last unrolls arrived.
     for _ in range(6):
         draw(replay)
     return np.concatenate([draw(replay) for _ in range(number // BATCH)])
@@ -161,16 +161,16 @@ def assert_uniform(draws, numbers):
     assert counts.sum() == counts[numbers].sum()
     expected = len(draws) / len(numbers)
     chi_square = np.sum(np.square(counts[numbers] - expected) / expected)
-    # A normal distribution is near enough to it for as many; 4 deviations.
+    # With this many numbers chi-square is nearly normal; allow 4 standard deviations.
     freedom = len(numbers) - 1
     assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom), chi_square
 
 
-def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addresses, monkeypatch):
-    # On a busy machine a shard may be late, and is not drawn from until it has caught up.
+def test_draws_are_intact_and_uniform_over_all_shards(tmp_path, addresses, monkeypatch):
+    # A shard that is late, as on a busy machine, would not be drawn from until it has caught up.
     for limit in ('_PROMPT_SECONDS', '_PATIENCE_SECONDS'):
         monkeypatch.setattr(remote_replay_module, limit, PATIENCE_SECONDS)
-    said = []
+    reports = []
     capacity = '--replay_capacity=60'
     with contextlib.ExitStack() as stack:
         jobs = [
@@ -179,9 +179,9 @@ def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addre
         ]
         for each in jobs:
             each.wait_until(lambda run=each: 'waiting for a learner on port' in run.stderr)
-        replay = remote_replay(addresses, said.append)
-        assert not said
-        replay.start(True, said.append)
+        replay = remote_replay(addresses, reports.append)
+        assert not reports
+        replay.start(True, reports.append)
         stack.enter_context(replay)
         wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
         assert not replay.reserve(1)
@@ -192,18 +192,18 @@ def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addre
         replay.add(batch_of([100, 101]))
         assert len(replay) <= 60
         wait_until(lambda: {100, 101} <= set(draw(replay)))
-        # Of each shard the last 30 of those that were given out in turns.
+        # Shards receive unrolls in turns, and each keeps its last 30.
         assert_uniform(draw_many(replay, 6_000), range(42, 102))
         assert len(replay) == 60
         assert replay.metrics() == {'replay_unrolls': 60, 'replay_jobs': 2}
 
-        # A shard that came back holds fewer than the other.
+        # A restarted shard holds fewer than the other.
         kill(jobs[1])
         wait_until(lambda: len(replay) == 30)
         assert set(draw(replay)) <= set(range(42, 102, 2))
-        wait_until(lambda: len(said) == 3)
+        wait_until(lambda: len(reports) == 3)
         assert re.search(
-            rf'replay job at {addresses[1]} \S* .*Continuing with 1 of the replay', said[2]
+            rf'replay job at {addresses[1]} \S* .*Continuing with 1 of the replay', reports[2]
         )
         with job(tmp_path / 'again', 1, addresses, capacity):
             wait_until(lambda: replay.metrics()['replay_jobs'] == 2)
@@ -212,8 +212,8 @@ def test_what_is_drawn_is_what_was_put_uniformly_over_all_shards(tmp_path, addre
             wait_until(lambda: {103, 111} <= set(draw(replay)))
             expected = [*range(52, 112, 2), *range(103, 112, 2)]
             assert_uniform(draw_many(replay, 6_000), expected)
-            assert len(said) == 4
-            assert f'Replay job 1 at {addresses[1]} is there, with 0 of at most 30' in said[3]
+            assert len(reports) == 4
+            assert f'Replay job 1 at {addresses[1]} is there, with 0 of at most 30' in reports[3]
 
 
 def test_a_shard_that_hangs_is_not_waited_for(tmp_path, addresses):
@@ -236,9 +236,9 @@ def test_a_shard_that_hangs_is_not_waited_for(tmp_path, addresses):
                 replay.sample(batch_of(range(BATCH)))
             replay.add(batch_of(range(100 + i * BATCH, 100 + (i + 1) * BATCH)))
             slowest = max(slowest, time.monotonic() - started)
-        # A call to it fails after 10 seconds.
+        # A call to the hanging shard fails after 10 seconds.
         assert slowest < 5
-        # Nor is the other one held up.
+        # The other shard is not held up either.
         newest = 100 + 40 * BATCH
 
         def arrives():
@@ -252,13 +252,13 @@ def test_a_shard_that_hangs_is_not_waited_for(tmp_path, addresses):
 
 
 class SlowLine:
-    """Passes on what comes to an address of its own, and the answers after a delay.
+    """Forwards requests to an address at once, and answers after a delay.
 
     A context manager.
 
     Attributes:
-      address: `host:port`.
-      delay: seconds, of what comes from now on.
+      address: where it listens, as `host:port`.
+      delay: seconds, for answers from now on.
     """
 
     def __init__(self, address):
@@ -306,7 +306,7 @@ class SlowLine:
             writer.close()
 
 
-def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
+def test_a_slow_shard_does_not_hold_up_the_learner(tmp_path, addresses):
     with contextlib.ExitStack() as stack:
         jobs = [
             stack.enter_context(job(tmp_path / str(task), task, addresses)) for task in range(2)
@@ -319,7 +319,7 @@ def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
         replay.add(batch_of(range(BATCH)))
         wait_until(lambda: len(replay) == BATCH)
         wait_until(lambda: len(set(draw(replay) % 2)) == 2)
-        # It delivers what a batch needs of it not long before the learner would give it up, in 1 s.
+        # It delivers its part of a batch shortly before the learner would give up, after 1 s.
         line.delay = 0.7
         waited, num_slow = 0.0, 0
         for _ in range(60):
@@ -329,9 +329,9 @@ def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
             unrolls = batch_of(range(BATCH))
             replay.sample(unrolls)
             num_slow += int((unrolls[1] % 2).sum())
-            # An update.
+            # The time of an update.
             time.sleep(0.05)
-        # Of 3 seconds; waiting for each delivery would take 50 and more.
+        # The updates take 3 seconds; waiting for each delivery would take 50 or more.
         assert waited < 6
         assert replay.metrics()['replay_jobs'] == 2
         # What it delivers is used.
@@ -340,13 +340,13 @@ def test_a_slow_shard_does_not_hold_the_learner_up(tmp_path, addresses):
         draw_many(replay, 500)
 
 
-def test_what_cannot_be_kept_is_left_out(tmp_path, addresses):
+def test_invalid_unrolls_are_left_out(tmp_path, addresses):
     with job(tmp_path, 0, addresses[:1]) as only:
         only.wait_until(lambda: 'waiting for a learner on port' in only.stderr)
         with remote_replay(addresses[:1]) as replay:
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             unrolls = batch_of(range(10))
-            unrolls[4][3, 4, 0, 0, 1] ^= 1  # No stack of frames.
+            unrolls[4][3, 4, 0, 0, 1] ^= 1  # Not a stack of frames.
             unrolls[6][2, 5] = np.nan
             unrolls[0][6] = 3  # There is no such level.
             replay.add(unrolls)
@@ -356,7 +356,7 @@ def test_what_cannot_be_kept_is_left_out(tmp_path, addresses):
             assert set(draw_many(replay, 500)) == {0, 1, 2, 3, 7, 8, 9}
 
 
-def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
+def test_a_run_continues_while_shards_come_and_go(tmp_path, addresses):
     logdir = tmp_path / 'run'
     capacity = '--replay_capacity=400'
 
@@ -365,7 +365,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
         return lines[-1].get(name) if lines else None
 
     def assert_exact(first, last):
-        """Between these lines the fraction was exact, as far as a fraction of unrolls goes."""
+        """Asserts that the fraction was exact between two lines, within one unroll."""
         updates = last['updates'] - first['updates']
         fresh = (last['frames'] - first['frames']) / 20
         assert updates > 20
@@ -377,7 +377,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
         def new():
             return metrics(logdir)[length:]
 
-        # On a busy machine there are few updates in a line.
+        # On a busy machine a line covers few updates.
         run.wait_until(
             lambda: len(new()) >= number and new()[-1]['updates'] - new()[0]['updates'] > 20
         )
@@ -387,7 +387,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
         job(tmp_path / 'job0', 0, addresses, capacity) as first,
         learner(tmp_path / 'learner', logdir, addresses, ENDLESS, PACED) as run,
     ):
-        # One that comes late.
+        # One shard is late.
         first.wait_until(lambda: latest('replay_unrolls') == 200)
         assert run.stderr.count('Continuing with') == 1
         with job(tmp_path / 'job1', 1, addresses, capacity) as second:
@@ -404,7 +404,7 @@ def test_a_run_loses_shards_and_gets_them_back(tmp_path, addresses):
         run.wait_until(lambda: run.stderr.count('Continuing with') == 2)
         with job(tmp_path / 'job1_again', 1, addresses, capacity) as second:
             run.wait_until(lambda: latest('replay_unrolls') == 400)
-            # Now both: training goes on with what is new alone.
+            # Both end: training continues with fresh unrolls only.
             kill(first)
             second.send(signal.SIGTERM)
             assert second.wait() == 0
@@ -444,14 +444,14 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
         assert re.search(r'Another run begins; the [1-9]\d+ earlier trajectories', shard.stderr)
         assert 'is there, with 0 of' in run.stderr
 
-        # Of another shape.
+        # A run with other shapes.
         flags = (frames, '--unroll_length=10')
         with learner(tmp_path / 'odd', tmp_path / 'other', one, *flags) as run:
             assert run.wait() == 0, run.stderr
         assert len(re.findall('Another run begins; the ', shard.stderr)) == 2
         assert 'is there, with 0 of' in run.stderr
 
-        # What holds it now stays as it is.
+        # The run that has the shard is not disturbed.
         with remote_replay(one) as replay:
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(10)))
@@ -492,7 +492,7 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
         shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         with remote_replay(one) as first:
             wait_until(lambda: first.metrics()['replay_jobs'] == 1)
-            # It has a learner that has nothing to send.
+            # Its learner is alive but sends nothing.
             begun = time.monotonic()
             while time.monotonic() - begun < 2.5 * lease:
                 assert is_refused('another')
@@ -504,7 +504,7 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
             # One of two learners has left.
             assert is_refused('another')
             monkeypatch.setattr(first, '_leave', lambda shard: None)
-        # Gone without a word, as those are that were killed.
+        # The learner is gone without notice, as if killed.
         assert is_refused('another')
         with remote_replay(one) as again:
             wait_until(lambda: len(again) == 10)
@@ -512,7 +512,7 @@ def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
         left_at = time.monotonic()
         wait_until(lambda: not is_refused('another'))
         assert time.monotonic() - left_at > lease / 2
-        # To ask has changed nothing.
+        # Asking has changed nothing.
         with remote_replay(one) as again:
             wait_until(lambda: len(again) == 10)
         with remote_replay(one, run_id='another') as other:
@@ -550,8 +550,8 @@ def test_a_job_that_cannot_store_or_draw_ends(tmp_path, addresses, method):
     assert shard.stderr.splitlines()[-1].startswith(sentence)
 
 
-def test_an_unexpected_error_is_told_and_the_shard_used_again(tmp_path, addresses, monkeypatch):
-    said, faults = [], []
+def test_an_unexpected_error_is_reported_and_the_shard_used_again(tmp_path, addresses, monkeypatch):
+    reports, faults = [], []
 
     def fails_once(function, number):
         calls = itertools.count()
@@ -568,26 +568,26 @@ def test_an_unexpected_error_is_told_and_the_shard_used_again(tmp_path, addresse
         connection.close()
         time.sleep(0.3)
 
-    # Meanwhile the other thread finds it closed, which is not what is to be told.
+    # Meanwhile the other thread finds it closed, which must not be what is reported.
     monkeypatch.setattr(ReplayConnection, '__exit__', close_slowly)
     with job(tmp_path / 'job', 0, addresses[:1]) as shard:
         shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         with remote_replay(addresses[:1]) as replay:
-            replay.start(False, said.append)
+            replay.start(False, reports.append)
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
 
-            def is_told_when_used(text):
+            def is_reported_when_used(text):
                 replay.add(batch_of(range(5)))
                 if replay.reserve(BATCH):
                     replay.sample(batch_of(range(BATCH)))
-                return text in ' '.join(said)
+                return text in ' '.join(reports)
 
-            # One after the other: of a job that is missed already nothing more is told.
+            # One after the other: nothing more is reported of a job that is missing.
             for name, number in (('take', 2), ('put', 40)):
                 function = getattr(ReplayConnection, name)
                 monkeypatch.setattr(ReplayConnection, name, fails_once(function, number))
-                told = f'{addresses[0]} cannot be used: ZeroDivisionError: by {name}. Continuing'
-                wait_until(lambda told=told: is_told_when_used(told))
+                text = f'{addresses[0]} cannot be used: ZeroDivisionError: by {name}. Continuing'
+                wait_until(lambda text=text: is_reported_when_used(text))
                 wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             draw_many(replay, 500)
     assert faults == ['take', 'put']
@@ -618,12 +618,12 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
         shard.send(signal.SIGTERM)
         assert shard.wait() == 0
     held = int(re.search(r'the (\d+) trajectories held here', shard.stdout).group(1))
-    # What both have sent, but for what was on its way at the end.
+    # What both have sent, except what was on its way at the end.
     assert abs(held - metrics(logdir)[-1]['frames'] / 20) < 40
     assert metrics(logdir)[-1]['replayed_fraction'] > 0
 
 
-def test_unrolls_that_do_not_fit(tmp_path, addresses):
+def test_unrolls_that_do_not_fit_are_refused_or_replace_the_others(tmp_path, addresses):
     one, other = [addresses[0]], [addresses[1]]
     with (
         job(tmp_path / 'job', 0, one, '--replay_capacity=1000000000') as vast,
@@ -637,7 +637,7 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(10)))
             wait_until(lambda: len(replay) == 10)
-        # The run goes on with others; no earlier unroll is drawn with them.
+        # The run resumes with other components, so earlier unrolls are dropped.
         with remote_replay(other, components=COMPONENTS[:-1]) as replay:
             wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             replay.add(batch_of(range(5))[:-1])
@@ -648,7 +648,7 @@ def test_unrolls_that_do_not_fit(tmp_path, addresses):
             assert each.wait() == 0
 
 
-def test_a_job_of_another_kind_or_version():
+def test_a_job_of_another_kind_or_version_is_refused():
     server = ReplayServer('localhost:0')
     with pytest.raises(ConfigError, match='is no replay job of this program. Give the learner the'):
         remote_replay([f'localhost:{server.port}'])
@@ -661,7 +661,7 @@ def test_a_job_of_another_kind_or_version():
         board.close()
 
 
-def test_a_port_that_is_in_use(tmp_path, addresses):
+def test_a_replay_job_whose_port_is_in_use_prints_one_sentence(tmp_path, addresses):
     with (
         socket.create_server(('', int(addresses[1].partition(':')[2]))),
         job(tmp_path, 1, addresses, '--notrusted_network') as second,

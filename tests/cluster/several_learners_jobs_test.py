@@ -21,18 +21,18 @@ from command_line import (
 from ports import free_ports
 
 ENDLESS = '--total_environment_frames=1000000000'
-# Unrolls that two learners take per update, and their length.
+# Two learners take 8 unrolls of 20 steps each.
 STEPS_PER_UPDATE = 2 * 8 * 20
 
 
 @pytest.fixture
 def addresses():
-    """Of two learners on the loopback interface."""
+    """The flag with the addresses of two learners on the loopback interface."""
     return '--learner_addresses=' + ','.join(f'localhost:{port}' for port in free_ports(2))
 
 
 def learner(folder, logdir, task, addresses, *flags, **settings):
-    # What is found out for `auto` must not start TensorFlow before the learners' strategy is made.
+    # Resolving `auto` must not start TensorFlow before the learners' strategy is created.
     return WarmRun(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
                    '--trusted_network', '--compute_dtype=auto', *flags, **settings)  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_learners_train_one_model(tmp_path, addresses):
         assert re.search('--entropy_cost is 0.5 here and 0.01 at the first learner', odd.stderr)
         assert 'Waiting for the learners --task=1' in first.stderr
         with learner(tmp_path / 'second', nowhere, 1, addresses, *endless) as second:
-            # The log has the actors of both.
+            # The log has the actors of both learners.
             first.wait_until(lambda: tasks(logdir) == {0, 1})
             assert 'Actor 0 ' in first.stderr
             assert 'Actor 1 ' not in first.stderr
@@ -104,10 +104,10 @@ def test_learners_train_one_model(tmp_path, addresses):
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
     with open(logdir / 'episodes.csv', newline='') as file:
         returns = [float(row['episode_return']) for row in csv.DictReader(file)]
-    # A frame is rewarded with 1, so hardly any is missing: the episodes of both learners are there.
+    # A frame is rewarded with 1, so the sum shows that the episodes of both learners are there.
     assert 0.8 * lines[-1]['frames'] < sum(returns) <= lines[-1]['frames']
 
-    # So many that their mean is known to a few steps.
+    # Enough episodes to know their mean to a few steps.
     flags = '--mode=test', f'--logdir={logdir}', '--test_num_episodes=100'
     with WarmRun(tmp_path / 'reader', *flags) as reader:
         assert reader.wait() == 0, reader.stderr
@@ -117,7 +117,7 @@ def test_learners_train_one_model(tmp_path, addresses):
     assert scores['mean'] > 33
 
 
-def test_learners_with_a_replay_each(tmp_path, addresses):
+def test_learners_have_separate_replays(tmp_path, addresses):
     logdir = tmp_path / 'run'
     flags = ['--replay_fraction=0.5', '--total_environment_frames=4000']
     with (
@@ -129,7 +129,7 @@ def test_learners_with_a_replay_each(tmp_path, addresses):
         for each in (first, second, a, b):
             assert each.wait() == 0, each.stderr
     lines = metrics(logdir)
-    # All is fresh in the first update.
+    # The first update is all fresh.
     expected = [(1 + line['updates']) * STEPS_PER_UPDATE // 2 for line in lines]
     assert [line['frames'] for line in lines] == expected
     assert lines[-1]['replayed_fraction'] == 0.5
@@ -146,8 +146,8 @@ def test_learners_with_a_replay_each(tmp_path, addresses):
     ],
     ids=['first stopped', 'second stopped', 'first killed', 'second hangs'],
 )
-def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, sentence):
-    """Learner 0 has an actor and waits for learner 1 within an update, which waits for actors."""
+def test_a_learner_that_ends_also_ends_the_others(tmp_path, addresses, task, number, sentence):
+    """Learner 0 has an actor, and in its update waits for learner 1, which has none."""
     logdir = tmp_path / 'run'
     with (
         learner(tmp_path / 'a', logdir, 0, addresses) as first,
@@ -159,7 +159,7 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
         one, other = (first, second) if task == 0 else (second, first)
         os.kill(one.id, number)
         if number == signal.SIGTERM:
-            # Only the first one has checkpoints, and there is none before the first update.
+            # Only learner 0 saves checkpoints, and none before the first update.
             assert one.wait() == (130 if task == 0 else 0)
             assert 'Traceback' not in one.stderr
         assert other.wait() == 1
@@ -170,7 +170,7 @@ def test_one_that_ends_ends_the_others(tmp_path, addresses, task, number, senten
     assert not checkpoints(logdir)
 
 
-def test_one_that_is_stopped_says_so_however_late_its_signal_thread_is(tmp_path, addresses):
+def test_a_stopped_learner_says_so_even_if_its_signal_thread_is_late(tmp_path, addresses):
     program = tmp_path / 'late.py'
     program.write_text(
         f"""
@@ -223,7 +223,7 @@ def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch, fresh):
         assert run.wait() == 0, run.stderr
     assert 'learner on /cpu:0 and /cpu:1' in run.stderr
     last = metrics(logdir)[-1]
-    # Before there is anything to replay each device may have a part that is all fresh.
+    # Before there is anything to replay, each device may have an all-fresh part.
     batches, more = divmod(last['frames'], fresh * 20)
     assert last['frames'] >= 3000
     assert more <= (8 - fresh) * 20

@@ -1,4 +1,4 @@
-"""Several learners, or devices of one, against one learner on the joined batch."""
+"""Compares several learners, or devices of one, with one learner on the joined batch."""
 
 import os
 
@@ -12,7 +12,7 @@ from warm_process import WarmProcess
 
 @pytest.fixture(scope='module')
 def alone():
-    """What one learner does with the joined batches."""
+    """Results of one learner on the joined batches."""
     results = {}
     for name, (agent, changes) in agents().items():
         learner = create_learner(agent, changes, BATCH_SIZE)
@@ -43,7 +43,7 @@ def run_replicas(folder, *commands):
 
 
 def assert_same(results, alone):
-    """All replicas did what one learner did, and exactly the same among themselves."""
+    """Asserts that replicas match one learner closely, and each other exactly."""
     seen = {}
     for result in results:
         for key in result:
@@ -55,30 +55,30 @@ def assert_same(results, alone):
     assert seen.keys() == alone.keys()
 
 
-def test_the_joined_batches_put_everything_to_use(alone):
+def test_the_joined_batches_exercise_everything(alone):
     for name in agents():
         skipped = [bool(alone[f'{name}/{update}/skipped']) for update in range(UPDATES)]
         assert skipped == [update == POISONED for update in range(UPDATES)]
-        # Gradients are clipped to half of that.
+        # Gradients are clipped to a norm of 0.5.
         assert alone[f'{name}/0/gradient_norm'] > 1
         assert alone[f'{name}/1/policy_lag_max'] == 2
         rates = [alone[f'{name}/{update}/learning_rate'] for update in range(UPDATES)]
         np.testing.assert_allclose(rates, [0.05, 0.045, 0.04, 0.035], rtol=1e-6)
 
 
-def test_devices_do_what_one_does_with_the_joined_batch(tmp_path, alone):
+def test_devices_match_one_learner_on_the_joined_batch(tmp_path, alone):
     results = run_replicas(tmp_path, ('devices', '2'))
     replicas = {key.partition('/replica ')[2] for key in results[0]} - {''}
     assert replicas == {'0', '1'}
     assert_same(results, alone)
 
 
-def test_devices_have_their_parts_of_every_batch_from_pipelines_of_their_own(tmp_path, alone):
+def test_devices_with_their_own_pipelines_match_one_learner(tmp_path, alone):
     results = run_replicas(tmp_path, ('pipelines', '2'))
     assert_same(results, {key: alone[key] for key in alone if key.partition('/')[0] in PIPELINED})
 
 
-def test_learners_do_what_one_does_with_the_joined_batch(tmp_path, alone):
+def test_learners_match_one_learner_on_the_joined_batch(tmp_path, alone):
     addresses = [f'localhost:{port}' for port in free_ports(2)]
     results = run_replicas(
         tmp_path, *[('learner', '2', str(task), *addresses) for task in range(2)]

@@ -1,7 +1,7 @@
-"""Tests of impala/cluster/transport.py: real servers and clients on loopback.
+"""Tests of impala/cluster/transport.py, with real servers and clients on loopback.
 
-Where the network matters, it is a proxy between the two that can hold back, count and cut what
-passes. Where crashes matter, learner and actor are processes (`remote_peer.py`).
+Tests of network faults put a proxy in between that can hold back, count and cut traffic. Tests of
+crashes run learner and actor as processes (`remote_peer.py`).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ TIMEOUT = 60  # Seconds; reached only by a deadlock.
 def wait_until(condition):
     deadline = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < deadline, 'it does not happen'
+        assert time.monotonic() < deadline, 'timed out'
         time.sleep(0.01)
 
 
@@ -50,8 +50,8 @@ class Proxy:
     """A network between actors and learner.
 
     Attributes:
-      address: for the actors.
-      sent: bytes that came from actors, those that are held back included.
+      address: where actors connect.
+      sent: bytes that actors sent, including those held back.
     """
 
     def __init__(self, port):
@@ -66,13 +66,13 @@ class Proxy:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def hold(self, *directions):
-        """Holds back what goes 'up' to or 'down' from the learner; nothing by default."""
+        """Holds back traffic 'up' to or 'down' from the learner; by default, none."""
         with self._changed:
             self._held = set(directions)
             self._changed.notify_all()
 
     def cut(self):
-        """Breaks the connections there are."""
+        """Breaks all open connections."""
         with self._changed:
             sockets, self._sockets = self._sockets, []
         for connection in sockets:
@@ -133,7 +133,7 @@ def learner(server):
 
 
 def numbers(batch):
-    """The numbers of a batch's unrolls, each of which must be whole."""
+    """Returns the numbers of a batch's unrolls, after checking that they are intact."""
     for column in range(batch.actors.shape[0]):
         expected = remote_peer.make_unroll(int(batch.components[1][column]))
         for component, array in zip(batch.components, expected, strict=True):
@@ -180,7 +180,7 @@ def test_jobs_of_another_kind_are_wrong_peers(server, kind, name):
 def test_garbage_does_not_disturb_the_learner(learner):
     host, port = learner.address.split(':')
     for garbage in (b'GET / HTTP/1.1\r\n\r\n', bytes(range(256)) * 1000, b'PRI * HTTP/2.0\r\n'):
-        # The server may close the connection before it has read all.
+        # The server may close the connection before it has read everything.
         with (
             socket.create_connection((host, int(port))) as intruder,
             contextlib.suppress(ConnectionError),
@@ -191,8 +191,8 @@ def test_garbage_does_not_disturb_the_learner(learner):
     assert numbers(learner.inbox.take(1)) == [1]
 
 
-def test_errors_as_long_as_an_unroll_take_no_time(server, monkeypatch):
-    # What comes of a request that a broken connection has delivered twice; it ends with the unroll.
+def test_errors_as_long_as_an_unroll_are_raised_quickly(server, monkeypatch):
+    # The error when a broken connection delivers a request twice; it ends with the unroll.
     text = 'From /job:learner:\nThe same request was received twice. ' + 'x' * 300_000
 
     def fail(*unused):
@@ -256,7 +256,7 @@ def test_weights_of_another_network_are_refused(learner):
         (2, np.zeros([5, 2]), "'reward' is float64, not float32"),
     ],
 )
-def test_bad_unroll_is_refused_and_good_ones_go_on(learner, component, array, reason):
+def test_bad_unroll_is_refused_and_the_next_accepted(learner, component, array, reason):
     connection = learner.connect()
     unroll = remote_peer.make_unroll(4)
     unroll[component] = array
@@ -265,7 +265,7 @@ def test_bad_unroll_is_refused_and_good_ones_go_on(learner, component, array, re
     assert '\n' not in str(error.value)
     connection.put(remote_peer.make_unroll(5), 3, 'rooms', 1)
     assert numbers(learner.inbox.take(1)) == [5]
-    # The learner never sees a wrong dtype.
+    # A wrong dtype is refused before it reaches the learner.
     assert learner.inbox.statistics().actors[3].rejected == (array.dtype != np.float64)
 
 
@@ -283,7 +283,7 @@ def test_put_waits_for_room_beyond_its_deadline(learner):
 
 
 def fill(learner, connection):
-    """Fills the queue and returns the future of the put that has no room in it."""
+    """Fills the queue and returns the future of a put that waits for room."""
     for number in range(3):
         connection.put(remote_peer.make_unroll(number), 0, '', number + 1)
     waiting = start(connection.put, remote_peer.make_unroll(3), 0, '', 4)
@@ -325,14 +325,14 @@ def test_closed_connection_ends_a_waiting_put(learner):
     wait_until(lambda: learner.inbox.statistics().waiting == 0)
 
 
-def test_lost_answer_does_not_double_an_unroll(learner, proxy):
+def test_lost_answer_does_not_duplicate_an_unroll(learner, proxy):
     connection = learner.connect(proxy.address)
     connection.put(remote_peer.make_unroll(0), 2, '', 1)
     proxy.hold('down')
     started = time.monotonic()
     with pytest.raises(Disconnected):
         connection.put(remote_peer.make_unroll(1), 2, '', 2)
-    # One deadline for the put, one for the question whether the learner is there.
+    # One deadline for the put, one for asking whether the learner is there.
     assert time.monotonic() - started < 2 * DEADLINE + 2
     proxy.cut()
     proxy.hold()
@@ -345,10 +345,10 @@ def test_lost_answer_does_not_double_an_unroll(learner, proxy):
     assert statistics.actors[2].duplicates >= 1
 
 
-def test_stalled_network_neither_hangs_nor_doubles(learner, proxy):
+def test_stalled_network_causes_neither_hangs_nor_duplicates(learner, proxy):
     connection = learner.connect(proxy.address)
     connection.put(remote_peer.make_unroll(0), 2, '', 1)
-    # Old connections stay as they are, as if all their packets were dropped.
+    # Old connections stay open, as if all their packets were dropped.
     proxy.hold('up', 'down')
     for _ in range(2):
         with pytest.raises(Disconnected):
@@ -362,7 +362,7 @@ def test_stalled_network_neither_hangs_nor_doubles(learner, proxy):
     assert learner.inbox.statistics().queued == 0
 
 
-def test_transfer_that_breaks_off_leaves_nothing(learner, proxy):
+def test_interrupted_transfer_leaves_nothing_behind(learner, proxy):
     connection = learner.connect(proxy.address)
     connection.status()
     proxy.hold('up')
@@ -371,7 +371,7 @@ def test_transfer_that_breaks_off_leaves_nothing(learner, proxy):
     wait_until(lambda: proxy.sent > sent)
     proxy.cut()
     proxy.hold()
-    # The transport sends it again by itself, or says so.
+    # The transport retries by itself, or raises.
     try:
         waiting.result(TIMEOUT)
     except Disconnected:
@@ -381,17 +381,17 @@ def test_transfer_that_breaks_off_leaves_nothing(learner, proxy):
     assert learner.inbox.statistics().queued == 0
 
 
-def test_nobody_there():
+def test_absent_learner_is_reported():
     with socket.create_server(('127.0.0.1', 0)) as listener:
         port = listener.getsockname()[1]
-        # Something that is no learner: it accepts and never answers.
+        # Not a learner: it accepts and never answers.
         with LearnerConnection(f'127.0.0.1:{port}', deadline_seconds=1) as connection:
             started = time.monotonic()
             with pytest.raises(Disconnected, match=f'127.0.0.1:{port}'):
                 connection.status()
             assert time.monotonic() - started < 5
     with LearnerConnection(f'127.0.0.1:{port}', deadline_seconds=60) as connection:
-        # Told at once, not only when the time is over.
+        # Raised at once, not after the deadline.
         started = time.monotonic()
         with pytest.raises(Disconnected, match=f'127.0.0.1:{port} is not there: '):
             connection.status()
@@ -409,7 +409,7 @@ def test_nobody_there():
 
 
 @pytest.mark.parametrize('interfaces', [['lo'], ['lo', 'eth0']])
-def test_who_listens_where_others_are_is_told(monkeypatch, interfaces):
+def test_listening_on_a_network_is_warned_of(monkeypatch, interfaces):
     monkeypatch.setattr(socket, 'if_nameindex', lambda: list(enumerate(interfaces, 1)))
     lines = []
     remote.warn_of_network(8000, lines.append)
@@ -417,7 +417,7 @@ def test_who_listens_where_others_are_is_told(monkeypatch, interfaces):
     assert all(line.startswith('WARNING: whoever reaches port 8000 of this') for line in lines)
 
 
-def test_port_in_use_is_one_sentence():
+def test_port_in_use_raises_one_sentence():
     with socket.create_server(('', 0)) as listener:
         address = f'localhost:{listener.getsockname()[1]}'
         with pytest.raises(
@@ -469,13 +469,13 @@ def peers():
         peer.process.communicate()
 
 
-def test_actor_killed_in_mid_transfer_leaves_no_part_of_an_unroll(learner, proxy, peers):
+def test_actor_killed_in_mid_transfer_leaves_no_partial_unroll(learner, proxy, peers):
     actor = peers('actor', proxy.address, learner.name, 0)
     taken = []
     for _ in range(3):
         taken += numbers(learner.inbox.take(2))
-    # What waits for room is with the learner already; of the next unroll only the beginning leaves
-    # the actor.
+    # The unroll that waits for room has reached the learner. Only the beginning of the next one
+    # leaves the actor.
     wait_until(lambda: learner.inbox.statistics().waiting == 1)
     proxy.hold('up')
     sent = proxy.sent
@@ -490,7 +490,7 @@ def test_actor_killed_in_mid_transfer_leaves_no_part_of_an_unroll(learner, proxy
     while not rest.done():
         others.put(remote_peer.make_unroll(901), 1, '', int(time.time_ns()))
         time.sleep(0.05)
-    # What had been accepted before is there, in order and whole, as `numbers` has checked.
+    # Accepted unrolls are there, in order and intact, as `numbers` has checked.
     mine = [number for (number,) in rest.result(TIMEOUT) if number < 900]
     assert mine == list(range(8, 8 + len(mine)))
 
@@ -509,13 +509,13 @@ def test_closing_does_not_wait_for_a_learner_that_is_gone(peers, free_port):
         learner.kill()
         learner.process.wait()
         threads = set(threading.enumerate())
-    # The process ends with this thread. TensorFlow tries to reach the learner until the deadline.
+    # The process cannot end before these threads, in which TensorFlow would retry for 20 seconds.
     for thread in set(threading.enumerate()) - threads:
         thread.join(10)
         assert not thread.is_alive()
 
 
-def test_learner_killed_and_back_again(peers, free_port):
+def test_connection_survives_a_restart_of_the_learner(peers, free_port):
     port = free_port
     first = peers('learner', port)
     assert first.read() == {'port': port}
