@@ -15,7 +15,7 @@ from benchmarks import ablation
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def test_all_have_their_first_seed_before_any_has_its_second():
+def test_all_first_seeds_precede_all_second_seeds():
     plan = {
         'levels': {'a': {'learned': 1}, 'b': {'learned': 2, 'seeds': 1}},
         'settings': {
@@ -35,12 +35,12 @@ def test_all_have_their_first_seed_before_any_has_its_second():
 
 
 @pytest.mark.parametrize('name', ['ablation', 'generality'])
-def test_plans_have_runs_in_folders_of_their_own_and_flag_files_that_exist(name):
+def test_plans_have_separate_folders_and_existing_flag_files(name):
     plan = json.loads((ROOT / 'configs' / f'{name}.json').read_text(encoding='utf-8'))
     runs = list(ablation.plan_runs(plan))
     folders = {ablation.folder(name, setting, level, seed, []) for seed, level, setting in runs}
     assert len(folders) == len(runs) > 8
-    # What was trained with other flags is not taken for a run of the plan.
+    # A run with other flags is not mistaken for a run of the plan.
     assert ablation.folder(name, 'a', 'b', 1, ['--c']) != ablation.folder(name, 'a', 'b', 1, [])
     for setting in plan['settings'].values():
         (path,) = (flag for flag in setting['flags'] if flag.startswith('--flagfile='))
@@ -55,7 +55,7 @@ def episode(steps, episode_return):
     }
 
 
-def test_curves_are_means_of_the_last_100_returns_at_some_of_the_steps():
+def test_curves_are_thinned_means_of_the_last_100_returns():
     # Returns 0, 1, 2, ...: the mean of those from n - 99 to n is n - 49.5.
     curve = ablation.thin_curve([episode(10 * i, i) for i in range(1000)])
     assert curve.shape == (200, 3)
@@ -66,7 +66,7 @@ def test_curves_are_means_of_the_last_100_returns_at_some_of_the_steps():
     assert len(ablation.thin_curve([episode(1, 2), episode(3, 4)])) == 2
 
 
-def test_runs_are_filed_until_the_plan_has_other_flags_for_them(tmp_path):
+def test_filed_runs_are_dropped_when_the_plan_changes_their_flags(tmp_path):
     plan = {
         'frames': 100, 'levels': {'ALE/Pong-v5': {'learned': 1}, 'CartPole-v1': {'learned': 2}},
         'settings': {'x': {'seeds': 2, 'flags': ['--a=1']}, 'y': {'seeds': 1, 'flags': []}},
@@ -114,7 +114,7 @@ def run(*args):
 
 
 @pytest.mark.parametrize('text', [None, '{'])
-def test_a_plan_that_cannot_be_read_is_one_sentence(tmp_path, text):
+def test_a_plan_that_cannot_be_read_prints_one_sentence(tmp_path, text):
     path = tmp_path / 'plan.json'
     if text is not None:
         path.write_text(text)
@@ -123,7 +123,7 @@ def test_a_plan_that_cannot_be_read_is_one_sentence(tmp_path, text):
     assert f'{path} is not a plan' in result.stderr.splitlines()[-1]
 
 
-def test_a_setting_that_is_refused_ends_it_with_that_sentence(tmp_path):
+def test_a_refused_setting_ends_the_benchmark_with_its_sentence(tmp_path):
     plan = {
         'title': 'None', 'frames': 100, 'levels': {'CartPole-v1': {'learned': 1}},
         'settings': {'x': {'seeds': 1, 'flags': ['--sample_reuse=0']}},
@@ -142,7 +142,7 @@ learning.train_and_test(sys.argv[1], sys.argv[2:], seed=1, test_episodes=2)
 """
 
 
-def test_ctrl_c_leaves_training_the_time_to_save(tmp_path):
+def test_ctrl_c_leaves_training_time_to_save(tmp_path):
     logdir = tmp_path / 'run'
     flags = ['--level_name=CartPole-v1', '--num_actors=2', '--log_secs=1']
     process = subprocess.Popen(
@@ -151,7 +151,7 @@ def test_ctrl_c_leaves_training_the_time_to_save(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A terminal's Ctrl-C goes to all that runs in it.
+        # Ctrl-C in a terminal goes to all its processes.
         start_new_session=True,
     )
     try:

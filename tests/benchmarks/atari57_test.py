@@ -1,6 +1,6 @@
 """Each of the 57 Atari games, trained and tested by the real commands.
 
-Slow, some twenty minutes: `python -m pytest -m slow`.
+Slow, about twenty minutes: `python -m pytest -m slow`.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Learner and actor jobs on hosts of their own: network namespaces with a bad network in between.
+"""Learner and actor jobs on separate hosts: network namespaces with a bad network in between.
 
-Needs root, `ip` and /dev/net/tun; elsewhere these tests are skipped and say so. The port can be
-TensorFlow's own default: every namespace has all ports.
+Needs root, `ip` and /dev/net/tun; otherwise the tests are skipped. Each namespace has all ports, so
+jobs use the default one.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ TLS = ROOT / 'deploy' / 'tls'
 LEARNER_PORT, TUNNEL_PORT = 8000, 8443
 ENDLESS = '--total_environment_frames=1000000000'
 
-# Speaks to what should be a learner, with TLS if there is a CA, and prints what comes of it. HTTP/2
-# starts with these bytes, and a server that speaks it answers with its settings.
+# Connects to a supposed learner, with TLS if there is a CA, and prints the outcome. An HTTP/2
+# server answers these bytes with its settings.
 KNOCK = """
 import socket, ssl, sys
 host, port, ca, certificate, key = sys.argv[1:]
@@ -48,7 +48,7 @@ except OSError as error:
 
 @pytest.fixture
 def make_network():
-    """Makes a `Network` as its arguments say; it goes when the test ends."""
+    """Creates a `Network`, which is removed when the test ends."""
     with contextlib.ExitStack() as stack:
 
         def make(*args, **kwargs):
@@ -60,9 +60,7 @@ def make_network():
         yield make
 
 
-def test_training_over_a_bad_network_that_goes_away_for_a_while(
-    tmp_path, make_network, monkeypatch
-):
+def test_training_survives_a_bad_network_and_its_outage(tmp_path, make_network, monkeypatch):
     network = make_network(3, delay_seconds=0.02, loss=0.01)
     numbers = tmp_path / 'numbers'
     numbers.mkdir()
@@ -70,7 +68,7 @@ def test_training_over_a_bad_network_that_goes_away_for_a_while(
     logdir = tmp_path / 'run'
     learner_host, *actor_hosts = network.hosts
     with contextlib.ExitStack() as stack:
-        # Both with the level on the command line, the learner with no address at all.
+        # Both have the level on the command line; the learner has no address.
         level = '--level_name=benchmarks.numbered_level:cart_pole'
         learner = stack.enter_context(
             Run(
@@ -98,13 +96,13 @@ def test_training_over_a_bad_network_that_goes_away_for_a_while(
             for task, host in enumerate(actor_hosts)
         ]
         learner.wait_until(lambda: frames(logdir) > 3000)
-        # A machine on a network, and nothing is said of who is on it.
+        # The machine is on a network that no flag declares trusted.
         (warning,) = re.findall('WARNING: .*', learner.stderr)
         assert f'reaches port {LEARNER_PORT}' in warning
         assert 'docs/distributed.md' in warning
 
         network.is_cut = True
-        # That is after the 10 seconds which a call to the learner may take.
+        # A call to the learner may take 10 seconds before it fails.
         for actor in actors:
             actor.wait_until(lambda actor=actor: 'Waiting for it' in actor.stderr)
         network.is_cut = False
@@ -129,7 +127,7 @@ def test_training_over_a_bad_network_that_goes_away_for_a_while(
 
 @pytest.fixture(scope='module')
 def certificates(tmp_path_factory):
-    """Folder with the certificates of a run, and another run's in a subfolder."""
+    """Folder with the certificates of a run in `ours` and of another run in `others`."""
     if shutil.which('openssl') is None:
         pytest.skip('openssl is not installed.')
     folder = tmp_path_factory.mktemp('certificates')
@@ -138,7 +136,7 @@ def certificates(tmp_path_factory):
     return folder
 
 
-def test_certificates_are_kept_and_only_their_owner_reads_the_keys(certificates, tmp_path):
+def test_certificates_are_kept_and_keys_are_private(certificates, tmp_path):
     folder = tmp_path / 'ours'
     shutil.copytree(certificates / 'ours', folder)
     before = {path: path.read_bytes() for path in folder.rglob('*.pem')}
@@ -163,7 +161,7 @@ def test_certificates_are_kept_and_only_their_owner_reads_the_keys(certificates,
 
 @contextlib.contextmanager
 def script(folder, name, host, *args):
-    """Runs a script of deploy/tls on a host; yields the process and the path of its output."""
+    """Runs a script in deploy/tls on a host; yields the process and the path of its output."""
     folder.mkdir()
     with open(folder / 'output', 'wb') as output:
         process = subprocess.Popen(
@@ -181,7 +179,7 @@ def script(folder, name, host, *args):
         process.wait(PATIENCE_SECONDS)
 
 
-def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network, certificates):
+def test_only_holders_of_a_certificate_reach_the_learner(tmp_path, make_network, certificates):
     for tool in ('stunnel', 'socat', 'unshare'):
         if shutil.which(tool) is None:
             pytest.skip(f'{tool} is not installed.')
@@ -197,23 +195,23 @@ def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network
 
     with (
         script(tmp_path / 'learner', 'learner.sh', learner_host, ours / 'learner',
-               str(TUNNEL_PORT), *CARTPOLE, ENDLESS, f'--logdir={logdir}') as (learner, said),
+               str(TUNNEL_PORT), *CARTPOLE, ENDLESS, f'--logdir={logdir}') as (learner, output),
         script(tmp_path / 'actor', 'actor.sh', actor_host, ours / 'actors' / 'mine',
                f'{learner_host.address}:{TUNNEL_PORT}', '--task=0', '--envs_per_actor=4'),
     ):  # fmt: skip
         deadline = time.monotonic() + PATIENCE_SECONDS
         while frames(logdir) < 1000:
-            assert learner.poll() is None, said.read_text()
-            assert time.monotonic() < deadline, said.read_text()
+            assert learner.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
             time.sleep(0.1)
         there = learner_host.address
         assert 'answer' in knock(other_host, there, TUNNEL_PORT, ours / 'actors' / 'mine')
-        # What is heard depends on whether the alert or the end of the connection is seen first.
+        # The error depends on whether the alert or the end of the connection is seen first.
         stranger = others / 'actors' / 'mine'
         for owner, alert in ((None, 'alert certificate required'), (stranger, 'alert unknown ca')):
             heard = knock(other_host, there, TUNNEL_PORT, owner)
             assert alert in heard or heard.startswith(('SSLEOFError', 'ConnectionResetError'))
-        # The learner's own port is nowhere, not even on its machine.
+        # The learner's own port is closed, even to its own machine.
         for host, address in ((other_host, there), (learner_host, there),
                               (learner_host, 'localhost')):  # fmt: skip
             assert 'ConnectionRefusedError' in knock(host, address, LEARNER_PORT)
@@ -224,7 +222,7 @@ def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network
             assert twice.wait(PATIENCE_SECONDS) == 2
             assert reason.read_text().startswith('stunnel cannot listen on port 8000')
 
-        # Nor does an actor give anything to a learner of somebody else.
+        # An actor does not send to another run's learner either.
         flags = '--task=1', '--reconnect_timeout=1'
         with script(tmp_path / 'misled', 'actor.sh', other_host, stranger,
                     f'{there}:{TUNNEL_PORT}', *flags) as (misled, _):  # fmt: skip
@@ -232,6 +230,6 @@ def test_only_who_holds_a_certificate_reaches_the_learner(tmp_path, make_network
 
         learner.send_signal(signal.SIGTERM)
         assert learner.wait(PATIENCE_SECONDS) == 0
-        assert 'The same command resumes from there.' in said.read_text()
+        assert 'The same command resumes from there.' in output.read_text()
     assert not list((tmp_path / 'learner').glob('tmp*'))
     assert not list((tmp_path / 'actor').glob('tmp*'))

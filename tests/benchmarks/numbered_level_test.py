@@ -1,4 +1,4 @@
-"""Tests of benchmarks/numbered_level.py: what is lost or doubled is found."""
+"""Tests of benchmarks/numbered_level.py: lost and duplicated episodes are found."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def play(environment, count):
-    """Rows of `episodes.csv` of so many episodes."""
+    """Plays episodes; returns their rows of `episodes.csv`."""
     rows = []
     total, frames = 0.0, 0
     while len(rows) < count:
@@ -39,23 +39,23 @@ def start():
     return environment
 
 
-def test_nothing_lost_over_several_blocks_of_two_environments(folder):
+def test_several_blocks_of_two_environments_lose_nothing(folder):
     first, second = start(), start()
     rows = []
     for _ in range(3):
         rows += play(first, 25) + play(second, 25)
     result = numbered_level.account(rows, folder)
     assert (result.episodes, result.duplicates, result.gaps, result.missing) == (150, 0, {}, 0)
-    # Left and right in turn keeps the pole up for some 40 steps; a cut is no fall.
+    # Alternating left and right keeps the pole up for about 40 steps; a truncation is not a fall.
     assert max(int(row['episode_frames']) for row in rows) == numbered_level.EPISODE_STEPS
     assert {row['ended_by'] for row in rows} == {'terminated', 'truncated'}
     assert result.frames_per_fall > numbered_level.EPISODE_STEPS
 
 
-def test_what_is_lost_or_doubled_is_found(folder):
+def test_lost_and_duplicated_episodes_are_found(folder):
     rows = play(start(), 60)
     other = play(start(), 10)
-    # Of what an environment did last, nobody can tell whether it was lost or never sent.
+    # An environment's last episodes do not count, as they may not have been sent.
     result = numbered_level.account(rows[3:20] + rows[21:40] + rows[50:] + other[:5], folder)
     assert result.duplicates == 0
     assert result.gaps == {0: 3}
@@ -64,7 +64,7 @@ def test_what_is_lost_or_doubled_is_found(folder):
     assert (result.duplicates, result.gaps) == (2, {})
 
 
-def test_learning_sees_the_game_as_it_is(folder):
+def test_clipped_rewards_are_those_of_the_game(folder):
     environment = start()
     rewards = [environment.step(0)[:2] for _ in range(200)]
     assert {min(reward, 1) for reward, _ in rewards} == {1.0}

@@ -15,7 +15,7 @@ CALL_SECONDS = 0.02
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def test_parts_that_are_measured_together_run_together():
+def test_parts_that_are_measured_together_run_concurrently():
     threads = set()
 
     def create():
@@ -26,10 +26,10 @@ def test_parts_that_are_measured_together_run_together():
         return call
 
     rate = throughput.concurrent_rate(create, num_concurrent=4, rows=3, seconds=0.5)
-    # One after the other they would make a quarter of that.
+    # In sequence they would reach a quarter of the limit.
     limit = 4 * 3 / CALL_SECONDS
     assert 0.5 * limit < rate <= limit
-    # The thread that has warmed them up is not among them.
+    # Four, and the thread that warmed them up.
     assert len(threads) == 5
 
 
@@ -39,14 +39,14 @@ def test_steps_fill_the_cores(monkeypatch, threads, at_a_time):
     assert throughput.steps_at_a_time(threads) == at_a_time
 
 
-def test_training_is_set_beside_its_parts():
+def test_training_is_compared_with_its_parts():
     command = [sys.executable, '-m', 'benchmarks.throughput', '--num_actors=4']
     command += ['--envs_per_process=2', '--batch_size=2', '--inference_batch_size=2']
     command += ['--seconds=2', '--warm_up=1', '--part_seconds=0.3']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     values = json.loads(result.stdout.splitlines()[-1])
-    # Of a single round: what is left of the limit.
+    # With a single round, the rest is what remains of the limit.
     for suffix in ('', '_with_threads_of_training'):
         used = values['agent_steps_per_second'] / values[f'limit{suffix}']
         assert abs(1 - used - values[f'rest_share{suffix}']) < 0.01

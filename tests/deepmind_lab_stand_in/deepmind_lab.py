@@ -1,14 +1,13 @@
 """A stand-in for the module `deepmind_lab`, for machines without DeepMind Lab.
 
-It renders noise, but it is as strict as the real module and stricter where that one would silently
-do something else: what the real module would misread (`MisuseError`) is an error here, and what
-would take the process down takes it down (exit code `CRASH`, 1 for a broken map, SIGABRT in
-mid-episode for an image that is not there).
+It renders noise, but is at least as strict as the real module. What that would silently misread
+raises `MisuseError`, and what would crash the process crashes it (exit code `CRASH`, 1 for a broken
+map, SIGABRT in mid-episode for a missing image).
 
 A frame is a function of the level, the seed of the episode, whether it is the first episode of
-its Lab, and the actions so far. The reward is `MOVE_BACK_FORWARD`, summed over the frames that
-the episode still had. Real Lab needs seconds to compile a map; here `DEEPMIND_LAB_COMPILE_SECONDS`
-in the environment says how many (0).
+its Lab, and the actions so far. The reward is `MOVE_BACK_FORWARD` times the frames played. The real
+module needs seconds to compile a map; the environment variable `DEEPMIND_LAB_COMPILE_SECONDS` sets
+how many it takes here (0).
 """
 
 import hashlib
@@ -36,7 +35,7 @@ BRADY_LEVELS = {
     'contributed/dmlab30/psychlab_arbitrary_visuomotor_mapping',
     'contributed/dmlab30/psychlab_continuous_recognition',
 }
-# The level shows no image before the agent has looked at its cross.
+# A level shows no image before the agent has looked at the cross.
 FIRST_IMAGE_FRAME = 60
 HOLD_OUT_LEVELS = {
     'contributed/dmlab30/rooms_collect_good_objects_test',
@@ -83,7 +82,7 @@ EPISODE_FRAMES['seekavoid_arena_01'] = 3600
 
 
 class MisuseError(Exception):
-    """The real module would accept this in silence, and do something else than was meant."""
+    """The real module would accept this silently and do something other than intended."""
 
 
 def _crash(why, code=CRASH):
@@ -110,7 +109,7 @@ def _intact_map_text(pk3_path):
 
 
 class _State:
-    """What a Lab knows; apart from it, because a Lab takes no attributes."""
+    """The state of a Lab, kept apart because a Lab takes no attributes."""
 
     def __init__(self, level, width, height, speaks, folder):
         self.level = level
@@ -263,7 +262,7 @@ class Lab(metaclass=_LabType):
         if type(num_steps) is not int or num_steps < 1:
             raise ValueError('num_steps must be a positive int')
         if state.level in BRADY_LEVELS and state.frames >= FIRST_IMAGE_FRAME:
-            # It is looked for when it is to be shown.
+            # The image is read only when it is shown.
             _read_image(state.images)
         played = min(num_steps, EPISODE_FRAMES[state.level] - state.frames)
         state.frames += played
