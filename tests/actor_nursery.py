@@ -1,7 +1,7 @@
-"""Starts actor processes quickly: they are forks of one small process that has no TensorFlow.
+"""Starts actor processes quickly, as forks of one small process without TensorFlow.
 
-Run by `unroll_batcher_test.Nursery` with the segment's file descriptor; takes a JSON object per
-line on stdin and answers each with a line. Whatever it started is killed when stdin ends.
+Run by `unroll_batcher_test.Nursery` with the segment's file descriptor; reads a JSON object per
+line of stdin and answers each with a line. Kills its processes when stdin closes.
 """
 
 import json
@@ -16,7 +16,7 @@ from impala.trajectory import ArraySpec
 
 TERMINATED, LIFE_LOST = 1, 3
 EPISODE_STEPS = 7
-MOST_FRAMES = 4  # Of an action, which lasts its counter modulo this.
+MOST_FRAMES = 4  # An action lasts its counter modulo this.
 OBSERVATION = [ArraySpec((3,), 'int64'), ArraySpec((40,), 'uint8')]
 CLOSED, WRONG_ANSWER = 10, 11  # Exit codes.
 
@@ -34,18 +34,18 @@ class WaitingClient(ActorClient):
 
 
 def right_action(actor, incarnation, counter):
-    """What the policy of the test answers to a row, for no other row does it answer that."""
+    """Returns the action with which the test's policy answers this row and no other."""
     return (actor * 1000 + incarnation) * 100000 + counter
 
 
 def observation(actor, incarnation, counter):
-    """Arrays that say whose row it is."""
+    """Returns arrays that identify the row."""
     byte = (actor + 3 * incarnation + counter) % 256
     return np.array([actor, incarnation, counter]), np.full([40], byte, np.uint8)
 
 
 def count(fd, actor, incarnation, report):
-    """Sends rows that are numbered from 0 until the batcher is closed; checks every answer."""
+    """Sends rows numbered from 0 until the batcher is closed; checks every answer."""
     client = WaitingClient(fd, actor, OBSERVATION)
     os.write(report, b'.')
     try:
@@ -77,7 +77,7 @@ def main(fd):
                     os._exit(count(fd, command['actor'], command['incarnation'], write_end))
                 children.add(pid)
                 os.close(write_end)
-                # Whoever is told of the process may rely on it being connected.
+                # Answer only once the process is connected.
                 if not os.read(read_end, 1):
                     raise RuntimeError('an actor did not start')
                 os.close(read_end)

@@ -33,7 +33,7 @@ def mlp_agent(use_lstm=True, popart_levels=()):
 
 
 class EmbeddingAgent(snt.Module):
-    """Looks logits and baseline up by the last action; one variable of its own is never used."""
+    """Looks up logits and baseline by the last action; has one unused variable."""
 
     popart = None
 
@@ -89,7 +89,7 @@ def image_decoder():
 
 
 def batch_of_images(config, state=(), seed=0):
-    """As `batch_of`, with frames in which a white square stands somewhere on grey."""
+    """Like `batch_of`, with frames of a white square at a random place on grey."""
     rng = np.random.default_rng(seed)
     batch = batch_of(config, state, seed)
     frames = np.full((config.unroll_length + 1, config.batch_size, 9, 14, 3), 70, np.uint8)

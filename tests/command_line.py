@@ -1,4 +1,4 @@
-"""Runs of the real command, for the tests of it."""
+"""Runs experiment.py for tests."""
 
 import contextlib
 import csv
@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 180
 
 NOISE = re.compile(r'oneDNN|cuda|absl::InitializeLog|TF-TRT|WARNING:tensorflow|rebuild TensorFlow')
 
-# CartPole-v1 is the cheapest end-to-end truth: a random policy's mean return is 22.
+# CartPole-v1 is the cheapest end-to-end check of learning: a random policy's mean return is 22.
 CARTPOLE = (
     '--level_name=CartPole-v1',
     '--num_actors=8',
@@ -36,15 +36,15 @@ CARTPOLE = (
     '--save_checkpoint_secs=2',
 )
 
-# For runs in which something else is waited for: it leaves the processor to that.
+# A slow level, for runs that wait for other processes: it leaves them the processor.
 PACED = '--level_name=levels:paced'
 
 
 class Run:
-    """A run of experiment.py in a session of its own, with a folder for its temporary files.
+    """A run of experiment.py in its own session, with its own folder for temporary files.
 
-    A context manager that ends the whole session, whatever happened. What `prefix` holds is put
-    before the command and must become it by exec; `program` is one that runs experiment.py.
+    A context manager: leaving it kills all processes of the run. `prefix` is a command that must
+    exec the run; `program` may be a script that runs experiment.py.
     """
 
     def __init__(self, folder, *flags, pythonpath=(), file_bytes=None, prefix=(), program=PROGRAM):
@@ -93,12 +93,12 @@ class Run:
         return self.output_paths[1].read_text()
 
     def children(self):
-        """Ids of the other living processes, in whatever session: they share the TMPDIR."""
+        """Ids of the run's other live processes in any session, recognized by their TMPDIR."""
         mark = f'TMPDIR={self.temp_folder}\0'.encode()
         ids = []
         for entry in os.listdir('/proc'):
             if entry.isdigit() and int(entry) != self.id:
-                # What has ended but is not waited for has no environment any more.
+                # Zombies have no environment.
                 with contextlib.suppress(OSError):
                     if mark in pathlib.Path('/proc', entry, 'environ').read_bytes():
                         ids.append(int(entry))
@@ -120,7 +120,7 @@ class Run:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not happened():
             assert self.process.poll() is None, f'the run ended: {self.stdout}{self.stderr}'
-            assert time.monotonic() < deadline, f'waited in vain: {self.stdout}{self.stderr}'
+            assert time.monotonic() < deadline, f'timed out: {self.stdout}{self.stderr}'
             time.sleep(0.05)
 
     def send(self, number):
@@ -128,7 +128,7 @@ class Run:
         os.killpg(self.id, number)
 
     def wait(self):
-        """Waits for the end; returns the exit code. Nothing may be left, nor any noise printed."""
+        """Waits for the end and returns the exit code; fails on leftovers or printed noise."""
         code = self.process.wait(PATIENCE_SECONDS)
         assert not NOISE.search(self.stdout + self.stderr), self.stderr
         assert 'Exception ignored' not in self.stderr
@@ -145,7 +145,7 @@ class Run:
 
 
 class WarmRun(Run):
-    """A run that need not import TensorFlow any more, for tests of anything but how runs start."""
+    """A run with TensorFlow imported in advance, for tests of anything but the start of a run."""
 
     def _start(self, program, flags, environment, folder, file_bytes, prefix):
         assert not prefix
@@ -153,7 +153,7 @@ class WarmRun(Run):
 
 
 def metrics(logdir):
-    """The lines of metrics.jsonl; NaN and infinity are no JSON and not allowed in."""
+    """Returns the lines of metrics.jsonl; rejects NaN and infinity, which are not JSON."""
 
     def refuse(constant):
         raise AssertionError(f'{constant} in metrics.jsonl')
@@ -200,10 +200,10 @@ def internet_sockets(process_id):
 
 def assert_one_sentence(run, code, pattern):
     assert run.wait() == code, run.stdout + run.stderr
-    # What a start that takes long says on the way is none of it.
-    said = re.sub('^Starting: .*\n', '', run.stderr, flags=re.MULTILINE)
-    assert re.search(pattern, said), run.stderr
+    # Progress reports of a slow start do not count.
+    text = re.sub('^Starting: .*\n', '', run.stderr, flags=re.MULTILINE)
+    assert re.search(pattern, text), run.stderr
     assert 'Traceback' not in run.stderr
     assert run.stdout == ''
-    # A second line may say where to read on.
-    assert len(said.strip().splitlines()) <= 2
+    # A second line may say where to find help.
+    assert len(text.strip().splitlines()) <= 2

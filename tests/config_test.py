@@ -18,7 +18,7 @@ from impala.config import (
 )
 
 
-def test_settings_are_found_by_name_wherever_they_stand():
+def test_nested_settings_are_found_by_name():
     config = Config.of(level_name='CartPole-v1', num_actors=8, entropy_cost=0.5, batch_size=3)
     assert config.run.level_name == 'CartPole-v1'
     assert config.actors.num_actors == 8
@@ -32,7 +32,7 @@ def test_settings_are_found_by_name_wherever_they_stand():
     assert LearnerConfig.of(loss='appo', batch_size=3).loss == LossConfig(loss='appo')
 
 
-def test_every_setting_is_one_sentence_with_a_default_within_its_bounds():
+def test_every_setting_has_help_and_a_default_within_its_bounds():
     settings = all_settings()
     assert len(settings) > 80
     for name, known in settings.items():
@@ -133,14 +133,14 @@ def test_every_setting_is_one_sentence_with_a_default_within_its_bounds():
         ),
     ],
 )
-def test_wrong_values_are_one_sentence_that_names_the_flag(values, sentence):
+def test_wrong_values_raise_one_sentence_that_names_the_flag(values, sentence):
     with pytest.raises(ConfigError) as error:
         Config.of(**values)
     assert sentence in str(error.value)
     assert '\n' not in str(error.value)
 
 
-def test_addresses_of_learners_may_be_close_to_each_other():
+def test_learners_may_have_neighbouring_ports():
     addresses = ['a:8000', 'b:8000', 'b:8001', 'c:63535']
     config = Config.of(learner_addresses=addresses, task=3)
     assert config.cluster.has_several_learners
@@ -149,7 +149,7 @@ def test_addresses_of_learners_may_be_close_to_each_other():
     assert actor.cluster.own_address == 'b:8001'
 
 
-def test_parts_are_checked_where_they_are_made():
+def test_parts_are_checked_when_they_are_created():
     with pytest.raises(ConfigError, match='--envs_per_process=0 must be from 1'):
         ActorsConfig(envs_per_process=0)
     with pytest.raises(ConfigError, match='--sticky_actions=1.0 must be from 0 to 0.999'):
@@ -158,7 +158,7 @@ def test_parts_are_checked_where_they_are_made():
         Config(learner=LearnerConfig(loss=LossConfig(clip_epsilon=0.3)))
 
 
-def test_what_jobs_must_agree_on():
+def test_settings_that_jobs_must_agree_on():
     config = Config.of(width=80, learning_rate=0.1, learner_addresses=['a:1', 'b:1'], task=0)
     of_jobs = config.agreed('jobs')
     assert of_jobs['width'] == 80
@@ -170,7 +170,7 @@ def test_what_jobs_must_agree_on():
     assert 'seed' not in of_learners
 
 
-def test_several_atari_games_have_all_actions():
+def test_several_atari_games_use_the_full_action_set():
     config = EnvironmentConfig()
     assert not with_common_actions(config, ['ALE/Pong-v5']).full_action_set
     assert with_common_actions(config, ['ALE/Pong-v5', 'ALE/Breakout-v5']).full_action_set
@@ -178,13 +178,13 @@ def test_several_atari_games_have_all_actions():
     assert with_common_actions(given, ['ALE/Pong-v5']).full_action_set
 
 
-def test_a_run_ends_at_the_earlier_of_two_frames():
+def test_a_run_ends_at_the_smaller_frame_limit():
     assert Config.of(total_environment_frames=10).run.last_frames == 10
     assert Config.of(total_environment_frames=10, stop_at_frames=4).run.last_frames == 4
     assert Config.of(total_environment_frames=10, stop_at_frames=40).run.last_frames == 10
 
 
-def test_actor_processes_may_import_it():
+def test_importing_config_imports_no_large_packages():
     code = (
         'import sys, impala.config\n'
         'sys.exit(bool({"tensorflow", "numpy", "absl"} & sys.modules.keys()))'

@@ -11,7 +11,7 @@ VECTOR = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
 
 
 def config(logdir, **changes):
-    """Settings of a run with two actors and short episodes, and changes by their names."""
+    """Returns settings of a run with two actors and short episodes, with `changes` applied."""
     values = {
         'logdir': str(logdir),
         'level_name': 'levels:short',

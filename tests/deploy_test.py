@@ -1,6 +1,6 @@
-"""Tests of what deploy/ says, as far as that can be told without containers and clusters.
+"""Tests of the files in deploy/, as far as possible without containers and clusters.
 
-The scripts of deploy/tls are run by network_test.py.
+network_test.py runs the scripts in deploy/tls.
 """
 
 import pathlib
@@ -15,7 +15,7 @@ DEPLOY = ROOT / 'deploy'
 PORT = 8000
 REPLAY_PORT = 9000
 
-# Prints, as experiment.py understands them, the flags that are given.
+# Prints the given flags as experiment.py parses them.
 READ_FLAGS = """
 import json, sys
 import experiment
@@ -44,7 +44,7 @@ def load(*names):
     ]
 
 
-def test_compose_actors_reach_a_learner_that_nobody_else_does():
+def test_only_actors_reach_the_learner_in_compose():
     (compose,) = load('compose.yaml')
     services = compose['services']
     flags = {name: read_flags(service['command']) for name, service in services.items()}
@@ -64,7 +64,7 @@ def test_compose_actors_reach_a_learner_that_nobody_else_does():
         assert compose['networks'][network] == {'internal': True}
 
 
-def test_compose_replay_jobs_are_those_that_the_learner_is_told_of():
+def test_compose_replay_jobs_match_the_flags_of_the_learner():
     base, replay = (each['services'] for each in load('compose.yaml', 'compose_replay.yaml'))
     learner = replay.pop('learner')
     of_replay = learner['command'][len(base['learner']['command']) :]
@@ -82,7 +82,7 @@ def test_compose_replay_jobs_are_those_that_the_learner_is_told_of():
         assert 'ports' not in service
 
 
-def test_kubernetes_replay_jobs_are_those_that_the_learner_is_told_of_and_reach_nobody():
+def test_kubernetes_replay_jobs_match_the_flags_of_the_learner_and_reach_nobody():
     yaml = pytest.importorskip('yaml')
     (kustomization,) = load('kubernetes-replay/kustomization.yaml')
     (base,) = load('kubernetes/kustomization.yaml')
@@ -130,7 +130,7 @@ def test_kubernetes_replay_jobs_are_those_that_the_learner_is_told_of_and_reach_
     assert {'to': [{'podSelector': {'matchLabels': labels}}], 'ports': port} in of_learner['egress']
 
 
-def test_kubernetes_actors_reach_a_learner_that_nobody_else_does():
+def test_only_actors_reach_the_learner_in_kubernetes():
     (kustomization,) = load('kubernetes/kustomization.yaml')
     files = {path.name for path in (DEPLOY / 'kubernetes').iterdir()} - {'kustomization.yaml'}
     assert set(kustomization['resources']) == files
@@ -174,18 +174,18 @@ def test_kubernetes_actors_reach_a_learner_that_nobody_else_does():
         assert set(policy['policyTypes']) == {'Ingress', 'Egress'}
 
 
-def test_scripts_are_shell():
+def test_scripts_parse():
     subprocess.run(['bash', '-n', DEPLOY / 'slurm' / 'impala.sbatch'], check=True)
     for path in (DEPLOY / 'tls').iterdir():
         subprocess.run(['sh', '-n', path], check=True)
 
 
-def test_slurm_jobs_have_ports_of_their_own_below_those_that_systems_hand_out():
+def test_slurm_jobs_have_separate_ports_below_the_ephemeral_ones():
     text = (DEPLOY / 'slurm' / 'impala.sbatch').read_text()
     expressions = re.findall(r'=\$\(\((.*SLURM_JOB_ID.*)\)\)', text)
     assert len(expressions) == 2
     for job in (0, 79, 80, 999, 1000, 123456789):
         learner, base = (eval(each, {'SLURM_JOB_ID': job}) for each in expressions)
         assert 1024 < learner < 11000 <= base
-        # Of a node's jobs.
+        # The tasks of a node have successive ports.
         assert base + 255 < 32768

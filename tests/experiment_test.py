@@ -1,7 +1,7 @@
-"""Runs of the real command, from `python experiment.py` to what is left on disk.
+"""Runs of the real command, from `python experiment.py` to the files it leaves.
 
-TensorFlow takes seconds to load, so every run checks many things. Time-outs are for machines that
-are busy with something else; what is asserted are outcomes.
+TensorFlow takes seconds to load, so every run checks many things. Time-outs allow for busy
+machines.
 """
 
 import concurrent.futures
@@ -42,7 +42,7 @@ from impala.runs import files as run_files
 CARTPOLE_FRAMES = 250_000
 RANDOM_CARTPOLE_RETURN = 22
 
-# Names and defaults of the released code, but for num_action_repeats: see the test.
+# Names and defaults of the released code, except num_action_repeats: see the test.
 RELEASED_FLAGS = {
     'logdir': '/tmp/agent',
     'mode': 'train',
@@ -101,7 +101,7 @@ def trained(tmp_path_factory):
         for process_id in (run.id, *actors):
             assert not internet_sockets(process_id)
         os.kill(actors[3], signal.SIGKILL)
-        # Stopped meanwhile: on a busy machine it may be complete before the second has started.
+        # Pause it, since on a busy machine it could complete before the second run has started.
         os.kill(run.id, signal.SIGSTOP)
         with Run(folder / 'b', *flags) as second:
             assert_one_sentence(second, 2, rf'Another run is writing to {logdir}')
@@ -110,7 +110,7 @@ def trained(tmp_path_factory):
     yield run, logdir
 
 
-def test_a_run_learns_and_leaves_all_files(trained):
+def test_a_run_learns_and_writes_all_files(trained):
     run, logdir = trained
     lines = metrics(logdir)
     assert lines[-1]['frames'] >= CARTPOLE_FRAMES
@@ -128,11 +128,11 @@ def test_a_run_learns_and_leaves_all_files(trained):
 
     rows = episodes(logdir)
     returns = [float(row['episode_return']) for row in rows]
-    # In this game every frame is rewarded with 1, for up to 500 frames.
+    # Every frame is rewarded with 1, for up to 500 frames.
     assert returns == [float(row['episode_frames']) for row in rows]
     assert {row['level'] for row in rows} == {'CartPole-v1'}
     truncated = {row['episode_return'] for row in rows if row['ended_by'] == 'truncated'}
-    # A pole may fall just when the time is over.
+    # A pole may also fall in frame 500.
     assert truncated <= {'500.0'}
     assert {row['ended_by'] for row in rows if float(row['episode_return']) < 500} == {'terminated'}
     assert {row['ended_by'] for row in rows} <= {'terminated', 'truncated'}
@@ -151,7 +151,7 @@ def test_a_run_learns_and_leaves_all_files(trained):
     assert f'Checkpoint: {logdir}/checkpoints/ckpt-{checkpoints(logdir)[-1]}' in run.stdout
 
 
-def test_a_complete_run_is_left_as_it_is(trained, tmp_path):
+def test_a_complete_run_is_left_unchanged(trained, tmp_path):
     logdir = trained[1]
     flags = (f'--flagfile={logdir}/flags.txt', f'--logdir={logdir}')
     before = checkpoints(logdir), metrics(logdir), episodes(logdir)
@@ -168,12 +168,12 @@ def test_a_killed_actor_is_reported_and_replaced(trained):
     assert sum(line['actor_restarts'] for line in metrics(logdir)) == 1
 
 
-def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_path):
+def test_a_killed_run_resumes_despite_a_damaged_checkpoint(trained, tmp_path):
     logdir = tmp_path / 'run'
     shutil.copytree(trained[1], logdir)
     before = frames(logdir)
     last_checkpoint = checkpoints(logdir)[-1]
-    # The flag file of a copy stands for the copy; what is given behind it counts.
+    # The flag file does not name its folder, so it fits a copy; later flags override it.
     assert 'logdir' not in (logdir / 'flags.txt').read_text()
     flags = (f'--flagfile={logdir}/flags.txt', '--total_environment_frames=1000000000')
     with Run(tmp_path / 'killed', *flags) as run:
@@ -193,7 +193,7 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
     os.truncate(newest, newest.stat().st_size // 2)
 
     with Run(tmp_path / 'resumed', *flags) as run:
-        # By then the rows that the killed run wrote after its checkpoint are out of the way.
+        # By then the rows that the killed run wrote after its checkpoint are removed.
         run.wait_until(lambda: 'all goes to' in run.stderr)
         resumed_at = frames(logdir)
         # Long enough for each actor to end several episodes.
@@ -203,11 +203,10 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
         run.process.wait(PATIENCE_SECONDS)
         seconds = time.monotonic() - started
         assert run.wait() == 0
-        # The promise is 5 seconds on a machine that does nothing else. Two cores with 16 processes
-        # that want them need 4.
+        # 5 seconds are promised on an idle machine. Two cores shared by 16 processes need 4.
         assert seconds < 8
     assert re.search(rf'damaged checkpoint .*ckpt-{last_checkpoint} ', run.stderr)
-    # The killed run went on with other flags, this one with those.
+    # The killed run had changed flags; this one has the same.
     assert 'Changed flags' not in run.stderr
     assert 'restarted' not in run.stderr
     assert 'Traceback' not in run.stderr
@@ -216,12 +215,12 @@ def test_goes_on_after_being_killed_and_past_a_damaged_checkpoint(trained, tmp_p
     lines = metrics(logdir)
     assert lines[-1]['frames'] > before
     assert [line['frames'] for line in lines] == sorted({line['frames'] for line in lines})
-    # It plays as well as before: the weights were restored, too.
+    # It plays as well as before, so the weights were restored, too.
     new = [float(row['episode_return']) for row in episodes(logdir) if int(row['frames']) > before]
     assert np.mean(new) > 4 * RANDOM_CARTPOLE_RETURN
 
 
-def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path):
+def test_another_network_is_refused_and_the_run_left_unchanged(trained, tmp_path):
     logdir, other_logdir = trained[1], tmp_path / 'other'
     flag_file = (logdir / 'flags.txt').read_text()
     flags = (*CARTPOLE, f'--logdir={logdir}')
@@ -236,14 +235,14 @@ def test_refuses_another_network_and_leaves_the_run_as_it_was(trained, tmp_path)
         assert 'experiment.py", line' not in other.stderr
     assert (logdir / 'flags.txt').read_text() == flag_file
 
-    # Test mode knows by itself which network was trained.
+    # Test mode needs no flags to know which network was trained.
     test = ('--mode=test', '--test_num_episodes=1', f'--logdir={other_logdir}')
     with WarmRun(tmp_path / 'c', *test) as run:
         assert run.wait() == 0
     assert re.search(r'CartPole-v1 +1 +\d', run.stdout)
 
 
-def test_watching_may_begin_before_training_does(trained, tmp_path):
+def test_watching_may_begin_before_training(trained, tmp_path):
     logdir, copy = tmp_path / 'run', tmp_path / 'copy'
     shutil.copytree(trained[1], copy)
     flags = ('--mode=test', '--watch', '--test_num_episodes=1', f'--logdir={logdir}')
@@ -255,7 +254,7 @@ def test_watching_may_begin_before_training_does(trained, tmp_path):
     assert (logdir / 'test_history.csv').exists()
 
 
-def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
+def test_mode_test_plays_the_requested_episodes(trained, tmp_path):
     logdir = tmp_path / 'run'
     shutil.copytree(trained[1], logdir)
     with WarmRun(tmp_path, '--mode=test', '--test_num_episodes=6', f'--logdir={logdir}') as run:
@@ -276,7 +275,7 @@ def test_mode_test_plays_the_episodes_asked_for(trained, tmp_path):
     assert (logdir / 'flags.txt').read_text() == (trained[1] / 'flags.txt').read_text()
 
 
-def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
+def test_a_checkpoint_that_cannot_be_saved_or_restored_ends_the_run(trained, tmp_path):
     logdir, damaged = tmp_path / 'run', tmp_path / 'damaged'
     shutil.copytree(trained[1], logdir)
     shutil.copytree(trained[1], damaged)
@@ -299,21 +298,21 @@ def test_no_space_for_a_checkpoint_and_no_intact_one(trained, tmp_path):
     assert {path: path.read_bytes() for path in (logdir / 'checkpoints').glob('ckpt-*')} == before
 
 
-# Has what follows it see, in a folder, an empty disk of its own that is gone when it ends.
+# Prefix that mounts an empty disk on a folder, visible only to the command and gone when it ends.
 OWN_DISK = [
     *('unshare', '--user', '--map-root-user', '--mount', 'sh', '-ec'),
     'mount -t tmpfs -o size=8m tmpfs "$0"; exec "$@"',
 ]
 
 
-# Has what follows it see a folder as one that cannot be written.
+# Prefix that makes a folder read-only for the command.
 READ_ONLY = [
     *('unshare', '--user', '--map-root-user', '--mount', 'sh', '-ec'),
     'mount --bind "$0" "$0"; mount -o remount,bind,ro "$0"; exec "$@"',
 ]
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_a_test_begins(trained, tmp_path):
+def test_a_read_only_folder_is_reported_before_a_test_begins(trained, tmp_path):
     logdir = tmp_path / 'run'
     shutil.copytree(trained[1], logdir)
     try:
@@ -335,7 +334,7 @@ def fill(path):
                     file.write(bytes(size))
 
 
-def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
+def test_training_survives_a_full_disk(tmp_path):
     logdir = tmp_path / 'run'
     logdir.mkdir()
     try:
@@ -349,7 +348,7 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
         run.wait_until(lambda: 'all goes to' in run.stderr and checkpoints(disk))
 
         def has_failed():
-            # Again and again: one that was being written may yet push an old one out.
+            # Repeatedly, because a save in progress may delete an old checkpoint and free space.
             fill(disk / 'filler')
             return 'Training continues; next attempt' in run.stderr
 
@@ -380,7 +379,7 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
     assert int(last[1]) >= saved
     assert 'Traceback' not in run.stderr
     assert 'restarted' not in run.stderr
-    # No row of the time in between is missing: each speaks of the steps since the one before.
+    # No row is missing: each row's rate covers the time since the row before.
     for before, line in zip(lines, lines[1:], strict=False):
         seconds = line['wall_seconds'] - before['wall_seconds']
         steps = line['agent_steps'] - before['agent_steps']
@@ -391,7 +390,7 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
     ('flag', 'pattern'),
     [
         ('--no_such_flag=3', "Unknown command line flag 'no_such_flag'"),
-        # With which weights without a gradient would be divided by 0.
+        # Weights without a gradient would be divided by 0.
         ('--adam_epsilon=0', r'--adam_epsilon=0: 0.0 is not a number in the range \[1e-15, '),
         ('--epsilon=0', r'--epsilon=0: 0.0 is not a number in the range \[1e-15, '),
         ('--num_actor=3', 'Did you mean: num_actors'),
@@ -422,7 +421,7 @@ def test_a_disk_that_fills_up_and_has_room_again(tmp_path):
         ),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):
+def test_a_wrong_command_line_prints_one_sentence(tmp_path, flag, pattern):
     with Run(tmp_path, f'--logdir={tmp_path}/run', flag) as run:
         assert_one_sentence(run, 2, pattern)
     assert not (tmp_path / 'run').exists()
@@ -431,14 +430,14 @@ def test_a_wrong_command_line_is_one_sentence(tmp_path, flag, pattern):
 def test_a_flag_file_may_be_shared_with_tests(tmp_path):
     (tmp_path / 'shared.flags').write_text('--test_num_episodes=3\n--watch\n')
     flags = (f'--flagfile={tmp_path}/shared.flags', f'--logdir={tmp_path}/run')
-    # It gets as far as what is looked at next.
+    # The flags for tests are accepted: the sentence is about the next check.
     with Run(tmp_path / 'first', *flags, '--envs_per_actor=4') as run:
         assert_one_sentence(run, 2, '^--envs_per_actor=4 is for actor jobs')
     with Run(tmp_path / 'second', *flags, '--test_num_episodes=4') as run:
         assert_one_sentence(run, 2, '^--test_num_episodes=4 is for tests')
 
 
-def test_a_run_with_replay_on_atari(tmp_path):
+def test_training_with_replay_on_atari(tmp_path):
     logdir = tmp_path / 'run'
     flags = ['--level_name=ALE/Pong-v5', '--num_actors=4', '--batch_size=4', '--unroll_length=20']
     flags += ['--envs_per_process=4', '--total_environment_frames=12000', '--log_secs=0']
@@ -448,12 +447,12 @@ def test_a_run_with_replay_on_atari(tmp_path):
     # 20 of 170,406 bytes.
     assert re.search(r'Replay of 20 trajectories of [\d,]+ bytes: up to 0.00 GB', run.stderr)
     lines = metrics(logdir)
-    # Three batches of ten have two replayed unrolls, the others one; the first has none.
+    # Every fifth batch has two replayed unrolls, the others one; the first has none.
     fresh = [80, *[60 if k % 5 else 40 for k in range(1, 60)]]
     for line, replayed in zip(lines, [0, 1, 1, 1, 1, 2], strict=False):
         assert line['replayed_fraction'] * 4 == replayed
     assert [line['agent_steps'] for line in lines] == list(np.cumsum(fresh)[: len(lines)])
-    # The last 20 to be stored are of the last 10 updates or so; each was a few updates old then.
+    # The stored 20 are from about the last 10 updates, and were a few updates old by then.
     for line in lines[20:]:
         assert line['replay_unrolls'] == 20
         assert line['replayed_policy_lag_max'] <= 10 + line['policy_lag_max'] + 10
@@ -466,8 +465,8 @@ def test_a_run_with_replay_on_atari(tmp_path):
     assert stages == {'stage_seconds/replay/sample', 'stage_seconds/replay/store'}
 
 
-def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
-    """DeepMind Lab is missing here, or made to be."""
+def test_impossible_runs_print_one_sentence(tmp_path):
+    """DeepMind Lab is missing or hidden."""
     (tmp_path / 'deepmind_lab.py').write_text('raise ImportError("no module deepmind_lab")\n')
     cases = [
         ((), 'DeepMind Lab level, but the module deepmind_lab cannot be imported'),
@@ -489,7 +488,7 @@ def test_what_cannot_be_trained_or_tested_is_one_sentence(tmp_path):
     def check(number):
         flags, pattern = cases[number]
         folder = tmp_path / str(number)
-        # What is most often met is tried with the command as it is, TensorFlow's start included.
+        # The most frequent errors run the real command, including TensorFlow's start.
         kind = Run if number < 2 else WarmRun
         with kind(folder, f'--logdir={folder}/run', *flags, pythonpath=[tmp_path]) as run:
             assert_one_sentence(run, 2, pattern)
@@ -505,7 +504,7 @@ def is_loading_tensorflow(run):
 
 
 @pytest.mark.parametrize('level', ['CartPole-v1', 'levels:never_made'])
-def test_interrupted_while_it_starts(tmp_path, level):
+def test_interrupting_a_start_prints_one_sentence(tmp_path, level):
     with Run(tmp_path, f'--logdir={tmp_path}/run', f'--level_name={level}') as run:
         if level == 'CartPole-v1':
             run.wait_until(lambda: is_loading_tensorflow(run))
@@ -526,12 +525,12 @@ def test_an_environment_that_always_fails_ends_the_run(tmp_path):
         assert run.wait() == 1
     assert 'and is restarted' in run.stderr
     assert run.stderr.strip().endswith('RuntimeError: the joystick is broken')
-    # The actor's traceback is shown, not one of our own.
+    # The traceback is the actor's, not the run's.
     assert 'experiment.py' not in run.stderr
     assert run.stdout == ''
 
 
-def test_a_run_whose_actors_keep_dying_says_so_and_is_saved(tmp_path):
+def test_a_run_whose_actors_keep_dying_reports_it_and_is_saved(tmp_path):
     logdir = tmp_path / 'run'
     with WarmRun(
         tmp_path,
@@ -546,7 +545,7 @@ def test_a_run_whose_actors_keep_dying_says_so_and_is_saved(tmp_path):
         assert run.wait() == 4
     assert checkpoints(logdir)
     assert f'Checkpoint: {logdir}/checkpoints/ckpt-{checkpoints(logdir)[-1]}' in run.stdout
-    # Shown in full once, counted, summed up, and what follows from it.
+    # One full traceback, a summary, and the conclusion.
     assert run.stderr.count('Traceback') == 1
     *lines, sentence = run.stderr.strip().splitlines()
     (summary,) = [line for line in lines if line.startswith('Actor processes died')]
@@ -586,7 +585,7 @@ def test_updates_that_are_not_finite_end_the_run(tmp_path):
 
 
 def test_levels_of_all_kinds(tmp_path):
-    """A few updates each; the DeepMind Lab one is a command line of the released code."""
+    """A few updates each; DeepMind Lab with a command line of the released code."""
     common = ('--num_actors=2', '--batch_size=1', '--unroll_length=4')
     lab = RELEASED_FLAGS | {
         'logdir': tmp_path / 'lab' / 'run',
@@ -620,8 +619,8 @@ def test_levels_of_all_kinds(tmp_path):
     assert speaks == {'lab': True, 'babyai': True, 'vizdoom': False}
 
 
-def test_an_autoencoder_of_atari(tmp_path):
-    """Trains on stacks of grey frames with all that may go with it, and is tested."""
+def test_an_autoencoder_on_atari(tmp_path):
+    """Trains on stacks of grey frames with all compatible settings."""
     logdir = tmp_path / 'run'
     common = ('--num_actors=2', '--batch_size=2', '--unroll_length=10', '--inference_batch_size=1')
     flags = (
@@ -657,8 +656,8 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
         assert_one_sentence(run, 2, f'{tmp_path}/home/run is not the folder of a training run')
 
 
-def test_nobody_reads_what_a_run_and_its_test_say(tmp_path):
-    """As behind `| head -1` or in a terminal that is gone: writing fails."""
+def test_runs_do_not_fail_when_output_cannot_be_written(tmp_path):
+    """Writing fails, as with `| head -1` or in a terminal that is gone."""
     program = tmp_path / 'unread.py'
     program.write_text(
         'import os, runpy\n'
@@ -680,7 +679,7 @@ def test_nobody_reads_what_a_run_and_its_test_say(tmp_path):
     assert scores['levels']['levels:short']['returns'] == [5.0] * 3
 
 
-def test_threads_of_an_operation():
+def test_intra_op_threads_are_set():
     script = (
         'import experiment, impala; '
         'experiment._start_tensorflow(impala.Config.of(intra_op_threads=3)); '
@@ -692,7 +691,7 @@ def test_threads_of_an_operation():
     assert run.stdout == b'3\n'
 
 
-def test_several_loaders_until_interrupted(tmp_path):
+def test_several_loaders_train_until_interrupted(tmp_path):
     logdir = tmp_path / 'run'
     flags = ('--loaders=4', '--loss=appo', '--sample_reuse=2', '--reuse_buffer=3', '--popart')
     with Run(tmp_path, *CARTPOLE, *flags, f'--logdir={logdir}') as run:
@@ -707,7 +706,7 @@ def test_several_loaders_until_interrupted(tmp_path):
 
 
 def test_many_levels_at_once(tmp_path):
-    """Eight Atari games on one machine, and DMLab-30 as jobs, both with the suites' own names."""
+    """Trains on eight Atari games, and refuses 57 games with 8 actors."""
     games = ('Pong', 'Breakout', 'Alien', 'Qbert', 'Seaquest', 'Boxing', 'Freeway', 'Enduro')
     names = [f'ALE/{game}-v5' for game in games]
     logdir = tmp_path / 'atari' / 'run'
@@ -722,7 +721,7 @@ def test_many_levels_at_once(tmp_path):
     ) as run:
         assert run.wait() == 0, run.stderr
     assert '8 levels: 8 actors, shallow network without LSTM' in run.stderr
-    # The game's own set of actions would not fit; a test of one game knows.
+    # The games share the full action set, and the flag file stores that for tests of one game.
     assert '--full_action_set\n' in (logdir / 'flags.txt').read_text()
     frames = {key: value for key, value in metrics(logdir)[-1].items() if 'level_frames/' in key}
     assert {*frames} == {f'level_frames/{name}' for name in names}
@@ -735,7 +734,7 @@ def test_many_levels_at_once(tmp_path):
 
 
 def make_images(folder):
-    """Makes what stands for the data set that two levels of DMLab-30 need."""
+    """Creates a stand-in for the data set that two levels of DMLab-30 need."""
     (folder / 'brady_konkle_oliva2008').mkdir(parents=True)
     (folder / 'brady_konkle_oliva2008' / '0001.jpg').write_bytes(b'a picture')
 
@@ -782,8 +781,8 @@ def test_dmlab30_as_jobs(tmp_path):
     assert not any(frames[:20]) and sum(frames[20:]) == 400 and sum(map(bool, frames)) > 1
 
 
-def test_dmlab30_is_tested_at_once_with_its_hold_out_levels(tmp_path):
-    """On the stand-in, in steps so long that no episode has more than ten."""
+def test_dmlab30_is_tested_on_its_hold_out_levels(tmp_path):
+    """Uses the stand-in, with steps so long that no episode has more than ten."""
     logdir = tmp_path / 'run'
     make_images(tmp_path / 'images')
     lab = [TESTS / 'deepmind_lab_stand_in']
@@ -812,7 +811,7 @@ def test_dmlab30_is_tested_at_once_with_its_hold_out_levels(tmp_path):
     percent = []
     for name, row in rows.items():
         (value,) = scores['levels'][name]['returns']
-        # So many frames forward or backward.
+        # Frames of moving forward minus those of moving backward.
         assert value % 180 == 0 and abs(value) <= 18_000
         low, high = float(row['random']), float(row['human'])
         percent.append(100 * (value - low) / (high - low))
@@ -832,7 +831,7 @@ def test_defaults_are_those_of_the_released_code():
     ).stdout
     values = json.loads(output)
     assert {name: values[name] for name in RELEASED_FLAGS} == RELEASED_FLAGS
-    # 4 on the levels of the released code, as there; 1 where frames are not an emulator's.
+    # None means 4 on the levels of the released code, as there, and 1 without an emulator.
     assert values['num_action_repeats'] is None
     assert values['log_secs'] == 10
     assert values['save_checkpoint_secs'] == 600
@@ -879,7 +878,7 @@ def test_defaults_are_those_of_the_released_code():
         ('pong_fast', {'level_name': 'ALE/Pong-v5', 'num_action_repeats': None, 'loss': 'appo'}),
     ],
 )
-def test_flag_files(name, paper):
+def test_flag_files_have_the_settings_of_the_papers(name, paper):
     script = (
         'import json, sys, experiment; experiment.FLAGS(sys.argv); '
         'print(json.dumps(experiment.FLAGS.flag_values_dict()))'

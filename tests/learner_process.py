@@ -13,7 +13,7 @@ _names = (str(number) for number in itertools.count())
 
 
 class Learner:
-    """What a learner has, under names of its own, and connections to it."""
+    """A learner's inbox and board under unique names, and connections to them."""
 
     def __init__(self, address, capacity):
         self.name = next(_names)

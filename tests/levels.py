@@ -1,6 +1,6 @@
-"""Levels that do what real ones should not, for tests of whole runs (`--level_name=levels:...`).
+"""Simple and misbehaving levels for tests of whole runs (`--level_name=levels:...`).
 
-Actor processes import this module: it knows no TensorFlow.
+Actor processes import this module, so it must not import TensorFlow.
 """
 
 import math
@@ -46,7 +46,7 @@ class _Failing(_Level):
 
 
 class _NotANumber(_Level):
-    """Observations that are no numbers, from the first."""
+    """Every step's observation is NaN."""
 
     def step(self, action: int) -> Any:
         reward, end, observation = super().step(action)
@@ -54,14 +54,14 @@ class _NotANumber(_Level):
 
 
 class _OtherRewards(_Level):
-    """Some rewards are not 1."""
+    """Rewards depend on the number of steps."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total_steps = 0
 
     def reward(self) -> float:
-        """Returns that of step number `total_steps`."""
+        """Returns the reward of step number `total_steps`."""
         raise NotImplementedError
 
     def step(self, action: int) -> Any:
@@ -71,7 +71,7 @@ class _OtherRewards(_Level):
 
 
 class _Huge(_OtherRewards):
-    """Rewards become so large after a while that no loss is finite; the episodes go on."""
+    """Rewards are so large after 200 steps that the loss overflows."""
 
     def reward(self) -> float:
         return 3e38 if self.total_steps > 200 else 1.0
@@ -111,7 +111,7 @@ class _Seeded(_Level):
 
 
 class _Counting(_Level):
-    """The return is how often action 1 was chosen; there is nothing to be seen."""
+    """The return counts how often action 1 was chosen; observations are zero."""
 
     def step(self, action: int) -> Any:
         _, end, observation = super().step(action)
@@ -119,9 +119,9 @@ class _Counting(_Level):
 
 
 class _Dies(_Seeded):
-    """Takes its process down in the fifth episode of all processes, once or whenever it is played.
+    """Ends its process in the fifth episode of all processes, once or every time.
 
-    Tells the seeds of the episodes that ended in a file, and the deadly one's in another.
+    Writes the seeds of completed episodes to one file, and the fatal episode's to another.
     """
 
     def __init__(self, seed: int, once: bool) -> None:
@@ -139,13 +139,13 @@ class _Dies(_Seeded):
     def step(self, action: int) -> Any:
         is_last = self.steps == self.length - 1
         if is_last:
-            self._die_or_tell()
+            self._die_or_record()
         result = super().step(action)
         if is_last:
             self.seed = self.next_seed
         return result
 
-    def _die_or_tell(self) -> None:
+    def _die_or_record(self) -> None:
         with open(self.played, 'a+', encoding='utf-8') as file:
             file.seek(0)
             if len(file.readlines()) == 4 and not (self.once and os.path.exists(self.mark)):
@@ -156,7 +156,7 @@ class _Dies(_Seeded):
 
 
 class _Mortal(_Seeded):
-    """Takes its process down in the second episode that it plays."""
+    """Ends every process in the second episode that it plays."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -178,7 +178,7 @@ class _Mortal(_Seeded):
 
 
 class _Picture(_Level):
-    """A white square of 4x4 pixels on grey moves right; frames of odd size, and an instruction."""
+    """A white 4x4 square moves right on grey; frames have odd sizes and an instruction."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class _Picture(_Level):
 
 
 class _Constant(_Level):
-    """Observations that are all alike, of a shape and a dtype."""
+    """All observations are the same array, of the given shape and dtype."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         super().__init__()
@@ -225,13 +225,13 @@ class _Constant(_Level):
 
 
 def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Takes for ever, as a download or a compiler may seem to."""
+    """Takes 10 minutes to create, as a slow download or compiler might."""
     time.sleep(600)
     return _Level()
 
 
 def paced(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Plays CartPole with 500 steps a second at most, for runs that others are waited for in."""
+    """Plays CartPole at 500 steps a second at most, for runs that wait for other processes."""
     level = environments.create_environment('CartPole-v1', seed, config)
     step = level.step
 
@@ -261,7 +261,7 @@ def sometimes_infinite(
 
 
 def not_a_number(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Has observations that are not numbers."""
+    """Has observations that are NaN."""
     return _NotANumber()
 
 
@@ -300,7 +300,7 @@ def three_actions(seed: int, config: environments.EnvironmentConfig) -> environm
 
 
 def incomplete(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Misses something that only a game would ask for."""
+    """Lacks a map, which only its check reports."""
     level = _Level()
 
     def check() -> None:
@@ -311,7 +311,7 @@ def incomplete(seed: int, config: environments.EnvironmentConfig) -> environment
 
 
 def seeded(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Has a return that tells its seed."""
+    """Has a return that equals its seed, modulo a million."""
     return _Seeded(seed)
 
 
@@ -326,7 +326,7 @@ def picture(seed: int, config: environments.EnvironmentConfig) -> environments.E
 
 
 def float_picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Has frames of the shape of a picture that are no bytes."""
+    """Has frames in the shape of an image, but of floats."""
     return _Constant((4, 5, 3), 'float32')
 
 
@@ -336,15 +336,15 @@ def byte_vector(seed: int, config: environments.EnvironmentConfig) -> environmen
 
 
 def dies_once(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Dies once; the environment variable LEVELS_FOLDER names the folder where it notes that."""
+    """Dies once and records that in the folder that the variable LEVELS_FOLDER names."""
     return _Dies(seed, once=True)
 
 
 def mortal(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Takes its process down in each second episode; the return is the seed, modulo a million."""
+    """Ends every process in its second episode; the return is the seed, modulo a million."""
     return _Mortal(seed)
 
 
 def dies_again(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Dies in the same episode whenever that is played."""
+    """Dies in the same episode every time."""
     return _Dies(seed, once=False)

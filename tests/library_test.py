@@ -1,4 +1,4 @@
-"""Tests of the public names of impala/__init__.py, and of docs/library.md, which shows them."""
+"""Tests of the public names in impala/__init__.py and of the example in docs/library.md."""
 
 import json
 import os
@@ -25,13 +25,13 @@ def _run(folder, *arguments):
     )
 
 
-def test_the_script_of_the_page_trains_and_tests_cartpole(tmp_path):
+def test_the_documented_script_trains_and_tests_cartpole(tmp_path):
     (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'library.md').read_text(), re.S)
     script = tmp_path / 'script.py'
     script.write_text(code)
     done = _run(tmp_path, script)
     assert done.returncode == 0, done.stderr
-    # The hook has printed every 100 of the 312 updates.
+    # The hook prints after every 100 of the 312 updates.
     assert re.findall(r'^([\d,]+) frames, loss -?\d+$', done.stdout, re.M) == [
         '16,000',
         '32,000',
@@ -50,7 +50,7 @@ def test_the_script_of_the_page_trains_and_tests_cartpole(tmp_path):
     assert level['mean'] > 28
 
 
-def test_public_names_are_loaded_when_they_are_used(tmp_path):
+def test_public_names_are_loaded_lazily(tmp_path):
     code = "import sys, impala; impala.Config.of(seed=3); assert 'tensorflow' not in sys.modules"
     done = _run(tmp_path, '-c', code)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ BATCHES = Need('batches', 3 * 10**9, {'batch_size': 30}, 10**8)
 WEIGHTS = Need('weights', 10**8, {'width': 100}, 10**6)
 
 
-def test_what_fits_is_no_shortage():
+def test_there_is_no_shortage_if_everything_fits():
     assert shortage([UNROLLS, BATCHES], 9 * 10**9) == ''
     assert shortage([], 0) == ''
 
@@ -39,7 +39,7 @@ def test_a_shortage_names_the_flags_that_matter_most(needs, room, sentence):
     assert shortage(needs, room) == sentence
 
 
-def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_path):
+def test_free_memory_respects_container_limits(tmp_path):
     meminfo = tmp_path / 'meminfo'
     meminfo.write_text('MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:    5000 kB\n')
 
@@ -52,7 +52,7 @@ def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_p
     (tmp_path / 'memory.current').write_text('900000\n')
     (tmp_path / 'memory.stat').write_text('anon 7\ninactive_file 200000\nactive_file 100000\n')
     assert free() == 5000 * 1024
-    # 100,000 are left, and 300,000 hold files.
+    # 100,000 are free, and 300,000 are page cache.
     (tmp_path / 'memory.max').write_text('1000000\n')
     assert free() == 400_000
     old = tmp_path / 'memory'
@@ -67,10 +67,10 @@ def test_free_memory_is_that_of_the_machine_or_what_the_container_has_left(tmp_p
     assert free() == 0
 
 
-def test_a_replay_has_a_part_of_the_memory_that_is_free():
+def test_there_is_room_for_a_part_of_the_free_memory():
     with open('/proc/meminfo') as file:
         total = int(re.search(r'MemTotal: +(\d+)', file.read())[1]) * 1024
     free = free_memory_bytes()
     assert 0 < room_bytes() < free - min(0.1 * free, 5 * 10**9) < total
-    # Large machines keep no more free than small ones need.
+    # The reserve is capped, as large machines need no more of it.
     assert room_bytes(10**12) > 0.98 * 10**12

@@ -15,9 +15,9 @@ STAND_IN = os.path.join(ROOT, 'tests', 'deepmind_lab_stand_in')
 
 def run_python(code, *arguments):
     variables = {**os.environ, 'PYTHONPATH': os.pathsep.join((ROOT, STAND_IN))}
-    # Set by every DeepMind Lab environment, also by those of the tests before.
+    # Every DeepMind Lab environment sets this, including those of earlier tests.
     variables.pop('LP_NUM_THREADS', None)
-    # Some of it ends like the real module, with no time to clean up.
+    # The stand-in crashes like the real module, which leaves files behind.
     with tempfile.TemporaryDirectory() as folder:
         return subprocess.run(
             [sys.executable, '-c', code, *arguments],

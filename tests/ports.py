@@ -6,10 +6,9 @@ import socket
 
 
 def free_ports(number):
-    """Ports whose offsets of learners are free, too."""
+    """Returns free ports that are also free at the offsets that learners use."""
     found = []
-    # Ranges of their own for the processes that share the tests out: a port that one has found may
-    # be free for a while yet.
+    # Each pytest-xdist worker has its own range, because found ports stay free for a while.
     worker = int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0').removeprefix('gw'))
     port = 10_000 + 3_000 * (worker % 7) + os.getpid() % 900
     while len(found) < number:

@@ -1,4 +1,4 @@
-"""Processes: whether they run, and waiting for what they do."""
+"""Checks processes and waits for them."""
 
 import time
 
@@ -8,7 +8,7 @@ TIMEOUT = 60  # Seconds; reached only when something is broken.
 
 
 def wait_until(condition):
-    """Returns the first value of a function that is not false."""
+    """Calls a function until it returns a true value; returns that."""
     deadline = time.monotonic() + TIMEOUT
     while not (value := condition()):
         assert time.monotonic() < deadline
@@ -24,7 +24,7 @@ def is_running(process_id):
 
 
 def janitor(parent, folder):
-    # A process that was only just started may not show its command line yet.
+    # A process that has just started may not show its command line yet.
     return wait_until(
         lambda: next((child for child in parent.children() if folder in child.cmdline()), None)
     )

@@ -1,4 +1,4 @@
-"""Learner and actor processes for remote_test.py.
+"""Learner and actor processes for transport_test.py.
 
 remote_peer.py learner PORT
 remote_peer.py actor ADDRESS NAME FIRST
@@ -26,7 +26,7 @@ COMPONENTS = [
 
 
 def make_unroll(number):
-    """Arrays that follow from the number of the unroll."""
+    """Returns an unroll that is determined by its number."""
     random = np.random.default_rng(number)
     return [
         np.int64(number),
@@ -37,7 +37,7 @@ def make_unroll(number):
 
 
 def learn(port):
-    """Serves until stdin ends; takes an unroll whenever a line comes in."""
+    """Serves until stdin closes; takes one unroll per line of input."""
     server = LearnerServer(f'localhost:{port}')
     inbox = UnrollInbox(4, COMPONENTS, 'version')
     inbox.set_latest_version(1000)
@@ -56,7 +56,7 @@ def learn(port):
 
 
 def act(address, name, number):
-    """Sends unrolls for as long as it lives."""
+    """Sends unrolls until it is killed."""
     connection = LearnerConnection(address, COMPONENTS, inbox=name, board=name)
     while True:
         connection.put(make_unroll(number), 0, 'rooms', number + 1)

@@ -2,9 +2,9 @@
 
     python replica.py devices|pipelines|learner OUTPUT NUMBER_OF_PARTS [TASK ADDRESS...]
 
-`devices` divides batches, `pipelines` has the parts of each loaded by itself.
+`devices` divides batches; `pipelines` loads each device's part on its own.
 
-It writes all variables after every update, and what `step` returned, of every local replica.
+Writes what `step` returns and the variables of every local replica, after every update.
 """
 
 import sys
@@ -29,11 +29,11 @@ from impala.learning.learner import Learner
 
 BATCH_SIZE = 4
 UPDATES = 4
-# The update in which a reward is not a number, in the last unroll of the batch.
+# The update whose batch has a NaN reward in its last unroll.
 POISONED = 2
-# Agents that `pipelines` is tried with.
+# Agents that `pipelines` trains.
 PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'replay')
-# Unrolls of the joined batch that are replayed, not as many of them in each part.
+# Which unrolls of the joined batch are replayed; the number differs between its parts.
 REPLAYED = [True, True, False, False]
 
 APPO = {
@@ -42,14 +42,14 @@ APPO = {
     'normalize_advantages': True,
     'kl_cost': 0.1,
     'optimizer': 'adam',
-    # Steps of Adam do not shrink with the gradient, so they would show how that was rounded.
+    # Adam's steps do not shrink with the gradient, so a small epsilon would show rounding errors.
     'adam_epsilon': 0.01,
     'final_entropy_cost': 0.1,
 }
 
 
 def config(batch_size, **changes):
-    """Everything that could differ between one learner and several is in use."""
+    """Returns settings that use everything that could differ between one learner and several."""
     return LearnerConfig.of(
         batch_size=batch_size,
         **{
@@ -66,7 +66,7 @@ def config(batch_size, **changes):
 
 
 def create_learner(agent, changes, batch_size, strategy=None):
-    """Makes a learner, with the target network that its settings ask for."""
+    """Creates a learner, with a target network if its settings need one."""
     settings = config(batch_size, **changes)
     target_agent = agent() if settings.loss.target_update_steps else None
     decoder = image_decoder() if agent is encoder_agent else None
@@ -74,7 +74,7 @@ def create_learner(agent, changes, batch_size, strategy=None):
 
 
 def joined_batch(update, state, has_images):
-    """A batch for all together."""
+    """Returns the batch that all learners share."""
     batch = (batch_of_images if has_images else batch_of)(config(BATCH_SIZE), state, seed=update)
     rewards = batch.env_outputs.reward.numpy()
     if update == POISONED:
@@ -87,7 +87,7 @@ def joined_batch(update, state, has_images):
 
 
 def share(batch, part, num_parts):
-    """The unrolls of a joined batch that are one learner's."""
+    """Returns one learner's unrolls of a joined batch."""
     size = BATCH_SIZE // num_parts
     columns = slice(part * size, (part + 1) * size)
 
@@ -104,7 +104,7 @@ def share(batch, part, num_parts):
 
 
 def replayed_share(learner, part, num_parts):
-    """Which of the unrolls that are one learner's are replayed."""
+    """Returns which of one learner's unrolls are replayed."""
     size = BATCH_SIZE // num_parts
     if not learner.config.replay.replay_fraction:
         return tf.zeros([size], tf.bool)
@@ -123,10 +123,10 @@ def train(learner, part=0, num_parts=1):
 
 
 def train_by_pipelines(learner):
-    """Does what `train` does, with the devices' parts of batches on pipelines of their own."""
+    """Like `train`, but each device's part of a batch has its own pipeline."""
     num_parts = len(learner.devices)
     state = learner.agent.initial_state(BATCH_SIZE)
-    # With each part what is replayed of it: either device may be the one that asks for it.
+    # Each part comes with what is replayed of it, because either device may ask for it.
     pieces = iter(
         (
             share(joined_batch(update, state, learner.decoder is not None), part, num_parts),
@@ -155,17 +155,17 @@ def train_by_pipelines(learner):
 
 
 def agents():
-    """What makes an agent, and the settings it is trained with, by name."""
+    """Returns functions that create agents, and the settings to train them with, by name."""
     table = np.random.default_rng(0).normal(size=(3, 4))
     return {
         'lstm': (mlp_agent, {}),
         'lstm with momentum': (mlp_agent, {'momentum': 0.5}),
         'embedding': (lambda: EmbeddingAgent(table), {'momentum': 0.5}),
-        # The last level is none of theirs.
+        # No unroll is of the last level.
         'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
         'appo': (mlp_agent, APPO),
         'autoencoder': (encoder_agent, {'momentum': 0.5, 'autoencoder_cost': 10.0}),
-        # Half of the agent steps count, and the learning rate falls in as many updates as ever.
+        # Replayed steps do not count, so half the total keeps the learning rate's schedule.
         'replay': (
             mlp_agent,
             {'replay_fraction': 0.5, 'total_agent_steps': UPDATES * BATCH_SIZE // 2 * 5},
@@ -191,7 +191,7 @@ def main(kind, output, num_parts, task=0, *addresses):
         with strategy.scope():
             learner = create_learner(agent, changes, batch_size, strategy)
         if task:
-            # What the others have before does not count.
+            # `synchronize` must overwrite what the others start with.
             for variable in learner.variables:
                 for local in strategy.experimental_local_results(variable):
                     local.assign_add(tf.ones_like(local))

@@ -1,4 +1,4 @@
-"""What tests of a run's log share: logs by a clock that is told, and their files."""
+"""For tests of a run's log: logs with a settable clock, and readers of their files."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ HEADER = 'wall_seconds,frames,agent_steps,level,episode_return,episode_frames,en
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that stands still until it is set."""
 
     def __init__(self):
         self.now = 1e6
@@ -47,7 +47,7 @@ def record(log, returns, level_id=0, end=EpisodeEnd.TERMINATED, frames=40):
 
 
 def refuse_constant(name):
-    raise ValueError(f'{name} is no JSON')
+    raise ValueError(f'{name} is not JSON')
 
 
 def metrics(logdir, name='metrics.jsonl'):
@@ -64,7 +64,7 @@ def episodes(logdir, name='episodes.csv'):
 
 @contextlib.contextmanager
 def file_size_limit(num_bytes):
-    """Lets the operating system refuse to write beyond `num_bytes` of any file."""
+    """Makes the operating system refuse to write any file beyond `num_bytes`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

@@ -1,12 +1,12 @@
-"""Runs what may use a GPU on another device than the CPU; a script for `second_device_test`.
+"""Runs code that may use a GPU on a second device; a script for `second_device_test`.
 
     TF_XLA_FLAGS=--tf_xla_enable_xla_devices python second_device.py OUTPUT FOLDER
 
-TensorFlow's XLA_CPU:0 stands in for a GPU: tensors are moved between it and the CPU, operations on
-its variables have to run on it, and it has no kernels of ours. Operations that touch no variable
-stay on the CPU, where a GPU would have them; so the wheel's list of kernels is asked about those.
+TensorFlow's XLA_CPU:0 stands in for a GPU: tensors move between it and the CPU, operations on its
+variables must run on it, and it has none of our kernels. Operations without variables would run on
+a GPU but stay on the CPU here, so they are looked up in the wheel's list of GPU kernels.
 
-The output is one JSON object: name of a check -> what it found.
+Writes a JSON object: name of a check -> its result.
 """
 
 import collections
@@ -43,7 +43,7 @@ DEVICE = '/device:XLA_CPU:0'
 SPEC = EnvironmentSpec(
     {'frame': ArraySpec((16, 16, 3), 'uint8'), 'instruction': ArraySpec((4,), 'int32')}, 5, 4
 )
-# Network and learner. Together they hold both losses, both optimizers, and all that is optional.
+# Settings of network and learner; together they cover both losses, both optimizers and all options.
 LEARNERS = {
     'vtrace': (
         {'torso': 'deep', 'compute_dtype': 'bfloat16', 'popart_levels': ('a', 'b')},
@@ -59,13 +59,13 @@ LEARNERS = {
 
 
 def on_the_device(next_creator, **kwargs):
-    """Makes a variable where it would be if the device were a GPU."""
+    """Creates a variable on the device, as if that were a GPU."""
     with tf.device(DEVICE):
         return next_creator(**kwargs)
 
 
 def batched_function():
-    """Values of a batched function with a variable, called in three ways, with two values of it."""
+    """Calls a batched function of a variable in three ways, for two values of the variable."""
     weight = tf.Variable([[2.0]])
     assert DEVICE in weight.device
 
@@ -93,7 +93,7 @@ def batched_function():
 
 
 def sparse_gradients():
-    """Largest difference to a learner on the CPU, of an agent that looks rows up in a table."""
+    """Returns the largest difference from a learner on the CPU, of an agent with a lookup table."""
     agent, changes = agents()['embedding']
     learners = [create_learner(agent, changes, 4)]
     assert all(DEVICE in variable.device for variable in learners[0].variables)
@@ -107,14 +107,14 @@ def sparse_gradients():
 
 
 def on_the_cpu(next_creator, **kwargs):
-    """Makes a variable on the CPU, whatever `on_the_device` says."""
+    """Creates a variable on the CPU, overriding `on_the_device`."""
     kwargs.pop('device', None)
     with tf.device('/cpu:0'):
         return next_creator(**kwargs)
 
 
 def whole_run(folder):
-    """A run with actors of its own, which goes on, and its test."""
+    """Trains with local actors, resumes, and tests."""
     run = config(
         folder, level_name='levels:short,levels:long', use_lstm='true', popart=True,
         total_environment_frames=60,
@@ -141,7 +141,7 @@ def whole_run(folder):
 
 
 def learner(name):
-    """Metrics of two updates, and what kernels for GPUs there are for learning and acting."""
+    """Returns metrics of two updates, and the operations that lack GPU kernels."""
     network, changes = LEARNERS[name]
 
     def create_agent(**dtype):
@@ -227,7 +227,7 @@ def has_gpu_kernel(node):
     def serves(kernel):
         for constraint in kernel.constraint:
             value, allowed = node.attr[constraint.name], constraint.allowed_values.list
-            # Of another kind, it is a setting that GPUs have no choice of.
+            # Other constraints are strings, of which a GPU kernel supports only some values.
             types = [value.type] if value.WhichOneof('value') == 'type' else value.list.type
             if not set(types) <= set(allowed.type) or value.s not in (b'', *allowed.s):
                 return False
@@ -237,12 +237,12 @@ def has_gpu_kernel(node):
 
 
 def main(output, folder):
-    """Makes all checks, of which each may fail on its own."""
+    """Runs all checks; a failing check does not stop the others."""
     checks = {
         'batched function': batched_function,
         'sparse gradients': sparse_gradients,
         **{name: functools.partial(learner, name) for name in LEARNERS},
-        # The last one, as it says where batches are trained on from then on.
+        # Last, because it patches `Learner.devices` for good.
         'whole run': functools.partial(whole_run, folder),
     }
     found = {}

@@ -1,6 +1,6 @@
 """Tests of what installs the project: pyproject.toml, setup.py, Makefile, Dockerfile, CI.
 
-Nothing is installed or compiled here; what is asserted is what they say, and do, before that.
+They cover what happens before anything is installed or compiled.
 """
 
 import pathlib
@@ -18,19 +18,19 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def without_a_compiler(tmp_path):
-    """An environment in which no program is found."""
+    """An environment whose PATH has no programs."""
     folder = tmp_path / 'bin'
     folder.mkdir()
     return {'PATH': str(folder)}
 
 
 def lines(*, beginning_with, path):
-    """Returns the arguments behind what a line of a file begins with, of all such lines."""
+    """Returns the rest of every line that begins with the given text."""
     text = (ROOT / path).read_text(encoding='utf-8')
     return re.findall(rf'^\s*{re.escape(beginning_with)} *(.*)$', text, re.MULTILINE)
 
 
-def test_make_without_a_compiler_is_one_sentence(tmp_path, without_a_compiler):
+def test_make_without_a_compiler_prints_one_sentence(tmp_path, without_a_compiler):
     make = shutil.which('make')
     if make is None:
         pytest.skip('make is not installed')
@@ -59,7 +59,7 @@ def test_make_without_a_compiler_is_one_sentence(tmp_path, without_a_compiler):
     assert not (tmp_path / 'venv').exists()
 
 
-def test_setup_without_a_compiler_is_one_sentence(tmp_path, without_a_compiler):
+def test_setup_without_a_compiler_prints_one_sentence(tmp_path, without_a_compiler):
     build = [f'--build-lib={tmp_path}/lib', f'--build-temp={tmp_path}/temp']
     result = subprocess.run(
         [sys.executable, 'setup.py', '-q', 'build_ext', *build],
@@ -78,13 +78,13 @@ def test_setup_without_a_compiler_is_one_sentence(tmp_path, without_a_compiler):
     assert not (tmp_path / 'lib').exists()
 
 
-def test_the_image_runs_the_tests_as_make_does():
+def test_the_image_runs_the_same_tests_as_make():
     (of_make,) = lines(beginning_with='$(VENV)/bin/python -m pytest', path='Makefile')
     (of_image,) = lines(beginning_with='RUN python -m pytest', path='Dockerfile')
     assert of_image == of_make != ''
 
 
-def test_what_make_train_runs_is_said_of_that_flag_file_alone():
+def test_only_the_flag_file_of_make_train_is_described_as_such():
     (arguments,) = lines(beginning_with='$(VENV)/bin/python experiment.py', path='Makefile')
     trained = pathlib.PurePath(re.match(r'--flagfile=(\S+)', arguments)[1])
     for path in ROOT.glob('configs/*.flags'):
@@ -120,7 +120,7 @@ def test_the_version_is_the_same_everywhere(distribution):
     assert distribution.metadata.version == citation['version'] == newest
 
 
-def test_continuous_integration_runs_every_python_that_is_supported():
+def test_continuous_integration_runs_every_supported_python():
     workflow = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text(encoding='utf-8'))
     pythons = workflow['jobs']['test']['strategy']['matrix']['python']
     assert pythons == ['3.10', '3.11', '3.12', '3.13']

@@ -1,4 +1,4 @@
-"""Threads that give back what their function returns."""
+"""Threads that return the results of functions."""
 
 import concurrent.futures
 import threading

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 import vtrace
 
-# Two sequences of rlax's test-suite, given batch-major, thresholds and lambda 1.
+# Two sequences of rlax's test suite, batch-major; thresholds and lambda are 1.
 _BEHAVIOUR_LOGITS = [
     [[8.9, 0.7], [5.0, 1.0], [0.6, 0.1], [-0.9, -0.1]],
     [[0.3, -5.0], [1.0, -8.0], [0.3, 1.7], [4.7, 3.3]],
@@ -58,7 +58,7 @@ def _softmax(logits):
 def _direct_sum(
     log_rhos, discounts, rewards, values, bootstrap_value, rho_bar, c_bar, pg_rho_bar, lambda_
 ):
-    """Equation (1) of the paper and section 4.2, term by term in float64; None: not clipped."""
+    """Equation (1) and section 4.2 of the paper, term by term in float64; None: not clipped."""
     log_rhos, discounts, rewards, values, bootstrap_value = (
         np.asarray(x, np.float64) for x in (log_rhos, discounts, rewards, values, bootstrap_value)
     )
@@ -180,7 +180,7 @@ def test_from_logits_weighs_by_the_ratio_of_probabilities(extra):
 
 
 @pytest.mark.parametrize('mode', ['eager', 'xla'])
-def test_trailing_dimension_of_size_one_stretches(mode):
+def test_trailing_dimension_of_size_one_is_broadcast(mode):
     arrays = _random_weights((4, 2, 3))
     narrow = dict(arrays, log_rhos=arrays['log_rhos'][..., :1])
     narrow['discounts'] = arrays['discounts'][..., :1]
@@ -194,7 +194,7 @@ def test_trailing_dimension_of_size_one_stretches(mode):
 
 
 @pytest.mark.parametrize('thresholds', [(1.0, 1.0), (2.5, 1.0), (None, None)])
-def test_on_policy_it_is_the_n_step_return(thresholds):
+def test_on_policy_targets_are_n_step_returns(thresholds):
     arrays = _random_weights((9, 3), seed=2)
     arrays['log_rhos'][:] = 0.0
     returns = vtrace.from_importance_weights(
@@ -206,7 +206,7 @@ def test_on_policy_it_is_the_n_step_return(thresholds):
         np.testing.assert_allclose(returns.vs[t], n_step, rtol=1e-4, atol=1e-5)
 
 
-def test_on_policy_without_rho_bar_thresholds_do_not_matter():
+def test_on_policy_without_rho_bar_other_thresholds_have_no_effect():
     arrays = _random_weights((9, 3), seed=3)
     arrays['log_rhos'][:] = 0.0
     unclipped = vtrace.from_importance_weights(
@@ -220,7 +220,7 @@ def test_on_policy_without_rho_bar_thresholds_do_not_matter():
         np.testing.assert_array_equal(clipped.pg_advantages, unclipped.pg_advantages)
 
 
-def test_off_policy_the_thresholds_do_matter():
+def test_off_policy_thresholds_have_an_effect():
     arrays = _random_weights((9, 3), seed=3)
     plain = vtrace.from_importance_weights(**arrays)
     assert not np.allclose(plain.vs, vtrace.from_importance_weights(**arrays, lambda_=0.5).vs)
@@ -232,7 +232,7 @@ def test_off_policy_the_thresholds_do_matter():
     assert not np.allclose(plain.pg_advantages, other.pg_advantages)
 
 
-def test_zero_discount_cuts_everything_behind_it():
+def test_zero_discount_cuts_off_later_steps():
     arrays = _random_weights((8, 2), seed=4, discount=0.9)
     arrays['discounts'][3] = 0.0
     changed = {name: array.copy() for name, array in arrays.items()}
@@ -246,8 +246,8 @@ def test_zero_discount_cuts_everything_behind_it():
     assert np.all(np.abs(before.vs[4:] - after.vs[4:]) > 1e-3)
 
 
-def test_overflow_of_the_last_unclipped_c_stays_out_of_the_sum():
-    # c of the last step belongs to what lies behind the unroll: nothing is multiplied with it.
+def test_overflow_of_the_last_unclipped_c_has_no_effect():
+    # The last step's c would weigh what follows the unroll, so nothing is multiplied by it.
     arrays = _random_weights((5, 1), seed=5)
     arrays['log_rhos'][:] = 0.0
     arrays['log_rhos'][-1] = 1000.0
@@ -257,7 +257,7 @@ def test_overflow_of_the_last_unclipped_c_stays_out_of_the_sum():
 
 @pytest.mark.parametrize('mode', _MODES)
 def test_bfloat16_is_computed_in_float32(mode):
-    # 1 + 2^-9 needs 10 bits of mantissa: it cannot be held in bfloat16, sums of its parts can.
+    # 1 + 2^-9 needs 10 bits of mantissa, too many for bfloat16; its summands do not.
     arrays = {
         'log_rhos': np.zeros((2, 1)),
         'discounts': np.ones((2, 1)),
@@ -271,7 +271,7 @@ def test_bfloat16_is_computed_in_float32(mode):
     np.testing.assert_array_equal(returns.vs, np.float32([[1 + 2.0**-9], [2.0**-9]]))
 
 
-def test_from_logits_takes_bfloat16():
+def test_from_logits_accepts_bfloat16():
     case = _known_case()
     bfloat16 = {
         k: v if k == 'actions' else v.astype(tf.bfloat16.as_numpy_dtype) for k, v in case.items()

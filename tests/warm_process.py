@@ -1,8 +1,8 @@
-"""Runs programs in processes that have imported TensorFlow, which costs seconds of a processor.
+"""Runs programs in processes that have already imported TensorFlow, which saves seconds.
 
-They are forked from one that has imported it and this project, and TensorFlow starts its
-threads and devices only when it is used. What is not as after `python PROGRAM`: nothing is imported
-for the first time, and functions registered with atexit are not called.
+They are forks of a process that has imported TensorFlow and this project. That is safe because
+TensorFlow starts its threads and devices on first use. Unlike with `python PROGRAM`, nothing is
+imported for the first time, and functions registered with atexit are not called.
 """
 
 import functools
@@ -21,24 +21,24 @@ TESTS = pathlib.Path(__file__).resolve().parent
 
 
 class WarmProcess:
-    """A program, as far as tests need `subprocess.Popen` for it; in a session of its own.
+    """A program in its own session, with the parts of `subprocess.Popen` that tests need.
 
-    When this process exits it is ended, if it has not been.
+    It is killed when this process exits.
 
     Attributes:
-      pid: the process's number.
+      pid: process id.
     """
 
     def __init__(self, program, flags, environment, folder, outputs, file_bytes=None):
-        """Starts it.
+        """Starts the program.
 
         Args:
           program: path of a Python program.
-          flags: what follows it on the command line.
-          environment: all variables, by name; of PYTHONPATH modules are found as usual.
-          folder: it begins in.
+          flags: its command-line arguments.
+          environment: all its environment variables; PYTHONPATH works as usual.
+          folder: its working directory.
           outputs: paths of stdout and stderr.
-          file_bytes: that a file of it may have, at most.
+          file_bytes: maximum size of a file that it writes.
         """
         for path in outputs:
             pathlib.Path(path).touch()
@@ -58,15 +58,15 @@ class WarmProcess:
         self.pid = self._process.pid
 
     def poll(self):
-        """Returns the exit code, or None as long as there is none."""
+        """Returns the exit code, or None while the program runs."""
         return self._process.exitcode
 
     def kill(self):
-        """Ends it, if it has not ended."""
+        """Kills the program if it still runs."""
         self._process.kill()
 
     def wait(self, timeout=None):
-        """Waits for the end; returns the exit code, minus the signal's number if one ended it."""
+        """Waits for the end; returns the exit code, or minus the signal that ended the program."""
         self._process.join(timeout)
         code = self.poll()
         if code is None:
@@ -76,17 +76,17 @@ class WarmProcess:
 
 @functools.cache
 def context():
-    """Returns multiprocessing's context of processes that are forked from such a one."""
+    """Returns a multiprocessing context whose processes have imported TensorFlow."""
     found = multiprocessing.get_context('forkserver')
     found.set_forkserver_preload(['warm_tensorflow'])
-    # That process does not look where this one finds its modules.
+    # The fork server does not inherit this process's sys.path.
     with unittest.mock.patch.dict(os.environ, PYTHONPATH=f'{TESTS}{os.pathsep}{TESTS.parent}'):
         multiprocessing.forkserver.ensure_running()
     return found
 
 
 def _run(program, flags, environment, folder, outputs, file_bytes):
-    # A server that could not import it would say nothing, and tests would take minutes longer.
+    # A failed preload is silent and would slow the tests down by minutes.
     assert 'warm_tensorflow' in sys.modules
     os.setsid()
     os.chdir(folder)

@@ -1,6 +1,6 @@
-"""Imports TensorFlow as experiment.py does, and what it imports after it; see `warm_process`.
+"""Imports what experiment.py imports, TensorFlow first; see `warm_process`.
 
-The packages of environments are left out: `python -m impala.acting.actor` imports them.
+Packages of environments are left out, because `python -m impala.acting.actor` imports them.
 """
 
 import gc
@@ -17,5 +17,5 @@ import impala.cluster.replay_job
 import impala.evaluation.test_mode
 import impala.training  # noqa: F401
 
-# Else each forked process looks for garbage among these objects, and copies their memory to do so.
+# Otherwise garbage collection in each fork would visit these objects and copy their memory.
 gc.freeze()
