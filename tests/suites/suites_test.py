@@ -1,4 +1,5 @@
 import csv
+import math
 import os
 import re
 
@@ -120,4 +121,4 @@ def test_the_tables_are_complete():
             rows = list(csv.DictReader(file))
         assert len({row['level'] for row in rows}) == len(rows)
         for row in rows:
-            assert all(float(row[column]) is not None for column in list(row)[2:])
+            assert all(math.isfinite(float(row[column])) for column in list(row)[2:])

@@ -2,7 +2,6 @@ import concurrent.futures
 import functools
 import itertools
 import json
-import pathlib
 import signal
 import threading
 import time
@@ -10,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from chosen_runs import num_devices, run_of, train, train_on_devices
 from command_line import PATIENCE_SECONDS, WarmRun
 from ports import free_ports
 from warm_process import context
@@ -19,7 +19,6 @@ from impala import config as run_config
 from impala import training
 from impala.acting.actor_processes import ActorError
 from impala.errors import LevelError
-from impala.learning import devices as learner_devices
 from impala.networks.agent import AgentConfig
 from impala.runs import checkpoint, run_summary, stop_signal
 from impala.runs import files as run_files
@@ -281,26 +280,10 @@ def _pairs(choice):
     return set(itertools.combinations(choice.items(), 2))
 
 
-def _num_devices(choice):
-    return max(1, len(choice['learner_devices']))
-
-
-def _run(logdir, choice):
-    use_lstm = str(choice['use_lstm']).lower()
-    return config(
-        logdir,
-        **choice | {'use_lstm': use_lstm},
-        # Odd frames with instructions, or vectors.
-        level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
-        batch_size=2 * _num_devices(choice),
-        total_environment_frames=200 * _num_devices(choice),
-    )
-
-
 def _refusal(choice):
     """Returns why a choice is refused, or None if it is accepted."""
     try:
-        _run('nowhere', choice)
+        run_of('nowhere', choice)
     except run_config.ConfigError as error:
         return str(error)
     return None
@@ -387,28 +370,14 @@ def shard(tmp_path_factory):
         assert run.wait() == 0, run.stderr
 
 
-def _train(folder, number, shard):
-    """Trains with one of the choices in its own folder; returns the last checkpoint."""
-    choice = _pairwise()[number]
-    run = _run(folder / str(number), choice)
-    if run.cluster.replay_addresses:
-        run = run.replace(replay_addresses=(shard,))
-    return training.train(run)
-
-
-def train_on_devices(folder, number, shard):
-    """Like `_train`, for a process of its own, as each can have only one strategy."""
-    learner_devices.prepare(CHOICES['learner_devices'][1], are_shared_with_others=False)
-    _train(pathlib.Path(folder), number, shard)
-
-
 @pytest.fixture(scope='module')
 def folder_of_devices(tmp_path_factory, shard):
     """Holds the runs on several devices, by number."""
     folder = tmp_path_factory.mktemp('devices')
 
-    def train(number):
-        process = context().Process(target=train_on_devices, args=(str(folder), number, shard))
+    def train_in_process(number):
+        logdir, choice = folder / str(number), _pairwise()[number]
+        process = context().Process(target=train_on_devices, args=(logdir, choice, shard))
         process.start()
         process.join(PATIENCE_SECONDS)
         process.kill()
@@ -421,7 +390,7 @@ def folder_of_devices(tmp_path_factory, shard):
     for number in on_devices:
         turns[bool(_pairwise()[number]['replay_addresses'])].append(number)
     with concurrent.futures.ThreadPoolExecutor() as executor:
-        list(executor.map(lambda numbers: [train(number) for number in numbers], turns))
+        list(executor.map(lambda numbers: [train_in_process(number) for number in numbers], turns))
     return folder
 
 
@@ -432,7 +401,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
         logdir = request.getfixturevalue('folder_of_devices') / str(number)
     else:
         logdir = tmp_path / str(number)
-        assert _train(tmp_path, number, shard) == str(logdir / 'checkpoints' / 'ckpt-1')
+        assert train(logdir, choice, shard) == str(logdir / 'checkpoints' / 'ckpt-1')
     assert (logdir / 'checkpoints' / 'ckpt-1.index').exists()
     lines = [json.loads(line) for line in (logdir / 'metrics.jsonl').read_text().splitlines()]
     # Each line is of one update, on a new or a reused batch.
@@ -442,7 +411,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
         lags = {name for name in line if 'policy_lag' in name}
         assert all(name.startswith('reused_') == (line in reused) for name in lags)
     new = [line for line in lines if line not in reused]
-    frames, batch_frames = 200 * _num_devices(choice), 20 * _num_devices(choice)
+    frames, batch_frames = 200 * num_devices(choice), 20 * num_devices(choice)
     if choice['replay_fraction']:
         fractions = [line['replayed_fraction'] for line in new]
         # Less while there was nothing to replay yet, for one of two devices or for both.

@@ -1,0 +1,35 @@
+"""Short runs with a choice of settings, for processes that must not import a whole test module."""
+
+from configs import config
+from impala import training
+from impala.learning import devices as learner_devices
+
+
+def num_devices(choice):
+    return max(1, len(choice['learner_devices']))
+
+
+def run_of(logdir, choice):
+    use_lstm = str(choice['use_lstm']).lower()
+    return config(
+        logdir,
+        **choice | {'use_lstm': use_lstm},
+        # Odd frames with instructions, or vectors.
+        level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
+        batch_size=2 * num_devices(choice),
+        total_environment_frames=200 * num_devices(choice),
+    )
+
+
+def train(logdir, choice, shard):
+    """Trains with one of the choices; returns the last checkpoint."""
+    run = run_of(logdir, choice)
+    if run.cluster.replay_addresses:
+        run = run.replace(replay_addresses=(shard,))
+    return training.train(run)
+
+
+def train_on_devices(logdir, choice, shard):
+    """Does what `train` does, in a separate process, since a process can have one strategy."""
+    learner_devices.prepare(choice['learner_devices'], are_shared_with_others=False)
+    train(logdir, choice, shard)
