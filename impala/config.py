@@ -18,7 +18,7 @@ import math
 import os
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 # Whether a setting may change when a run resumes:
@@ -152,10 +152,20 @@ class _Checked:
         Args:
           *agreements: `'jobs'`, `'learners'` or both; see `Agreement`.
         """
+        return self._values(lambda described: described.agreement in agreements)
+
+    def fixed(self) -> dict[str, Any]:
+        """Returns name -> value of the settings that a run keeps when it resumes.
+
+        The values are JSON-serializable.
+        """
+        return self._values(lambda described: described.on_resume == 'fixed')
+
+    def _values(self, is_chosen: Callable[[Setting], bool]) -> dict[str, Any]:
         found = {}
         for _, section in _sections(self):
             for name, (_, _, described) in _own_settings(type(section)).items():
-                if described.agreement in agreements:
+                if is_chosen(described):
                     value = getattr(section, name)
                     found[name] = list(value) if isinstance(value, tuple) else value
         return found

@@ -432,12 +432,10 @@ def _agreed(
             f'(protocol {settings.get("protocol")}, here {remote_actors.PROTOCOL}): '
             'install the same one.'
         )
-    of_the_learner = settings['network'] | {
-        'unroll_length': settings['unroll_length'],
-        'popart': bool(popart_levels(settings['network'])),
-    }
-    environment = settings['environment']
-    of_the_learner |= environment | {'num_action_repeats': settings['num_action_repeats']}
+    # What the learner has chosen replaces the flags that may leave it open.
+    of_the_learner = settings['agreed'] | settings['network']
+    of_the_learner['popart'] = bool(popart_levels(settings['network']))
+    of_the_learner['num_action_repeats'] = settings['num_action_repeats']
     own = config.agreed('jobs') | {'use_lstm': config.network.use_lstm == 'true'}
     for flag in own.keys() & of_the_learner.keys() & {*given}:
         value = own[flag]
@@ -461,14 +459,9 @@ def _agreed(
     num_actors = config.cluster.envs_per_actor
     first = config.cluster.task * num_actors
     levels = [names[(first + i) % len(names)] for i in range(num_actors)]
-    agreed = dataclasses.replace(
-        config.replace(num_actors=num_actors),
-        environment=with_common_actions(
-            dataclasses.replace(config.environment, **environment), known
-        ),
-        learner=dataclasses.replace(config.learner, unroll_length=settings['unroll_length']),
-    )
-    return agreed, levels
+    config = config.replace(**settings['agreed'], num_actors=num_actors)
+    environment = with_common_actions(config.environment, known)
+    return dataclasses.replace(config, environment=environment), levels
 
 
 def _check_network(ours: dict[str, Any], learners: dict[str, Any], address: str) -> None:

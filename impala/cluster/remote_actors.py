@@ -25,7 +25,7 @@ from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 4
+PROTOCOL = 5
 
 WATCH_SECONDS = 5.0
 # An actor that has been silent for this many seconds does not count as connected.
@@ -223,17 +223,21 @@ def job_settings(
 ) -> dict[str, Any]:
     """Returns the JSON-serializable settings on which actor jobs must agree with the learner.
 
+    Every setting with `agreement='jobs'` is among them, as `agreed`. The names of the levels stand
+    for `level_name`, which may be a file of this machine.
+
     Args:
       config: settings of the run.
       level_names: levels of the run, in the order of their ids.
       network: see `run_settings.network_settings`.
       num_action_repeats: of the levels, whether a flag sets it or not.
     """
+    agreed = config.agreed('jobs')
+    del agreed['level_name']
     return {
         'protocol': PROTOCOL,
-        'network': network,
-        'unroll_length': config.learner.unroll_length,
+        'agreed': agreed,
         'level_names': list(level_names),
-        'environment': config.environment.agreed('jobs'),
+        'network': network,
         'num_action_repeats': num_action_repeats,
     }

@@ -242,8 +242,7 @@ class _Tester:
             trained_levels = popart_levels(stored) or network.popart_levels
             network = dataclasses.replace(network, popart_levels=trained_levels)
         if newest_checkpoint(logdir) is not None:
-            settings = checkpoint_settings(self._config.learner, network, self._spec)
-            check_same_network(logdir, settings)
+            check_same_network(logdir, checkpoint_settings(self._config, network, self._spec))
         return network
 
     @property

@@ -9,13 +9,28 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from impala.config import ConfigError, LearnerConfig
+from impala.config import Config, ConfigError
 from impala.networks.agent import AgentConfig
 from impala.runs.files import NETWORK_FILE, LogdirError, checkpoint_paths, write_atomically
 from impala.trajectory import EnvironmentSpec
 
 # Key of the settings that `check_same_run` compares.
 _COUNTED_BY = 'counted_by'
+# Fixed settings that are not compared by their own values. `network_settings` and `counted_by` have
+# what follows from them together with the level.
+_RESOLVED = frozenset(
+    {
+        'width',
+        'height',
+        'num_action_repeats',
+        'full_action_set',
+        'frame_stack',
+        'torso',
+        'latent_size',
+        'use_lstm',
+        'popart',
+    }
+)
 # Settings that are not set by the flag of the same name.
 _FLAGS = {
     'num_actions': '--level_name or --full_action_set (number of actions)',
@@ -48,13 +63,20 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
 
 
 def checkpoint_settings(
-    config: LearnerConfig, network: AgentConfig, spec: EnvironmentSpec
+    config: Config, network: AgentConfig, spec: EnvironmentSpec
 ) -> dict[str, Any]:
-    """Returns the settings that determine the variables of a checkpoint; JSON-serializable."""
-    return network_settings(network, spec) | {
-        'optimizer': config.optimizer.optimizer,
-        'has_target_network': bool(config.loss.target_update_steps),
-    }
+    """Returns the settings that determine the variables of a checkpoint; JSON-serializable.
+
+    Every setting with `on_resume='fixed'` is among them, unless it is one of `_RESOLVED`.
+
+    Args:
+      config: of the run.
+      network: shape of its network.
+      spec: of its environments.
+    """
+    unresolved = {name: value for name, value in config.fixed().items() if name not in _RESOLVED}
+    has_target_network = bool(config.learner.loss.target_update_steps)
+    return network_settings(network, spec) | unresolved | {'has_target_network': has_target_network}
 
 
 def counted_by(level_names: Sequence[str], spec: EnvironmentSpec) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Checkpoints(Hook):
                 config.run.logdir, learner, config.run.save_checkpoint_secs
             )
             self._checkpointer.restore()
-            settings = checkpoint_settings(config.learner, run.network, run.spec)
+            settings = checkpoint_settings(config, run.network, run.spec)
             store_settings(config.run.logdir, settings, counted_by(run.suite.level_names, run.spec))
         self._restored_updates, _ = learner.counts()
 

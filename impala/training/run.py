@@ -98,7 +98,7 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
         network = choose_network(config, suite.level_names, spec)
         if config.cluster.is_first:
             logdir, counting = config.run.logdir, counted_by(suite.level_names, spec)
-            check_same_network(logdir, checkpoint_settings(config.learner, network, spec))
+            check_same_network(logdir, checkpoint_settings(config, network, spec))
             check_same_run(logdir, counting, config.run.allow_level_change)
         needs = memory_needs.of_learner(config, spec, network)
         if not cluster.is_distributed:

@@ -10,14 +10,17 @@ import pytest
 import remote_peer
 import tensorflow as tf
 from learner_process import Learner
+from other_settings import differing
 
-from configs import config
+from configs import STACK, config
 from impala.cluster import actor_job
 from impala.cluster.actor_job import _agreed, _Learner, _Retry
 from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import job_settings
 from impala.cluster.transport import LearnerServer, Rejected
-from impala.config import ClusterConfig, ConfigError, EnvironmentConfig
+from impala.config import ClusterConfig, Config, ConfigError, EnvironmentConfig, all_settings
+from impala.networks.build import choose_network
+from impala.runs.run_settings import network_settings
 from impala.runs.stop_signal import StopSignal
 
 
@@ -85,6 +88,35 @@ def test_contradicting_flags_are_refused(flag, value):
 
 def test_the_default_action_repeats_of_the_level_may_be_given():
     assert agree({}, num_action_repeats=4).num_action_repeats is None
+
+
+# What an actor job has other values of than its learner, or must not have at all.
+OF_THE_JOB = {'mode', 'job_name', 'task', 'num_actors', 'replay_addresses'}
+
+
+def agree_on_atari(learner, own, given):
+    """The settings of an actor job, after those of its learner; both play one game."""
+    levels = (learner.run.level_name,)
+    network = network_settings(choose_network(learner, levels, STACK), STACK)
+    repeats = learner.environment.num_action_repeats or STACK.num_action_repeats
+    settings = json.loads(json.dumps(job_settings(learner, levels, network, repeats)))
+    return _agreed(own, given, settings)[0]
+
+
+@pytest.mark.parametrize('name', sorted(all_settings().keys() - OF_THE_JOB))
+def test_exactly_the_marked_settings_are_the_learners(name):
+    first, second = differing(name)
+    own = Config.of(**second, job_name='actor', task=0)
+    if all_settings()[name].setting.agreement != 'jobs':
+        assert agree_on_atari(Config.of(**first), own, {name}).value(name) == own.value(name)
+        return
+    with pytest.raises(ConfigError, match=rf'^--{name}=.* the learner at '):
+        agree_on_atari(Config.of(**first), own, {name})
+    # An actor job plays some of the learner's levels, whatever their flag is there.
+    if name != 'level_name':
+        own = Config.of(**first, job_name='actor', task=0)
+        learner = Config.of(**second)
+        assert agree_on_atari(learner, own, ()).value(name) == learner.value(name)
 
 
 def test_an_inference_batch_larger_than_the_job_is_refused(server):

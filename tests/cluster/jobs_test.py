@@ -24,7 +24,7 @@ from impala.cluster import remote_actors
 from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_actors import PROTOCOL
 from impala.cluster.transport import LearnerServer
-from impala.environments import EnvironmentConfig
+from impala.config import Config
 from impala.networks.agent import AgentConfig
 from impala.runs.run_settings import network_settings
 from impala.trajectory import ArraySpec, EnvironmentSpec
@@ -185,12 +185,13 @@ def show(server):
 
     def show(**changes):
         spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
+        agreed = Config.of(unroll_length=20).agreed('jobs')
+        del agreed['level_name']
         settings = {
             'protocol': PROTOCOL,
             'network': network_settings(AgentConfig(torso='mlp', use_lstm=False), spec),
-            'unroll_length': 20,
             'level_names': ['CartPole-v1'],
-            'environment': EnvironmentConfig().agreed('jobs'),
+            'agreed': agreed,
             'num_action_repeats': 1,
         }
         assert changes.keys() <= settings.keys()

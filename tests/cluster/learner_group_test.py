@@ -1,14 +1,20 @@
 """Tests of impala/cluster/learner_group.py within one process, without strategies."""
 
 import concurrent.futures
+import dataclasses
+import json
 import socket
 
 import numpy as np
 import pytest
+from other_settings import differing
 from ports import free_ports
 
-from impala.cluster.learner_group import FollowerLog, LearnerGroup, Member
-from impala.config import GROUP_PORT_OFFSET, ConfigError
+from configs import STACK
+from impala.cluster.learner_group import PROTOCOL, FollowerLog, LearnerGroup, Member
+from impala.config import GROUP_PORT_OFFSET, Config, ConfigError, all_settings
+from impala.networks.build import choose_network
+from impala.training.run import shared_settings
 from impala.trajectory import EpisodeEnd
 
 PATIENCE_SECONDS = 60
@@ -135,3 +141,23 @@ def test_all_learners_have_the_run_id_of_the_first(addresses, threads):
 
     waiting = [threads.submit(member, task, run_id) for task, run_id in enumerate(['x', '', ''])]
     assert [each.result(PATIENCE_SECONDS) for each in waiting] == ['x', 'x', 'x']
+
+
+@pytest.mark.parametrize('name', all_settings())
+def test_learners_agree_on_exactly_the_marked_settings(name):
+    def settings(values):
+        config = Config.of(**values)
+        repeats = config.environment.num_action_repeats or STACK.num_action_repeats
+        spec = dataclasses.replace(STACK, num_action_repeats=repeats)
+        network = choose_network(config, (config.run.level_name,), spec)
+        return json.loads(json.dumps(shared_settings(config, spec, network)))
+
+    first, second = map(settings, differing(name))
+    learner = group(('localhost:1', 'localhost:2'), 0, first)
+    hello = {'protocol': PROTOCOL, 'settings': second}
+    refusal = learner._refusal(1, hello)
+    if all_settings()[name].setting.agreement == 'none':
+        assert refusal is None
+    else:
+        assert refusal.startswith(f'--{name} is ')
+        assert learner._refusal(1, hello | {'settings': first}) is None

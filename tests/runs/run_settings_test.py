@@ -1,10 +1,14 @@
 import dataclasses
+import functools
 import json
 import os
 
 import pytest
+from other_settings import differing
 
 from configs import IMAGE, STACK, VECTOR, config
+from impala.config import Config, all_settings
+from impala.environments import create_environment
 from impala.networks import build
 from impala.runs import files as run_files
 from impala.runs import run_settings
@@ -178,3 +182,48 @@ def test_settings_are_stored_and_compared(tmp_path):
             file.write(damage)
         with pytest.raises(run_files.LogdirError, match=f'network.json is damaged .*{what}'):
             run_settings.check_same_network(logdir, settings)
+
+
+@functools.cache
+def spec_of(level_name, environment_config):
+    environment = create_environment(level_name, 1, environment_config)
+    environment.close()
+    return environment.spec
+
+
+# Not fixed, but some changes are refused: to levels that are not allowed, and between a run with
+# and a run without a target network.
+REFUSED_AT_TIMES = {'level_name', 'target_update_steps'}
+
+
+@pytest.mark.parametrize('name', all_settings())
+def test_exactly_the_fixed_settings_are_refused_when_a_run_resumes(tmp_path, name):
+    logdir = str(tmp_path)
+
+    def settings(values):
+        config = Config.of(**values)
+        levels = (config.run.level_name,)
+        spec = spec_of(*levels, config.environment)
+        network = build.choose_network(config, levels, spec)
+        return (
+            run_settings.checkpoint_settings(config, network, spec),
+            run_settings.counted_by(levels, spec),
+        )
+
+    first, second = map(settings, differing(name))
+    run_settings.store_settings(logdir, *first)
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+
+    def resume(of_network, of_counters):
+        run_settings.check_same_network(logdir, of_network)
+        run_settings.check_same_run(logdir, of_counters, False)
+
+    resume(*first)
+    if all_settings()[name].setting.on_resume == 'fixed' or name in REFUSED_AT_TIMES:
+        sentence = rf'--{name}\b.* was .* and is now '
+        with pytest.raises(run_files.LogdirError, match=sentence) as error:
+            resume(*second)
+        assert '\n' not in str(error.value)
+    else:
+        resume(*second)
