@@ -31,6 +31,8 @@ OnResume = Literal['fixed', 'reported', 'schedule', 'free', 'not_stored']
 # Which jobs must have the same value: none, all learners, or all learners and actor jobs.
 Agreement = Literal['none', 'learners', 'jobs']
 
+# The torsos of `impala/networks/torsos.py`.
+TORSOS = ('shallow', 'deep', 'nature', 'mlp', 'autoencoder')
 
 # Added to the port in a learner's address when there are several learners, for the exchange of
 # gradients and of messages.
@@ -423,7 +425,7 @@ class NetworkConfig(_Checked):
     torso: str = setting(
         'auto',
         'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise.',
-        choices=('auto', 'shallow', 'deep', 'nature', 'mlp', 'autoencoder'),
+        choices=('auto', *TORSOS),
         on_resume='fixed',
         agreement='jobs',
     )

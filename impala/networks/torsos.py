@@ -19,10 +19,10 @@ import numpy as np
 import sonnet as snt
 import tensorflow as tf
 
+from impala.config import TORSOS, NetworkConfig
 from impala.trajectory import ArraySpec
 
-TORSOS = ('deep', 'shallow', 'nature', 'mlp', 'autoencoder')
-LATENT_SIZE = 64
+LATENT_SIZE = NetworkConfig.latent_size
 
 # Channels, kernel and stride of the encoder's convolutions; the decoder mirrors them.
 ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))

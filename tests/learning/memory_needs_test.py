@@ -74,7 +74,7 @@ def test_a_learner_needs_memory_for_batches_weights_and_replay(tmp_path):
     assert 0.9 * 5 * made < weights.nbytes < 5 * made
 
 
-@pytest.mark.parametrize('torso', ['deep', 'shallow', 'nature', 'mlp', 'autoencoder'])
+@pytest.mark.parametrize('torso', run_config.TORSOS)
 @pytest.mark.parametrize('size', [(84, 84), (36, 101)])
 def test_nearly_all_weights_are_in_the_linear_layer(tmp_path, torso, size):
     frame = ArraySpec((*size, 3), 'uint8')

@@ -318,5 +318,5 @@ def test_older_checkpoints_of_shallow_torsos_still_fit(tmp_path):
 
 
 def test_an_unknown_torso_is_refused():
-    with pytest.raises(ValueError, match="Unknown torso 'wide'.*deep, shallow, nature, mlp"):
+    with pytest.raises(ValueError, match="Unknown torso 'wide'.*shallow, deep, nature, mlp"):
         torsos.create_torso('wide', ArraySpec((4,), 'float32'), tf.float32)
