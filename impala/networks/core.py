@@ -5,7 +5,7 @@ split in two: `project` handles the inputs of any number of steps in one matrix 
 `step` or `unroll` add what depends on the state. Letters: T steps, B batch size, H hidden size.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import sonnet as snt
 import tensorflow as tf
@@ -99,16 +99,49 @@ def _unroll(
       cell_0: f32 `[B, H]`.
       w_h: f32 `[H, 4 H]`.
     """
-    steps = tf.shape(projected)[0]
     size = w_h.shape[0]
-    row = tf.TensorShape([None, size])
-    # 0 wherever the second factor is 0, even if the first is NaN or infinite, where a product would
-    # be NaN: what is not finite must not pass from one episode to another.
-    select = tf.math.multiply_no_nan
+    hiddens, cells, gates, hidden_last, cell_last = _forward(projected, keep, hidden_0, cell_0, w_h)
 
-    def forward(t, hidden, cell, hiddens, cells, gates):
+    def gradient(d_hiddens, d_hidden_last, d_cell_last):
+        hiddens_before = _select(tf.concat([hidden_0[tf.newaxis], hiddens[:-1]], 0), keep)
+        cells_before = _select(tf.concat([cell_0[tf.newaxis], cells[:-1]], 0), keep)
+        derivatives = _derivatives(gates, cells, cells_before, keep)
+        d_projected, d_hidden_0, d_cell_0 = _backward(
+            derivatives, keep, w_h, d_hiddens, d_hidden_last, d_cell_last
+        )
+        d_w_h = tf.matmul(
+            tf.reshape(hiddens_before, [-1, size]),
+            tf.reshape(d_projected, [-1, 4 * size]),
+            transpose_a=True,
+        )
+        return d_projected, None, d_hidden_0, d_cell_0, d_w_h
+
+    return (hiddens, hidden_last, cell_last), gradient
+
+
+def _select(value: tf.Tensor, keep: tf.Tensor) -> tf.Tensor:
+    """Returns `value * keep`, or 0 where `keep` is 0, even if the value is NaN or infinite.
+
+    There a product would be NaN: what is not finite must not pass from one episode to another.
+    """
+    return tf.math.multiply_no_nan(value, keep)
+
+
+def _forward(
+    projected: tf.Tensor, keep: tf.Tensor, hidden_0: tf.Tensor, cell_0: tf.Tensor, w_h: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Runs over all steps; the arguments are those of `_unroll`.
+
+    Returns:
+      After each step the hidden state and the cell, f32 `[T, B, H]`, and the gates before their
+      nonlinearities, f32 `[T, B, 4 H]`; hidden state and cell after the last step, f32 `[B, H]`.
+    """
+    steps = tf.shape(projected)[0]
+    row = tf.TensorShape([None, w_h.shape[0]])
+
+    def step(t, hidden, cell, hiddens, cells, gates):
         hidden, cell, gates_t = _step(
-            projected[t], select(hidden, keep[t]), select(cell, keep[t]), w_h
+            projected[t], _select(hidden, keep[t]), _select(cell, keep[t]), w_h
         )
         return (
             t + 1,
@@ -122,58 +155,98 @@ def _unroll(
     arrays = [tf.TensorArray(tf.float32, steps) for _ in range(3)]
     _, hidden_last, cell_last, *arrays = tf.while_loop(
         lambda t, *_: t < steps,
-        forward,
+        step,
         (0, hidden_0, cell_0, *arrays),
         shape_invariants=(tf.TensorShape([]), row, row, *[tf.TensorShape(None)] * 3),
         parallel_iterations=1,
     )
     hiddens, cells, gates = (array.stack() for array in arrays)
+    return hiddens, cells, gates, hidden_last, cell_last
 
-    def gradient(d_hiddens, d_hidden_last, d_cell_last):
-        hiddens_before = select(tf.concat([hidden_0[tf.newaxis], hiddens[:-1]], 0), keep)
-        cells_before = select(tf.concat([cell_0[tf.newaxis], cells[:-1]], 0), keep)
-        i, f, g, o = tf.split(gates, 4, axis=-1)
-        i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
-        tanh_cells = tf.tanh(cells)
-        # Derivatives of the cell by the first three gates and of the hidden state by the last one;
-        # then of the hidden state by its cell, and of the cell by the previous cell.
-        by_gates = tf.concat(
-            [
-                g * i * (1 - i),
-                cells_before * f * (1 - f),
-                i * (1 - g * g),
-                tanh_cells * o * (1 - o),
-            ],
-            -1,
+
+class _Derivatives(NamedTuple):
+    """Derivatives within each step.
+
+    Attributes:
+      by_gates: f32 `[T, B, 4 H]`, of the cell by its three gates, and of the hidden state by the
+        output gate.
+      hidden_by_cell: f32 `[T, B, H]`, of the hidden state by the cell.
+      cell_by_cell: f32 `[T, B, H]`, of the cell by the previous cell.
+    """
+
+    by_gates: tf.Tensor
+    hidden_by_cell: tf.Tensor
+    cell_by_cell: tf.Tensor
+
+
+def _derivatives(
+    gates: tf.Tensor, cells: tf.Tensor, cells_before: tf.Tensor, keep: tf.Tensor
+) -> _Derivatives:
+    """Computes the derivatives of all steps at once.
+
+    Args:
+      gates: f32 `[T, B, 4 H]`, before their nonlinearities.
+      cells: f32 `[T, B, H]`, after each step.
+      cells_before: f32 `[T, B, H]`, before each step.
+      keep: see `_unroll`.
+    """
+    i, f, g, o = tf.split(gates, 4, axis=-1)
+    i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
+    tanh_cells = tf.tanh(cells)
+    by_gates = tf.concat(
+        [
+            g * i * (1 - i),
+            cells_before * f * (1 - f),
+            i * (1 - g * g),
+            tanh_cells * o * (1 - o),
+        ],
+        -1,
+    )
+    return _Derivatives(by_gates, o * (1 - tanh_cells * tanh_cells), _select(f, keep))
+
+
+def _backward(
+    derivatives: _Derivatives,
+    keep: tf.Tensor,
+    w_h: tf.Tensor,
+    d_hiddens: tf.Tensor,
+    d_hidden_last: tf.Tensor,
+    d_cell_last: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Propagates the errors of hidden state and cell from the last step to the first.
+
+    Args:
+      derivatives: from `_derivatives`.
+      keep: see `_unroll`.
+      w_h: see `_unroll`.
+      d_hiddens: f32 `[T, B, H]`, error of each output.
+      d_hidden_last: f32 `[B, H]`, error of the hidden state after the last step.
+      d_cell_last: f32 `[B, H]`, error of the cell after the last step.
+
+    Returns:
+      The errors of the gates, f32 `[T, B, 4 H]`, and of hidden state and cell before the first
+      step, f32 `[B, H]`.
+    """
+    steps = tf.shape(d_hiddens)[0]
+    row = tf.TensorShape([None, w_h.shape[0]])
+    w_h_transposed = tf.transpose(w_h)
+
+    def step(t, d_hidden, d_cell, d_gates):
+        d_hidden += d_hiddens[t]
+        d_cell += d_hidden * derivatives.hidden_by_cell[t]
+        d_gates_t = tf.concat([d_cell, d_cell, d_cell, d_hidden], -1) * derivatives.by_gates[t]
+        return (
+            t - 1,
+            _select(tf.matmul(d_gates_t, w_h_transposed), keep[t]),
+            _select(d_cell, derivatives.cell_by_cell[t]),
+            d_gates.write(t, d_gates_t),
         )
-        hidden_by_cell = o * (1 - tanh_cells * tanh_cells)
-        cell_by_cell = select(f, keep)
-        w_h_transposed = tf.transpose(w_h)
 
-        def backward(t, d_hidden, d_cell, d_gates):
-            d_hidden += d_hiddens[t]
-            d_cell += d_hidden * hidden_by_cell[t]
-            d_gates_t = tf.concat([d_cell, d_cell, d_cell, d_hidden], -1) * by_gates[t]
-            return (
-                t - 1,
-                select(tf.matmul(d_gates_t, w_h_transposed), keep[t]),
-                select(d_cell, cell_by_cell[t]),
-                d_gates.write(t, d_gates_t),
-            )
-
-        _, d_hidden_0, d_cell_0, d_gates = tf.while_loop(
-            lambda t, *_: t >= 0,
-            backward,
-            (steps - 1, d_hidden_last, d_cell_last, tf.TensorArray(tf.float32, steps)),
-            shape_invariants=(tf.TensorShape([]), row, row, tf.TensorShape(None)),
-            parallel_iterations=1,
-        )
-        d_projected = d_gates.stack()
-        d_w_h = tf.matmul(
-            tf.reshape(hiddens_before, [-1, size]),
-            tf.reshape(d_projected, [-1, 4 * size]),
-            transpose_a=True,
-        )
-        return d_projected, None, d_hidden_0, d_cell_0, d_w_h
-
-    return (hiddens, hidden_last, cell_last), gradient
+    _, d_hidden_0, d_cell_0, d_gates = tf.while_loop(
+        lambda t, *_: t >= 0,
+        step,
+        (steps - 1, d_hidden_last, d_cell_last, tf.TensorArray(tf.float32, steps)),
+        shape_invariants=(tf.TensorShape([]), row, row, tf.TensorShape(None)),
+        parallel_iterations=1,
+    )
+    return d_gates.stack(), d_hidden_0, d_cell_0
