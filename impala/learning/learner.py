@@ -250,49 +250,14 @@ class Learner(tf.Module):
     def _step_replica(self, part: _Part, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
         batch, is_replayed = part
         parameters = self._parameters
-        popart, value_stddev = self.agent.popart, None
-        if popart is not None:
-            value_stddev = popart.stddev(batch.level_id)
         schedules = self._schedules()
-        target_outputs = None
-        if self.target_agent is not None:
-            self._update_target()
-            target_outputs, _ = self.target_agent.unroll(
-                batch.agent_outputs.action, batch.env_outputs, batch.agent_state
-            )
+        target_outputs = self._target_outputs(batch)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
-            given, reconstruction_loss = {}, None
-            if self.decoder is not None and self.config.loss.autoencoder_cost:
-                given['features'], reconstruction_loss = self._reconstruct(
-                    batch.env_outputs.observation['frame']
-                )
-            learner_outputs, _ = self.agent.unroll(
-                batch.agent_outputs.action, batch.env_outputs, batch.agent_state, **given
-            )
-            if popart is not None:
-                values = popart.values(learner_outputs.baseline, batch.level_id)
-                learner_outputs = learner_outputs._replace(baseline=values)
-            outputs = (batch.agent_outputs, learner_outputs, batch.env_outputs)
-            entropy_cost = schedules.get('entropy_cost')
-            if self.config.loss.loss == 'appo':
-                total, parts, targets = losses.appo_loss(
-                    *outputs,
-                    self.config.loss,
-                    value_stddev,
-                    entropy_cost,
-                    target_outputs,
-                    self._sum_over_replicas,
-                )
-            else:
-                total, parts, targets = losses.vtrace_loss(
-                    *outputs, self.config.loss, value_stddev, entropy_cost
-                )
-            if reconstruction_loss is not None:
-                parts['autoencoder'] = reconstruction_loss
-                total += self.config.loss.autoencoder_cost * reconstruction_loss
+            total, parts, targets = self._loss(batch, schedules.get('entropy_cost'), target_outputs)
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
+        popart = self.agent.popart
         moments = None if popart is None else popart.moments(targets, batch.level_id)
         if self._strategy is not None:
             total, parts, gradients, moments = _join(total, parts, gradients, moments)
@@ -314,6 +279,43 @@ class Learner(tf.Module):
             **schedules,
             **update,
         }
+
+    def _loss(
+        self,
+        batch: ActorOutput,
+        entropy_cost: tf.Tensor | None,
+        target_outputs: AgentOutput | None,
+    ) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
+        """Returns the loss of a batch, its terms and the V-trace targets, see `losses`."""
+        config, popart, value_stddev = self.config.loss, self.agent.popart, None
+        given, reconstruction_loss = {}, None
+        if self.decoder is not None and config.autoencoder_cost:
+            given['features'], reconstruction_loss = self._reconstruct(
+                batch.env_outputs.observation['frame']
+            )
+        learner_outputs, _ = self.agent.unroll(
+            batch.agent_outputs.action, batch.env_outputs, batch.agent_state, **given
+        )
+        if popart is not None:
+            value_stddev = popart.stddev(batch.level_id)
+            values = popart.values(learner_outputs.baseline, batch.level_id)
+            learner_outputs = learner_outputs._replace(baseline=values)
+        outputs = (batch.agent_outputs, learner_outputs, batch.env_outputs)
+        if config.loss == 'appo':
+            total, parts, targets = losses.appo_loss(
+                *outputs,
+                config,
+                value_stddev,
+                entropy_cost,
+                target_outputs,
+                self._sum_over_replicas,
+            )
+        else:
+            total, parts, targets = losses.vtrace_loss(*outputs, config, value_stddev, entropy_cost)
+        if reconstruction_loss is not None:
+            parts['autoencoder'] = reconstruction_loss
+            total += config.autoencoder_cost * reconstruction_loss
+        return total, parts, targets
 
     def _reconstruct(self, frames: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the features of all frames `[T+1, B, ...]`, and the loss of all but the last."""
@@ -383,6 +385,16 @@ class Learner(tf.Module):
 
         skipped = tf.cond(finite, apply, lambda: tf.constant(True))
         return {'gradient_norm': norm, 'skipped': skipped}
+
+    def _target_outputs(self, batch: ActorOutput) -> AgentOutput | None:
+        """Updates the target network if that is due; returns its outputs, None if there is none."""
+        if self.target_agent is None:
+            return None
+        self._update_target()
+        outputs, _ = self.target_agent.unroll(
+            batch.agent_outputs.action, batch.env_outputs, batch.agent_state
+        )
+        return outputs
 
     def _update_target(self) -> None:
         """Copies the weights to the target network if that is due, as it is at the first update."""

@@ -296,25 +296,16 @@ def appo_loss(
         advantages = normalize(advantages, sum_over_replicas)
 
     if target_outputs is None:
-        action_log_probs = targets.target_action_log_probs
-        old_action_log_probs = targets.behaviour_action_log_probs
+        log_ratios = targets.target_action_log_probs - targets.behaviour_action_log_probs
         old_policy_logits = behaviour_logits
     else:
-        action_log_probs = -tf.nn.sparse_softmax_cross_entropy_with_logits(
-            labels=agent_outputs.action[1:], logits=policy_logits
-        )
-        old_action_log_probs = tf.stop_gradient(
-            tf.maximum(
-                targets.target_action_log_probs,
-                targets.behaviour_action_log_probs - math.log(config.clip_target_rho_threshold),
-            )
+        log_ratios = _log_ratios_to_target(
+            policy_logits, agent_outputs.action[1:], targets, config.clip_target_rho_threshold
         )
         old_policy_logits = target_outputs.policy_logits[:-1]
 
     parts = {
-        'policy_gradient': clipped_surrogate_loss(
-            action_log_probs - old_action_log_probs, advantages, config.clip_epsilon
-        ),
+        'policy_gradient': clipped_surrogate_loss(log_ratios, advantages, config.clip_epsilon),
         'baseline': baseline_loss(errors),
         'entropy': entropy_loss(policy_logits),
         'kl': kl_divergence(old_policy_logits, policy_logits),
@@ -324,6 +315,30 @@ def appo_loss(
     if config.kl_cost:
         total += config.kl_cost * parts['kl']
     return total, parts, targets.vs
+
+
+def _log_ratios_to_target(
+    policy_logits: tf.Tensor,
+    actions: tf.Tensor,
+    targets: vtrace.VTraceFromLogitsReturns,
+    clip_rho_threshold: float,
+) -> tf.Tensor:
+    """Returns the logarithm of `pi / max(pi_target, mu / rho)`, the ratio of IMPACT, f32 `[T, B]`.
+
+    Args:
+      policy_logits: f32 `[T, B, A]`, of pi.
+      actions: i32 `[T, B]`.
+      targets: with the log-probabilities of the actions by pi_target and mu.
+      clip_rho_threshold: rho.
+    """
+    action_log_probs = -tf.nn.sparse_softmax_cross_entropy_with_logits(
+        labels=actions, logits=policy_logits
+    )
+    old_action_log_probs = tf.maximum(
+        targets.target_action_log_probs,
+        targets.behaviour_action_log_probs - math.log(clip_rho_threshold),
+    )
+    return action_log_probs - tf.stop_gradient(old_action_log_probs)
 
 
 def _rewards_and_discounts(
