@@ -24,6 +24,7 @@ from impala.networks.agent import Agent, AgentConfig
 from impala.runs.run_settings import flags_of, network_settings, popart_levels
 from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed
+from impala.trajectory import EnvironmentSpec
 
 _MAX_BACK_OFF_SECONDS = 5.0
 _RESERVING_AGAIN_SECONDS = 0.5
@@ -74,41 +75,22 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
             version = retry.call(control.status).version
         config, level_names = _agreed(config, given, settings)
         num_actors = config.actors.num_actors
-        if config.actors.inference_batch_size > num_actors:
-            raise ConfigError(
-                f'--inference_batch_size={config.actors.inference_batch_size} is more than this '
-                f'job has environments (--envs_per_actor={num_actors}).'
-            )
         # Depends on the version, so that a restarted job does not repeat its episodes.
         seed = derived_seed(config.run.seed, job.task, max(version, 0))
         config = config.replace(seed=seed)
         require_files(config.actors.num_processes, 'envs_per_actor', num_actors)
         actor_host = stack.enter_context(ActorHost(config.environment, config.actors, report))
         spec = actor_host.common_spec(level_names, seed)
-        network = settings['network']
-        agent_config = AgentConfig(
-            torso=network['torso'],
-            use_lstm=network['use_lstm'],
-            popart_levels=popart_levels(network),
-            latent_size=network['latent_size'],
-        )
         # Compare the specs first: building the network may fail on one that does not match.
-        _check_network(network_settings(agent_config, spec), network, address)
-        memory_needs.check(memory_needs.of_actors(config, spec, agent_config, 'envs_per_actor'))
-        agent = Agent(agent_config, spec)
+        network = _network_of_learner(settings['network'], spec, address)
+        memory_needs.check(memory_needs.of_actors(config, spec, network, 'envs_per_actor'))
+        agent = Agent(network, spec)
         tf.random.set_seed(seed)
-        connection = stack.enter_context(
-            LearnerConnection(
-                address,
-                unroll_components(
-                    spec,
-                    agent.state_spec,
-                    config.learner.unroll_length,
-                    len(settings['level_names']),
-                ),
-                [tf.TensorSpec(weight.shape, weight.dtype) for weight in agent.trainable_variables],
-            )
+        components = unroll_components(
+            spec, agent.state_spec, config.learner.unroll_length, len(settings['level_names'])
         )
+        weights = [tf.TensorSpec(each.shape, each.dtype) for each in agent.trainable_variables]
+        connection = stack.enter_context(LearnerConnection(address, components, weights))
         actors = LocalActors(config, level_names, spec, agent, actor_host, report)
         learner = _Learner(connection, actors, retry, job.task, num_actors)
         with _before_play():
@@ -135,10 +117,16 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
                 raise learner.taken_error()
             actors.check()
         actors.check_losses()
-    sentence = _COMPLETE if learner.finished else 'Stopped.'
-    if discarded := actors.discarded_unrolls():
+    return _end_of_job(learner.finished, actors.discarded_unrolls())
+
+
+def _end_of_job(is_complete: bool, num_discarded: int) -> str:
+    """Returns a sentence that says why the job ended, and what it has not sent."""
+    sentence = _COMPLETE if is_complete else 'Stopped.'
+    if num_discarded:
         sentence += (
-            f' Not sent: {discarded:,} unrolls with values of the environment that are not finite.'
+            f' Not sent: {num_discarded:,} unrolls with values of the environment that are not '
+            'finite.'
         )
     return sentence
 
@@ -422,16 +410,38 @@ def _agreed(
 ) -> tuple[Config, list[str]]:
     """Adopts the learner's settings; rejects flags that differ from them.
 
+    Args:
+      config: this job's settings.
+      given: names of the settings that the user gave.
+      settings: the learner's, from `remote_actors.job_settings`.
+
     Returns:
       The settings, and the level of each environment.
+
+    Raises:
+      ConfigError: the learner runs another version, a flag or a level is not one of the learner's,
+        or the inference batch is larger than the number of environments.
     """
-    address = config.cluster.own_address
     if settings.get('protocol') != remote_actors.PROTOCOL:
         raise ConfigError(
-            f'The learner at {address} runs another version of this program '
+            f'The learner at {config.cluster.own_address} runs another version of this program '
             f'(protocol {settings.get("protocol")}, here {remote_actors.PROTOCOL}): '
             'install the same one.'
         )
+    _check_flags(config, given, settings)
+    levels = _levels(config, given, settings['level_names'])
+    if config.actors.inference_batch_size > len(levels):
+        raise ConfigError(
+            f'--inference_batch_size={config.actors.inference_batch_size} is more than this '
+            f'job has environments (--envs_per_actor={len(levels)}).'
+        )
+    config = config.replace(**settings['agreed'], num_actors=len(levels))
+    environment = with_common_actions(config.environment, settings['level_names'])
+    return dataclasses.replace(config, environment=environment), levels
+
+
+def _check_flags(config: Config, given: Collection[str], settings: dict[str, Any]) -> None:
+    """Rejects flags whose values differ from the learner's; see `_agreed`."""
     # What the learner has chosen replaces the flags that may leave it open.
     of_the_learner = settings['agreed'] | settings['network']
     of_the_learner['popart'] = bool(popart_levels(settings['network']))
@@ -442,32 +452,60 @@ def _agreed(
         is_open = config.value(flag) in ('auto', None)
         if not is_open and value != of_the_learner[flag]:
             raise ConfigError(
-                f'--{flag}={value} does not fit the learner at {address}, which has '
-                f'{of_the_learner[flag]}: leave it out.'
+                f'--{flag}={value} does not fit the learner at {config.cluster.own_address}, which '
+                f'has {of_the_learner[flag]}: leave it out.'
             )
-    known = settings['level_names']
-    names = known
+
+
+def _levels(config: Config, given: Collection[str], known: list[str]) -> list[str]:
+    """Returns the level of each environment of this job.
+
+    Args:
+      config: see `_agreed`.
+      given: see `_agreed`.
+      known: levels of the learner, from which `level_name` may choose some.
+
+    Raises:
+      ConfigError: the learner does not have such a level.
+    """
+    names: Sequence[str] = known
     if 'level_name' in given:
         names = suites.load(config.run.level_name).level_names
     for level in names:
         if level not in known:
             raise ConfigError(
                 f'--level_name={level} is none of the levels of the learner at '
-                f'{address}: {", ".join(known)}.'
+                f'{config.cluster.own_address}: {", ".join(known)}.'
             )
     # Assign levels round robin, by job and environment.
-    num_actors = config.cluster.envs_per_actor
-    first = config.cluster.task * num_actors
-    levels = [names[(first + i) % len(names)] for i in range(num_actors)]
-    config = config.replace(**settings['agreed'], num_actors=num_actors)
-    environment = with_common_actions(config.environment, known)
-    return dataclasses.replace(config, environment=environment), levels
+    first = config.cluster.task * config.cluster.envs_per_actor
+    return [names[(first + i) % len(names)] for i in range(config.cluster.envs_per_actor)]
 
 
-def _check_network(ours: dict[str, Any], learners: dict[str, Any], address: str) -> None:
-    for name in learners:
-        if ours.get(name) != learners[name]:
+def _network_of_learner(
+    settings: dict[str, Any], spec: EnvironmentSpec, address: str
+) -> AgentConfig:
+    """Returns the shape of the learner's network, which must suit the environments of this job.
+
+    Args:
+      settings: the learner's `network_settings`.
+      spec: of this job's environments.
+      address: of the learner.
+
+    Raises:
+      ConfigError: with these environments the network would have another shape.
+    """
+    network = AgentConfig(
+        torso=settings['torso'],
+        use_lstm=settings['use_lstm'],
+        popart_levels=popart_levels(settings),
+        latent_size=settings['latent_size'],
+    )
+    own = network_settings(network, spec)
+    for name in settings:
+        if own.get(name) != settings[name]:
             raise ConfigError(
                 f'This job does not fit the learner at {address}: {flags_of(name)} is '
-                f'{ours.get(name)} here and {learners[name]} there.'
+                f'{own.get(name)} here and {settings[name]} there.'
             )
+    return network
