@@ -85,69 +85,97 @@ def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> Non
     """
     # Imported here because Matplotlib is slow to import.
     import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        save(path, _figure(curves, title))
+
+
+def save(path: str, figure: Any) -> None:
+    """Writes a figure as PNG.
+
+    Args:
+      path: of the file; replaced as a whole.
+      figure: of Matplotlib.
+
+    Raises:
+      OSError: the file cannot be written; an earlier file is unchanged.
+    """
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        figure.savefig(temporary, format='png')
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def _figure(curves: Mapping[str, LearningCurve], title: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     drawn = {name: curve.points() for name, curve in curves.items() if curve.num_episodes}
-    palette = matplotlib.colormaps['tab10' if len(drawn) <= 10 else 'turbo']
-    colors = [palette(i if len(drawn) <= 10 else i / (len(drawn) - 1)) for i in range(len(drawn))]
     longest = max((points[-1, 1] for points in drawn.values()), default=0.0)
     seconds, unit = next(
         u for u in ((3600, 'h'), (60, 'min'), (1, 's')) if longest >= 2 * u[0] or u[0] == 1
     )
-
     # About 100 characters of the legend fit side by side.
     columns = max(1, min(4, len(drawn), 100 // (8 + max(map(len, drawn), default=0))))
     height = 2.8 + 0.17 * math.ceil(len(drawn) / columns)
+    figure = Figure(figsize=(7.2, height), dpi=200, layout='constrained')
+    by_steps, by_time = figure.subplots(1, 2, sharey=True)
+    by_steps.set_xlabel('agent steps')
+    by_time.set_xlabel(f'wall time ({unit})')
+    by_steps.set_ylabel('episode return')
     with_dots = len(drawn) <= _MAX_LEVELS_WITH_DOTS
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, height), dpi=200, layout='constrained')
-        by_steps, by_time = figure.subplots(1, 2, sharey=True)
-        lines = []
-        for (name, points), color in zip(drawn.items(), colors, strict=True):
-            for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
-                if with_dots:
-                    axes.plot(
-                        x,
-                        points[:, 2],
-                        linestyle='none',
-                        marker='o',
-                        markersize=2.4,
-                        markeredgewidth=0,
-                        color=color,
-                        alpha=0.25 if len(points) < 2000 else 0.1,
-                    )
-                lines += axes.plot(x, points[:, 3], color=color, linewidth=1.6, label=name)
-        by_steps.set_xlabel('agent steps')
-        by_time.set_xlabel(f'wall time ({unit})')
-        by_steps.set_ylabel('episode return')
+    lines = []
+    for points, color in zip(drawn.values(), _colors(len(drawn)), strict=True):
+        for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
+            if with_dots:
+                _draw_dots(axes, x, points[:, 2], color)
+            lines += axes.plot(x, points[:, 3], color=color, linewidth=1.6)
+    for axes in (by_steps, by_time):
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    by_steps.xaxis.set_major_formatter(EngFormatter(sep=''))
+    if drawn:
+        figure.legend(
+            lines[::2],
+            drawn.keys(),
+            loc='outside lower center',
+            ncols=columns,
+            title=('dots: episodes, ' if with_dots else '')
+            + f'line: mean of the last {WINDOW} episodes',
+            title_fontsize=8,
+            fontsize=8,
+        )
+    else:
+        any_ended = any(curve.num_not_finite for curve in curves.values())
+        text = 'no return is finite' if any_ended else 'no episode has ended'
         for axes in (by_steps, by_time):
-            axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        by_steps.xaxis.set_major_formatter(EngFormatter(sep=''))
-        if drawn:
-            figure.legend(
-                handles=lines[::2],
-                loc='outside lower center',
-                ncols=columns,
-                title=('dots: episodes, ' if with_dots else '')
-                + f'line: mean of the last {WINDOW} episodes',
-                title_fontsize=8,
-                fontsize=8,
-            )
-        else:
-            any_ended = any(curve.num_not_finite for curve in curves.values())
-            text = 'no return is finite' if any_ended else 'no episode has ended'
-            for axes in (by_steps, by_time):
-                axes.set(xticks=[], yticks=[])
-                axes.text(0.5, 0.5, text, ha='center')
-        if title:
-            figure.suptitle(title, fontsize=10)
-        temporary = f'{path}.{os.getpid()}.tmp'
-        try:
-            figure.savefig(temporary, format='png')
-            os.replace(temporary, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            raise
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, text, ha='center')
+    if title:
+        figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _colors(number: int) -> list[Any]:
+    """Returns colours that can be told apart, as far as that many can."""
+    import matplotlib
+
+    palette = matplotlib.colormaps['tab10' if number <= 10 else 'turbo']
+    return [palette(i if number <= 10 else i / (number - 1)) for i in range(number)]
+
+
+def _draw_dots(axes: Any, x: np.ndarray, returns: np.ndarray, color: Any) -> None:
+    axes.plot(
+        x,
+        returns,
+        linestyle='none',
+        marker='o',
+        markersize=2.4,
+        markeredgewidth=0,
+        color=color,
+        alpha=0.25 if len(returns) < 2000 else 0.1,
+    )

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,27 +166,17 @@ def learning_curves(
     size = (6.0, 3.6) if len(levels) <= 1 else (3.3 * columns, 2.3 * rows)
     figure: Any = Figure(figsize=(size[0], size[1] + 0.3), dpi=200, layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    column = list(_OVER).index(over)
-    label, scale = _OVER[over], 1.0
-    if over == 'wall_time' and all(
-        episodes[-1, column] < _SHORT_RUN
-        for runs in kinds.values() for run in runs for episodes in run.episodes.values()
-    ):  # fmt: skip
-        label, scale = 'wall time (min)', 60.0
+    label, scale = _horizontal_axis(kinds, over)
     known_levels = _known_levels(kinds)
     for axes, name in zip(grid, levels, strict=False):
         for color, (kind, runs) in enumerate(kinds.items()):
             played = [run.episodes[name] for run in runs if name in run.episodes]
             curves = [
-                (scale * episodes[:, column], running_mean(episodes[:, 3], window))
+                (scale * episodes[:, _column(over)], running_mean(episodes[:, 3], window))
                 for episodes in played
             ]
-            if not curves:
-                continue
-            x, mean, low, high = spread(curves)
-            axes.plot(x, mean, color=f'C{color}', linewidth=1.5, label=kind)
-            if len(curves) > 1:
-                axes.fill_between(x, low, high, color=f'C{color}', alpha=0.2, linewidth=0)
+            if curves:
+                _draw_spread(axes, curves, f'C{color}', kind)
         _draw_known_scores(axes, known_levels.get(name) or suites.known_level(name))
         axes.set_title(name, fontsize=8)
         if over != 'wall_time':
@@ -199,24 +189,54 @@ def learning_curves(
         axes.set_xlabel(label)
     figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
     if levels:
-        handles: dict[str, Any] = {}
-        for axes in grid[: len(levels)]:
-            drawn = axes.get_legend_handles_labels()
-            drawn_runs = zip(drawn[1], drawn[0], strict=True)
-            handles |= {label: handle for label, handle in drawn_runs if label in kinds}
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc='outside lower center',
-            ncols=min(3, len(handles)),
-            fontsize=8,
-        )
+        _add_legend(figure, grid[: len(levels)], kinds)
         figure.draw_without_rendering()
         for axes in grid[: len(levels)]:
             _name_known_scores(axes)
     else:
         grid[0].text(0.5, 0.5, 'no episode has ended', ha='center', transform=grid[0].transAxes)
     return figure
+
+
+def _column(over: str) -> int:
+    """Returns the column of `Run.episodes` that a horizontal axis shows."""
+    return list(_OVER).index(over)
+
+
+def _horizontal_axis(kinds: Mapping[str, Sequence[Run]], over: str) -> tuple[str, float]:
+    """Returns the label of the horizontal axis, and its units per unit of `Run.episodes`."""
+    if over == 'wall_time' and all(
+        episodes[-1, _column(over)] < _SHORT_RUN
+        for runs in kinds.values() for run in runs for episodes in run.episodes.values()
+    ):  # fmt: skip
+        return 'wall time (min)', 60.0
+    return _OVER[over], 1.0
+
+
+def _draw_spread(
+    axes: Any, curves: Sequence[tuple[np.ndarray, np.ndarray]], color: str, label: str
+) -> None:
+    """Draws the mean of curves, and a band from the lowest to the highest if there are several."""
+    x, mean, low, high = spread(curves)
+    axes.plot(x, mean, color=color, linewidth=1.5, label=label)
+    if len(curves) > 1:
+        axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _add_legend(figure: Any, grid: Iterable[Any], kinds: Collection[str]) -> None:
+    """Names the lines of runs below all axes; known scores are named where they are."""
+    handles: dict[str, Any] = {}
+    for axes in grid:
+        drawn = axes.get_legend_handles_labels()
+        drawn_runs = zip(drawn[1], drawn[0], strict=True)
+        handles |= {label: handle for label, handle in drawn_runs if label in kinds}
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        loc='outside lower center',
+        ncols=min(3, len(handles)),
+        fontsize=8,
+    )
 
 
 def _known_levels(kinds: Mapping[str, Sequence[Run]]) -> dict[str, suites.Level]:

@@ -10,7 +10,7 @@ from typing import Any
 import tabulate
 
 from impala.runs.files import LogdirError, write_atomically
-from impala.runs.learning_curve import STYLE
+from impala.runs.learning_curve import STYLE, save
 from impala.tools import plot
 from impala.tools.sweep.config import SweepConfig
 from impala.tools.sweep.state import Member, State
@@ -96,10 +96,8 @@ def draw(
     path = os.path.join(logdir, PICTURE_FILE)
     with matplotlib.rc_context(STYLE):
         figure = search_figure(state, config, runs) if config.pbt is None else pbt_figure(state)
-        temporary = f'{path}.{os.getpid()}.tmp'
         try:
-            figure.savefig(temporary, format='png')
-            os.replace(temporary, path)
+            save(path, figure)
         except OSError as error:
             raise LogdirError(f'Cannot write {path}: {error.strerror}.') from error
     return path
