@@ -176,7 +176,15 @@ def _measure_job(
     components, fresh = _unrolls(size=number, stack=stack, **setting)
     batch = [np.empty_like(array) for array in fresh]
     replay = RemoteReplay(
-        components, stack, ['a'], secrets.token_hex(16), [address], batch_size, number, 0, print
+        components,
+        stack,
+        level_names=['a'],
+        run_id=secrets.token_hex(16),
+        addresses=[address],
+        batch_size=batch_size,
+        num_replayed=number,
+        seed=0,
+        report=print,
     )
 
     def num_lost() -> float:

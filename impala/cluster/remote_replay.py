@@ -79,6 +79,7 @@ class RemoteReplay:
         self,
         components: Sequence[UnrollArray],
         stack: str | None,
+        *,
         level_names: Sequence[str],
         run_id: str,
         addresses: Sequence[str],

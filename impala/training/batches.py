@@ -55,13 +55,13 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
         shards = RemoteReplay(
             components,
             stack,
-            run.suite.level_names,
-            run.learners.run_id,
-            config.cluster.replay_addresses,
-            settings.batch_size,
-            num_devices * math.ceil(fraction * part_size),
-            seed,
-            report_to_stderr,
+            level_names=run.suite.level_names,
+            run_id=run.learners.run_id,
+            addresses=config.cluster.replay_addresses,
+            batch_size=settings.batch_size,
+            num_replayed=num_devices * math.ceil(fraction * part_size),
+            seed=seed,
+            report=report_to_stderr,
         )
         return ReplayMixer(shards, fraction, part_size)
     capacity = settings.replay.replay_capacity
