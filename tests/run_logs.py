@@ -10,9 +10,11 @@ import resource
 import numpy as np
 
 from impala.runs import run_log
+from impala.suites import Level, Suite
 from impala.trajectory import EpisodeEnd
 
 LEVELS = ['ALE/Pong-v5', 'a "level", with commas']
+SUITE = Suite('', tuple(Level(name, name) for name in LEVELS))
 HEADER = 'wall_seconds,frames,agent_steps,level,episode_return,episode_frames,ended_by'
 
 
@@ -26,9 +28,9 @@ class Clock:
         return self.now
 
 
-def create(logdir, clock, stream=None, **kwargs):
+def create(logdir, clock, stream=None, suite=SUITE, **kwargs):
     return run_log.RunLog(
-        logdir, LEVELS, 4, 4000, clock=clock, stream=stream or io.StringIO(), **kwargs
+        logdir, suite, 4, 4000, clock=clock, stream=stream or io.StringIO(), **kwargs
     )
 
 

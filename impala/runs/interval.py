@@ -23,23 +23,21 @@ class Interval:
       unrolls_discarded: since the last line.
     """
 
-    def __init__(
-        self, level_names: Sequence[str], num_action_repeats: int, suite: Suite | None = None
-    ):
+    def __init__(self, suite: Suite, num_action_repeats: int):
         """Starts empty.
 
         Args:
-          level_names: level names, indexed by level id.
+          suite: the levels, in the order of their ids; lines include its scores if it has a name
+            and reference scores.
           num_action_repeats: frames per agent step.
-          suite: of the levels; lines include its scores if it has a name and reference scores.
         """
-        self._level_names = list(level_names)
+        self._level_names = suite.level_names
         self._num_action_repeats = num_action_repeats
-        self._suite = suite if suite and suite.name and suite.has_scores else None
+        self._suite = suite if suite.name and suite.has_scores else None
         self._suite_returns: dict[str, list[float]] = {}
         self._stage_seconds: dict[str, float] = {}
         self._reported_stage_seconds: dict[str, float] = {}
-        self.level_frames = dict.fromkeys(self._level_names if len(level_names) > 1 else (), 0)
+        self.level_frames = dict.fromkeys(suite.level_names if len(suite.levels) > 1 else (), 0)
         self.begin(0.0, 0, 0)
 
     def begin(self, wall_seconds: float, frames: int, agent_steps: int) -> None:

@@ -77,13 +77,12 @@ class RunLog(Log):
     def __init__(
         self,
         logdir: str,
-        level_names: Sequence[str],
+        suite: Suite,
         num_action_repeats: int,
         total_frames: int,
         log_secs: float = 10.0,
         *,
         begin: Counters = START,
-        suite: Suite | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -91,12 +90,12 @@ class RunLog(Log):
 
         Args:
           logdir: the log directory; created if missing.
-          level_names: level names, indexed by level id.
+          suite: the levels, in the order of their ids; lines include its scores if it has a name
+            and reference scores.
           num_action_repeats: frames per agent step.
           total_frames: frames at which the run ends.
           log_secs: seconds between lines.
           begin: counters of the checkpoint from which the run resumes; later rows are moved away.
-          suite: of the levels; lines include its scores if it has a name and reference scores.
           stream: shows progress, as a bar on a terminal, else in plain lines; None for stderr.
           clock: returns seconds.
 
@@ -104,7 +103,7 @@ class RunLog(Log):
           LogdirError: the directory or files in it cannot be written or read.
         """
         self._logdir = logdir
-        self._level_names = list(level_names)
+        self._level_names = suite.level_names
         self._log_secs = log_secs
         self._clock = clock
         self._curves = {name: learning_curve.LearningCurve() for name in self._level_names}
@@ -113,7 +112,7 @@ class RunLog(Log):
             sys.stderr if stream is None else stream, begin.frames, total_frames, num_action_repeats
         )
         self._frames, self._agent_steps, self._updates, wall_seconds = begin
-        self._interval = Interval(level_names, num_action_repeats, suite)
+        self._interval = Interval(suite, num_action_repeats)
         self._episodes: list[tuple[str, float, int, str]] = []
         self._actors: dict[int, list[Mapping[str, Any]]] = {}
         self._pictures: dict[str, tuple[int, int, bytes]] = {}

@@ -181,12 +181,11 @@ def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]
     updates, agent_steps = learner.counts()
     with RunLog(
         config.run.logdir,
-        run.suite.level_names,
+        run.suite,
         run.spec.num_action_repeats,
         config.run.total_environment_frames,
         config.run.log_secs,
         begin=Counters(run.frames(learner), agent_steps, updates, wall_seconds),
-        suite=run.suite,
     ) as log:
         yield log
 
