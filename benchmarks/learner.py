@@ -131,7 +131,9 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
     def loss(batch, outputs, gradients):
         with tf.GradientTape() as tape:
             tape.watch([outputs.policy_logits, outputs.baseline])
-            total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config)
+            total, parts, _ = vtrace_loss(
+                batch.agent_outputs, outputs, batch.env_outputs, config.loss
+            )
         outputs_gradients = tape.gradient(total, [outputs.policy_logits, outputs.baseline])
         parameters = idle.agent.trainable_variables
         rate = idle._schedules()['learning_rate']
