@@ -325,7 +325,7 @@ def main() -> None:
     board = WeightsBoard('{}')
     weights = deep_network()
     board.publish(weights, 0)
-    # First, while the process holds no memory of batches that have been.
+    # First, while the process holds no memory of earlier batches.
     stages.begin('clients that are connected only')
     connected = (
         measure_connected(address, args.connected_clients, args) if args.connected_clients else []

@@ -1,4 +1,4 @@
-"""What the train step costs over the network's own forward and backward pass.
+"""What the train step costs beyond the network's own forward and backward pass.
 
 For the shallow (84x84x4, T=20, B=32, no LSTM) and the deep network (72x96x3, T=100, B=4, LSTM),
 each with its torso in float32 and bfloat16, these take turns in one process:
@@ -159,7 +159,8 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
 
     deadline = None
     while deadline is None or time.perf_counter() < deadline:
-        # In turns the first, since the caches are cold after another network.
+        # `bare` and `step` take turns at going first: after `loss`, which updates another network,
+        # the caches are cold.
         if len(times) % 2:
             bare_seconds, gradients = timed(bare, batch, weights)
         step_seconds, _ = timed(learner.step, batch)

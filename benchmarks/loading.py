@@ -5,8 +5,8 @@
 Real: the inbox of unrolls, which copies them into batches, `Loading`, and the learner's step of
 the shallow network on the CPU or, where there is one, the GPU. Actors are as fast as possible:
 threads that put one ready-made unroll again and again. `--transfer_ms` is added to the moving of
-every batch by sleeping, which costs the processor nothing, as a transfer by DMA does; the bandwidth
-that this would be is in the table.
+every batch by sleeping, which costs the processor nothing, like a transfer by DMA; the table has
+the bandwidth to which it corresponds.
 
 `--step_ms` makes the learner sleep instead of its step, like one that waits for its accelerator;
 then neither competes with the other for a core.

@@ -1,4 +1,4 @@
-"""Several hosts on one machine: Linux network namespaces, joined by a network that can be bad.
+"""Several hosts on one machine: Linux network namespaces, joined by a slow or lossy network.
 
 A namespace has its own interfaces, routes, ports and firewall; what runs in one reaches another
 over the network alone. Between them is a thread of this process instead of a kernel queue; each

@@ -289,7 +289,7 @@ class EnvironmentConfig(_Checked):
     )
     num_action_repeats: int | None = setting(
         None,
-        'Frames per agent step. Default: 4 for Atari, DeepMind Lab and VizDoom, 1 for others.',
+        'Frames per agent step. Default: 4 for Atari, DeepMind Lab and ViZDoom, 1 for others.',
         unit='frames',
         low=1,
         high=10_000,

@@ -9,4 +9,4 @@ class LevelError(Exception):
 
 
 class TrainingError(Exception):
-    """A run that cannot go on; its text is one sentence for the user."""
+    """A run cannot continue; the text is one sentence for the user."""

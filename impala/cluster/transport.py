@@ -503,13 +503,13 @@ def _probe(address: str, seconds: float = _PROBE_SECONDS) -> None:
     """Checks that a process listens at an address; a session would try until its deadline.
 
     Raises:
-      OSError: none does.
+      OSError: no process listens there.
     """
     host, port = split_address(address)
     try:
         socket.create_connection((host.strip('[]'), port), seconds).close()
     except UnicodeError as error:  # For instance, a part of the name is empty.
-        raise OSError(f"'{host}' is no name of a machine ({error})") from error
+        raise OSError(f"'{host}' is not the name of a machine ({error})") from error
 
 
 def _keep_memory() -> None:

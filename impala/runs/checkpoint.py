@@ -211,8 +211,8 @@ class Checkpointer:
         for leftover in glob.glob(f'{glob.escape(self._folder)}/{CHECKPOINT_PREFIX}-*_temp'):
             shutil.rmtree(leftover, ignore_errors=True)
         if paths:
-            # The manager reads from the state file, which may be lost or damaged, which checkpoints
-            # it may delete: only those newer than the last that it preserves forever.
+            # The manager deletes only checkpoints that the state file lists as newer than the last
+            # one preserved forever. That file may be lost or damaged, so write it anew.
             tf.compat.v1.train.update_checkpoint_state(
                 self._folder,
                 paths[-1],

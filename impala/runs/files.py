@@ -260,9 +260,9 @@ def parse_metrics(line: bytes) -> dict[str, Any]:
     for name, value in row.items():
         if name == 'actors':
             if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
-                raise ValueError('actors are no list of objects')
+                raise ValueError('actors are not a list of objects')
         elif type(value) not in (int, float) or not abs(value) < _LARGEST_NUMBER:
-            raise ValueError(f'{name} is no number')
+            raise ValueError(f'{name} is not a number')
     for name in ('agent_steps', 'frames', 'updates'):
         _count(row.get(name, 0))
     _seconds(row['wall_seconds'])
@@ -317,11 +317,11 @@ def damage_text(path: str, numbers: Sequence[int]) -> str:
 
 def _count(value: Any) -> int:
     if type(value) is not int or not 0 <= value < _LARGEST_NUMBER:
-        raise ValueError(f'{value!r:.40} is no count')
+        raise ValueError(f'{value!r:.40} is not a count')
     return value
 
 
 def _seconds(value: float) -> float:
     if not 0 <= value < _LARGEST_NUMBER:
-        raise ValueError(f'{value!r:.40} are no seconds')
+        raise ValueError(f'{value!r:.40} is not a number of seconds')
     return value

@@ -161,7 +161,7 @@ def _figure(curves: Mapping[str, LearningCurve], title: str) -> Any:
 
 
 def _colors(number: int) -> list[Any]:
-    """Returns colours that can be told apart, as far as that many can."""
+    """Returns colours that differ from each other as much as possible."""
     import matplotlib
 
     palette = matplotlib.colormaps['tab10' if number <= 10 else 'turbo']

@@ -100,10 +100,10 @@ def keep_rows(
 
 
 def _keep_lines(path: str, keep: Callable[[int, bytes], bool]) -> int:
-    """Moves the lines that do not stay to `<stem>.dropped<extension>`; returns how many.
+    """Moves the lines that `keep` rejects to `<stem>.dropped<extension>`; returns how many.
 
     An incomplete last line, of a run that was killed while it wrote the line, is removed. The file
-    is replaced as a whole, and only if a line does not stay.
+    is replaced as a whole, and only if a line leaves it.
 
     Args:
       path: of the file.

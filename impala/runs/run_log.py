@@ -233,9 +233,9 @@ class RunLog(Log):
         self._write_line(wall_seconds)
         if self._all_levels.num_episodes and wall_seconds - self._curve_wall_seconds >= _CURVE_SECS:
             self._draw_curve()
-            # A figure is full of reference cycles. Python collects those when the new objects are
-            # many compared to the old ones, and TensorFlow has nearly a million: dozens of figures,
-            # megabytes each, would pile up until then.
+            # A figure is full of reference cycles. Python collects them only when new objects are
+            # numerous compared with old ones, of which TensorFlow has nearly a million. Before
+            # that, dozens of figures of several megabytes would pile up.
             gc.collect()
         return True
 

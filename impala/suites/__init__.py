@@ -2,7 +2,7 @@
 
 `dmlab30` and `atari57` are the CSV files next to this module. A user's own file has the same
 columns: `level`, `random`, `human` and optionally `test_level` (the level that test mode plays, if
-it is another one). Each further column holds the scores of a published agent of that name.
+it is a different one). Each further column holds the scores of a published agent of that name.
 
 Actor processes may import this module: it never imports TensorFlow.
 """

@@ -32,7 +32,8 @@ _SHORT_RUN = 2.0
 _KNOWN_COLOR = '0.35'
 _KNOWN_FONT_SIZE = 6.5
 _PUBLISHED_STYLE = (0, (8, 2, 1, 2))
-# Published scores further outside the range of all else than this multiple of it are off the scale.
+# A published score is left off the scale if its distance from the range of everything else exceeds
+# this multiple of that range.
 _KNOWN_REACH = 2.0
 # Flags in which runs of one kind may differ.
 _OF_ONE_RUN = ('seed', 'learner_address', 'task')
@@ -100,7 +101,7 @@ def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """Groups runs that differ only in their seeds; returns name -> runs.
 
-    A name is that of the run's folder; that of several runs is what their names begin with.
+    A single run is named after its folder, several runs after the beginning that their names share.
     """
     kinds: dict[Any, list[Run]] = {}
     for run in runs:

@@ -35,8 +35,8 @@ class Adam(Optimizer):
 
         Args:
           parameters: all variables that `apply` will ever be given.
-          beta1: of the running mean of gradients, per update.
-          beta2: of the running mean of squared gradients, per update.
+          beta1: decay of the running mean of gradients, per update.
+          beta2: decay of the running mean of squared gradients, per update.
           epsilon: added to the root.
           name: of the module.
         """

@@ -41,7 +41,7 @@ class RMSProp(Optimizer):
 
         Args:
           parameters: all variables that `apply` will ever be given.
-          decay: of the running mean of squared gradients, per update.
+          decay: decay of the running mean of squared gradients, per update.
           momentum: 0 for none.
           epsilon: added to the mean square, inside the root.
           name: of the module.

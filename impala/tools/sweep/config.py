@@ -1,4 +1,4 @@
-"""The settings of a sweep, read from a JSON file: its members and their hyper-parameters' space.
+"""The settings of a sweep, from a JSON file: its members and the space of their hyperparameters.
 
 The paper's spaces are in Espeholt et al. 2018, Table D.1.
 """
@@ -41,7 +41,7 @@ class SweepConfigError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """The distribution of a hyper-parameter at the start.
+    """The distribution of a hyperparameter at the start.
 
     Attributes:
       kind: `'uniform'` or `'log_uniform'` between two numbers, or `'choice'` among several values.
@@ -70,8 +70,8 @@ class PBTConfig:
       burn_in_frames: frames before which nothing is copied or changed.
       margin: how much fitter another member must be to be copied; in percentage points if fitness
         is human-normalized, else in units of the return.
-      perturb_probability: of changing a hyper-parameter, after each comparison.
-      perturb_factor: by which a hyper-parameter is multiplied or divided.
+      perturb_probability: of changing a hyperparameter, after each comparison.
+      perturb_factor: by which a hyperparameter is multiplied or divided.
     """
 
     round_frames: int
@@ -121,7 +121,7 @@ class SweepConfig:
         return min((index + 1) * self.pbt.round_frames, self.total_frames)
 
     def sample(self, member: int) -> dict[str, Any]:
-        """Returns the hyper-parameters that a member starts with; always the same."""
+        """Returns the hyperparameters that a member starts with; always the same."""
         random = np.random.default_rng([self.seed, 0, member])
         return {name: distribution.sample(random) for name, distribution in self.space.items()}
 
@@ -205,7 +205,7 @@ def _read_space(
         section.flag(name, values)
         space[name] = Distribution(kind, tuple(values))
     if not space:
-        section.fail('', 'name at least one hyper-parameter')
+        section.fail('', 'name at least one hyperparameter')
     return space
 
 
@@ -312,4 +312,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f'{name} is no number')
+    raise ValueError(f'{name} is not a number')

@@ -107,7 +107,7 @@ def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run
     """Returns a figure of a random search.
 
     It shows learning curves, if one level is played; the members by rank; and fitness over each
-    hyper-parameter. Only the fittest member is in colour.
+    hyperparameter. Only the fittest member is in colour.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -150,7 +150,7 @@ def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run
 def pbt_figure(state: State) -> Any:
     """Returns a figure of population based training.
 
-    It shows fitness and each hyper-parameter of all members over frames. A dotted line leads from a
+    It shows fitness and each hyperparameter of all members over frames. A dotted line leads from a
     member that was copied to the copy. The lineage of the fittest member is in colour.
     """
     from matplotlib.ticker import EngFormatter

@@ -18,7 +18,7 @@ class Member:
 
     Attributes:
       name: of its folder.
-      values: its present hyper-parameters.
+      values: its present hyperparameters.
       trained: whether it has finished the present round.
       frames: that it was trained on.
       fitness: after the last round that it finished; None before that, if too few episodes ended in
@@ -76,7 +76,7 @@ class State:
 
 
 def _check_types(state: State) -> None:
-    """Raises TypeError or ValueError if a value is none that a sweep writes."""
+    """Raises TypeError or ValueError if a value is not one that a sweep writes."""
     rows: list[tuple[Any, Any]] = [
         (state.identity, dict),
         (state.round, int),

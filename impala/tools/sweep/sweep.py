@@ -1,4 +1,4 @@
-"""Sweeps: many runs of experiment.py that differ in their hyper-parameters.
+"""Sweeps: many runs of experiment.py that differ in their hyperparameters.
 
     python -m impala.tools.sweep configs/sweep_random.json [--logdir=runs/sweep_random]
 
@@ -77,20 +77,20 @@ def evolve(
     """Exploits and explores (Appendix F).
 
     Each member is compared with another, drawn at random, and copies the other's weights and
-    hyper-parameters if the other is fitter by more than the margin. Then, in any case, each of its
-    hyper-parameters is changed with the configured probability: multiplied or divided by the
+    hyperparameters if the other is fitter by more than the margin. Then, in any case, each of its
+    hyperparameters is changed with the configured probability: multiplied or divided by the
     factor, with equal chances. A failed member has no usable weights, so it always copies another.
 
     Args:
       fitness: of every member; None if unknown, which excludes it from comparisons.
       failed: whether each member failed to train; at least one did not.
-      values: hyper-parameters of every member.
+      values: hyperparameters of every member.
       is_burning_in: whether only failed members change.
       config: of population based training.
       random: source of all decisions.
 
     Returns:
-      For each member the index of the one it copies, None for none, and its new hyper-parameters.
+      For each member the index of the one it copies, None for none, and its new hyperparameters.
     """
     result: list[tuple[int | None, dict[str, Any]]] = []
     for index, own in enumerate(fitness):
@@ -456,7 +456,7 @@ class _Process:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs."""
+        """Its exit code; None while it runs."""
         return self._process.poll()
 
     def said(self) -> str:
@@ -514,7 +514,7 @@ def main(argv: list[str]) -> int:
     """Runs the sweep of the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog='python -m impala.tools.sweep',
-        description='Searches hyper-parameters, or resumes a search that was stopped.',
+        description='Searches hyperparameters, or resumes a search that was stopped.',
     )
     parser.add_argument('config', metavar='SWEEP.json', help='what to search; see configs/')
     parser.add_argument('--logdir', help='folder of the sweep; runs/SWEEP by default')
