@@ -105,8 +105,7 @@ def is_tested(logdir: str) -> bool:
     if not os.path.exists(path):
         return False
     with open(path, encoding='utf-8') as file:
-        # Tests from before there was such a mark were written when they were complete.
-        return not json.load(file).get('partial')
+        return not json.load(file)['partial']
 
 
 @contextlib.contextmanager
