@@ -321,18 +321,23 @@ def test_a_slow_shard_does_not_hold_up_the_learner(tmp_path, addresses):
         wait_until(lambda: len(set(draw(replay) % 2)) == 2)
         # It delivers its part of a batch shortly before the learner would give up, after 1 s.
         line.delay = 0.7
-        waited, num_slow = 0.0, 0
+        waited, num_slow, num_without = 0.0, 0, 0
         for _ in range(60):
             started = time.monotonic()
-            assert replay.reserve(BATCH)
+            has_all = replay.reserve(BATCH)
             waited += time.monotonic() - started
+            if not has_all:
+                num_without += 1
+                continue
             unrolls = batch_of(range(BATCH))
             replay.sample(unrolls)
             num_slow += int((unrolls[1] % 2).sum())
             # The time of an update.
             time.sleep(0.05)
-        # The updates take 3 seconds; waiting for each delivery would take 50 or more.
-        assert waited < 6
+        # The updates take 3 seconds; waiting for each delivery would take 40 or more.
+        assert waited < 20
+        # On a busy machine even the other shard may take longer than the learner waits.
+        assert num_without < 10
         assert replay.metrics()['replay_jobs'] == 2
         # What it delivers is used.
         assert num_slow > 2 * BATCH
