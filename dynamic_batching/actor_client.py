@@ -45,6 +45,8 @@ def _load_library() -> ctypes.CDLL:
         ('num_observations', u32, (handle,)),
         ('observation_bytes', u64, (handle, u32)),
         ('observation', handle, (handle, u32)),
+        ('action_bytes', u64, (handle,)),
+        ('action', handle, (handle,)),
         ('is_idle', ctypes.c_int, (handle,)),
         ('position', ctypes.POINTER(u32), (handle,)),
         ('check_observation', None, (handle, u32)),
@@ -72,17 +74,24 @@ class ActorClient:
     batcher discards the unroll instead of queuing it.
     """
 
-    def __init__(self, fd: int, actor: int, observation: Sequence[ArraySpec]):
+    def __init__(
+        self,
+        fd: int,
+        actor: int,
+        observation: Sequence[ArraySpec],
+        action: ArraySpec | None = None,
+    ):
         """Connects.
 
         Args:
           fd: file descriptor of the batcher's segment; may be closed afterwards.
           actor: index of the actor.
           observation: specs of the observation's arrays, in the batcher's order.
+          action: spec of an action; None for an i32 scalar.
 
         Raises:
           ValueError: the segment belongs to another build of this project, has no such actor, or
-            was made for other observations.
+            was made for other observations or actions.
         """
         library = _load_library()
         self._disconnect = library.actor_client_disconnect
@@ -111,6 +120,7 @@ class ActorClient:
             raise ValueError(
                 f'the batcher was made for observations of {sizes} bytes, not {expected}'
             )
+        self._action = self._action_memory(library, action)
         self._arrays = []
         for i, (shape, dtype) in enumerate(self._specs):
             if dtype == np.float32:
@@ -179,8 +189,8 @@ class ActorClient:
         """Ends this actor: batches then need proportionally fewer rows."""
         self._finish(self._handle)
 
-    def wait(self) -> int:
-        """Sleeps until the last row is answered, and returns its action.
+    def wait(self) -> Any:
+        """Sleeps until the last row is answered, and returns its action: an integer or an array.
 
         Raises:
           ClosedError: the batcher is closed.
@@ -189,7 +199,24 @@ class ActorClient:
         action = self._wait(self._handle)
         if action < 0:
             _raise(action, 'a row is sent before its action is waited for')
-        return action
+        return action if self._action is None else self._action.copy()
+
+    def _action_memory(self, library: ctypes.CDLL, action: ArraySpec | None) -> np.ndarray | None:
+        """Returns the memory to which the batcher writes actions; None for an i32 scalar."""
+        shape, dtype = ((), 'int32') if action is None else (tuple(action.shape), action.dtype)
+        is_scalar = shape == () and dtype == 'int32'
+        expected = 0 if is_scalar else int(np.prod(shape)) * np.dtype(dtype).itemsize
+        size = library.actor_client_action_bytes(self._handle)
+        if size != expected:
+            raise ValueError(
+                f'the batcher was made for actions that are {_kind_of_action(size)}, not '
+                f'{_kind_of_action(expected)}'
+            )
+        if is_scalar:
+            return None
+        address = library.actor_client_action(self._handle)
+        memory = (ctypes.c_uint8 * size).from_address(address)
+        return np.frombuffer(memory, dtype).reshape(shape)
 
     def _send(
         self,
@@ -221,7 +248,7 @@ class ActorClient:
     def __del__(self) -> None:
         handle: Any = getattr(self, '_handle', None)
         if handle:
-            self._arrays = []
+            self._arrays, self._action = [], None
             self._disconnect(handle)
 
 
@@ -229,3 +256,7 @@ def _raise(failure: int, rule: str) -> None:
     if failure == _OUT_OF_ORDER:
         raise RuntimeError(rule)
     raise ClosedError('the batcher is closed')
+
+
+def _kind_of_action(size: int) -> str:
+    return f'arrays of {size} bytes' if size else 'int32 scalars'

@@ -25,7 +25,7 @@ class Requests(NamedTuple):
     Attributes:
       tickets: to be passed back to `set_outputs`: actors i32 `[N]`, epochs i64 `[N]`.
       inputs: list of `[N, ...]`, in the order of the batcher's inputs.
-      last_action: i32 `[N]`, the action that led to the row; 0 before the first action.
+      last_action: `[N, ...]`, the action that led to the row; zeros before the first action.
       states: list of `[N, ...]`, recurrent states from these actors' last `set_outputs`, or zeros.
     """
 
@@ -130,7 +130,7 @@ class UnrollBatcher:
         Args:
           inputs: specs of a row: reward f32, episode return f32, episode step i32, episode frames
             i32, end u8, all scalars, then the observations.
-          outputs: specs of the answer to a row; the first is the action, an i32 scalar.
+          outputs: specs of the answer to a row; the first is the action.
           states: specs of the recurrent state of one actor.
           level_ids: level id of each actor; its length is the number of actors.
           unroll_length: T, agent steps.
@@ -172,6 +172,10 @@ class UnrollBatcher:
         except Exception:
             os.close(self.fd)
             raise
+        self._action = {
+            'action_type': self._outputs['output_types'][0],
+            'action_shape': self._outputs['output_shapes'][0],
+        }
 
     def get_inputs(self) -> Requests:
         """Waits for the next batch of requests.
@@ -181,7 +185,7 @@ class UnrollBatcher:
         """
         with tf.device('/cpu:0'):
             actors, epochs, inputs, last_action, states = _ops.unroll_batcher_get(
-                self._handle, **self._inputs, **self._states
+                self._handle, **self._inputs, **self._action, **self._states
             )
         return Requests((actors, epochs), inputs, last_action, states)
 

@@ -25,6 +25,7 @@ struct Client {
   void* segment;
   SegmentHeader* header;
   ActorBlock* block;
+  uint32_t actor;
   uint32_t float_observations;          // Bit i: observation i consists of float32.
   float non_finite_values[kMaxFields];  // Of the last row, indexed like the bits of `non_finite`.
   double episode_return;
@@ -92,7 +93,7 @@ EXPORT void* actor_client_connect(int fd, uint32_t actor) {
     munmap(segment, status.st_size);
     return nullptr;
   }
-  return new Client{segment, header, GetActorBlock(segment, actor)};
+  return new Client{segment, header, GetActorBlock(segment, actor), actor};
 }
 
 EXPORT void actor_client_disconnect(void* handle) {
@@ -135,6 +136,17 @@ EXPORT void actor_client_check_observation(void* handle, uint32_t index) {
 // such value of observation i.
 EXPORT float actor_client_non_finite_value(void* handle, uint32_t index) {
   return static_cast<Client*>(handle)->non_finite_values[index];
+}
+
+// Returns the bytes of an action; 0 if it is an int32 scalar.
+EXPORT uint64_t actor_client_action_bytes(void* handle) {
+  return static_cast<Client*>(handle)->header->action_bytes;
+}
+
+// Returns the address of this actor's action, if it is not an int32 scalar.
+EXPORT void* actor_client_action(void* handle) {
+  auto* client = static_cast<Client*>(handle);
+  return GetAction(client->segment, client->actor);
 }
 
 // Returns the address of two numbers: the unroll and row of the next observation.
@@ -221,7 +233,8 @@ EXPORT void actor_client_finish(void* handle) {
   FutexWake(&client->header->doorbell);
 }
 
-// Waits for the answer to the last row and returns its action, kClosed or kOutOfOrder.
+// Waits for the answer to the last row and returns its action, kClosed or kOutOfOrder. Returns 0 if
+// the action is not an int32 scalar.
 EXPORT int32_t actor_client_wait(void* handle) {
   auto* client = static_cast<Client*>(handle);
   ActorBlock* block = client->block;

@@ -1,7 +1,7 @@
 // The memory that actor processes share with the batcher: its layout, and how the two sides wake
 // each other. Independent of TensorFlow, because actor processes load it.
 //
-// A segment holds one block per actor and a number of unrolls. An unroll stores `rows` rows of each
+// A segment holds one block and one action per actor, and a number of unrolls. An unroll stores `rows` rows of each
 // input field, field after field, so that a row is contiguous and a whole unroll can be copied into
 // a time-major batch row by row. Outputs and recurrent state stay in the batcher's own memory: an
 // actor process needs nothing but its next action, and cannot damage what it cannot see.
@@ -33,7 +33,7 @@
 namespace dynamic_batching {
 
 // Changes with the layout, so that an actor process of another build rejects the segment.
-constexpr uint64_t kSegmentMagic = 0x494d50414c410005;
+constexpr uint64_t kSegmentMagic = 0x494d50414c410006;
 constexpr int kMaxFields = 17;
 
 // The fixed fields at the start of every row; the observation's fields follow.
@@ -54,7 +54,7 @@ enum RequestState : uint32_t {
   kIdle,       // No row was sent since the segment was made or the actor was reset.
   kRequested,  // A row is written and waits for its action.
   kSleeping,   // As kRequested, and the actor sleeps on `state`.
-  kAnswered,   // `action`, `unroll` and `row` are valid.
+  kAnswered,   // The action, `unroll` and `row` are valid.
   kActing,     // As kAnswered, and the environment executes the action.
 };
 
@@ -66,6 +66,8 @@ struct FieldLayout {
 struct SegmentHeader {
   uint64_t magic;
   uint64_t segment_bytes;
+  uint64_t actions_offset;
+  uint64_t action_bytes;
   uint64_t unrolls_offset;
   uint64_t unroll_bytes;
   uint32_t num_actors;
@@ -83,7 +85,7 @@ struct alignas(128) ActorBlock {
   std::atomic<uint32_t> state;
   uint32_t unroll;
   uint32_t row;
-  int32_t action;
+  int32_t action;  // If it is an int32 scalar; others are at GetAction().
   // Written by the actor, read for the stage timers; a stale value does no harm.
   std::atomic<uint64_t> environment_nanoseconds;
   std::atomic<uint64_t> waiting_nanoseconds;
@@ -106,6 +108,12 @@ inline ActorBlock* GetActorBlock(void* segment, uint32_t actor) {
          actor;
 }
 
+inline char* GetAction(void* segment, uint32_t actor) {
+  const auto* header = static_cast<const SegmentHeader*>(segment);
+  return static_cast<char*>(segment) + header->actions_offset +
+         actor * AlignUp(header->action_bytes);
+}
+
 inline char* GetRow(void* segment, uint32_t unroll, int field, uint32_t row) {
   const auto* header = static_cast<const SegmentHeader*>(segment);
   const FieldLayout& layout = header->fields[field];
@@ -113,8 +121,8 @@ inline char* GetRow(void* segment, uint32_t unroll, int field, uint32_t row) {
          layout.offset + row * layout.row_bytes;
 }
 
-// Computes all offsets and sizes from `num_actors`, `num_unrolls`, `rows`, `num_fields` and the
-// fields' `row_bytes`.
+// Computes all offsets and sizes from `num_actors`, `num_unrolls`, `rows`, `num_fields`,
+// `action_bytes` and the fields' `row_bytes`.
 inline void ComputeLayout(SegmentHeader* header) {
   uint64_t offset = 0;
   for (uint32_t i = 0; i < header->num_fields; ++i) {
@@ -122,8 +130,10 @@ inline void ComputeLayout(SegmentHeader* header) {
     offset = AlignUp(offset + header->fields[i].row_bytes * header->rows);
   }
   header->unroll_bytes = offset;
-  header->unrolls_offset =
+  header->actions_offset =
       AlignUp(AlignUp(sizeof(SegmentHeader)) + header->num_actors * sizeof(ActorBlock));
+  header->unrolls_offset =
+      header->actions_offset + header->num_actors * AlignUp(header->action_bytes);
   header->segment_bytes = header->unrolls_offset + header->num_unrolls * header->unroll_bytes;
 }
 

@@ -70,6 +70,12 @@ absl::Status UnrollBatcher::Create(int fd, UnrollSpec spec, const UnrollBatcherO
   for (int i = 0; i < header.num_fields; ++i) {
     header.fields[i].row_bytes = RowBytes(spec.input_types[i], spec.input_shapes[i]);
   }
+  if (spec.output_types.empty()) {
+    return absl::InvalidArgumentError("the first output must be the action");
+  }
+  const bool is_scalar =
+      spec.output_types[0] == tensorflow::DT_INT32 && spec.output_shapes[0].dims() == 0;
+  header.action_bytes = is_scalar ? 0 : RowBytes(spec.output_types[0], spec.output_shapes[0]);
   ComputeLayout(&header);
   if (ftruncate(fd, header.segment_bytes) != 0) {
     return absl::ResourceExhaustedError(absl::StrCat("cannot make ", header.segment_bytes,
@@ -467,7 +473,11 @@ absl::Status UnrollBatcher::SetOutputs(const Tensor& actor_ids, const Tensor& ep
       ActorBlock* block = GetActorBlock(segment_, id);
       block->unroll = actor.unroll;
       block->row = actor.row;
-      block->action = outputs[0].flat<int32_t>()(i);
+      if (header_->action_bytes == 0) {
+        block->action = outputs[0].flat<int32_t>()(i);
+      } else {
+        memcpy(GetAction(segment_, id), Data(outputs[0]) + i * output_bytes_[0], output_bytes_[0]);
+      }
       if (block->state.exchange(kAnswered) == kSleeping) sleepers.push_back(block);
     }
   }

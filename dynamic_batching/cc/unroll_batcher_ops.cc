@@ -70,10 +70,6 @@ class UnrollBatcherOp : public OpKernel {
                 absl::InvalidArgumentError(absl::StrCat("timeout_ms must be in [0, ",
                                                         kLongestTimeoutMs, "]")));
     options_.timeout_nanoseconds = timeout_ms * 1e6;
-    OP_REQUIRES(context,
-                !spec_.output_types.empty() && spec_.output_types[0] == tensorflow::DT_INT32 &&
-                    spec_.output_shapes[0].dims() == 0,
-                absl::InvalidArgumentError("the first output must be the action, an int32 scalar"));
   }
 
   void Compute(OpKernelContext* context) override {
@@ -219,17 +215,29 @@ class UnrollBatcherActivityOp : public OpKernel {
   }
 };
 
-absl::Status SetShapes(InferenceContext* c, const char* attribute,
-                       const std::vector<tensorflow::shape_inference::DimensionHandle>& leading,
+using Dimensions = std::vector<tensorflow::shape_inference::DimensionHandle>;
+
+absl::Status SetShape(InferenceContext* c, const tensorflow::PartialTensorShape& shape,
+                      const Dimensions& leading, int* output) {
+  ShapeHandle rest, whole;
+  TF_RETURN_IF_ERROR(c->MakeShapeFromPartialTensorShape(shape, &rest));
+  TF_RETURN_IF_ERROR(c->Concatenate(c->MakeShape(leading), rest, &whole));
+  c->set_output((*output)++, whole);
+  return absl::OkStatus();
+}
+
+absl::Status SetShape(InferenceContext* c, const char* attribute, const Dimensions& leading,
+                      int* output) {
+  tensorflow::PartialTensorShape shape;
+  TF_RETURN_IF_ERROR(c->GetAttr(attribute, &shape));
+  return SetShape(c, shape, leading, output);
+}
+
+absl::Status SetShapes(InferenceContext* c, const char* attribute, const Dimensions& leading,
                        int* output) {
   std::vector<tensorflow::PartialTensorShape> shapes;
   TF_RETURN_IF_ERROR(c->GetAttr(attribute, &shapes));
-  for (const auto& shape : shapes) {
-    ShapeHandle rest, whole;
-    TF_RETURN_IF_ERROR(c->MakeShapeFromPartialTensorShape(shape, &rest));
-    TF_RETURN_IF_ERROR(c->Concatenate(c->MakeShape(leading), rest, &whole));
-    c->set_output((*output)++, whole);
-  }
+  for (const auto& shape : shapes) TF_RETURN_IF_ERROR(SetShape(c, shape, leading, output));
   return absl::OkStatus();
 }
 
@@ -257,10 +265,12 @@ REGISTER_OP("UnrollBatcherGet")
     .Output("actors: int32")
     .Output("epochs: int64")
     .Output("inputs: input_types")
-    .Output("last_action: int32")
+    .Output("last_action: action_type")
     .Output("states: state_types")
     .Attr("input_types: list(type)")
     .Attr("input_shapes: list(shape)")
+    .Attr("action_type: type")
+    .Attr("action_shape: shape")
     .Attr("state_types: list(type) >= 0")
     .Attr("state_shapes: list(shape) >= 0")
     .SetIsStateful()
@@ -270,7 +280,7 @@ REGISTER_OP("UnrollBatcherGet")
       c->set_output(output++, c->Vector(batch));
       c->set_output(output++, c->Vector(batch));
       TF_RETURN_IF_ERROR(SetShapes(c, "input_shapes", {batch}, &output));
-      c->set_output(output++, c->Vector(batch));
+      TF_RETURN_IF_ERROR(SetShape(c, "action_shape", {batch}, &output));
       return SetShapes(c, "state_shapes", {batch}, &output);
     });
 

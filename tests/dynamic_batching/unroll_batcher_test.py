@@ -289,12 +289,20 @@ def random_array(rng, spec):
     return rng.integers(info.min, info.max, spec.shape, spec.dtype, endpoint=True)
 
 
-@pytest.mark.parametrize('in_graph', [False, True])
-def test_unrolls_hold_what_was_sent_and_answered(in_graph):
+@pytest.mark.parametrize(
+    ('in_graph', 'action_spec'),
+    [
+        (False, ACTION),
+        (True, ACTION),
+        (False, ArraySpec((3,), 'int32')),
+        (True, ArraySpec((40,), 'float32')),
+    ],
+)
+def test_unrolls_hold_what_was_sent_and_answered(in_graph, action_spec):
     num_actors, unroll_length, batch_size = 3, 4, 2
     rng = np.random.default_rng(1)
     frame_spec, words_spec = ArraySpec((2, 3, 1), 'uint8'), ArraySpec((5,), 'int32')
-    output_specs = [ACTION, ArraySpec((3,), 'float32'), SCALAR]
+    output_specs = [action_spec, ArraySpec((3,), 'float32'), SCALAR]
     state_specs = [ArraySpec((2,), 'float32'), ArraySpec((), 'int64')]
     level_ids = [7, 0, 7]
     batcher = UnrollBatcher(
@@ -327,7 +335,7 @@ def test_unrolls_hold_what_was_sent_and_answered(in_graph):
     zero_states = [np.zeros(spec.shape, spec.dtype) for spec in state_specs]
     observation_specs = [frame_spec, words_spec]
     clients = [
-        actor_nursery.WaitingClient(batcher.fd, actor, observation_specs)
+        actor_nursery.WaitingClient(batcher.fd, actor, observation_specs, action_spec)
         for actor in range(num_actors)
     ]
     histories = [[] for _ in range(num_actors)]  # Since each actor's last reset.
@@ -341,7 +349,9 @@ def test_unrolls_hold_what_was_sent_and_answered(in_graph):
                 # As if its process had been replaced while it computed its next row.
                 was_replaced = True
                 batcher.reset_actor(1)
-                clients[1] = actor_nursery.WaitingClient(batcher.fd, 1, observation_specs)
+                clients[1] = actor_nursery.WaitingClient(
+                    batcher.fd, 1, observation_specs, action_spec
+                )
                 histories[1], totals[1] = [], (0.0, 0, 0)
             for actor in range(num_actors):
                 if actor in futures or rng.random() < 0.4:
@@ -384,7 +394,10 @@ def test_unrolls_hold_what_was_sent_and_answered(in_graph):
                 np.testing.assert_array_equal(np.array(got[:5], np.float32), np.float32(want))
                 np.testing.assert_array_equal(got[5], row.frame)
                 np.testing.assert_array_equal(got[6], row.words)
-                assert requests.last_action.numpy()[i] == (before.outputs[0] if before else 0)
+                np.testing.assert_array_equal(
+                    requests.last_action.numpy()[i],
+                    before.outputs[0] if before else zero_outputs[0],
+                )
                 row.state_before = [tensor.numpy()[i] for tensor in requests.states]
                 for state, wanted in zip(
                     row.state_before, before.state_after if before else zero_states, strict=True
@@ -407,7 +420,8 @@ def test_unrolls_hold_what_was_sent_and_answered(in_graph):
                 row.outputs = [output[i] for output in outputs]
                 row.state_after = [state[i] for state in states]
                 row.version = iteration
-                assert futures.pop(actor).result(TIMEOUT) == row.outputs[0]
+                answer = futures.pop(actor).result(TIMEOUT)
+                np.testing.assert_array_equal(answer, row.outputs[0])
 
             while len(expected) >= batch_size:
                 num_inputs = rng.choice([None, 5, 6])
@@ -604,8 +618,6 @@ def test_several_batches_may_be_in_progress():
         ({'timeout_ms': float('nan')}, 'timeout'),
         ({'inputs': FIXED_INPUTS}, 'observations'),
         ({'inputs': [ArraySpec((), 'float32')] * 18}, 'observations'),
-        ({'outputs': [SCALAR]}, 'action'),
-        ({'outputs': [ArraySpec((1,), 'int32')]}, 'action'),
         ({'outputs': []}, 'action'),
     ],
 )
@@ -625,6 +637,9 @@ def test_a_client_refuses_wrong_actors_and_observations():
         for specs in ([], [BYTE], [spec, spec], [ArraySpec((2, 3), 'int32')]):
             with pytest.raises(ValueError, match='made for observations'):
                 actor_nursery.WaitingClient(batcher.fd, 0, specs)
+        for action in (ArraySpec((1,), 'int32'), SCALAR, ArraySpec((2,), 'float32')):
+            with pytest.raises(ValueError, match='made for actions that are int32 scalars'):
+                actor_nursery.WaitingClient(batcher.fd, 0, [spec], action)
         client = actor_nursery.WaitingClient(batcher.fd, 0, [spec])
         for wrong in [
             (np.zeros([2, 4], np.uint8),),
