@@ -3,7 +3,7 @@
 import numpy as np
 
 from impala.environments import Environment, EnvironmentConfig
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 EPISODE_STEPS = 1000
 
@@ -11,7 +11,7 @@ EPISODE_STEPS = 1000
 class FixedFrame(Environment):
     """Always returns the same random 72x96x3 frame, in episodes of 1,000 agent steps."""
 
-    spec = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4)
+    spec = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, ActionSpec.discrete(9), 4)
 
     def __init__(self, seed: int):
         frame = np.random.default_rng(seed).integers(0, 256, (72, 96, 3), np.uint8)

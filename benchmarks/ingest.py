@@ -34,7 +34,7 @@ from benchmarks import machine, stages
 from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection, LearnerServer
 from impala.networks.agent import Agent, AgentConfig
-from impala.trajectory import ArraySpec, EnvironmentSpec, UnrollArray
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, UnrollArray
 
 FRAME = (72, 96, 3)
 NUM_ACTIONS = 9
@@ -64,7 +64,7 @@ def components(unroll_length: int) -> list[UnrollArray]:
         UnrollArray(rows, 'uint8', 'end', high=3),
         UnrollArray((*rows, *FRAME), 'uint8', 'frame'),
         UnrollArray(rows, 'int32', 'action', low=0, high=NUM_ACTIONS - 1),
-        UnrollArray((*rows, NUM_ACTIONS), 'float32', 'policy_logits'),
+        UnrollArray((*rows, NUM_ACTIONS), 'float32', 'policy'),
         UnrollArray(rows, 'float32', 'baseline'),
     ]
 
@@ -79,7 +79,9 @@ def make_unroll(unroll_length: int) -> list[np.ndarray]:
 
 def deep_network() -> list[tf.Variable]:
     """Returns the weights of the deep network with LSTM."""
-    spec = EnvironmentSpec({'frame': ArraySpec(FRAME, 'uint8')}, NUM_ACTIONS, 4)
+    spec = EnvironmentSpec(
+        {'frame': ArraySpec(FRAME, 'uint8')}, ActionSpec.discrete(NUM_ACTIONS), 4
+    )
     agent = Agent(AgentConfig(torso='deep', use_lstm=True, compute_dtype='float32'), spec)
     return list(agent.trainable_variables)
 

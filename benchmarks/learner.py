@@ -37,9 +37,10 @@ with starting_tensorflow():
 
 from impala.config import LearnerConfig
 from impala.learning.learner import Learner
-from impala.learning.losses import vtrace_loss
+from impala.learning.losses import LossInputs, vtrace_loss
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import (
+    ActionSpec,
     ActorOutput,
     AgentOutput,
     ArraySpec,
@@ -97,7 +98,7 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
     setting = _SETTINGS[torso]
     spec = EnvironmentSpec(
         {'frame': ArraySpec(setting['frame'], 'uint8')},
-        num_actions=setting['num_actions'],
+        action=ActionSpec.discrete(setting['num_actions']),
         num_action_repeats=4,
     )
     agent = Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep', compute_dtype=dtype), spec)
@@ -120,7 +121,7 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
             outputs, _ = agent.unroll(
                 batch.agent_outputs.action, batch.env_outputs, batch.agent_state
             )
-            total = tf.reduce_sum(outputs.policy_logits * weights[0])
+            total = tf.reduce_sum(outputs.policy * weights[0])
             total += tf.reduce_sum(outputs.baseline * weights[1])
         return tape.gradient(total, parameters)
 
@@ -130,11 +131,10 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
     @tf.function
     def loss(batch, outputs, gradients):
         with tf.GradientTape() as tape:
-            tape.watch([outputs.policy_logits, outputs.baseline])
-            total, parts, _ = vtrace_loss(
-                batch.agent_outputs, outputs, batch.env_outputs, config.loss
-            )
-        outputs_gradients = tape.gradient(total, [outputs.policy_logits, outputs.baseline])
+            tape.watch([outputs.policy, outputs.baseline])
+            inputs = LossInputs(idle.agent.actions, batch.agent_outputs, outputs, batch.env_outputs)
+            total, parts, _ = vtrace_loss(inputs, config.loss)
+        outputs_gradients = tape.gradient(total, [outputs.policy, outputs.baseline])
         parameters = idle.agent.trainable_variables
         rate = idle._schedules()['learning_rate']
         metrics = idle._update(total, gradients, parameters, rate, None)
@@ -192,7 +192,7 @@ def _batch(agent: Agent, spec: EnvironmentSpec, config: LearnerConfig) -> ActorO
         ),
         agent_outputs=AgentOutput(
             action=rng.integers(spec.num_actions, size=rows, dtype=np.int32),
-            policy_logits=rng.normal(size=(*rows, spec.num_actions)).astype(np.float32),
+            policy=rng.normal(size=(*rows, spec.num_actions)).astype(np.float32),
             baseline=rng.normal(size=rows).astype(np.float32),
         ),
     )

@@ -49,12 +49,13 @@ from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import has_fast_bfloat16
 from impala.trajectory import (
+    ActionSpec,
     ArraySpec,
     EnvironmentSpec,
 )
 
 SPEC = EnvironmentSpec(
-    {'frame': ArraySpec((84, 84, 4), 'uint8')}, num_actions=6, num_action_repeats=4
+    {'frame': ArraySpec((84, 84, 4), 'uint8')}, action=ActionSpec.discrete(6), num_action_repeats=4
 )
 PRODUCERS = 2
 

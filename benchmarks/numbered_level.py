@@ -69,7 +69,7 @@ class _NumberedCartPole(Environment):
         self._steps = 0
         return self._game.reset()
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, Any]]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, dict[str, Any]]:
         reward, end, observation = self._game.step(action)
         self._steps += 1
         if self._steps == EPISODE_STEPS and not end:

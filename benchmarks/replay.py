@@ -37,7 +37,7 @@ from impala.cluster.remote_replay import RemoteReplay
 from impala.experience.batch import unroll_components
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay, unroll_nbytes
-from impala.trajectory import ArraySpec, EnvironmentSpec, UnrollArray
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, UnrollArray
 
 _CAPACITY = 500
 _LSTM_STATE = [ArraySpec((256,), 'float32')] * 2
@@ -109,7 +109,7 @@ def _unrolls(
     stack: str | None,
 ) -> tuple[list[UnrollArray], list[np.ndarray]]:
     """Returns the arrays of an unroll, and this many unrolls."""
-    spec = EnvironmentSpec(observation, num_actions, 4)
+    spec = EnvironmentSpec(observation, ActionSpec.discrete(num_actions), 4)
     # Two levels, as random numbers below are 0 and 1.
     components = unroll_components(spec, state, unroll_length, 2)
     return components, [

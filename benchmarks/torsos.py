@@ -38,6 +38,7 @@ from impala.learning.learner import Learner
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import create_decoder
 from impala.trajectory import (
+    ActionSpec,
     ActorOutput,
     AgentOutput,
     ArraySpec,
@@ -179,7 +180,7 @@ def _least_times(calls: dict[Any, Any], seconds: float) -> dict[Any, float]:
 
 def _spec(setting: dict[str, Any]) -> EnvironmentSpec:
     observation = {'frame': ArraySpec(setting['frame'], 'uint8')}
-    return EnvironmentSpec(observation, setting['num_actions'], 4)
+    return EnvironmentSpec(observation, ActionSpec.discrete(setting['num_actions']), 4)
 
 
 def _env_outputs(spec: EnvironmentSpec, *lead: int) -> StepOutput:

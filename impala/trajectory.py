@@ -10,12 +10,18 @@ This module uses only NumPy: actor processes import it and never load TensorFlow
 
 import dataclasses
 import enum
+import functools
+import json
+import numbers
+import operator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 # Words of an instruction are hashed to 1, ..., 999; 0 is padding.
 INSTRUCTION_BUCKETS = 1000
+# Name of the observation that says which categories an action may have, bool `[N]` for N logits.
+ACTION_MASK = 'action_mask'
 
 
 class EpisodeEnd(enum.IntEnum):
@@ -63,13 +69,13 @@ class AgentOutput(NamedTuple):
     """Agent outputs.
 
     Attributes:
-      action: i32 `[T+1, B]`.
-      policy_logits: f32 `[T+1, B, A]`.
+      action: i32 `[T+1, B]`, or `[T+1, B, K]` as `ActionSpec` says.
+      policy: f32 `[T+1, B, A]`.
       baseline: f32 `[T+1, B]`.
     """
 
     action: Any
-    policy_logits: Any
+    policy: Any
     baseline: Any
 
 
@@ -136,24 +142,138 @@ class UnrollArray(ArraySpec):
 
 
 @dataclasses.dataclass(frozen=True)
+class ActionSpec:
+    """An action space: categorical components, continuous components, or both.
+
+    The agent's action is one array. An action of `Discrete` is an i32 scalar, `categories[0]` says
+    of how many. Other actions have the categories of all categorical components, then the samples
+    of all continuous ones: i32 `[K]` if all components are categorical, otherwise f32 `[K]`.
+
+    Attributes:
+      categories: number of categories of each categorical component.
+      bounds: of each continuous component, the least and the greatest value; None if the component
+        is unbounded.
+      is_scalar: whether the only component is categorical and its action has no dimension.
+    """
+
+    categories: tuple[int, ...] = ()
+    bounds: tuple[tuple[float, float] | None, ...] = ()
+    is_scalar: bool = False
+
+    @classmethod
+    def discrete(cls, num_actions: int) -> 'ActionSpec':
+        """Returns the spec of `Discrete`, whose actions are `0, ..., num_actions - 1`."""
+        return cls((num_actions,), is_scalar=True)
+
+    def to_json(self) -> Any:
+        """Returns a JSON-serializable form: an integer for `Discrete`; `from_json` inverts it."""
+        if self.is_scalar:
+            return self.categories[0]
+        return {'categories': list(self.categories), 'bounds': [b and list(b) for b in self.bounds]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> 'ActionSpec':
+        """Rebuilds a spec from what `to_json` returned.
+
+        Raises:
+          LookupError, TypeError, ValueError: it is something else.
+        """
+        sizes = [value] if type(value) is int else value['categories']
+        categories = tuple(map(operator.index, sizes))
+        if not all(size > 0 for size in categories):
+            raise ValueError(f'there cannot be {categories} categories')
+        if type(value) is int:
+            return cls.discrete(value)
+        bounds = [each and tuple(map(float, each)) for each in value['bounds']]
+        return cls(categories, tuple(each and (each[0], each[1]) for each in bounds))
+
+    def __str__(self) -> str:
+        return json.dumps(self.to_json())
+
+    @property
+    def zero(self) -> Any:
+        """An action of the environment: first categories, the middle between bounds, or 0."""
+        if self.is_scalar:
+            return 0
+        return self.to_environment(np.zeros(self.array.shape, self.array.dtype))
+
+    @property
+    def array(self) -> ArraySpec:
+        """Spec of one action."""
+        if self.is_scalar:
+            return ArraySpec((), 'int32')
+        size = len(self.categories) + len(self.bounds)
+        return ArraySpec((size,), 'float32' if self.bounds else 'int32')
+
+    @property
+    def num_logits(self) -> int:
+        """Number of logits of the policy: the categories of all components."""
+        return sum(self.categories)
+
+    @property
+    def policy(self) -> ArraySpec:
+        """Spec of the parameters of a policy: logits, then means, then log standard deviations."""
+        return ArraySpec((self.num_logits + 2 * len(self.bounds),), 'float32')
+
+    def to_environment(self, action: np.ndarray) -> np.ndarray:
+        """Returns the environment's form of an agent's action that is no scalar.
+
+        Samples of bounded components are not bounded themselves: a hyperbolic tangent maps them to
+        the open interval between the bounds. So the learner need not invert it, which would lose
+        most of the precision near a bound.
+
+        Args:
+          action: i32 or f32 `[K]`.
+
+        Returns:
+          The same type and shape, within the bounds.
+        """
+        low, high, bounded = self._bounded
+        if bounded.size:
+            action = action.copy()
+            shares = 0.5 * (1.0 + np.tanh(action[bounded]))
+            action[bounded] = np.clip(low + (high - low) * shares, low, high)
+        return action
+
+    @functools.cached_property
+    def _bounded(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bounds of the bounded components, and their indices in an action."""
+        first = len(self.categories)
+        indices = [first + i for i, bounds in enumerate(self.bounds) if bounds is not None]
+        bounds = np.array([each for each in self.bounds if each is not None]).reshape(-1, 2)
+        return bounds[:, 0], bounds[:, 1], np.array(indices, int)
+
+
+@dataclasses.dataclass(frozen=True)
 class EnvironmentSpec:
     """What the agent needs to know of an environment.
 
     Attributes:
-      observation: name -> spec; `'frame'` always, `'instruction'` where the environment speaks.
-      num_actions: size of the discrete action set.
+      observation: name -> spec; `'frame'` always, `'instruction'` where the environment speaks,
+        `ACTION_MASK` where some actions are not always allowed.
+      action: the action space; an integer n stands for `ActionSpec.discrete(n)`.
       num_action_repeats: frames of the emulator or engine per agent step.
       suite: `'atari'`, `'dmlab'`, or `''` for others; the paper has settings for the first two.
     """
 
     observation: dict[str, ArraySpec]
-    num_actions: int
+    action: ActionSpec
     num_action_repeats: int
     suite: str = ''
 
+    def __post_init__(self) -> None:
+        if isinstance(self.action, numbers.Integral):
+            object.__setattr__(self, 'action', ActionSpec.discrete(int(self.action)))
+
+    @property
+    def num_actions(self) -> int:
+        """Size of a discrete action set."""
+        (num_actions,) = self.action.categories
+        return num_actions
+
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON-serializable form; `from_json` is its inverse."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {'action': self.action.to_json()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> 'EnvironmentSpec':
@@ -162,4 +282,5 @@ class EnvironmentSpec:
             name: ArraySpec(tuple(spec['shape']), spec['dtype'])
             for name, spec in value['observation'].items()
         }
-        return cls(observation, value['num_actions'], value['num_action_repeats'], value['suite'])
+        action = ActionSpec.from_json(value['action'])
+        return cls(observation, action, value['num_action_repeats'], value['suite'])

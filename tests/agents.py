@@ -4,9 +4,11 @@ import numpy as np
 import sonnet as snt
 import tensorflow as tf
 
+from impala.networks.action_distribution import ActionDistribution
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.decoder import Decoder
 from impala.trajectory import (
+    ActionSpec,
     ActorOutput,
     AgentOutput,
     ArraySpec,
@@ -21,7 +23,7 @@ _NUM_ACTIONS = 3
 
 _SPEC = EnvironmentSpec(
     {'frame': ArraySpec((_OBSERVATION_SIZE,), 'float32')},
-    num_actions=_NUM_ACTIONS,
+    action=_NUM_ACTIONS,
     num_action_repeats=1,
 )
 
@@ -36,6 +38,7 @@ class EmbeddingAgent(snt.Module):
     """Looks up logits and baseline by the last action; has one unused variable."""
 
     popart = None
+    actions = ActionDistribution(ActionSpec.discrete(_NUM_ACTIONS))
 
     def __init__(self, rows):
         super().__init__()
@@ -66,7 +69,7 @@ def batch_of(config, state=(), seed=0):
         ),
         agent_outputs=AgentOutput(
             action=rng.integers(_NUM_ACTIONS, size=rows, dtype=np.int32),
-            policy_logits=rng.normal(size=(*rows, _NUM_ACTIONS)).astype(np.float32),
+            policy=rng.normal(size=(*rows, _NUM_ACTIONS)).astype(np.float32),
             baseline=rng.normal(size=rows).astype(np.float32),
         ),
     )
@@ -74,7 +77,7 @@ def batch_of(config, state=(), seed=0):
 
 
 _IMAGE_SPEC = EnvironmentSpec(
-    {'frame': ArraySpec((9, 14, 3), 'uint8')}, num_actions=_NUM_ACTIONS, num_action_repeats=1
+    {'frame': ArraySpec((9, 14, 3), 'uint8')}, action=_NUM_ACTIONS, num_action_repeats=1
 )
 
 

@@ -119,7 +119,9 @@ def act(
       ContractError: an environment returned, after its first reset, what it did not declare.
     """
     actors = list(zip(environment_list, clients, level_names, strict=True))
-    names = tuple(environment_list[0].spec.observation)
+    spec = environment_list[0].spec
+    names = tuple(spec.observation)
+    is_scalar, to_environment = spec.action.is_scalar, spec.action.to_environment
     warnings = _NonFiniteWarnings(names)
     for environment, client, level_name in actors:
         observation = environment.reset()
@@ -136,7 +138,10 @@ def act(
                 actors.remove(actor)
                 continue
             try:
-                reward, end, observation = environment.step(client.wait())
+                action = client.wait()
+                if not is_scalar:
+                    action = to_environment(action)
+                reward, end, observation = environment.step(action)
             except environments.DeclarationError as error:
                 raise ContractError(str(error)) from error
             frames = environment.spec.num_action_repeats
@@ -250,12 +255,17 @@ def main(settings: dict[str, Any]) -> int:
                     )
                 stack.callback(environment.close)
                 made.append(environment)
-            observation = list(made[0].spec.observation.values())
+            spec = made[0].spec
             try:
                 act(
                     made,
                     [
-                        ActorClient(settings['segment'], actor, observation)
+                        ActorClient(
+                            settings['segment'],
+                            actor,
+                            list(spec.observation.values()),
+                            spec.action.array,
+                        )
                         for actor in settings['actors']
                     ],
                     settings['level_names'],

@@ -205,7 +205,7 @@ class ActorHost:
         common = specs[names[0]]
         for what, value_of in (
             ('observations', lambda spec: spec.observation),
-            ('actions', lambda spec: spec.num_actions),
+            ('actions', lambda spec: spec.action),
             ('frames per action', lambda spec: spec.num_action_repeats),
         ):
             others = [name for name in names if value_of(specs[name]) != value_of(common)]

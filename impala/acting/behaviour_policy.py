@@ -62,7 +62,7 @@ class UnrollSource:
                 ArraySpec((), 'uint8'),
                 *spec.observation.values(),
             ],
-            outputs=[ArraySpec((), 'int32'), ArraySpec((spec.num_actions,), 'float32'), scalar],
+            outputs=[spec.action.array, spec.action.policy, scalar],
             states=tf.nest.flatten(agent.state_spec),
             level_ids=level_ids,
             unroll_length=unroll_length,

@@ -16,7 +16,7 @@ import numpy as np
 from impala import environments
 from impala.errors import LevelError
 from impala.seeds import derived_seed
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 # The observation that holds the random numbers of an agent step.
 ACTION_NOISE = 'action_noise'
@@ -203,28 +203,33 @@ def episode_seed(seed: int, level_name: str, number: int) -> int:
 def with_action_noise(spec: EnvironmentSpec) -> EnvironmentSpec:
     """Returns the spec of an `EpisodeSeries` whose environments have the given spec.
 
-    Observations have an additional entry `ACTION_NOISE`, f32 `[A]`: independent draws from the
-    standard Gumbel distribution. The action `argmax(logits + noise)` is then a sample from the
-    policy (Maddison et al. 2014, https://arxiv.org/abs/1411.0030). It depends only on the episode
-    and the agent step, not on the other episodes that are being played.
+    Observations have an additional entry `ACTION_NOISE`, f32 `[N]`: independent draws from the
+    standard Gumbel distribution for each logit of the policy, and from the standard normal
+    distribution for each continuous component of an action. With logits, the action
+    `argmax(logits + noise)` is then a sample from the policy (Maddison et al. 2014,
+    https://arxiv.org/abs/1411.0030). It depends only on the episode and the agent step, not on the
+    other episodes that are being played.
     """
-    noise = ArraySpec((spec.num_actions,), 'float32')
+    noise = ArraySpec((spec.action.num_logits + len(spec.action.bounds),), 'float32')
     return dataclasses.replace(spec, observation=spec.observation | {ACTION_NOISE: noise})
 
 
 class _NoiseStream:
     """The action noise of an episode, step by step."""
 
-    def __init__(self, seed: int, num_actions: int):
+    def __init__(self, seed: int, action: ActionSpec):
         self._random = np.random.default_rng((_ACTIONS, seed))
-        self._num_actions = num_actions
+        self._action = action
         self._rows: Iterator[np.ndarray] = iter(())
 
     def next(self) -> np.ndarray:
-        """Returns the noise of the next agent step, f32 `[A]`."""
+        """Returns the noise of the next agent step, f32 `[N]`."""
         row = next(self._rows, None)
         if row is None:
-            rows = self._random.gumbel(size=(_NOISE_STEPS, self._num_actions))
+            rows = self._random.gumbel(size=(_NOISE_STEPS, self._action.num_logits))
+            if self._action.bounds:
+                normal = self._random.normal(size=(_NOISE_STEPS, len(self._action.bounds)))
+                rows = np.concatenate([rows, normal], 1)
             self._rows = iter(rows.astype(np.float32))
             row = next(self._rows)
         return row
@@ -332,7 +337,7 @@ class EpisodeSeries(environments.Environment):
         self._begin()
         return self._observation | {ACTION_NOISE: self._noise.next()}
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, environments.Observation]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, environments.Observation]:
         reward, end, self._observation = self._environment.step(action)
         self._return += float(reward)
         self._steps += 1
@@ -371,7 +376,7 @@ class EpisodeSeries(environments.Environment):
             self._film.take(self._observation)
 
     def _begin_noise(self) -> None:
-        self._noise = _NoiseStream(self._episode.seed, self.spec.num_actions)
+        self._noise = _NoiseStream(self._episode.seed, self.spec.action)
 
     def _end(self, is_cut_off: bool) -> None:
         if self._film is not None:

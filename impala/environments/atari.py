@@ -19,7 +19,7 @@ from impala.environments.environment import (
     Observation,
 )
 from impala.errors import LevelError
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 # Width and height, of the paper's Table G.1.
 _DEFAULT_ATARI_SIZE = (84, 84)
@@ -98,7 +98,7 @@ class AtariEnvironment(Environment):
         self._pool_two_frames = repeats > 1
         self.spec = EnvironmentSpec(
             {'frame': ArraySpec(self._stack.array.shape, 'uint8')},
-            len(self._actions),
+            ActionSpec.discrete(len(self._actions)),
             repeats,
             'atari',
         )
@@ -155,7 +155,7 @@ class AtariEnvironment(Environment):
         self._stack.fill(self._screen)
         return self._observation
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
         ale = self._ale
         act = ale.act
         action = self._actions[action]

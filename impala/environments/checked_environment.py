@@ -6,6 +6,7 @@ Every mistake becomes a `LevelError`: a sentence that names the level and says w
 import contextlib
 import dataclasses
 import inspect
+import math
 import numbers
 import operator
 from collections.abc import Mapping
@@ -15,7 +16,14 @@ import numpy as np
 
 from impala.environments.environment import DeclarationError, Environment, Observation
 from impala.errors import LevelError
-from impala.trajectory import INSTRUCTION_BUCKETS, ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import (
+    ACTION_MASK,
+    INSTRUCTION_BUCKETS,
+    ActionSpec,
+    ArraySpec,
+    EnvironmentSpec,
+    EpisodeEnd,
+)
 
 # The fields that the shared segment has for them: kMaxFields - kFirstObservation.
 MAX_OBSERVATIONS = 12
@@ -125,7 +133,7 @@ class _Checked(Environment):
         check_observation(self._level_name, self.spec, observation)
         return observation
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
         result: Any = self._step(action)
         try:
             reward, end, observation = result
@@ -169,7 +177,7 @@ class _Checked(Environment):
         self._environment.check()
         try:
             check_observation(self._level_name, self.spec, self.reset())
-            _, _, observation = self.step(0)
+            _, _, observation = self.step(self.spec.action.zero)
             check_observation(self._level_name, self.spec, observation)
         except LevelError:
             raise
@@ -200,13 +208,13 @@ class _SpecCheck:
             )
         observation = self._observation(spec.observation)
         self._check_instruction(observation.get('instruction'))
-        num_actions = self._count(spec, 'num_actions')
-        num_action_repeats = self._count(spec, 'num_action_repeats')
+        self._check_action(spec.action)
+        self._check_mask(observation.get(ACTION_MASK), spec.action)
+        num_action_repeats = self._count('num_action_repeats', spec.num_action_repeats)
         self._check_suite(spec.suite, observation['frame'])
         return dataclasses.replace(
             spec,
             observation=observation,
-            num_actions=num_actions,
             num_action_repeats=num_action_repeats,
         )
 
@@ -264,8 +272,33 @@ class _SpecCheck:
                 'dimension, as environments.hash_instruction returns it'
             )
 
-    def _count(self, spec: EnvironmentSpec, name: str) -> int:
-        value = getattr(spec, name)
+    def _check_mask(self, mask: ArraySpec | None, action: ActionSpec) -> None:
+        expected = ArraySpec((action.num_logits,), 'bool')
+        if mask is not None and mask != expected:
+            raise self._error(
+                f'declares the observation {ACTION_MASK!r} as {_shown(mask.dtype, mask.shape)}, '
+                f'and it must be {_shown(expected.dtype, expected.shape)}, one value for each '
+                'category of the actions'
+            )
+
+    def _check_action(self, action: Any) -> None:
+        if not isinstance(action, ActionSpec):
+            raise self._error(
+                f'has action={action!r}, and it must be an impala.trajectory.ActionSpec, or a '
+                'number of discrete actions'
+            )
+        if not action.categories and not action.bounds:
+            raise self._error('has no actions')
+        for size in action.categories:
+            self._count('categories', size)
+        for bounds in action.bounds:
+            if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
+                raise self._error(
+                    f'has the bounds {bounds}, and they must be None or two finite numbers, the '
+                    'second greater than the first'
+                )
+
+    def _count(self, name: str, value: Any) -> int:
         if not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:
             raise self._error(f'has {name}={value!r}, and it must be an integer of at least 1')
         return int(value)

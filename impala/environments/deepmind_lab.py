@@ -17,7 +17,7 @@ from impala.environments.level_cache import LevelCache
 from impala.environments.level_names import DMLAB30_LEVELS, suggestion
 from impala.environments.user_code import one_line
 from impala.errors import LevelError
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 # These show the Brady-Konkle-Oliva images, which are not part of DeepMind Lab.
 DMLAB_IMAGE_LEVELS = frozenset(
@@ -92,7 +92,7 @@ class DeepMindLabEnvironment(Environment):
                 'frame': ArraySpec((config.height, config.width, 3), 'uint8'),
                 'instruction': ArraySpec((INSTRUCTION_LENGTH,), 'int32'),
             },
-            len(self._actions),
+            ActionSpec.discrete(len(self._actions)),
             config.num_action_repeats or 4,
             'dmlab',
         )
@@ -142,7 +142,7 @@ class DeepMindLabEnvironment(Environment):
             ) from error
         return self._observe(lab)
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
         lab = self._open_lab()
         reward = lab.step(self._actions[action], num_steps=self.spec.num_action_repeats)
         if lab.is_running():

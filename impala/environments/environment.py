@@ -1,6 +1,7 @@
 """The interface of an environment."""
 
 import abc
+from typing import Any
 
 import numpy as np
 
@@ -43,11 +44,12 @@ class Environment(abc.ABC):
         """Starts an episode and returns its first observation."""
 
     @abc.abstractmethod
-    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
         """Acts for `spec.num_action_repeats` frames, or until the episode ends.
 
         Args:
-          action: in `[0, spec.num_actions)`.
+          action: an integer in `[0, spec.num_actions)` if actions are discrete; otherwise an
+            array as `ActionSpec.to_environment` returns it.
 
         Returns:
           The unclipped reward, summed over those frames; how the episode ended, if it did; and the

@@ -23,24 +23,23 @@ class SamplingAgent(Agent):
         self, prev_action: tf.Tensor, env_output: StepOutput, state: Any
     ) -> tuple[AgentOutput, Any]:
         is_first = env_output.done
-        prev_action = tf.where(is_first, 0, prev_action)
+        lead = tf.reshape(is_first, [-1, *[1] * (prev_action.shape.rank - 1)])
+        prev_action = tf.where(lead, tf.zeros([], prev_action.dtype), prev_action)
         reward = tf.where(is_first, 0.0, env_output.reward)
         env_output = env_output._replace(reward=reward)
         scalar = ArraySpec((), 'float32')
-        logits = ArraySpec((self._num_actions,), 'float32')
-        output = AgentOutput(ArraySpec((), 'int32'), logits, scalar)
+        output = AgentOutput(self.actions.spec.array, self.actions.spec.policy, scalar)
         return row_by_row(super().step, (prev_action, env_output, state), (output, self.state_spec))
 
-    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
-        noise = env_output.observation[ACTION_NOISE]
-        return tf.argmax(logits + noise, -1, tf.int32)
+    def choose_actions(self, policy: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        return self.actions.sample_by_noise(policy, env_output.observation[ACTION_NOISE])
 
 
 class GreedyAgent(SamplingAgent):
     """Takes the most probable action."""
 
-    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
-        return tf.argmax(logits, -1, tf.int32)
+    def choose_actions(self, policy: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+        return self.actions.mode(policy)
 
 
 def row_by_row(function: Callable[..., Any], arguments: tuple[Any, ...], result_spec: Any) -> Any:

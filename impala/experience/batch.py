@@ -59,6 +59,8 @@ def unroll_components(
     def row(name: str, array: ArraySpec, low: int | None = None, high: int | None = None):
         return UnrollArray((rows, *array.shape), array.dtype, name, True, low, high)
 
+    # Continuous actions have no bounds.
+    action_range = (None, None) if spec.action.bounds else (0, max(spec.action.categories) - 1)
     highest = {'instruction': INSTRUCTION_BUCKETS - 1}
     return [
         UnrollArray((), 'int32', 'level_id', False, 0, num_levels - 1),
@@ -76,8 +78,8 @@ def unroll_components(
             row(name, array, 0 if name in highest else None, highest.get(name))
             for name, array in spec.observation.items()
         ],
-        row('action', ArraySpec((), 'int32'), 0, spec.num_actions - 1),
-        row('policy_logits', ArraySpec((spec.num_actions,), 'float32')),
+        row('action', spec.action.array, *action_range),
+        row('policy', spec.action.policy),
         row('baseline', ArraySpec((), 'float32')),
     ]
 

@@ -12,6 +12,7 @@ from impala.config import LearnerConfig, OptimizerConfig
 from impala.learning import losses
 from impala.learning.optimizers.adam import Adam
 from impala.learning.optimizers.rmsprop import RMSProp, sum_duplicates
+from impala.networks.action_distribution import ActionDistribution
 from impala.networks.decoder import Decoder
 from impala.networks.popart import PopArt
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
@@ -26,6 +27,10 @@ class TrainableAgent(Protocol):
     @property
     def trainable_variables(self) -> Sequence[tf.Variable]:
         """All weights, in a fixed order; they exist from construction on."""
+
+    @property
+    def actions(self) -> ActionDistribution:
+        """The distributions of actions, by which the losses compare policies."""
 
     @property
     def popart(self) -> PopArt | None:
@@ -285,8 +290,7 @@ class Learner(tf.Module):
         batch: ActorOutput,
         entropy_cost: tf.Tensor | None,
         target_outputs: AgentOutput | None,
-    ) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
-        """Returns the loss of a batch, its terms and the V-trace targets, see `losses`."""
+    ) -> losses.Loss:
         config, popart, value_stddev = self.config.loss, self.agent.popart, None
         given, reconstruction_loss = {}, None
         if self.decoder is not None and config.autoencoder_cost:
@@ -300,22 +304,24 @@ class Learner(tf.Module):
             value_stddev = popart.stddev(batch.level_id)
             values = popart.values(learner_outputs.baseline, batch.level_id)
             learner_outputs = learner_outputs._replace(baseline=values)
-        outputs = (batch.agent_outputs, learner_outputs, batch.env_outputs)
-        if config.loss == 'appo':
-            total, parts, targets = losses.appo_loss(
-                *outputs,
-                config,
-                value_stddev,
-                entropy_cost,
-                target_outputs,
-                self._sum_over_replicas,
-            )
-        else:
-            total, parts, targets = losses.vtrace_loss(*outputs, config, value_stddev, entropy_cost)
-        if reconstruction_loss is not None:
-            parts['autoencoder'] = reconstruction_loss
-            total += config.autoencoder_cost * reconstruction_loss
-        return total, parts, targets
+        compute = losses.appo_loss if config.loss == 'appo' else losses.vtrace_loss
+        loss = compute(
+            losses.LossInputs(
+                actions=self.agent.actions,
+                agent_outputs=batch.agent_outputs,
+                learner_outputs=learner_outputs,
+                env_outputs=batch.env_outputs,
+                value_stddev=value_stddev,
+                entropy_cost=entropy_cost,
+                target_outputs=target_outputs,
+                sum_over_replicas=self._sum_over_replicas,
+            ),
+            config,
+        )
+        if reconstruction_loss is None:
+            return loss
+        total = loss.total + config.autoencoder_cost * reconstruction_loss
+        return loss._replace(total=total, parts=loss.parts | {'autoencoder': reconstruction_loss})
 
     def _reconstruct(self, frames: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the features of all frames `[T+1, B, ...]`, and the loss of all but the last."""

@@ -8,16 +8,20 @@ on V-trace advantages, optionally with the target network of IMPACT, Luo et al. 
 The learner adds `autoencoder_loss` to either if the network has a decoder.
 
 As in IMPALA's experiments, every term is summed over time and batch, not averaged.
-Letters: T unroll length, B batch size, A number of actions, H, W, C frame height, width, channels.
+Letters: T unroll length, B batch size, P number of parameters of a policy, H, W, C frame height,
+width, channels.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
 import vtrace
 from impala.config import LossConfig
+from impala.networks.action_distribution import ActionDistribution
 from impala.trajectory import AgentOutput, StepOutput
 
 
@@ -73,19 +77,6 @@ def baseline_loss(errors: tf.Tensor) -> tf.Tensor:
     return 0.5 * tf.reduce_sum(tf.square(errors))
 
 
-def entropy_loss(policy_logits: tf.Tensor) -> tf.Tensor:
-    """Returns the sum of negative entropies, `pi(a|x) log pi(a|x)`, in nats.
-
-    Args:
-      policy_logits: f32 `[T, B, A]`.
-
-    Returns:
-      f32 scalar.
-    """
-    log_probs = tf.nn.log_softmax(policy_logits)
-    return tf.reduce_sum(tf.exp(log_probs) * log_probs)
-
-
 def autoencoder_loss(frames: tf.Tensor, reconstructions: tf.Tensor) -> tf.Tensor:
     """Returns the squared error of pixels, averaged over a frame and summed over frames.
 
@@ -126,21 +117,6 @@ def clipped_surrogate_loss(
     return -tf.reduce_sum(tf.minimum(ratios * advantages, clipped * advantages))
 
 
-def kl_divergence(old_policy_logits: tf.Tensor, policy_logits: tf.Tensor) -> tf.Tensor:
-    """Returns the sum of KL(pi_old || pi), in nats: Schulman et al. 2017, equation (8), summed.
-
-    Args:
-      old_policy_logits: f32 `[T, B, A]`; no gradient flows into them.
-      policy_logits: f32 `[T, B, A]`.
-
-    Returns:
-      f32 scalar.
-    """
-    old_log_probs = tf.stop_gradient(tf.nn.log_softmax(old_policy_logits))
-    log_probs = tf.nn.log_softmax(policy_logits)
-    return tf.reduce_sum(tf.exp(old_log_probs) * (old_log_probs - log_probs))
-
-
 def normalize(
     values: tf.Tensor, sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity
 ) -> tf.Tensor:
@@ -159,45 +135,71 @@ def normalize(
     return deviations / (tf.sqrt(variance) + 1e-8)
 
 
-def vtrace_loss(
-    agent_outputs: AgentOutput,
-    learner_outputs: AgentOutput,
-    env_outputs: StepOutput,
-    config: LossConfig,
-    value_stddev: tf.Tensor | None = None,
-    entropy_cost: tf.Tensor | float | None = None,
-) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
-    """Computes the loss of a batch of unrolls.
+@dataclasses.dataclass(frozen=True)
+class LossInputs:
+    """What the loss of a batch of unrolls is computed from; rows are as in `impala.trajectory`.
 
-    Rows are as in `impala.trajectory`: the learner's outputs at row t are compared with the action
-    and the reward at row t + 1, and the last baseline bootstraps the return.
-
-    Args:
+    Attributes:
+      actions: the distributions of actions.
       agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
-      learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; `action` is
-        not used.
+      learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; its `action`
+        is not used.
       env_outputs: `[T+1, B, ...]`; only `reward` and `done` are used.
-      config: weights, discount and thresholds.
       value_stddev: f32 `[B]`, sigma of `impala.networks.popart`: baseline errors and advantages
         count in this unit. None stands for 1.
       entropy_cost: f32 scalar that replaces the configured one, if that changes over the run.
+      target_outputs: of the target network on the same rows, `[T+1, B, ...]`; its `action` is not
+        used, and no gradient flows into it. None without a target network.
+      sum_over_replicas: sums an f32 scalar over all replicas, each with a part of the batch.
+    """
+
+    actions: ActionDistribution
+    agent_outputs: AgentOutput
+    learner_outputs: AgentOutput
+    env_outputs: StepOutput
+    value_stddev: tf.Tensor | None = None
+    entropy_cost: tf.Tensor | float | None = None
+    target_outputs: AgentOutput | None = None
+    sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+
+
+class Loss(NamedTuple):
+    """The loss of a batch.
+
+    Attributes:
+      total: f32 scalar, to be minimized.
+      parts: name -> f32 scalar, its terms without their weights.
+      targets: f32 `[T, B]`, V-trace targets in the units of the rewards, for PopArt.
+    """
+
+    total: tf.Tensor
+    parts: dict[str, tf.Tensor]
+    targets: tf.Tensor
+
+
+def vtrace_loss(inputs: LossInputs, config: LossConfig) -> Loss:
+    """Computes the loss of section 4.2; a target network is not used.
+
+    The learner's outputs at row t are compared with the action and the reward at row t + 1, and
+    the last baseline bootstraps the return.
+
+    Args:
+      inputs: of a batch.
+      config: weights, discount and thresholds.
 
     Returns:
-      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`; the three
-      terms under these names, unweighted f32 scalars; and the V-trace targets, f32 `[T, B]`, in
-      the units of the rewards.
+      As total, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy`; the parts
+      have these names. `entropy` is negative entropy.
 
     Raises:
       ValueError: shapes do not fit together; or an unknown reward clipping.
     """
-    rewards, discounts = _rewards_and_discounts(env_outputs, config)
-    policy_logits = learner_outputs.policy_logits[:-1]
+    learner_outputs = inputs.learner_outputs
     baseline = learner_outputs.baseline[:-1]
-
-    targets = vtrace.from_logits(
-        behaviour_policy_logits=agent_outputs.policy_logits[1:],
-        target_policy_logits=policy_logits,
-        actions=agent_outputs.action[1:],
+    rewards, discounts = _rewards_and_discounts(inputs.env_outputs, config)
+    log_probs, behaviour_log_probs = _log_probs(inputs, learner_outputs)
+    targets = vtrace.from_importance_weights(
+        log_rhos=log_probs - behaviour_log_probs,
         discounts=discounts,
         rewards=rewards,
         values=baseline,
@@ -209,28 +211,19 @@ def vtrace_loss(
     )
 
     errors, advantages = targets.vs - baseline, targets.pg_advantages
-    if value_stddev is not None:
-        errors, advantages = errors / value_stddev, advantages / value_stddev
+    if inputs.value_stddev is not None:
+        errors, advantages = errors / inputs.value_stddev, advantages / inputs.value_stddev
 
     parts = {
-        'policy_gradient': policy_gradient_loss(targets.target_action_log_probs, advantages),
+        'policy_gradient': policy_gradient_loss(log_probs, advantages),
         'baseline': baseline_loss(errors),
-        'entropy': entropy_loss(policy_logits),
+        'entropy': -inputs.actions.sum_of_entropies(learner_outputs.policy[:-1]),
     }
-    return _weighted(parts, config, entropy_cost), parts, targets.vs
+    return Loss(_weighted(parts, config, inputs.entropy_cost), parts, targets.vs)
 
 
-def appo_loss(
-    agent_outputs: AgentOutput,
-    learner_outputs: AgentOutput,
-    env_outputs: StepOutput,
-    config: LossConfig,
-    value_stddev: tf.Tensor | None = None,
-    entropy_cost: tf.Tensor | float | None = None,
-    target_outputs: AgentOutput | None = None,
-    sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
-) -> tuple[tf.Tensor, dict[str, tf.Tensor], tf.Tensor]:
-    """Computes the loss of a batch of unrolls by asynchronous PPO; rows are as in `vtrace_loss`.
+def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
+    """Computes the loss of asynchronous PPO; rows are compared as in `vtrace_loss`.
 
     The surrogate's advantage is that of V-trace, `r_s + gamma_s v_{s+1} - V(x_s)`, without the
     weight rho_s, which the ratio replaces. Without a target network, ratio and rho are both pi/mu,
@@ -245,37 +238,27 @@ def appo_loss(
     pi_target and its baseline.
 
     Args:
-      agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
-      learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; `action` is
-        not used.
-      env_outputs: `[T+1, B, ...]`; only `reward` and `done` are used.
+      inputs: of a batch.
       config: weights, discount and thresholds.
-      value_stddev: as in `vtrace_loss`.
-      entropy_cost: f32 scalar that replaces the configured one, if that changes over the run.
-      target_outputs: of the target network on the same rows, `[T+1, B, ...]`; `action` is not used
-        and no gradient flows into them. None without a target network.
-      sum_over_replicas: sums an f32 scalar over all replicas, each with a part of the batch.
 
     Returns:
-      f32 scalar, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy
-      + kl_cost * kl`; the four terms under these names, unweighted f32 scalars; and the V-trace
-      targets, f32 `[T, B]`, in the units of the rewards. `policy_gradient` is the surrogate; `kl`
-      is KL(pi_target || pi), or KL(mu || pi) without a target network.
+      As total, `policy_gradient + baseline_cost * baseline + entropy_cost * entropy
+      + kl_cost * kl`; the parts have these names. `policy_gradient` is the surrogate, `entropy` is
+      negative entropy, and `kl` is KL(pi_target || pi), or KL(mu || pi) without a target network.
 
     Raises:
       ValueError: shapes do not fit together; or an unknown reward clipping.
     """
-    rewards, discounts = _rewards_and_discounts(env_outputs, config)
-    policy_logits = learner_outputs.policy_logits[:-1]
-    behaviour_logits = agent_outputs.policy_logits[1:]
+    actions, learner_outputs = inputs.actions, inputs.learner_outputs
+    target_outputs = inputs.target_outputs
+    policy = learner_outputs.policy[:-1]
     old = learner_outputs if target_outputs is None else target_outputs
     values = tf.stop_gradient(old.baseline[:-1])
     bootstrap_value = tf.stop_gradient(old.baseline[-1])
-
-    targets = vtrace.from_logits(
-        behaviour_policy_logits=behaviour_logits,
-        target_policy_logits=old.policy_logits[:-1],
-        actions=agent_outputs.action[1:],
+    rewards, discounts = _rewards_and_discounts(inputs.env_outputs, config)
+    old_log_probs, behaviour_log_probs = _log_probs(inputs, old)
+    targets = vtrace.from_importance_weights(
+        log_rhos=old_log_probs - behaviour_log_probs,
         discounts=discounts,
         rewards=rewards,
         values=values,
@@ -290,55 +273,44 @@ def appo_loss(
         later = next_values + config.vtrace_lambda * (later - next_values)
     advantages = rewards + discounts * later - values
     errors = targets.vs - learner_outputs.baseline[:-1]
-    if value_stddev is not None:
-        errors, advantages = errors / value_stddev, advantages / value_stddev
+    if inputs.value_stddev is not None:
+        errors, advantages = errors / inputs.value_stddev, advantages / inputs.value_stddev
     if config.normalize_advantages:
-        advantages = normalize(advantages, sum_over_replicas)
+        advantages = normalize(advantages, inputs.sum_over_replicas)
 
     if target_outputs is None:
-        log_ratios = targets.target_action_log_probs - targets.behaviour_action_log_probs
-        old_policy_logits = behaviour_logits
+        log_ratios = old_log_probs - behaviour_log_probs
+        old_policy = inputs.agent_outputs.policy[1:]
     else:
-        log_ratios = _log_ratios_to_target(
-            policy_logits, agent_outputs.action[1:], targets, config.clip_target_rho_threshold
-        )
-        old_policy_logits = target_outputs.policy_logits[:-1]
+        # pi / max(pi_target, mu / rho), the ratio of IMPACT.
+        log_rho = math.log(config.clip_target_rho_threshold)
+        denominators = tf.maximum(old_log_probs, behaviour_log_probs - log_rho)
+        log_probs = actions.log_prob(policy, inputs.agent_outputs.action[1:])
+        log_ratios = log_probs - tf.stop_gradient(denominators)
+        old_policy = target_outputs.policy[:-1]
 
     parts = {
         'policy_gradient': clipped_surrogate_loss(log_ratios, advantages, config.clip_epsilon),
         'baseline': baseline_loss(errors),
-        'entropy': entropy_loss(policy_logits),
-        'kl': kl_divergence(old_policy_logits, policy_logits),
+        'entropy': -actions.sum_of_entropies(policy),
+        'kl': actions.sum_of_kl_divergences(tf.stop_gradient(old_policy), policy),
     }
-    total = _weighted(parts, config, entropy_cost)
+    total = _weighted(parts, config, inputs.entropy_cost)
     # Without a weight, the divergence needs no backward pass.
     if config.kl_cost:
         total += config.kl_cost * parts['kl']
-    return total, parts, targets.vs
+    return Loss(total, parts, targets.vs)
 
 
-def _log_ratios_to_target(
-    policy_logits: tf.Tensor,
-    actions: tf.Tensor,
-    targets: vtrace.VTraceFromLogitsReturns,
-    clip_rho_threshold: float,
-) -> tf.Tensor:
-    """Returns the logarithm of `pi / max(pi_target, mu / rho)`, the ratio of IMPACT, f32 `[T, B]`.
+def _log_probs(inputs: LossInputs, outputs: AgentOutput) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns log-probabilities of the actions taken, f32 `[T, B]` each.
 
-    Args:
-      policy_logits: f32 `[T, B, A]`, of pi.
-      actions: i32 `[T, B]`.
-      targets: with the log-probabilities of the actions by pi_target and mu.
-      clip_rho_threshold: rho.
+    The first are by the policy of `outputs` and differentiable, the second by the behaviour policy.
     """
-    action_log_probs = -tf.nn.sparse_softmax_cross_entropy_with_logits(
-        labels=actions, logits=policy_logits
-    )
-    old_action_log_probs = tf.maximum(
-        targets.target_action_log_probs,
-        targets.behaviour_action_log_probs - math.log(clip_rho_threshold),
-    )
-    return action_log_probs - tf.stop_gradient(old_action_log_probs)
+    actions, agent_outputs = inputs.agent_outputs.action[1:], inputs.agent_outputs
+    behaviour_log_probs = inputs.actions.log_prob(agent_outputs.policy[1:], actions)
+    log_probs = inputs.actions.log_prob(outputs.policy[:-1], actions)
+    return log_probs, tf.stop_gradient(behaviour_log_probs)
 
 
 def _rewards_and_discounts(

@@ -1,7 +1,8 @@
 """The agent: observation, last reward and action in, policy and baseline out (paper, Figure 3).
 
-Letters: T unroll length, B batch size, A number of actions, L instruction length, N rows (merged
-time and batch), V number of levels that have values of their own.
+Letters: T unroll length, B batch size, P number of parameters of a policy (the number of actions if
+they are discrete), L instruction length, N rows (merged time and batch), V number of levels that
+have values of their own.
 """
 
 import dataclasses
@@ -9,12 +10,17 @@ from typing import Any
 
 import sonnet as snt
 import tensorflow as tf
-import tensorflow_probability as tfp
 
 from impala.networks import core as lstm
 from impala.networks import torsos
+from impala.networks.action_distribution import (
+    MAX_LOG_STDDEV,
+    MIN_LOG_STDDEV,
+    ActionDistribution,
+)
 from impala.networks.popart import PopArt
 from impala.trajectory import (
+    ACTION_MASK,
     INSTRUCTION_BUCKETS,
     AgentOutput,
     ArraySpec,
@@ -59,6 +65,7 @@ class Agent(snt.Module):
     All variables exist once it is constructed.
 
     Attributes:
+      actions: the distribution of actions, given a policy.
       popart: the last layer of a baseline that is normalized per level; None without PopArt.
 
     Args:
@@ -76,7 +83,7 @@ class Agent(snt.Module):
                 f'Unknown compute_dtype {config.compute_dtype!r}; choose one of '
                 f'{", ".join(DTYPES)}.'
             )
-        self._num_actions = spec.num_actions
+        self.actions = ActionDistribution(spec.action)
         self._max_reward_input = config.max_reward_input
         self._torso = torsos.create_torso(
             config.torso,
@@ -84,7 +91,7 @@ class Agent(snt.Module):
             DTYPES[config.compute_dtype],
             config.latent_size,
         )
-        size = self._torso.output_size + 1 + spec.num_actions
+        size = self._torso.output_size + 1 + self.actions.num_features
         self._instruction = None
         if 'instruction' in spec.observation:
             self._instruction = InstructionEncoder()
@@ -93,7 +100,10 @@ class Agent(snt.Module):
         if config.use_lstm:
             self._core = lstm.LSTM(size, config.core_size, name='core')
             size = config.core_size
-        self._policy = torsos.Linear(size, spec.num_actions, name='policy')
+        # Logits and means; standard deviations do not depend on the observation.
+        self._policy = torsos.Linear(size, self.actions.num_features, name='policy')
+        if spec.action.bounds:
+            self._log_stddev = tf.Variable(tf.zeros([len(spec.action.bounds)]), name='log_stddev')
         self.popart: PopArt | None = None
         if config.popart_levels:
             self.popart = PopArt(size, len(config.popart_levels))
@@ -135,7 +145,7 @@ class Agent(snt.Module):
         """Acts once.
 
         Args:
-          prev_action: i32 `[B]`, the action that led to `env_output`.
+          prev_action: `[B, ...]`, the action that led to `env_output`.
           env_output: `StepOutput` of `[B, ...]`.
           state: nest of f32 `[B, ...]`, recurrent state before this row; the initial state
             replaces it where `env_output.done`.
@@ -152,25 +162,22 @@ class Agent(snt.Module):
             state = tf.nest.map_structure(lambda s: tf.where(is_first, 0.0, s), state)
             state = self._core.step(self._core.project(x), state)
             x = state.hidden
-        logits, baseline = self._heads(x)
+        policy, baseline = self._heads(x, env_output.observation)
         if self.popart is not None:
             baseline = tf.zeros_like(env_output.reward)
-        return AgentOutput(self.choose_actions(logits, env_output), logits, baseline), state
+        return AgentOutput(self.choose_actions(policy, env_output), policy, baseline), state
 
-    def choose_actions(self, logits: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
+    def choose_actions(self, policy: tf.Tensor, env_output: StepOutput) -> tf.Tensor:
         """Samples actions from the policy.
 
         Args:
-          logits: f32 `[B, A]`.
-          env_output: `StepOutput` of `[B, ...]` that they belong to.
+          policy: f32 `[B, P]`.
+          env_output: `StepOutput` of `[B, ...]` that it belongs to.
 
         Returns:
-          i32 `[B]`.
+          `[B, ...]`, of the type that `ActionSpec.array` says.
         """
-        action = tfp.distributions.Categorical(logits=logits, dtype=tf.int32).sample()
-        # If logits are not finite, the sample is `num_actions`, which is not an action. The learner
-        # deals with such logits.
-        return tf.minimum(action, self._num_actions - 1)
+        return self.actions.sample(policy)
 
     def encode(self, frames: tf.Tensor) -> tf.Tensor:
         """Returns the torso's features, f32 `[N, F]`, of frames `[N, ...]`."""
@@ -186,7 +193,7 @@ class Agent(snt.Module):
         """Runs over T+1 rows at once; only the core's recurrence goes step by step.
 
         Args:
-          prev_actions: i32 `[T+1, B]`, the actions that led to `env_outputs`.
+          prev_actions: `[T+1, B, ...]`, the actions that led to `env_outputs`.
           env_outputs: `StepOutput` of `[T+1, B, ...]`.
           state: nest of f32 `[B, ...]`, recurrent state before row 0; before every row that is
             `done` it is replaced by the initial state.
@@ -202,14 +209,12 @@ class Agent(snt.Module):
         x = self._inputs(actions, rows, features)
         if self._core is not None:
             projected = self._core.project(x)
-            projected = tf.reshape(projected, [*_dims(prev_actions), projected.shape[-1]])
+            projected = tf.reshape(projected, [*_dims(env_outputs.reward), projected.shape[-1]])
             x, state = self._core.unroll(projected, env_outputs.done, state)
             x = tf.reshape(x, [-1, self._core.hidden_size])
-        logits, baseline = self._heads(x)
-        outputs = AgentOutput(
-            action=tf.argmax(logits, -1, tf.int32), policy_logits=logits, baseline=baseline
-        )
-        dims = _dims(prev_actions)
+        policy, baseline = self._heads(x, rows.observation)
+        outputs = AgentOutput(action=self.actions.mode(policy), policy=policy, baseline=baseline)
+        dims = _dims(env_outputs.reward)
         return tf.nest.map_structure(lambda t: tf.reshape(t, [*dims, *t.shape[1:]]), outputs), state
 
     def _inputs(
@@ -222,17 +227,26 @@ class Agent(snt.Module):
         parts = [
             features,
             tf.clip_by_value(env_output.reward, -limit, limit)[:, tf.newaxis],
-            tf.one_hot(prev_action, self._num_actions),
+            self.actions.features(prev_action),
         ]
         if self._instruction is not None:
             parts.append(self._instruction(env_output.observation['instruction']))
         return tf.concat(parts, -1)
 
-    def _heads(self, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns policy logits f32 `[N, A]` and baseline f32 `[N]`, or `[N, V]` with PopArt."""
+    def _heads(
+        self, x: tf.Tensor, observation: dict[str, tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns policy f32 `[N, P]` and baseline f32 `[N]`, or `[N, V]` with PopArt."""
+        policy = self._policy(x)
+        if self.actions.spec.bounds:
+            log_stddev = tf.clip_by_value(self._log_stddev, MIN_LOG_STDDEV, MAX_LOG_STDDEV)
+            log_stddev = tf.broadcast_to(log_stddev, [tf.shape(policy)[0], *log_stddev.shape])
+            policy = tf.concat([policy, log_stddev], -1)
+        if ACTION_MASK in observation:
+            policy = self.actions.masked(policy, observation[ACTION_MASK])
         if self.popart is not None:
-            return self._policy(x), self.popart(x)
-        return self._policy(x), tf.squeeze(self._baseline(x), -1)
+            return policy, self.popart(x)
+        return policy, tf.squeeze(self._baseline(x), -1)
 
 
 class InstructionEncoder(snt.Module):

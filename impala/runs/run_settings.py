@@ -33,7 +33,7 @@ _RESOLVED = frozenset(
 )
 # Settings that are not set by the flag of the same name.
 _FLAGS = {
-    'num_actions': '--level_name or --full_action_set (number of actions)',
+    'actions': '--level_name, --full_action_set or --clip_actions (actions)',
     'frame_shape': '--level_name, --width, --height or --frame_stack (shape of the frames)',
     'frame_dtype': '--level_name (dtype of the frames)',
     'has_instructions': '--level_name (whether it has instructions)',
@@ -55,7 +55,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'use_lstm': network.use_lstm,
         'popart_levels': list(network.popart_levels),
         'latent_size': network.latent_size,
-        'num_actions': spec.num_actions,
+        'actions': spec.action.to_json(),
         'frame_shape': list(frame.shape),
         'frame_dtype': frame.dtype,
         'has_instructions': 'instruction' in spec.observation,

@@ -8,9 +8,14 @@ Its signatures, for any batch size B:
   without memory, `no_state`, f32 `[B, 0]`.
 * `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)`, with
   `instruction i32 [B, 32]` if the environment has instructions, returns `action` i32 `[B]`,
-  sampled, `greedy_action` i32 `[B]`, `policy_logits` f32 `[B, A]`, `baseline` f32 `[B]`, and the
+  sampled, `greedy_action` i32 `[B]`, `policy` f32 `[B, A]`, `baseline` f32 `[B]`, and the
   state after the step. An agent trained with `--popart` has no `baseline`, since its values belong
   to levels. Give `done=True` with the first observation of an episode.
+
+`policy` has the logits of discrete actions. Other actions are `[B, K]`, see
+`impala.trajectory.ActionSpec`: i32, or f32 if some components are continuous. Then
+`environment_action` and `environment_greedy_action` are what the environment takes, within its
+bounds, while `prev_action` is `action`.
 """
 
 import argparse
@@ -29,7 +34,7 @@ from impala.networks.agent import Agent, AgentConfig
 from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
 from impala.runs.run_settings import popart_levels, stored_settings
-from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 FOLDER = 'saved_model'
 
@@ -71,7 +76,13 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
         popart_levels=popart_levels(settings),
         latent_size=value('latent_size', int),
     )
-    return network, EnvironmentSpec(observation, value('num_actions', int), 1)
+    try:
+        action = ActionSpec.from_json(settings.get('actions'))
+    except (LookupError, TypeError, ValueError) as error:
+        raise LogdirError(
+            f"The network.json in {logdir} is damaged: 'actions' is {settings.get('actions')!r}."
+        ) from error
+    return network, EnvironmentSpec(observation, action, 1)
 
 
 def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
@@ -89,7 +100,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
       LogdirError: there is no such run or checkpoint, or the folder cannot be written.
     """
     network, spec = spec_of_run(logdir)
-    agent = Agent(network, spec)
+    agent, action = Agent(network, spec), spec.action
     exported = _Exported(agent)
     checkpointer = Checkpointer(logdir, exported)
     if not checkpointer.restore(checkpoint):
@@ -105,7 +116,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
         return dict(zip(state_names, values, strict=True))
 
     signature = {
-        'prev_action': tf.TensorSpec([None], tf.int32),
+        'prev_action': tf.TensorSpec([None, *action.array.shape], action.array.dtype),
         'reward': tf.TensorSpec([None], tf.float32),
         'done': tf.TensorSpec([None], tf.bool),
     }
@@ -130,10 +141,14 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
         )
         outputs = {
             'action': output.action,
-            'greedy_action': tf.argmax(output.policy_logits, -1, tf.int32),
-            'policy_logits': output.policy_logits,
+            'greedy_action': agent.actions.mode(output.policy),
+            'policy': output.policy,
             **dict(zip(state_names, tf.nest.flatten(state), strict=True)),
         }
+        if action.bounds:
+            for name in ('action', 'greedy_action'):
+                played = agent.actions.to_environment(outputs[name])
+                outputs[f'environment_{name}'] = played
         if agent.popart is None:
             outputs['baseline'] = output.baseline
         return outputs

@@ -89,9 +89,7 @@ def test_a_learner_with_the_same_weights_reproduces_the_outputs_of_the_actors(us
             np.testing.assert_array_equal(batch.actors, actors)
             np.testing.assert_array_equal(batch.actor_output.policy_version, [7, 7])
             outputs, _ = unroll(agent.action, env, batch.actor_output.agent_state)
-            np.testing.assert_allclose(
-                outputs.policy_logits[:-1], agent.policy_logits[1:], rtol=1e-4, atol=1e-5
-            )
+            np.testing.assert_allclose(outputs.policy[:-1], agent.policy[1:], rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(
                 outputs.baseline[:-1], agent.baseline[1:], rtol=1e-4, atol=1e-5
             )
@@ -145,7 +143,7 @@ def test_weights_are_replaced_atomically_with_their_version():
             deadline = time.monotonic() + TIMEOUT
             while len(set(versions)) < 100 and time.monotonic() < deadline:
                 output = next(batches).actor_output
-                logits = output.agent_outputs.policy_logits.numpy()
+                logits = output.agent_outputs.policy.numpy()
                 np.testing.assert_array_equal(logits[1:, :, 0], logits[1:, :, 1])
                 assert np.all(np.diff(logits[1:, :, 0], axis=0) >= 0)
                 # Row 1 is the answer to row 0.

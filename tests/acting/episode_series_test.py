@@ -12,7 +12,7 @@ from scipy import stats
 from impala import environments
 from impala.acting import episode_series
 from impala.acting.episode_series import Episode, EpisodeQueues, Episodes, Schedule, episode_seed
-from impala.trajectory import EpisodeEnd
+from impala.trajectory import ActionSpec, EpisodeEnd
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,15 @@ def test_a_billion_episodes_are_scheduled_and_serialized_quickly():
 @pytest.mark.parametrize('logits', [[0.0, 0.0, 0.0], [2.0, -1.0, 0.5], [0.0, 5.0, -5.0]])
 def test_noise_makes_the_most_probable_action_a_sample_of_the_policy(logits):
     """Samples are independent within an episode, and among the first steps of episodes."""
-    within = episode_series._NoiseStream(11, 3)
+    within = episode_series._NoiseStream(11, ActionSpec.discrete(3))
     noises = [
         np.array([within.next() for _ in range(20_000)]),
-        np.array([episode_series._NoiseStream(seed, 3).next() for seed in range(5000)]),
+        np.array(
+            [
+                episode_series._NoiseStream(seed, ActionSpec.discrete(3)).next()
+                for seed in range(5000)
+            ]
+        ),
     ]
     policy = np.exp(logits) / np.exp(logits).sum()
     for noise in noises:
@@ -141,7 +146,7 @@ def test_noise_depends_on_the_episode_alone():
     """It depends neither on the number of steps nor on the environment's own stream."""
 
     def noise(seed, number):
-        stream = episode_series._NoiseStream(seed, 4)
+        stream = episode_series._NoiseStream(seed, ActionSpec.discrete(4))
         return np.array([stream.next() for _ in range(number)])
 
     np.testing.assert_array_equal(noise(3, 200)[:70], noise(3, 70))

@@ -18,7 +18,7 @@ from impala.environments import (
     create_environment,
 )
 from impala.errors import LevelError
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 FRAME = ArraySpec((2,), 'float32')
 WORDS = ArraySpec((3,), 'int32')
@@ -65,7 +65,7 @@ def sentence(error):
 
 
 def spec_of(observation=None, **values):
-    arguments = {'num_actions': 2, 'num_action_repeats': 1} | values
+    arguments = {'action': 2, 'num_action_repeats': 1} | values
     return EnvironmentSpec({'frame': FRAME} if observation is None else observation, **arguments)
 
 
@@ -74,8 +74,11 @@ def spec_of(observation=None, **values):
     [
         (None, "attribute 'spec' is None, not an impala.trajectory.EnvironmentSpec"),
         ({'frame': FRAME}, "attribute 'spec' is a dict"),
-        (spec_of(num_actions=0), 'has num_actions=0, and it must be an integer of at least 1'),
-        (spec_of(num_actions=2.0), 'has num_actions=2.0'),
+        (spec_of(action=0), 'has categories=0, and it must be an integer of at least 1'),
+        (spec_of(action=2.0), 'has action=2.0, and it must be an impala.trajectory.ActionSpec'),
+        (spec_of(action=ActionSpec()), 'has no actions'),
+        (spec_of(action=ActionSpec((3, 2.5))), 'has categories=2.5'),
+        (spec_of(action=ActionSpec(bounds=((1, 1),))), 'has the bounds (1, 1), and'),
         (spec_of(num_action_repeats=0), 'has num_action_repeats=0'),
         (spec_of({}), "declares nothing, but no observation 'frame'"),
         (spec_of({'image': FRAME}), "declares 'image', but no observation 'frame'"),
@@ -211,7 +214,7 @@ def test_numpy_numbers_in_a_spec_become_python_numbers(create):
     spec = EnvironmentSpec({'frame': ArraySpec([np.int64(2)], np.float32)}, np.int64(2), np.int8(1))
     environment = create(returning(spec=spec))
     assert environment.spec == Own.spec
-    assert json.loads(json.dumps(environment.spec.to_json()))['num_actions'] == 2
+    assert json.loads(json.dumps(environment.spec.to_json()))['action'] == 2
     environment.check()
 
 

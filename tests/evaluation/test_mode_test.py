@@ -273,7 +273,7 @@ def test_greedy_episodes_follow_from_weights_and_seeds(cartpole):
     restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
     newest = run_files.newest_checkpoint(run.run.logdir)
     restored.restore(newest).expect_partial().assert_existing_objects_matched()
-    logits_of = tf.function(lambda *row: agent.step(row[0], row[1], ())[0].policy_logits)
+    logits_of = tf.function(lambda *row: agent.step(row[0], row[1], ())[0].policy)
     games = [gymnasium.make('CartPole-v1') for _ in range(count)]
     frames = np.array(
         [

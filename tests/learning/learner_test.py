@@ -17,7 +17,7 @@ from agents import (
 
 from impala.config import LearnerConfig
 from impala.learning.learner import Learner
-from impala.learning.losses import appo_loss, autoencoder_loss, vtrace_loss
+from impala.learning.losses import LossInputs, appo_loss, autoencoder_loss, vtrace_loss
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import (
     ActorOutput,
@@ -53,10 +53,14 @@ def _assert_equal(actual, expected):
         np.testing.assert_array_equal(a, b)
 
 
+def _inputs(agent, batch, outputs, **others):
+    return LossInputs(agent.actions, batch.agent_outputs, outputs, batch.env_outputs, **others)
+
+
 def _gradients(agent, batch, config):
     with tf.GradientTape() as tape:
         outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
-        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config.loss)
+        total, _, _ = vtrace_loss(_inputs(agent, batch, outputs), config.loss)
     return _values(tape.gradient(total, agent.trainable_variables))
 
 
@@ -95,7 +99,7 @@ def test_metrics_are_the_documented_scalars():
     agent = mlp_agent()
     batch = batch_of(config, agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
-    total, parts, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config.loss)
+    total, parts, _ = vtrace_loss(_inputs(agent, batch, outputs), config.loss)
     metrics = Learner(agent, config).step(batch)
     assert {name: value.dtype for name, value in metrics.items()} == {
         'loss/total': tf.float32,
@@ -135,8 +139,8 @@ def test_a_non_finite_loss_changes_nothing(bad):
     good = batch_of(config, agent.initial_state(3))
     learner.step(good)
     if bad == 'nan_behaviour':
-        logits = good.agent_outputs.policy_logits * np.nan
-        poisoned = good._replace(agent_outputs=good.agent_outputs._replace(policy_logits=logits))
+        logits = good.agent_outputs.policy * np.nan
+        poisoned = good._replace(agent_outputs=good.agent_outputs._replace(policy=logits))
     else:
         poisoned = _with_reward(good, np.nan if bad == 'nan' else np.inf)
     everything = [*agent.variables, *learner.optimizer.variables]
@@ -199,7 +203,7 @@ def test_gradients_of_embeddings_count_like_dense_ones():
         tape.watch(dense)
         looked_up = tf.einsum('tba,ac->tbc', rows, dense)
         outputs = AgentOutput(None, looked_up[..., :-1], looked_up[..., -1])
-        total, _, _ = vtrace_loss(batch.agent_outputs, outputs, batch.env_outputs, config.loss)
+        total, _, _ = vtrace_loss(_inputs(agent, batch, outputs), config.loss)
     gradient = tape.gradient(total, dense).numpy()
     metrics = learner.step(batch)
     np.testing.assert_allclose(metrics['gradient_norm'], _global_norm([gradient]), rtol=1e-4)
@@ -340,9 +344,8 @@ def test_metrics_of_appo_are_those_of_its_loss(target_update_steps):
     target = outputs(batches[1]) if target_update_steps else None
     learner.step(batches[0])
     batch = batches[1]
-    total, parts, _ = appo_loss(
-        batch.agent_outputs, outputs(batch), batch.env_outputs, config.loss, target_outputs=target
-    )
+    inputs = _inputs(agent, batch, outputs(batch), target_outputs=target)
+    total, parts, _ = appo_loss(inputs, config.loss)
     metrics = learner.step(batch)
     np.testing.assert_allclose(metrics['loss/total'], total, rtol=1e-4)
     assert set(parts) == {'policy_gradient', 'baseline', 'entropy', 'kl'}
@@ -418,8 +421,8 @@ def test_a_non_finite_appo_loss_changes_nothing():
     good = batch_of(learner.config, learner.agent.initial_state(3))
     learner.step(good)
     before = _values([*learner.agent.variables, *learner.optimizer.variables])
-    logits = good.agent_outputs.policy_logits * np.nan
-    nan_behaviour = good._replace(agent_outputs=good.agent_outputs._replace(policy_logits=logits))
+    logits = good.agent_outputs.policy * np.nan
+    nan_behaviour = good._replace(agent_outputs=good.agent_outputs._replace(policy=logits))
     for poisoned in (_with_reward(good, np.nan), _with_reward(good, np.inf), nan_behaviour):
         assert learner.step(poisoned)['skipped']
         _assert_equal([*learner.agent.variables, *learner.optimizer.variables], before)
@@ -479,7 +482,7 @@ def test_learns_to_choose_the_rewarded_action(changes):
             observation={'frame': np.eye(_OBSERVATION_SIZE, dtype=np.float32)[best]},
         )
         # The previous reward and action say nothing here, so the agent sees zeros.
-        logits = policy(zeros, env_outputs).policy_logits.numpy()
+        logits = policy(zeros, env_outputs).policy.numpy()
         chosen = np.argmax(logits + rng.gumbel(size=logits.shape), -1).astype(np.int32)
         rewards = np.float32(chosen == best)
         # Row t + 1 holds what was decided in row t.

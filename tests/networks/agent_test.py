@@ -96,8 +96,8 @@ def test_shapes_and_dtypes(torso, frame, instruction, use_lstm):
         tf.nest.assert_same_structure(state, new_state)
         assert output.action.shape == lead
         assert output.action.dtype == tf.int32
-        assert output.policy_logits.shape == (*lead, NUM_ACTIONS)
-        assert output.policy_logits.dtype == tf.float32
+        assert output.policy.shape == (*lead, NUM_ACTIONS)
+        assert output.policy.dtype == tf.float32
         assert output.baseline.shape == lead
         assert output.baseline.dtype == tf.float32
     assert len(tf.nest.flatten(agent.state_spec)) == (2 if use_lstm else 0)
@@ -113,7 +113,7 @@ def test_unroll_equals_single_steps(use_lstm):
     outputs, last = tf.function(agent.unroll)(prev_actions, env_outputs, state)
     for i in range(t):
         output, state = agent.step(prev_actions[i], row(env_outputs, i), state)
-        np.testing.assert_allclose(outputs.policy_logits[i], output.policy_logits, atol=1e-5)
+        np.testing.assert_allclose(outputs.policy[i], output.policy, atol=1e-5)
         np.testing.assert_allclose(outputs.baseline[i], output.baseline, atol=1e-5)
     assert_nests_close(last, state)
 
@@ -129,7 +129,7 @@ def test_state_is_reset_where_done_and_kept_elsewhere(unrolled):
     def run(done, state):
         row = env_output._replace(done=tf.constant(np.reshape(done, lead)))
         output, new_state = function(prev_action, row, state)
-        return tf.reshape(output.policy_logits, [2, -1]), new_state
+        return tf.reshape(output.policy, [2, -1]), new_state
 
     state = random_state(agent, 2)
     logits, new_state = run([True, False], state)
@@ -165,11 +165,11 @@ def test_nan_is_forgotten_at_the_end_of_the_episode(unrolled, what):
         state = agent.initial_state(b)
         if unrolled:
             outputs, state = agent.unroll(actions, env_outputs, state)
-            return outputs.policy_logits.numpy(), state
+            return outputs.policy.numpy(), state
         logits = []
         for i in range(t):
             output, state = agent.step(actions[i], row(env_outputs, i), state)
-            logits.append(output.policy_logits.numpy())
+            logits.append(output.policy.numpy())
         return np.stack(logits), state
 
     logits, state = run(broken)
@@ -191,7 +191,7 @@ def test_sampled_actions_follow_the_policy():
     policy_bias.assign([0.0, 1.0, -1.0])
     tf.random.set_seed(1)
     output, _ = agent.step(*same, ())
-    logits = output.policy_logits[0].numpy().astype(np.float64)
+    logits = output.policy[0].numpy().astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum()
     frequency = np.bincount(output.action, minlength=3) / rows
     np.testing.assert_allclose(frequency, expected, atol=0.015)
@@ -204,7 +204,7 @@ def test_broken_weights_still_give_valid_actions():
         variable.assign(tf.fill(variable.shape, np.nan))
     output, _ = agent.step(*make_inputs(spec, 8), ())
     assert set(output.action.numpy()) <= {0, 1, 2}
-    assert np.isnan(output.policy_logits).all()
+    assert np.isnan(output.policy).all()
 
 
 def test_sampling_repeats_with_the_same_seed_and_differs_between_calls():
@@ -224,7 +224,7 @@ def test_sampling_repeats_with_the_same_seed_and_differs_between_calls():
 
 def logits_of(agent, prev_action, env_output):
     state = agent.initial_state(prev_action.shape[0])
-    return agent.step(prev_action, env_output, state)[0].policy_logits.numpy()
+    return agent.step(prev_action, env_output, state)[0].policy.numpy()
 
 
 def test_last_reward_is_clipped():
@@ -338,10 +338,10 @@ def test_bfloat16_is_close_to_float32(torso):
     inputs = make_inputs(spec, 4, 3)
     output, state = narrow.unroll(*inputs, narrow.initial_state(3))
     expected, _ = wide.unroll(*inputs, wide.initial_state(3))
-    assert output.policy_logits.dtype == output.baseline.dtype == tf.float32
+    assert output.policy.dtype == output.baseline.dtype == tf.float32
     assert {s.dtype for s in state} == {tf.float32}
-    difference = output.policy_logits - expected.policy_logits
-    assert 1e-6 < np.linalg.norm(difference) / np.linalg.norm(expected.policy_logits) < 0.03
+    difference = output.policy - expected.policy
+    assert 1e-6 < np.linalg.norm(difference) / np.linalg.norm(expected.policy) < 0.03
 
 
 @pytest.mark.parametrize('use_lstm', [False, True])
@@ -355,7 +355,7 @@ def test_gradient_reaches_every_variable(torso, use_lstm):
     def gradients():
         with tf.GradientTape() as tape:
             output, _ = agent.unroll(prev_actions, env_outputs, agent.initial_state(3))
-            loss = tf.reduce_sum(tf.sin(output.policy_logits)) + tf.reduce_sum(output.baseline**2)
+            loss = tf.reduce_sum(tf.sin(output.policy)) + tf.reduce_sum(output.baseline**2)
         return tape.gradient(loss, agent.trainable_variables)
 
     for variable, gradient in zip(agent.trainable_variables, gradients(), strict=True):
@@ -375,7 +375,7 @@ def test_unroll_accepts_features_encoded_in_advance(use_lstm):
     assert_nests_close(agent.unroll(prev_actions, env_outputs, state, features), expected)
     # Frames enter only through the features.
     moved = agent.unroll(prev_actions, env_outputs, state, features + 1.0)
-    assert np.all(np.abs(moved[0].policy_logits - expected[0].policy_logits).max(-1) > 1e-4)
+    assert np.all(np.abs(moved[0].policy - expected[0].policy).max(-1) > 1e-4)
     black = {**env_outputs.observation, 'frame': env_outputs.observation['frame'] * 0}
     unseen = env_outputs._replace(observation=black)
     assert_nests_close(agent.unroll(prev_actions, unseen, state, features), expected)
@@ -419,7 +419,7 @@ def test_one_graph_serves_every_batch_size(use_lstm):
         inputs = make_inputs(spec, t, b, seed=b)
         state = random_state(agent, b)
         output, _ = unroll(*inputs, state)
-        assert output.policy_logits.shape == (t, b, NUM_ACTIONS)
+        assert output.policy.shape == (t, b, NUM_ACTIONS)
         first, _ = step(*row(inputs, 0), state)
         np.testing.assert_allclose(first.baseline, output.baseline[0], atol=1e-5)
 
@@ -454,7 +454,7 @@ def test_orthogonal_weights_make_the_initial_policy_uniform():
     agent.initialize_orthogonally()
     action, env_output = make_inputs(make_spec((36, 36, 3)), 8)
     output, _ = agent.step(action, env_output, ())
-    np.testing.assert_allclose(tf.nn.softmax(output.policy_logits), 1 / NUM_ACTIONS, rtol=0.1)
+    np.testing.assert_allclose(tf.nn.softmax(output.policy), 1 / NUM_ACTIONS, rtol=0.1)
 
 
 def test_orthogonal_weights_leave_popart_unchanged():

@@ -23,7 +23,7 @@ from impala.trajectory import (
     StepOutputInfo,
 )
 
-SPEC = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, num_actions=3, num_action_repeats=1)
+SPEC = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, action=3, num_action_repeats=1)
 BETA = 3e-4
 
 
@@ -123,7 +123,7 @@ def test_acting_computes_only_the_policy(use_lstm):
     assert outputs.baseline.shape == (3, 3, 2)
     first = tf.nest.map_structure(lambda t: t[0], batch.env_outputs)
     output, _ = agent.step(batch.agent_outputs.action[0], first, batch.agent_state)
-    np.testing.assert_allclose(output.policy_logits, outputs.policy_logits[0], atol=1e-5)
+    np.testing.assert_allclose(output.policy, outputs.policy[0], atol=1e-5)
     np.testing.assert_array_equal(output.baseline, np.zeros(3, np.float32))
 
 
@@ -153,8 +153,8 @@ def test_a_learner_updates_statistics_and_preserves_values():
     own = np.stack([before[:, 0, 1], before[:, 1, 0], before[:, 2, 1]], 1)
     outputs = unroll()
     targets = vtrace.from_logits(
-        batch.agent_outputs.policy_logits[1:],
-        outputs.policy_logits[:-1],
+        batch.agent_outputs.policy[1:],
+        outputs.policy[:-1],
         batch.agent_outputs.action[1:],
         0.9 * np.float32(~batch.env_outputs.done.numpy()[1:]),
         batch.env_outputs.reward[1:],
@@ -222,7 +222,7 @@ class Bandits:
             done=np.ones(rows, bool),
             observation={'frame': frames},
         )
-        return outputs, self.unroll(np.zeros(rows, np.int32), outputs).policy_logits.numpy()
+        return outputs, self.unroll(np.zeros(rows, np.int32), outputs).policy.numpy()
 
     def train(self, updates):
         rows = (self.config.unroll_length + 1, self.config.batch_size)

@@ -66,7 +66,7 @@ def test_with_popart_other_levels_are_another_network(tmp_path):
 @pytest.mark.parametrize(
     'spec',
     [
-        dataclasses.replace(IMAGE, num_actions=8),
+        dataclasses.replace(IMAGE, action=8),
         dataclasses.replace(IMAGE, observation={'frame': ArraySpec((72, 96, 1), 'uint8')}),
         dataclasses.replace(
             IMAGE, observation=IMAGE.observation | {'instruction': ArraySpec((32,), 'int32')}
@@ -99,8 +99,8 @@ def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     for spec, sentence in (
         (
-            dataclasses.replace(STACK, num_actions=18),
-            '--level_name or --full_action_set .* was 6 and is now 18',
+            dataclasses.replace(STACK, action=18),
+            '--level_name, --full_action_set or --clip_actions .* was 6 and is now 18',
         ),
         (
             dataclasses.replace(STACK, observation={'frame': ArraySpec((84, 84, 3), 'uint8')}),

@@ -77,12 +77,12 @@ def test_the_exported_model_acts_like_the_agent(tmp_path, use_lstm, popart):
             {'frame': tf.constant(values['frame'])},
         )
         expected, state = agent.step(tf.constant(values['prev_action']), env_output, state)
-        np.testing.assert_allclose(row['policy_logits'], expected.policy_logits, atol=1e-5)
+        np.testing.assert_allclose(row['policy'], expected.policy, atol=1e-5)
         if popart:
             assert 'baseline' not in row
         else:
             np.testing.assert_allclose(row['baseline'], expected.baseline, atol=1e-5)
-        assert row['greedy_action'] == np.argmax(expected.policy_logits, 1).tolist()
+        assert row['greedy_action'] == np.argmax(expected.policy, 1).tolist()
         assert set(row['action']) <= {0, 1}
 
 
@@ -160,7 +160,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         'use_lstm': False,
         'popart_levels': [],
         'latent_size': 64,
-        'num_actions': 2,
+        'actions': 2,
         'frame_shape': [2],
         'frame_dtype': 'float32',
         'has_instructions': False,
@@ -171,7 +171,9 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
     for change, sentence in (
         ({'torso': 3}, "'torso' is 3."),
         ({'use_lstm': 'no'}, "'use_lstm' is 'no'."),
-        ({'num_actions': True}, "'num_actions' is True."),
+        ({'actions': True}, "'actions' is True."),
+        ({'actions': -2}, "'actions' is -2."),
+        ({'actions': {'categories': [2]}}, "'actions' is {'categories': [2]}."),
         ({'has_instructions': 0}, "'has_instructions' is 0."),
         ({'frame_shape': 4}, "'frame_shape' is 4."),
         ({'frame_shape': [4, 'x']}, "frames cannot be (4, 'x')."),
