@@ -302,6 +302,17 @@ class EnvironmentConfig(_Checked):
         on_resume='fixed',
         agreement='jobs',
     )
+    clip_actions: bool = setting(
+        False,
+        'Box actions: clip a normal distribution to the bounds, instead of squashing it by tanh.',
+        on_resume='fixed',
+        agreement='jobs',
+    )
+    info_action_mask: bool = setting(
+        False,
+        "Allow only the actions of info['action_mask']; a mask in the observation is always used.",
+        agreement='jobs',
+    )
     sticky_actions: float = setting(
         0.0,
         'Atari: probability that a frame repeats the previous action (Machado et al., 2018: 0.25).',

@@ -88,6 +88,16 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
         environment = make(seed, config)
     except MISTAKES as error:
         raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
+    gymnasium = sys.modules.get('gymnasium')
+    if gymnasium is not None and isinstance(environment, gymnasium.Env):
+        repeats = config.num_action_repeats or 1
+        return GymnasiumEnvironment(level_name, environment, repeats, seed, config)
+    if gymnasium is not None and isinstance(environment, gymnasium.vector.VectorEnv):
+        environment.close()
+        raise LevelError(
+            f'{level_name!r} returned {type(environment).__name__}, a vector environment of '
+            'Gymnasium: return one environment, since actors are made for each.'
+        )
     return checked_environment.checked(level_name, environment)
 
 

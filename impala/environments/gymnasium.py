@@ -1,4 +1,4 @@
-"""Any environment of Gymnasium with discrete actions."""
+"""Any environment of Gymnasium."""
 
 import contextlib
 import inspect
@@ -11,22 +11,25 @@ import numpy as np
 
 from impala.config import EnvironmentConfig
 from impala.environments import observation_spaces
+from impala.environments.action_masks import ActionMask
+from impala.environments.action_spaces import ActionSpace
 from impala.environments.environment import DeclarationError, Environment, Observation
 from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
 from impala.environments.minigrid import MiniGridPicture, is_minigrid, made_by, observation_maker
 from impala.errors import LevelError
-from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ACTION_MASK, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 
 class GymnasiumEnvironment(Environment):
-    """Any environment of Gymnasium with discrete actions.
+    """Any environment of Gymnasium; see `impala.environments.action_spaces` for its actions.
 
     How observations are converted:
 
     * uint8 images with sides of at least 32 pixels are resized to `config.width` x `config.height`;
     * Box observations of up to two dimensions are flattened to a float32 vector, Discrete ones
       become a one-hot float32 vector;
-    * in a Dict, `screen` (ViZDoom) or `image` is the frame and `mission` is the instruction;
+    * in a Dict, `screen` (ViZDoom), `image` or `observation` is the frame, `mission` is the
+      instruction, and `action_mask` says which actions are allowed;
     * MiniGrid's and BabyAI's 7x7x3 symbols are replaced by a picture of the same 7x7 cells, 56x56
       pixels (8 per cell). It is turned the agent's way, so it shows the direction too. An
       observation that a wrapper or a subclass makes is used as it is, and pictures are not resized.
@@ -62,7 +65,7 @@ class GymnasiumEnvironment(Environment):
                 size = None
                 if observation_maker(env) is None:
                     self._picture = MiniGridPicture(level_name, env)
-            self._spec_of_spaces(repeats, size)
+            self._spec_of_spaces(repeats, size, config)
         except BaseException:
             env.close()
             raise
@@ -86,28 +89,23 @@ class GymnasiumEnvironment(Environment):
                     ) from error
             env = env.env if isinstance(env, gymnasium.Wrapper) else None
 
-    def _spec_of_spaces(self, repeats: int, size: tuple[int, int] | None) -> None:
+    def _spec_of_spaces(
+        self, repeats: int, size: tuple[int, int] | None, config: EnvironmentConfig
+    ) -> None:
         from gymnasium import spaces
 
-        action_space = self._env.action_space
-        if not isinstance(action_space, spaces.Discrete):
-            raise LevelError(
-                f'{self._level_name!r} has the action space '
-                f'{observation_spaces.space_text(action_space)}, and only Discrete ones can be '
-                'played.'
-            )
-        if action_space.n < 1:
-            raise LevelError(f'{self._level_name!r} has no actions: its space is {action_space}.')
-        self._first_action = int(action_space.start)
-
+        actions = ActionSpace(self._env.action_space, self._level_name, config.clip_actions)
+        self._decode_action = actions.decode
         space = self._env.observation_space if self._picture is None else self._picture.space
         self._frame_key: str | None = None
         self._speaks = False
         self._instruction = ''
+        mask_is_observed = False
         if isinstance(space, spaces.Dict):
             self._frame_key = next(
-                (key for key in ('screen', 'image') if key in space.spaces), None
+                (key for key in ('screen', 'image', 'observation') if key in space.spaces), None
             )
+            mask_is_observed = ACTION_MASK in space.spaces
             self._speaks = 'mission' in space.spaces
             if self._frame_key is None:
                 raise self._unsupported_observation()
@@ -128,7 +126,16 @@ class GymnasiumEnvironment(Environment):
         if self._speaks:
             observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
             self._observation['instruction'] = hash_instruction('')
-        self.spec = EnvironmentSpec(observation, int(action_space.n), repeats)
+        self._mask: ActionMask | None = None
+        self._mask_is_observed = mask_is_observed
+        if mask_is_observed or config.info_action_mask:
+            where = 'an observation' if mask_is_observed else 'an info'
+            self._mask = ActionMask(
+                actions.spec, self._level_name, f'{where} with an {ACTION_MASK!r}'
+            )
+            observation[ACTION_MASK] = ArraySpec(self._mask.array.shape, 'bool')
+            self._observation[ACTION_MASK] = self._mask.array
+        self.spec = EnvironmentSpec(observation, actions.spec, repeats)
 
     def _unsupported_observation(self) -> LevelError:
         hint = ''
@@ -137,8 +144,8 @@ class GymnasiumEnvironment(Environment):
         return LevelError(
             f'{self._level_name!r} has the observation space '
             f'{observation_spaces.space_text(self._env.observation_space)}{made_by(self._env)}, '
-            f"which is {observation_spaces.FRAME_RULE}, nor a Dict with one of them as 'screen' or "
-            f"'image'{hint}."
+            f"which is {observation_spaces.FRAME_RULE}, nor a Dict with one of them as 'screen', "
+            f"'image' or 'observation'{hint}."
         )
 
     def reset(self) -> Observation:
@@ -147,18 +154,18 @@ class GymnasiumEnvironment(Environment):
             result = self._env.reset(seed=self._seed)
         self._seed = None
         try:
-            observation, _ = result
+            observation, info = result
         except (TypeError, ValueError) as error:
             raise self._wrong_result('reset', '(observation, info)', result) from error
-        return self._convert(observation, is_first=True)
+        return self._convert(observation, info, is_first=True)
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
-        action = int(action) + self._first_action
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
+        action = self._decode_action(action)
         total_reward = 0.0
         for frames in range(1, self._repeats + 1):
             result = self._env.step(action)
             try:
-                observation, reward, terminated, truncated, _ = result
+                observation, reward, terminated, truncated, info = result
             except (TypeError, ValueError) as error:
                 values = '(observation, reward, terminated, truncated, info)'
                 raise self._wrong_result('step', values, result) from error
@@ -169,7 +176,7 @@ class GymnasiumEnvironment(Environment):
                 if terminated or truncated:
                     self.last_action_frames = frames
                     return total_reward, self._end(terminated, truncated), self.reset()
-        return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation, is_first=False)
+        return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation, info, is_first=False)
 
     def seed_next(self, seed: int) -> bool:
         self._seed = seed
@@ -201,7 +208,12 @@ class GymnasiumEnvironment(Environment):
         # An episode that reaches its goal in its last allowed step has reached it.
         return EpisodeEnd.TERMINATED if terminated else EpisodeEnd.TRUNCATED
 
-    def _convert(self, observation: Any, is_first: bool) -> Observation:
+    def _convert(self, observation: Any, info: Any, is_first: bool) -> Observation:
+        if self._mask is not None:
+            source = observation if self._mask_is_observed else info
+            if not isinstance(source, Mapping) or ACTION_MASK not in source:
+                raise self._without_mask()
+            self._mask.take(source[ACTION_MASK])
         frame = observation
         if self._frame_key is not None:
             keys = (self._frame_key, 'mission')[: 1 + self._speaks]
@@ -254,6 +266,17 @@ class GymnasiumEnvironment(Environment):
         return DeclarationError(
             f"{self._level_name!r} returned {came} from {method}(), where Gymnasium's interface "
             f'has {values}.'
+        )
+
+    def _without_mask(self) -> DeclarationError:
+        if self._mask_is_observed:
+            return DeclarationError(
+                f'{self._level_name!r} declares {ACTION_MASK!r} in its observation, but returned '
+                'one without it.'
+            )
+        return DeclarationError(
+            f'{self._level_name!r} returned an info without {ACTION_MASK!r}, which '
+            '--info_action_mask needs.'
         )
 
     def _wrong_dict(self, keys: tuple[str, ...], observation: Any) -> DeclarationError:

@@ -66,7 +66,7 @@ class VizdoomEnvironment(GymnasiumEnvironment):
         super().close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def step(self, action: int) -> tuple[float, EpisodeEnd, Observation]:
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
         self._first_tic = self._env.unwrapped.game.get_episode_time()
         return super().step(action)
 

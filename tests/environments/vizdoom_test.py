@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 from playing import ROOT, play, random_actions
 
-from impala.environments import create_environment
-from impala.errors import LevelError
-from impala.trajectory import EpisodeEnd
+from impala.trajectory import ActionSpec, EpisodeEnd
 
 
 def test_vizdoom_matches_gymnasium(make, tmp_path, monkeypatch):
@@ -46,8 +44,18 @@ def test_vizdoom_matches_gymnasium(make, tmp_path, monkeypatch):
     truth.close()
     assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED}
 
-    with pytest.raises(LevelError, match=r'VizdoomBasic-MultiBinary-v1.*MultiBinary\(3\)'):
-        create_environment('VizdoomBasic-MultiBinary-v1', 1)
+
+def test_vizdoom_takes_several_buttons_at_once(make):
+    """Two buttons for opposite directions leave the player where it is, one does not."""
+    environment = make('VizdoomBasic-MultiBinary-v1')
+    assert environment.spec.action == ActionSpec((2, 2, 2))
+    first = environment.reset()['frame'].copy()
+    both, left = np.array([1, 1, 0], np.int32), np.array([1, 0, 0], np.int32)
+    stayed = environment.step(both)[2]['frame'].copy()
+    for _ in range(4):
+        moved = environment.step(left)[2]['frame']
+    difference = [np.abs(each.astype(int) - first).mean() for each in (stayed, moved)]
+    assert difference[1] > 3 * difference[0]
 
 
 def test_registered_vizdoom_ids_set_the_action_repeats(make):

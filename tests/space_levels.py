@@ -1,0 +1,127 @@
+"""Gymnasium environments with all kinds of action spaces (`--level_name=space_levels:...`).
+
+Each episode has ten steps. The reward of a step is the closer to 1 the closer the action is to a
+target, which the observation does not show.
+"""
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+BOX = spaces.Box(np.array([-2, 0], np.float32), np.array([2, 10], np.float32))
+ACTION_SPACES = {
+    'multi_discrete': spaces.MultiDiscrete([3, 2, 3], start=[1, 0, -1]),
+    'multi_binary': spaces.MultiBinary(4),
+    'box': BOX,
+    'unbounded': spaces.Box(-np.inf, np.inf, (2,)),
+    'mixture': spaces.Dict(
+        buttons=spaces.MultiBinary(2), choice=spaces.Discrete(3, start=-1), stick=BOX
+    ),
+}
+
+
+class Target(gymnasium.Env):
+    """Rewards actions near a target; fails if an action is not in the space."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,))
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+        self._target = self._flat(_sample(action_space, np.random.default_rng(5)))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        assert action in self.action_space, (action, self.action_space)
+        distance = np.abs(self._flat(action) - self._target).mean()
+        self._steps += 1
+        return self._observe(), float(np.exp(-2 * distance)), False, self._steps == 10, {}
+
+    def _observe(self):
+        return np.zeros(2, np.float32)
+
+    def _flat(self, action):
+        values = np.asarray(spaces.flatten(self.action_space, action), np.float64)
+        # The second component of the Box is five times as wide.
+        return np.where(np.abs(values) > 2, values / 5, values)
+
+
+class Masked(gymnasium.Env):
+    """Of nine actions, a third that changes is illegal; pays for the greatest legal one."""
+
+    observation_space = spaces.Box(0.0, 1.0, (9,))
+    action_space = spaces.Discrete(9)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe()
+
+    def step(self, action):
+        assert self._mask[action], 'an illegal action was chosen'
+        reward = float(action == np.flatnonzero(self._mask)[-1])
+        self._steps += 1
+        observation, info = self._observe()
+        return observation, reward, False, self._steps == 10, info
+
+    def _observe(self):
+        self._mask = np.ones(9, np.int8)
+        self._mask[self.np_random.permutation(9)[:3]] = 0
+        return self._mask.astype(np.float32), {'action_mask': self._mask}
+
+
+class MaskedInDict(Masked):
+    """As `Masked`, with the mask in the observation."""
+
+    observation_space = spaces.Dict(
+        observation=Masked.observation_space, action_mask=spaces.Box(0, 1, (9,), np.int8)
+    )
+
+    def _observe(self):
+        observation, info = super()._observe()
+        return {'observation': observation, **info}, {}
+
+
+def _sample(space, rng):
+    """Returns an action that does not depend on how the space draws its own."""
+    if isinstance(space, spaces.Dict):
+        return {name: _sample(each, rng) for name, each in space.items()}
+    if isinstance(space, spaces.Box):
+        low, high = np.maximum(space.low, -1), np.minimum(space.high, 3)
+        return rng.uniform(low, high).astype(space.dtype)
+    if isinstance(space, spaces.MultiDiscrete):
+        return (rng.integers(space.nvec) + space.start).astype(space.dtype)
+    if isinstance(space, spaces.MultiBinary):
+        return rng.integers(2, size=space.shape).astype(space.dtype)
+    return space.start + rng.integers(space.n)
+
+
+def multi_discrete(seed, config):
+    return Target(ACTION_SPACES['multi_discrete'])
+
+
+def multi_binary(seed, config):
+    return Target(ACTION_SPACES['multi_binary'])
+
+
+def box(seed, config):
+    return Target(ACTION_SPACES['box'])
+
+
+def unbounded(seed, config):
+    return Target(ACTION_SPACES['unbounded'])
+
+
+def mixture(seed, config):
+    return Target(ACTION_SPACES['mixture'])
+
+
+def masked(seed, config):
+    return Masked()
+
+
+def masked_in_dict(seed, config):
+    return MaskedInDict()
