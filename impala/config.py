@@ -8,18 +8,21 @@ resumes, whether the jobs of a run must agree on it, and its line in `docs/flags
     Config.of(level_name='CartPole-v1', num_actors=8, learning_rate=0.003)
 
 Each class checks the bounds of its settings when it is instantiated. Checks between settings are in
-the `check` method of their class; a `Config` calls all of them. This module imports only the
-standard library, because actor processes use it.
+the `check` method of their class; a `Config` calls all of them. This module imports no library but
+the standard one, because actor processes use it.
 """
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
+
+from impala.user_code import is_own
 
 # Whether a setting may change when a run resumes:
 # - fixed: no, because it shapes the network, the optimizer's state or the counters.
@@ -54,6 +57,7 @@ class Setting:
       low: least value of a number, inclusive.
       high: greatest value of a number, inclusive.
       choices: all valid values of a text; empty if any text is valid.
+      allows_own: whether a text may also name the user's own code, as `my_module:Name`.
       on_resume: see `OnResume`.
       agreement: see `Agreement`.
       only_with: `(name, value)` of another setting; this one has an effect only with that value.
@@ -66,6 +70,7 @@ class Setting:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    allows_own: bool = False
     on_resume: OnResume = 'reported'
     agreement: Agreement = 'none'
     only_with: tuple[str, str] | None = None
@@ -87,8 +92,9 @@ class Setting:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ConfigError(f'--{name} must be of type {kind.__name__}, not {value!r}.')
-        if self.choices and value not in self.choices:
-            raise ConfigError(f'--{name}={value} is not one of {", ".join(self.choices)}.')
+        if self.choices and value not in self.choices and not (self.allows_own and is_own(value)):
+            own = ', nor my_module:Name' if self.allows_own else ''
+            raise ConfigError(f'--{name}={value} is not one of {", ".join(self.choices)}{own}.')
         for text in value if kind is tuple else [value]:
             self._check_text(name, text)
         if kind is float and not math.isfinite(value):
@@ -250,6 +256,11 @@ class RunConfig(_Checked):
     save_checkpoint_secs: float = setting(
         600.0, 'Training time between checkpoints.', unit='s', low=0, high=1e9, on_resume='free'
     )
+    hooks: tuple[str, ...] = setting(
+        (),
+        'Hooks of the training loop as my_module:MyHook, separated by commas.',
+        on_resume='free',
+    )
     log_secs: float = setting(
         10.0, 'Time between lines of metrics.jsonl.', unit='s', low=0, high=1e9, on_resume='free'
     )
@@ -261,6 +272,9 @@ class RunConfig(_Checked):
         return min(self.stop_at_frames or total, total)
 
     def check(self) -> None:
+        for name in self.hooks:
+            if not is_own(name):
+                raise ConfigError(f'--hooks={name} is not of the form my_module:MyHook.')
         if not self.logdir:
             raise ConfigError('--logdir is empty: give the folder of the run.')
 
@@ -300,6 +314,11 @@ class EnvironmentConfig(_Checked):
         False,
         "Atari: all 18 actions instead of the game's own; always on with several games.",
         on_resume='fixed',
+        agreement='jobs',
+    )
+    env_kwargs: str = setting(
+        '',
+        'Keyword arguments of a Gymnasium id or of my_module:make, as JSON: {"difficulty": 2}.',
         agreement='jobs',
     )
     clip_actions: bool = setting(
@@ -379,6 +398,22 @@ class EnvironmentConfig(_Checked):
     # `Environment.render` will be called.
     render: bool = False
 
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments in `env_kwargs`."""
+        return json.loads(self.env_kwargs) if self.env_kwargs else {}
+
+    def check(self) -> None:
+        try:
+            is_object = isinstance(self.kwargs, dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise ConfigError(
+                f'--env_kwargs={self.env_kwargs} is not a JSON object, for instance '
+                '{"difficulty": 2}.'
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class ActorsConfig(_Checked):
@@ -435,8 +470,10 @@ class NetworkConfig(_Checked):
 
     torso: str = setting(
         'auto',
-        'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise.',
+        'Network before the core; auto: shallow for Atari, mlp for vectors, deep otherwise; or '
+        "my_module:MyTorso, a Sonnet module of one's own.",
         choices=('auto', *TORSOS),
+        allows_own=True,
         on_resume='fixed',
         agreement='jobs',
     )
@@ -481,8 +518,10 @@ class LossConfig(_Checked):
 
     loss: str = setting(
         'vtrace',
-        "The paper's V-trace policy gradient, or the clipped surrogate of asynchronous PPO.",
+        "The paper's V-trace policy gradient, or the clipped surrogate of asynchronous PPO; or "
+        "my_module:my_loss, a function of one's own.",
         choices=('vtrace', 'appo'),
+        allows_own=True,
         agreement='learners',
     )
     discounting: float = setting(
@@ -989,7 +1028,8 @@ class Config(_Checked):
             if known.setting.only_with is None or value == known.default:
                 continue
             other, needed = known.setting.only_with
-            if self.value(other) != needed:
+            # The user's own code may use all settings.
+            if self.value(other) != needed and not is_own(str(self.value(other))):
                 flag = f'--{name}' if value is True else f'--{name}={value}'
                 raise ConfigError(
                     f'{flag} belongs to --{other}={needed}; this run has '

@@ -9,6 +9,8 @@ _OTHER = {
     'level_name': 'ALE/Breakout-v5',
     'use_lstm': 'true',
     'job_name': 'actor',
+    'env_kwargs': '{"sutton_barto_reward": true}',
+    'hooks': ('my_module:MyHook',),
     'learner_address': 'localhost:1',
     'learner_addresses': ('localhost:1',),
     'replay_addresses': ('localhost:1',),
@@ -16,6 +18,7 @@ _OTHER = {
 # Settings without which the other value is not accepted, beyond those of `only_with`.
 _BESIDE = {
     'clip_target_rho_threshold': {'target_update_steps': 1},
+    'env_kwargs': {'level_name': 'CartPole-v1'},
     'job_name': {'task': 0},
     'replay_addresses': {'replay_fraction': 0.5},
     'replay_capacity': {'replay_fraction': 0.5},

@@ -30,9 +30,9 @@ from dynamic_batching.actor_client import ActorClient, ClosedError
 from impala import environments
 from impala.acting.episode_series import EpisodeQueues, Episodes, EpisodeSeries
 from impala.environments.checked_environment import check_observation
-from impala.environments.user_code import describe_failure
 from impala.errors import LevelError
 from impala.trajectory import EnvironmentSpec, EpisodeEnd
+from impala.user_code import describe_failure
 
 # Exit codes that the libraries of environments do not use.
 BAD_INPUT_EXIT_CODE = 82

@@ -32,8 +32,8 @@ MAX_OBSERVATIONS = 12
 DTYPES = ('float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', 'bool')
 
 
-def check_callable(level_name: str, make: Any) -> None:
-    """Checks that an object can be called with a seed and an `EnvironmentConfig`.
+def check_callable(level_name: str, make: Any, kwargs: Mapping[str, Any]) -> None:
+    """Checks that an object can be called with a seed, an `EnvironmentConfig` and `kwargs`.
 
     Raises:
       LevelError: it cannot.
@@ -46,10 +46,11 @@ def check_callable(level_name: str, make: Any) -> None:
         # Callables of extension modules may have no signature.
         return
     try:
-        signature.bind(0, None)
+        signature.bind(0, None, **kwargs)
     except TypeError as error:
+        arguments = ', '.join(['seed', 'config', *kwargs])
         raise LevelError(
-            f'{level_name!r} must be a callable that takes (seed, config): {error}.'
+            f'{level_name!r} must be a callable that takes ({arguments}): {error}.'
         ) from error
 
 

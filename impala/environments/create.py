@@ -19,15 +19,20 @@ from impala.environments.registered_atari import (
     is_atari,
     is_registered_by_ale_py,
 )
-from impala.environments.user_code import (
-    HOW_TO_NAME_ONES_OWN,
+from impala.environments.vizdoom import VizdoomEnvironment
+from impala.errors import LevelError
+from impala.user_code import (
     MISTAKES,
+    UserCodeError,
     describe_failure,
     import_module,
     one_line,
 )
-from impala.environments.vizdoom import VizdoomEnvironment
-from impala.errors import LevelError
+
+_HOW_TO_NAME_ONES_OWN = (
+    'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
+    'registers with Gymnasium'
+)
 
 
 def create_environment(
@@ -50,19 +55,41 @@ def create_environment(
     if not 0 <= seed < 2**31:
         raise ValueError(f'The seed must be in [0, 2**31), not {seed}.')
     if level_name.startswith('ALE/'):
+        _refuse_kwargs(level_name, config)
         return AtariEnvironment(atari_game(level_name), seed, config)
     if is_gymnasium_id(level_name):
         return _create_gymnasium_environment(level_name, seed, config)
     if ':' in level_name:
         return _create_by_callable(level_name, seed, config)
+    _refuse_kwargs(level_name, config)
     return DeepMindLabEnvironment(level_name, seed, config)
+
+
+def _refuse_kwargs(level_name: str, config: EnvironmentConfig) -> None:
+    if config.env_kwargs:
+        raise LevelError(
+            f'--env_kwargs={config.env_kwargs} has no effect on {level_name!r}: Atari games and '
+            'levels of DeepMind Lab have flags of their own.'
+        )
+
+
+def _import_module(level_name: str, module_name: str) -> Any:
+    if not module_name:
+        raise LevelError(
+            f'{level_name!r} names no Python module in front of its colon: {_HOW_TO_NAME_ONES_OWN}.'
+        )
+    try:
+        return import_module(module_name)
+    except UserCodeError as error:
+        asks = str(error).replace(' cannot be', ', which cannot be', 1)
+        raise LevelError(f'{level_name!r} asks for {asks}.') from error
 
 
 def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
     module_name, _, attribute = level_name.partition(':')
     if not attribute:
-        raise LevelError(f'{level_name!r} names nothing behind its colon: {HOW_TO_NAME_ONES_OWN}.')
-    make: Any = getattr(import_module(level_name, module_name), attribute, None)
+        raise LevelError(f'{level_name!r} names nothing after its colon: {_HOW_TO_NAME_ONES_OWN}.')
+    make: Any = getattr(_import_module(level_name, module_name), attribute, None)
     gymnasium = sys.modules.get('gymnasium')
     is_env = gymnasium is not None and isinstance(make, type) and issubclass(make, gymnasium.Env)
     if make is None or is_env:
@@ -83,9 +110,9 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
         raise LevelError(
             f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
         )
-    checked_environment.check_callable(level_name, make)
+    checked_environment.check_callable(level_name, make, config.kwargs)
     try:
-        environment = make(seed, config)
+        environment = make(seed, config, **config.kwargs)
     except MISTAKES as error:
         raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
     gymnasium = sys.modules.get('gymnasium')
@@ -108,7 +135,7 @@ def _create_gymnasium_environment(
 
     module, colon, plain_id = level_name.rpartition(':')
     if colon:
-        import_module(level_name, module)
+        _import_module(level_name, module)
     elif plain_id not in gymnasium.registry:
         import_registrations(plain_id)
     if plain_id not in gymnasium.registry:
@@ -119,15 +146,18 @@ def _create_gymnasium_environment(
     registered = gymnasium.registry[plain_id]
     entry_point = str(registered.entry_point)
     if is_atari(registered.entry_point):
+        _refuse_kwargs(level_name, config)
         if is_registered_by_ale_py(registered):
             return AtariEnvironment(AtariGame(registered.kwargs['game']), seed, config)
         return create_registered_atari_environment(level_name, registered, seed, config)
 
     is_vizdoom = entry_point.startswith('vizdoom.')
-    default_repeats = registered.kwargs.get('frame_skip', 4) if is_vizdoom else 1
+    default_repeats = (registered.kwargs | config.kwargs).get('frame_skip', 4) if is_vizdoom else 1
     repeats = config.num_action_repeats or default_repeats
     # ViZDoom repeats actions by itself and renders only the last frame.
-    options: dict[str, Any] = {'frame_skip': repeats} if is_vizdoom else {}
+    options: dict[str, Any] = config.kwargs
+    if is_vizdoom:
+        options['frame_skip'] = repeats
     if config.render:
         options['render_mode'] = 'rgb_array'
     try:

@@ -15,9 +15,9 @@ from impala.environments.environment import SUITE_FRAMES_PER_SECOND, Environment
 from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
 from impala.environments.level_cache import LevelCache
 from impala.environments.level_names import DMLAB30_LEVELS, suggestion
-from impala.environments.user_code import one_line
 from impala.errors import LevelError
 from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.user_code import one_line
 
 # These show the Brady-Konkle-Oliva images, which are not part of DeepMind Lab.
 DMLAB_IMAGE_LEVELS = frozenset(

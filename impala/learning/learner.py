@@ -304,8 +304,7 @@ class Learner(tf.Module):
             value_stddev = popart.stddev(batch.level_id)
             values = popart.values(learner_outputs.baseline, batch.level_id)
             learner_outputs = learner_outputs._replace(baseline=values)
-        compute = losses.appo_loss if config.loss == 'appo' else losses.vtrace_loss
-        loss = compute(
+        loss = losses.compute(
             losses.LossInputs(
                 actions=self.agent.actions,
                 agent_outputs=batch.agent_outputs,

@@ -21,8 +21,10 @@ import tensorflow as tf
 
 import vtrace
 from impala.config import LossConfig
+from impala.errors import TrainingError
 from impala.networks.action_distribution import ActionDistribution
 from impala.trajectory import AgentOutput, StepOutput
+from impala.user_code import UserCodeError, describe_failure, is_own, load
 
 
 def clip_rewards(rewards: tf.Tensor, clipping: str) -> tf.Tensor:
@@ -300,6 +302,46 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     if config.kl_cost:
         total += config.kl_cost * parts['kl']
     return Loss(total, parts, targets.vs)
+
+
+def compute(inputs: LossInputs, config: LossConfig) -> Loss:
+    """Computes the loss that `config.loss` names.
+
+    Raises:
+      TrainingError: the user's own loss fails or returns something else; one sentence.
+      ValueError: see `loss_function`, `vtrace_loss` and `appo_loss`.
+    """
+    function = loss_function(config.loss)
+    if not is_own(config.loss):
+        return function(inputs, config)
+    try:
+        loss = function(inputs, config)
+    except Exception as error:
+        raise TrainingError(f'--loss={config.loss} fails: {describe_failure(error)}.') from error
+    if not isinstance(loss, Loss):
+        raise TrainingError(
+            f'--loss={config.loss} returns {type(loss).__name__}, and it must return an '
+            'impala.learning.losses.Loss.'
+        )
+    return loss
+
+
+def loss_function(name: str) -> Callable[[LossInputs, LossConfig], Loss]:
+    """Returns a loss: `'vtrace'`, `'appo'`, or the user's own, `my_module:my_loss`.
+
+    The user's own is called as `vtrace_loss` is, and may use it and all functions of this module.
+    Its `targets` are used only by PopArt.
+
+    Raises:
+      ValueError: there is no such loss.
+    """
+    known = {'vtrace': vtrace_loss, 'appo': appo_loss}
+    if name in known:
+        return known[name]
+    try:
+        return load(name)
+    except UserCodeError as error:
+        raise ValueError(f'--loss={name}: {error}.') from error
 
 
 def _log_probs(inputs: LossInputs, outputs: AgentOutput) -> tuple[tf.Tensor, tf.Tensor]:

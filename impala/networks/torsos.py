@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from impala.config import TORSOS, NetworkConfig
 from impala.trajectory import ArraySpec
+from impala.user_code import UserCodeError, describe_failure, is_own, load
 
 LATENT_SIZE = NetworkConfig.latent_size
 
@@ -344,6 +345,47 @@ class EncoderTorso(snt.Module):
         return tf.cast(x, tf.float32)
 
 
+class OwnTorso(snt.Module):
+    """The user's own torso: `my_module:MyTorso`, a Sonnet module or any callable.
+
+    `MyTorso()` is called with observations `[N, ...]`, float32; pixels are from 0 to 1. It returns
+    features, f32 `[N, F]`. The first call may make its variables, as it does in Sonnet's layers.
+
+    Args:
+      name: `my_module:MyTorso`.
+      frame: uint8 or float32, of any shape.
+
+    Raises:
+      ValueError: it cannot be imported or called with such observations, or returns something else.
+    """
+
+    def __init__(self, name: str, frame: ArraySpec):
+        super().__init__('own_torso')
+        self._scale = _pixel_scale(frame)
+        try:
+            self._torso = load(name)()
+            features = self(tf.zeros([1, *frame.shape], frame.dtype))
+        except UserCodeError as error:
+            raise ValueError(f'--torso={name}: {error}.') from error
+        except Exception as error:
+            raise ValueError(
+                f'--torso={name} fails with observations of {frame.dtype} {list(frame.shape)}: '
+                f'{describe_failure(error)}.'
+            ) from error
+        shape = getattr(features, 'shape', None)
+        if shape is None or len(shape) != 2 or shape[0] != 1:
+            raise ValueError(
+                f'--torso={name} returns {"no tensor" if shape is None else list(shape)} for one '
+                'observation, and it must return features [1, F].'
+            )
+        self.output_size = int(shape[1])
+
+    def __call__(self, frame: tf.Tensor) -> tf.Tensor:
+        """Returns features, f32 `[N, output_size]`, of frames `[N, ...]`."""
+        x = tf.cast(frame, tf.float32)
+        return self._torso(x * self._scale if self._scale != 1.0 else x)
+
+
 def encoded_sizes(height: int, width: int) -> list[tuple[int, int]]:
     """Returns height and width of a frame before and after each convolution of the encoder."""
     sizes = [(height, width)]
@@ -359,7 +401,7 @@ def create_torso(
     """Returns the torso called `name`, one of `TORSOS`, for frames of that spec.
 
     Args:
-      name: of the torso.
+      name: of the torso, or `my_module:MyTorso`, see `OwnTorso`.
       frame: `[H, W, C]`, or a vector.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
       latent_size: number of features of the encoder; other torsos have fixed ones.
@@ -375,13 +417,15 @@ def create_torso(
         return MLPTorso(frame, compute_dtype)
     if name == 'autoencoder':
         return EncoderTorso(frame, compute_dtype, latent_size)
+    if is_own(name):
+        return OwnTorso(name, frame)
     raise ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
 
 
 def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) -> tuple[int, int]:
     """Returns the numbers of inputs and outputs of the linear layer, which has most weights.
 
-    No variable is made, so frames may be of any size.
+    No variable is made, so frames may be of any size. The user's own torsos are unknown: 0, 0.
 
     Args:
       name: of the torso.
@@ -391,6 +435,8 @@ def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) ->
     Raises:
       ValueError: the torso cannot serve such frames.
     """
+    if is_own(name):
+        return 0, 0
     if name == 'mlp':
         return math.prod(frame.shape), _MLP_SIZES[0]
     height, width, _ = _image_shape(frame, name)
@@ -430,6 +476,11 @@ def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
         )
     height, width, channels = frame.shape
     return height, width, channels
+
+
+def _pixel_scale(frame: ArraySpec) -> float:
+    """Returns by what pixels are multiplied to be from 0 to 1."""
+    return 1 / 255 if frame.dtype == 'uint8' else 1.0
 
 
 def _weights(shape: list[int], fan_in: int | None = None) -> tf.Variable:

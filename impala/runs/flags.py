@@ -10,6 +10,7 @@ from absl import flags
 from impala.config import Config, ConfigError, Known, all_settings
 from impala.runs.files import FLAG_FILE, checkpoint_paths, write_atomically
 from impala.runs.flag_file import Argument, FlagFileError, plainly, read
+from impala.user_code import is_own
 
 _LONGEST_REASON = 400
 _BOUNDED: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
@@ -18,6 +19,13 @@ _UNBOUNDED: dict[type, Any] = {
     str: flags.DEFINE_string,
     tuple: flags.DEFINE_list,
 }
+
+
+class _ChoiceOrOwn(flags.EnumParser):
+    """Accepts a choice or a name of the user's own code, `my_module:Name`."""
+
+    def parse(self, argument: str) -> str:
+        return argument if is_own(argument) else super().parse(argument)
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
@@ -33,7 +41,11 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         text = known.setting.help
         if known.setting.only_with is not None:
             text = f'With --{"=".join(known.setting.only_with)}: {text[0].lower()}{text[1:]}'
-        if known.setting.choices:
+        if known.setting.allows_own:
+            text = f'<{"|".join(known.setting.choices)}|my_module:Name>: {text}'
+            parser = _ChoiceOrOwn(known.setting.choices)
+            flags.DEFINE(parser, name, known.default, text, place.pop('flag_values'), **place)
+        elif known.setting.choices:
             flags.DEFINE_enum(name, known.default, known.setting.choices, text, **place)
         elif known.kind in _BOUNDED:
             text += f' Unit: {known.setting.unit}.' if known.setting.unit else ''

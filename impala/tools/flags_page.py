@@ -64,7 +64,8 @@ def _default(value: Any) -> str:
 def _values(known: Known) -> str:
     described = known.setting
     if described.choices:
-        return ', '.join(f'`{choice}`' for choice in described.choices)
+        own = ('my_module:Name',) if described.allows_own else ()
+        return ', '.join(f'`{choice}`' for choice in (*described.choices, *own))
     if described.low is not None and described.high is not None:
         unit = f' {described.unit}' if described.unit else ''
         return f'{described.low:,.15g} to {described.high:,.15g}{unit}'

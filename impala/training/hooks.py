@@ -5,11 +5,12 @@ The training thread calls the hooks, so the learner waits for them.
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from impala.config import ConfigError
 from impala.errors import TrainingError
 from impala.experience.batch import UnrollBatch
 from impala.experience.mixture import ReplayMixer
@@ -19,6 +20,7 @@ from impala.runs.log import Log
 from impala.training.batches import Actors, BatchSource
 from impala.training.learners import Learners
 from impala.training.run import Run
+from impala.user_code import UserCodeError, describe_failure, load
 
 # A run stops after this many consecutive updates whose loss or gradient is not finite.
 MAX_SKIPPED_UPDATES = 10
@@ -38,7 +40,9 @@ class Update(NamedTuple):
         once, however often it is used.
       frames: `agent_steps` times the frames per agent step.
       learner: has the weights.
-      log: of the run.
+      log: of the run; `record_update` adds metrics, `record_picture` a picture.
+      stop: ends training after this update, as if all frames were done; the run is saved and can
+        be resumed.
     """
 
     batch: tuple[UnrollBatch, ...]
@@ -49,6 +53,7 @@ class Update(NamedTuple):
     frames: int
     learner: Learner
     log: Log
+    stop: Callable[[], None] = lambda: None
 
 
 class Hook:
@@ -240,6 +245,31 @@ class NonFiniteGuard(Hook):
                 f'Loss or gradient was not finite in {self._skipped_in_a_row} updates in a row '
                 '(none of them was applied): try a lower --learning_rate or --gradient_clip_norm.'
             )
+
+
+def own_hooks(names: Sequence[str]) -> list[Hook]:
+    """Returns the user's hooks, `my_module:MyHook()` each.
+
+    Raises:
+      ConfigError: one of them cannot be made.
+    """
+    hooks: list[Hook] = []
+    for name in names:
+        try:
+            hook = load(name)()
+        except UserCodeError as error:
+            raise ConfigError(f'--hooks={name}: {error}.') from error
+        except Exception as error:
+            raise ConfigError(
+                f'--hooks={name} cannot be made: {describe_failure(error)}.'
+            ) from error
+        if not isinstance(hook, Hook):
+            raise ConfigError(
+                f'--hooks={name} makes {type(hook).__name__}, and it must be a subclass of '
+                'impala.training.hooks.Hook.'
+            )
+        hooks.append(hook)
+    return hooks
 
 
 def recorders(run: Run, learner: Learner, source: BatchSource, timer: StageTimer) -> list[Hook]:

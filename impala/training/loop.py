@@ -22,7 +22,15 @@ from impala.runs.start_progress import starting
 from impala.suites import Suite
 from impala.training.batches import BatchSource, create_actors, create_replay
 from impala.training.checkpoints import Checkpoints
-from impala.training.hooks import Hook, Logging, NonFiniteGuard, StageTimer, Update, recorders
+from impala.training.hooks import (
+    Hook,
+    Logging,
+    NonFiniteGuard,
+    StageTimer,
+    Update,
+    own_hooks,
+    recorders,
+)
 from impala.training.run import (
     Run,
     announce,
@@ -67,6 +75,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> str | None:
 
 def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
     with contextlib.ExitStack() as stack:
+        own = own_hooks(config.run.hooks)
         run = stack.enter_context(started(config, suite))
         agent, learner = build_learner(run)
         replay = create_replay(run, agent, learner)
@@ -85,7 +94,7 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
         announce(run, learner, replay, checkpoints.latest, log)
 
         timer = StageTimer()
-        logging = Logging([*recorders(run, learner, source, timer), *hooks])
+        logging = Logging([*recorders(run, learner, source, timer), *own, *hooks])
         guard = NonFiniteGuard(config.learner.replay.sample_reuse)
         with checkpoints.saved_at_the_end(log):
             _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
@@ -114,7 +123,8 @@ def _learn(
     """The learner of Figure 1: trains until the frames are done or the actors are closed."""
     step = _TrainStep(run, learner, log)
     frames = run.frames(learner)
-    while frames < run.config.run.last_frames:
+    stops: list[bool] = []
+    while frames < run.config.run.last_frames and not stops:
         with timer(WAIT_STAGE):
             batch, is_fresh = next(source.batches, (None, False))
         # After the signal there may still be a batch that was assembled ahead.
@@ -131,7 +141,17 @@ def _learn(
             frames = agent_steps * run.spec.num_action_repeats
             _show(
                 hooks,
-                Update(batch, is_fresh, metrics, updates, agent_steps, frames, learner, log),
+                Update(
+                    batch,
+                    is_fresh,
+                    metrics,
+                    updates,
+                    agent_steps,
+                    frames,
+                    learner,
+                    log,
+                    stop=lambda: stops.append(True),
+                ),
             )
 
 

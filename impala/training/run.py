@@ -16,6 +16,7 @@ from impala.experience.mixture import ReplayMixer
 from impala.learning import memory_needs
 from impala.learning.devices import strategy_of_devices
 from impala.learning.learner import Learner
+from impala.learning.losses import loss_function
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import choose_network, create_agent, create_decoder
 from impala.runs import files as run_files
@@ -151,6 +152,10 @@ def build_learner(run: Run) -> tuple[Agent, Learner]:
             agent.initialize_orthogonally()
         target_agent = create_agent(network, spec) if settings.loss.target_update_steps else None
         decoder = create_decoder(network, spec)
+        try:
+            loss_function(settings.loss.loss)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         try:
             return agent, Learner(agent, settings, strategy, target_agent, decoder)
         except ValueError as error:

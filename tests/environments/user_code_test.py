@@ -6,8 +6,8 @@ import pytest
 
 import impala.environments
 from impala.environments import create_environment
-from impala.environments.user_code import describe_failure
 from impala.errors import LevelError
+from impala.user_code import describe_failure
 
 
 @pytest.mark.parametrize('attribute', ['make', 'OfOnesOwn-v0'])

@@ -2,39 +2,54 @@
 
 import importlib
 import os
+import re
 import traceback
 from typing import Any
-
-from impala.errors import LevelError
 
 # Errors of code that is wrong and will fail again. Others may come from the machine or from a seed:
 # after those, a new actor starts.
 MISTAKES = (ImportError, TypeError, AttributeError, NameError)
-HOW_TO_NAME_ONES_OWN = (
-    'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
-    'registers with Gymnasium'
-)
+
+_PACKAGE = os.path.dirname(__file__)
 
 
-def import_module(level_name: str, module_name: str) -> Any:
-    """Imports the module that defines a level.
+class UserCodeError(Exception):
+    """The user's code cannot be used; the text says why, without a subject or a full stop."""
+
+
+def is_own(name: str) -> bool:
+    """Returns whether a name is of the form `my_module:Name`."""
+    return re.fullmatch(r'[A-Za-z_][\w.]*:[A-Za-z_]\w*', name) is not None
+
+
+def load(name: str) -> Any:
+    """Returns what a name of the form `my_module:Name` refers to.
 
     Raises:
-      LevelError: the import failed, for whatever reason.
+      UserCodeError: the module cannot be imported or lacks the name.
     """
-    if not module_name:
-        raise LevelError(
-            f'{level_name!r} names no Python module in front of its colon: {HOW_TO_NAME_ONES_OWN}.'
-        )
-    asks = f'{level_name!r} asks for the Python module {module_name!r}, which cannot be'
+    module_name, _, attribute = name.partition(':')
+    module = import_module(module_name)
+    if not hasattr(module, attribute):
+        raise UserCodeError(f'the Python module {module_name!r} has no {attribute!r}')
+    return getattr(module, attribute)
+
+
+def import_module(module_name: str) -> Any:
+    """Imports a module.
+
+    Raises:
+      UserCodeError: the import failed, for whatever reason.
+    """
+    subject = f'the Python module {module_name!r} cannot be'
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + '.').startswith(error.name + '.'):
-            raise LevelError(f'{asks} imported: {describe_failure(error)}.') from error
-        raise LevelError(f'{asks} found.') from error
+            raise UserCodeError(f'{subject} imported: {describe_failure(error)}') from error
+        raise UserCodeError(f'{subject} found') from error
     except (Exception, SystemExit) as error:
-        raise LevelError(f'{asks} imported: {describe_failure(error)}.') from error
+        raise UserCodeError(f'{subject} imported: {describe_failure(error)}') from error
 
 
 def describe_failure(error: BaseException) -> str:
@@ -46,9 +61,7 @@ def describe_failure(error: BaseException) -> str:
     places = [
         f'{os.path.basename(frame.filename)}, line {frame.lineno}'
         for frame in traceback.extract_tb(cause.__traceback__)
-        if not frame.filename.startswith('<')
-        and frame.filename != importlib.__file__
-        and os.path.dirname(frame.filename) != os.path.dirname(__file__)
+        if not frame.filename.startswith(('<', _PACKAGE)) and frame.filename != importlib.__file__
     ]
     # The text of a syntax error includes its place.
     return f'{text} ({places[-1]})' if places and not isinstance(error, SyntaxError) else text
