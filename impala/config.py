@@ -261,9 +261,22 @@ class RunConfig(_Checked):
         'Hooks of the training loop as my_module:MyHook, separated by commas.',
         on_resume='free',
     )
+    profile_updates: str = setting(
+        '',
+        "Updates to profile, as 100:110: TensorFlow's profiler writes into --logdir.",
+        on_resume='not_stored',
+    )
     log_secs: float = setting(
         10.0, 'Time between lines of metrics.jsonl.', unit='s', low=0, high=1e9, on_resume='free'
     )
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """The numbers in `profile_updates`; None if it is empty or has another form."""
+        match = re.fullmatch(r'(\d{1,15}):(\d{1,15})', self.profile_updates)
+        if match is None or int(match[1]) >= int(match[2]):
+            return None
+        return int(match[1]), int(match[2])
 
     @property
     def last_frames(self) -> int:
@@ -275,6 +288,11 @@ class RunConfig(_Checked):
         for name in self.hooks:
             if not is_own(name):
                 raise ConfigError(f'--hooks={name} is not of the form my_module:MyHook.')
+        if self.profile_updates and self.profiled is None:
+            raise ConfigError(
+                f'--profile_updates={self.profile_updates} is not of the form 100:110, the second '
+                'greater than the first.'
+            )
         if not self.logdir:
             raise ConfigError('--logdir is empty: give the folder of the run.')
 

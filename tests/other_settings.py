@@ -11,6 +11,7 @@ _OTHER = {
     'job_name': 'actor',
     'env_kwargs': '{"sutton_barto_reward": true}',
     'hooks': ('my_module:MyHook',),
+    'profile_updates': '1:2',
     'learner_address': 'localhost:1',
     'learner_addresses': ('localhost:1',),
     'replay_addresses': ('localhost:1',),

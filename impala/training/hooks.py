@@ -6,7 +6,7 @@ The training thread calls the hooks, so the learner waits for them.
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -245,6 +245,44 @@ class NonFiniteGuard(Hook):
                 f'Loss or gradient was not finite in {self._skipped_in_a_row} updates in a row '
                 '(none of them was applied): try a lower --learning_rate or --gradient_clip_norm.'
             )
+
+
+class Profiler(Hook):
+    """Profiles some updates with TensorFlow's profiler; a context manager that ends with the run.
+
+    TensorBoard shows the result under "Profile", with the package `tensorboard-plugin-profile`.
+    """
+
+    def __init__(self, logdir: str, updates: tuple[int, int]):
+        """Prepares.
+
+        Args:
+          logdir: of the run.
+          updates: of the run, after which the profile begins and ends.
+        """
+        self._logdir = logdir
+        self._first, self._last = updates
+        self._is_running = False
+
+    def __enter__(self) -> 'Profiler':
+        return self
+
+    def after_update(self, update: Update) -> None:
+        """See `Hook`."""
+        if self._is_running and update.updates >= self._last:
+            self._stop()
+            update.log.message(f'The profile of updates {self._first} to {self._last} is written')
+        elif not self._is_running and self._first <= update.updates < self._last:
+            tf.profiler.experimental.start(self._logdir)
+            self._is_running = True
+
+    def __exit__(self, *error: Any) -> None:
+        if self._is_running:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._is_running = False
+        tf.profiler.experimental.stop()
 
 
 def own_hooks(names: Sequence[str]) -> list[Hook]:

@@ -26,6 +26,7 @@ from impala.training.hooks import (
     Hook,
     Logging,
     NonFiniteGuard,
+    Profiler,
     StageTimer,
     Update,
     own_hooks,
@@ -94,8 +95,10 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
         announce(run, learner, replay, checkpoints.latest, log)
 
         timer = StageTimer()
-        logging = Logging([*recorders(run, learner, source, timer), *own, *hooks])
         guard = NonFiniteGuard(config.learner.replay.sample_reuse)
+        if config.run.profiled is not None:
+            own.append(stack.enter_context(Profiler(config.run.logdir, config.run.profiled)))
+        logging = Logging([*recorders(run, learner, source, timer), *own, *hooks])
         with checkpoints.saved_at_the_end(log):
             _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
             # For the last line, which is written even if none is due.

@@ -7,6 +7,7 @@ import pytest
 
 from configs import config
 from impala import training
+from impala.config import ConfigError
 from impala.runs.log import Log
 from impala.training import hooks
 from impala.training.hooks import Logging, NonFiniteGuard, StageTimer, Update
@@ -130,3 +131,21 @@ def test_stage_timer_includes_failed_stages():
     assert timer.seconds.keys() == {'a', 'b'}
     assert timer.seconds['a'] >= 0.04
     assert timer.seconds['b'] < timer.seconds['a']
+
+
+def test_a_profile_of_some_updates_is_written(tmp_path):
+    run = config(tmp_path, profile_updates='2:4')
+    training.train(run)
+    (profile,) = (tmp_path / 'plugins' / 'profile').iterdir()
+    assert any(path.name.endswith('.xplane.pb') for path in profile.iterdir())
+
+
+def test_a_profile_ends_with_the_run(tmp_path):
+    training.train(config(tmp_path, profile_updates='4:400'))
+    assert list((tmp_path / 'plugins' / 'profile').iterdir())
+
+
+@pytest.mark.parametrize('updates', ['4', '4:4', '5:4', 'a:b', '-1:3'])
+def test_wrong_updates_to_profile_are_refused(tmp_path, updates):
+    with pytest.raises(ConfigError, match='is not of the form 100:110'):
+        config(tmp_path, profile_updates=updates)
