@@ -33,7 +33,7 @@ from impala.environments import EnvironmentConfig, create_environment
 from impala.runs.files import read_metrics
 from impala.suites.scores import mean_interval
 from impala.tools import plot
-from impala.trajectory import EpisodeEnd
+from impala.trajectory import ActionSpec, EpisodeEnd
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, 'docs', 'results')
@@ -41,15 +41,24 @@ WINDOW = 100  # Episodes in a rolling mean.
 MAX_ROWS = 10_000  # Of a CSV file in docs/results; with more episodes, every n-th is filed.
 
 
+def random_action(spec: ActionSpec, random: np.random.RandomState) -> Any:
+    """Returns a uniformly random action; of unbounded components, a standard normal one."""
+    if spec.is_scalar:
+        return int(random.randint(spec.categories[0]))
+    categories = [random.randint(size) for size in spec.categories]
+    values = [random.normal() if each is None else random.uniform(*each) for each in spec.bounds]
+    return np.array([*categories, *values], spec.array.dtype)
+
+
 def random_returns(level_name: str, num_episodes: int) -> list[float]:
-    """Returns the returns of uniformly random actions."""
+    """Returns the returns of random actions, see `random_action`."""
     environment = create_environment(level_name, 12345, EnvironmentConfig())
     random = np.random.RandomState(0)
     returns: list[float] = []
     total = 0.0
     environment.reset()
     while len(returns) < num_episodes:
-        reward, end, _ = environment.step(int(random.randint(environment.spec.num_actions)))
+        reward, end, _ = environment.step(random_action(environment.spec.action, random))
         total += reward
         if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
             returns.append(total)

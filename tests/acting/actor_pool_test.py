@@ -233,7 +233,7 @@ def test_output_of_actors_does_not_fill_the_disk(monkeypatch):
 
         wait_until(has_failed)
         error = wait_for_failure(pool)
-        assert 'line of an engine' in str(error)
+        # The file may have been cut just before the error was printed.
         assert str(error).endswith('RuntimeError: the joystick broke')
     # The actor printed 9 MB.
     assert limit / 10 < max(sizes) < 4_000_000

@@ -404,7 +404,9 @@ def test_absent_learner_is_reported():
         with LearnerConnection(address, deadline_seconds=60) as connection:
             with pytest.raises(Disconnected, match=f'{re.escape(address)} is not there: ') as error:
                 connection.status()
-            unknown = re.search('name or service|name resolution|no name', str(error.value), re.I)
+            unknown = re.search(
+                'name or service|name resolution|not the name', str(error.value), re.I
+            )
             assert bool(unknown) == is_unknown, error.value
 
 
