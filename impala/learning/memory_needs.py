@@ -14,7 +14,7 @@ from impala.experience.batch import unroll_components
 from impala.experience.replay import unroll_nbytes
 from impala.memory import Need
 from impala.networks import torsos
-from impala.networks.agent import AgentConfig
+from impala.networks.agent import AgentConfig, other_observations, other_torso
 from impala.trajectory import ArraySpec, EnvironmentSpec
 
 # Private memory of an actor process on CartPole is 22 MB; most environments take far more.
@@ -94,11 +94,13 @@ def of_learner(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> l
 
     frame = spec.observation['frame']
     try:
-        inputs, outputs = torsos.linear_sizes(network.torso, frame, network.latent_size)
+        sizes = [torsos.linear_sizes(network.torso, frame, network.latent_size)]
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    for array in other_observations(spec).values():
+        sizes.append(torsos.linear_sizes(other_torso(network.torso, array), array))
     copies = 1 if on_gpu else _COPIES_OF_WEIGHTS
-    weights = copies * _WEIGHT_BYTES * inputs * outputs
+    weights = copies * _WEIGHT_BYTES * sum(inputs * outputs for inputs, outputs in sizes)
     needs.append(_of_weights(config, network, weights))
     if learner.replay.replay_fraction and not config.cluster.replay_addresses:
         packed = unroll_nbytes(components, stack_of(spec))

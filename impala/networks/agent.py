@@ -92,6 +92,15 @@ class Agent(snt.Module):
             config.latent_size,
         )
         size = self._torso.output_size + 1 + self.actions.num_features
+        # Other observations have encoders of their own.
+        self._encoders: dict[str, snt.Module] = {}
+        for key, array in other_observations(spec).items():
+            torso = other_torso(config.torso, array)
+            encoder = torsos.create_torso(torso, array, DTYPES[config.compute_dtype])
+            # Checkpoints identify the layers by the names of these attributes.
+            setattr(self, f'_encoder_{len(self._encoders)}', encoder)
+            self._encoders[key] = encoder
+            size += encoder.output_size
         self._instruction = None
         if 'instruction' in spec.observation:
             self._instruction = InstructionEncoder()
@@ -114,11 +123,12 @@ class Agent(snt.Module):
         """Gives the layers before the core and the heads orthogonal weights, as PPO's agents have.
 
         Saxe et al. 2014 (https://arxiv.org/abs/1312.6120): signals keep their size from layer to
-        layer. The torso's gain is sqrt(2), which makes up for what ReLUs cut off. The policy's is
+        layer. The gain of torsos is sqrt(2), which makes up for what ReLUs cut off. The policy's is
         0.01, so that all actions are about equally probable at first. The baseline's is 1. PopArt's
         layer, biases, LSTMs and embeddings are left unchanged.
         """
-        gains = [(layer.w, 2**0.5) for layer in torsos.layers(self._torso)]
+        encoders = [self._torso, *self._encoders.values()]
+        gains = [(layer.w, 2**0.5) for torso in encoders for layer in torsos.layers(torso)]
         gains.append((self._policy.w, 0.01))
         if self.popart is None:
             gains.append((self._baseline.w, 1.0))
@@ -228,6 +238,7 @@ class Agent(snt.Module):
             features,
             tf.clip_by_value(env_output.reward, -limit, limit)[:, tf.newaxis],
             self.actions.features(prev_action),
+            *(encode(env_output.observation[key]) for key, encode in self._encoders.items()),
         ]
         if self._instruction is not None:
             parts.append(self._instruction(env_output.observation['instruction']))
@@ -247,6 +258,31 @@ class Agent(snt.Module):
         if self.popart is not None:
             return policy, self.popart(x)
         return policy, tf.squeeze(self._baseline(x), -1)
+
+
+def other_observations(spec: EnvironmentSpec) -> dict[str, ArraySpec]:
+    """Returns the observations besides frame, instruction and action mask, sorted by name.
+
+    The order, which is that of the network's inputs, does not depend on that of the spec.
+    """
+    known = ('frame', 'instruction', ACTION_MASK)
+    return {name: spec.observation[name] for name in sorted(spec.observation) if name not in known}
+
+
+def other_torso(torso: str, array: ArraySpec) -> str:
+    """Returns the torso of an observation other than the frame.
+
+    Images have the frame's torso if they are large enough for it; everything else has an MLP.
+
+    Args:
+      torso: of the frame.
+      array: of the observation.
+    """
+    if len(array.shape) != 3 or array.dtype not in torsos.PIXEL_DTYPES:
+        return 'mlp'
+    # There is a decoder for the frame only.
+    name = 'shallow' if torso in ('autoencoder', 'mlp') else torso
+    return name if min(array.shape[:2]) >= torsos.smallest_side(name) else 'mlp'
 
 
 class InstructionEncoder(snt.Module):

@@ -28,6 +28,9 @@ LATENT_SIZE = NetworkConfig.latent_size
 # Channels, kernel and stride of the encoder's convolutions; the decoder mirrors them.
 ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))
 
+# Of images: bytes, and floats from 0 to 1.
+PIXEL_DTYPES = ('uint8', 'float32')
+
 _FEATURES = 256
 # Channels, kernel and stride of the convolutions, and the size of the linear layer.
 _UNPADDED = {
@@ -165,7 +168,7 @@ class UnpaddedTorso(snt.Module):
 
     Args:
       name: `'shallow'` or `'nature'`.
-      frame: uint8 `[H, W, C]`, at least 20x20 or 36x36.
+      frame: uint8 or float32 `[H, W, C]`, at least 20x20 or 36x36.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
 
     Raises:
@@ -175,8 +178,9 @@ class UnpaddedTorso(snt.Module):
     def __init__(self, name: str, frame: ArraySpec, compute_dtype: tf.DType):
         super().__init__(f'{name}_torso')
         *size, channels = _image_shape(frame, name)
+        self._scale = _pixel_scale(frame)
         layers, features = _UNPADDED[name]
-        smallest = _input_size(1, layers)
+        smallest = smallest_side(name)
         if min(size) < smallest:
             raise ValueError(
                 f'The {name} torso needs frames of at least {smallest}x{smallest} pixels, got '
@@ -203,12 +207,11 @@ class UnpaddedTorso(snt.Module):
         self.output_size = features
 
     def __call__(self, frame: tf.Tensor) -> tf.Tensor:
-        """Returns features, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
+        """Returns features, f32 `[N, output_size]`, of frames `[N, H, W, C]`."""
         if self._crop:
             height, width = self._used
             frame = frame[:, :height, :width]
-        x = tf.cast(frame, self._dtype)
-        scale = 1 / 255
+        x, scale = tf.cast(frame, self._dtype), self._scale
         for convolution in self._convolutions:
             x = tf.nn.relu(convolution(x, scale))
             scale = 1.0
@@ -224,7 +227,7 @@ class DeepTorso(snt.Module):
     zero-padded, so frames may have any size.
 
     Args:
-      frame: uint8 `[H, W, C]`.
+      frame: uint8 `[H, W, C]`, or float32 from 0 to 1.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
 
     Raises:
@@ -234,6 +237,7 @@ class DeepTorso(snt.Module):
     def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
         super().__init__(name)
         height, width, channels = _image_shape(frame, 'deep')
+        self._scale = _pixel_scale(frame)
         self._dtype = compute_dtype
         self._sections = []
         for section, out_channels in enumerate(_DEEP_SECTIONS):
@@ -253,9 +257,8 @@ class DeepTorso(snt.Module):
         self.output_size = _FEATURES
 
     def __call__(self, frame: tf.Tensor) -> tf.Tensor:
-        """Returns features, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
-        x = tf.cast(frame, self._dtype)
-        scale = 1 / 255
+        """Returns features, f32 `[N, output_size]`, of frames `[N, H, W, C]`."""
+        x, scale = tf.cast(frame, self._dtype), self._scale
         for downscale, blocks in self._sections:
             x = downscale(x, scale)
             scale = 1.0
@@ -278,7 +281,7 @@ class MLPTorso(snt.Module):
     def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
         super().__init__(name)
         self._dtype = compute_dtype
-        self._scale = 1 / 255 if frame.dtype == 'uint8' else 1.0
+        self._scale = _pixel_scale(frame)
         self._flat_size = math.prod(frame.shape)
         sizes = (self._flat_size, *_MLP_SIZES)
         self._layers = [
@@ -322,6 +325,7 @@ class EncoderTorso(snt.Module):
     ):
         super().__init__(name)
         height, width, channels = _image_shape(frame, 'autoencoder')
+        self._scale = _pixel_scale(frame)
         self._dtype = compute_dtype
         self._convolutions = []
         for layer, (out_channels, kernel, stride) in enumerate(ENCODER_LAYERS):
@@ -335,9 +339,8 @@ class EncoderTorso(snt.Module):
         self.output_size = latent_size
 
     def __call__(self, frame: tf.Tensor) -> tf.Tensor:
-        """Returns latents, f32 `[N, output_size]`, of frames, uint8 `[N, H, W, C]`."""
-        x = tf.cast(frame, self._dtype)
-        scale = 1 / 255
+        """Returns latents, f32 `[N, output_size]`, of frames `[N, H, W, C]`."""
+        x, scale = tf.cast(frame, self._dtype), self._scale
         for convolution in self._convolutions:
             x = tf.nn.relu(convolution(x, scale))
             scale = 1.0
@@ -456,6 +459,11 @@ def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) ->
     return math.prod(size) * channels, features
 
 
+def smallest_side(name: str) -> int:
+    """Returns the least height and width of the frames of a torso for images, in pixels."""
+    return _input_size(1, _UNPADDED[name][0]) if name in _UNPADDED else 1
+
+
 def layers(torso: snt.Module) -> list[Linear | Convolution]:
     """Returns the layers of a torso."""
     return [module for module in torso.submodules if isinstance(module, (Linear, Convolution))]
@@ -469,17 +477,20 @@ def _input_size(output_size: int, layers: Sequence[tuple[int, int, int]]) -> int
 
 
 def _image_shape(frame: ArraySpec, torso: str) -> tuple[int, int, int]:
-    if len(frame.shape) != 3 or frame.dtype != 'uint8':
+    # The decoder reconstructs bytes.
+    dtypes = ('uint8',) if torso == 'autoencoder' else PIXEL_DTYPES
+    if len(frame.shape) != 3 or frame.dtype not in dtypes:
+        other = 'shallow' if len(frame.shape) == 3 and frame.dtype == 'float32' else 'mlp'
         raise ValueError(
-            f'The {torso} torso needs uint8 frames [height, width, channels], got {frame.dtype} '
-            f'{list(frame.shape)}; use the mlp torso.'
+            f'The {torso} torso needs {" or ".join(dtypes)} frames [height, width, channels], got '
+            f'{frame.dtype} {list(frame.shape)}; use the {other} torso.'
         )
     height, width, channels = frame.shape
     return height, width, channels
 
 
 def _pixel_scale(frame: ArraySpec) -> float:
-    """Returns by what pixels are multiplied to be from 0 to 1."""
+    """Returns the factor that brings pixels to [0, 1]."""
     return 1 / 255 if frame.dtype == 'uint8' else 1.0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from impala.config import Config, ConfigError
-from impala.networks.agent import AgentConfig
+from impala.networks.agent import AgentConfig, other_observations
 from impala.runs.files import NETWORK_FILE, LogdirError, checkpoint_paths, write_atomically
 from impala.trajectory import EnvironmentSpec
 
@@ -36,7 +36,8 @@ _FLAGS = {
     'actions': '--level_name, --full_action_set or --clip_actions (actions)',
     'frame_shape': '--level_name, --width, --height or --frame_stack (shape of the frames)',
     'frame_dtype': '--level_name (dtype of the frames)',
-    'has_instructions': '--level_name (whether it has instructions)',
+    'has_instructions': '--level_name or --observation_keys (whether there are instructions)',
+    'other_observations': '--level_name or --observation_keys (other observations)',
     'popart_levels': '--popart or --level_name (levels whose values are normalized)',
     'has_target_network': '--target_update_steps (whether there is a target network)',
 }
@@ -59,6 +60,10 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'frame_shape': list(frame.shape),
         'frame_dtype': frame.dtype,
         'has_instructions': 'instruction' in spec.observation,
+        'other_observations': {
+            name: [list(array.shape), array.dtype]
+            for name, array in other_observations(spec).items()
+        },
     }
 
 

@@ -7,10 +7,12 @@ Its signatures, for any batch size B:
 * `initial_state(batch_size i32 [])` returns `state_0`, `state_1`, f32 `[B, H]`, or, for an agent
   without memory, `no_state`, f32 `[B, 0]`.
 * `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)`, with
-  `instruction i32 [B, 32]` if the environment has instructions, returns `action` i32 `[B]`,
-  sampled, `greedy_action` i32 `[B]`, `policy` f32 `[B, A]`, `baseline` f32 `[B]`, and the
-  state after the step. An agent trained with `--popart` has no `baseline`, since its values belong
-  to levels. Give `done=True` with the first observation of an episode.
+  `instruction i32 [B, 32]` if the environment has instructions, and with any other observations by
+  their names, returns `action` i32 `[B]`, sampled, `greedy_action` i32 `[B]`, `policy` f32
+  `[B, A]`, `baseline` f32 `[B]`, and the state after the step. An agent trained with `--popart` has
+  no `baseline`, since its values belong to levels. Give `done=True` with the first observation of
+  an episode. In names, `_` replaces what a name in Python cannot have, and follows a name that is
+  taken.
 
 `policy` has the logits of discrete actions. Other actions are `[B, K]`, see
 `impala.trajectory.ActionSpec`: i32, or f32 if some components are continuous. Then
@@ -20,7 +22,9 @@ bounds, while `prev_action` is `action`.
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from impala.environments import INSTRUCTION_LENGTH
@@ -70,6 +74,15 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
     observation = {'frame': ArraySpec(shape, value('frame_dtype', str))}
     if value('has_instructions', bool):
         observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
+    for name, array in value('other_observations', dict).items():
+        match array:
+            case [[*sizes], str(dtype)] if all(type(size) is int and size > 0 for size in sizes):
+                observation[name] = ArraySpec(tuple(sizes), dtype)
+            case _:
+                raise LogdirError(
+                    f'The network.json in {logdir} is damaged: {name!r} of '
+                    f"'other_observations' is {array!r}."
+                )
     network = AgentConfig(
         torso=value('torso', str),
         use_lstm=value('use_lstm', bool),
@@ -83,6 +96,22 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
             f"The network.json in {logdir} is damaged: 'actions' is {settings.get('actions')!r}."
         ) from error
     return network, EnvironmentSpec(observation, action, 1)
+
+
+def arguments_of(names: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """Returns name -> name of the argument of each observation.
+
+    Args:
+      names: of the observations.
+      taken: names of other arguments.
+    """
+    arguments: dict[str, str] = {}
+    for name in names:
+        argument = re.sub(r'\W|^(?=\d)', '_', name, flags=re.ASCII)
+        while argument in taken or argument in arguments.values():
+            argument += '_'
+        arguments[name] = argument
+    return arguments
 
 
 def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
@@ -120,8 +149,9 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
         'reward': tf.TensorSpec([None], tf.float32),
         'done': tf.TensorSpec([None], tf.bool),
     }
+    arguments = arguments_of(spec.observation, {*signature, *state_names})
     for name, array in spec.observation.items():
-        signature[name] = tf.TensorSpec([None, *array.shape], array.dtype)
+        signature[arguments[name]] = tf.TensorSpec([None, *array.shape], array.dtype)
     for name, array in zip(state_names, states, strict=True):
         signature[name] = tf.TensorSpec([None, *array.shape], array.dtype)
 
@@ -135,7 +165,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
                 reward=inputs['reward'],
                 info=StepOutputInfo(nothing, *2 * [tf.cast(nothing, tf.int32)]),
                 done=inputs['done'],
-                observation={name: inputs[name] for name in spec.observation},
+                observation={name: inputs[argument] for name, argument in arguments.items()},
             ),
             tf.nest.pack_sequence_as(agent.state_spec, [inputs[name] for name in state_names]),
         )

@@ -107,6 +107,18 @@ def test_torsos_that_do_not_fit_the_frames_are_refused(tmp_path):
         memory_needs.of_learner(run, VECTOR, network_of(run, VECTOR))
 
 
+@pytest.mark.parametrize('torso', ['shallow', 'mlp'])
+def test_other_observations_need_weights_too(tmp_path, torso):
+    run = config(tmp_path, torso=torso, use_lstm='false')
+    image, vector = ArraySpec((84, 84, 2), 'float32'), ArraySpec((9000,), 'float32')
+    observation = IMAGE.observation | {'vector': vector, 'depth': image}
+    spec = dataclasses.replace(IMAGE, observation=observation)
+    network = network_of(run, spec)
+    made = 4 * sum(math.prod(weight.shape) for weight in Agent(network, spec).trainable_variables)
+    _, weights = memory_needs.of_learner(run, spec, network)
+    assert 0.9 * 5 * made < weights.nbytes < 5 * made
+
+
 @contextlib.contextmanager
 def little_memory(nbytes):
     """Limits what this process may still allocate; shared memory does not count."""

@@ -7,16 +7,18 @@ import pytest
 import sonnet as snt
 import tensorflow as tf
 
-from impala.networks.agent import Agent, AgentConfig
+from impala.networks.agent import Agent, AgentConfig, other_observations, other_torso
 from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
 
 NUM_ACTIONS = 5
 WORDS = 6
 
 
-def make_spec(frame=(24, 28, 3), instruction=True, num_actions=NUM_ACTIONS, words=WORDS):
+def make_spec(
+    frame=(24, 28, 3), instruction=True, num_actions=NUM_ACTIONS, words=WORDS, others=None
+):
     dtype = 'uint8' if len(frame) == 3 else 'float32'
-    observation = {'frame': ArraySpec(frame, dtype)}
+    observation = {'frame': ArraySpec(frame, dtype), **(others or {})}
     if instruction:
         observation['instruction'] = ArraySpec((words,), 'int32')
     return EnvironmentSpec(observation, num_actions, 4)
@@ -35,6 +37,9 @@ def make_inputs(spec, *lead, seed=0):
         length = rng.integers(0, words + 1, (*lead, 1))
         instruction = rng.integers(1, 1000, (*lead, words)) * (np.arange(words) < length)
         observation['instruction'] = tf.constant(instruction, tf.int32)
+    for name, array in sorted(other_observations(spec).items()):
+        values = rng.integers(0, 100, (*lead, *array.shape))
+        observation[name] = tf.constant(values.astype(array.dtype))
     env_output = StepOutput(
         reward=tf.constant(rng.normal(size=lead), tf.float32),
         info=StepOutputInfo(tf.zeros(lead), *2 * [tf.zeros(lead, tf.int32)]),
@@ -464,3 +469,84 @@ def test_orthogonal_weights_leave_popart_unchanged():
     agent.initialize_orthogonally()
     for before, variable in zip(heads, agent.popart.trainable_variables, strict=True):
         np.testing.assert_array_equal(variable, before)
+
+
+OTHERS = {
+    'vector': ArraySpec((5,), 'float32'),
+    'a/map': ArraySpec((24, 28, 2), 'float32'),
+    'small': ArraySpec((7, 7, 3), 'uint8'),
+    'counts': ArraySpec((2, 2), 'int64'),
+    'flag': ArraySpec((), 'bool'),
+}
+
+
+@pytest.mark.parametrize(
+    ('torso', 'use_lstm'),
+    [('shallow', False), ('deep', True), ('mlp', True), ('autoencoder', False)],
+)
+def test_every_observation_is_an_input_of_policy_and_baseline(torso, use_lstm):
+    spec = make_spec(others=OTHERS)
+    agent = Agent(AgentConfig(torso=torso, use_lstm=use_lstm), spec)
+    (action, env_output), state = make_inputs(spec, 4), agent.initial_state(4)
+    output, _ = agent.step(action, env_output, state)
+    for name, value in env_output.observation.items():
+        changed = tf.logical_not(value) if value.dtype == tf.bool else tf.zeros_like(value)
+        observation = env_output.observation | {name: changed}
+        other, _ = agent.step(action, env_output._replace(observation=observation), state)
+        assert np.abs(other.policy - output.policy).max() > 1e-6, name
+        assert np.abs(other.baseline - output.baseline).max() > 1e-6, name
+
+
+@pytest.mark.parametrize('use_lstm', [False, True])
+def test_unroll_equals_single_steps_with_other_observations(use_lstm):
+    spec = make_spec(others=OTHERS)
+    agent = Agent(AgentConfig(torso='shallow', use_lstm=use_lstm), spec)
+    actions, env_outputs = make_inputs(spec, 3, 2)
+    state = agent.initial_state(2)
+    unrolled, last = agent.unroll(actions, env_outputs, state)
+    for t in range(3):
+        output, state = agent.step(actions[t], row(env_outputs, t), state)
+        assert_nests_close(output[1:], row(unrolled, t)[1:])
+    assert_nests_close(state, last)
+
+
+def test_the_network_does_not_depend_on_the_order_of_the_spec(tmp_path):
+    """The file that describes a run's network is sorted."""
+    specs = [make_spec(others=dict(order)) for order in (OTHERS.items(), sorted(OTHERS.items()))]
+    assert list(specs[0].observation) != list(specs[1].observation)
+    agents = [Agent(AgentConfig(torso='shallow'), spec) for spec in specs]
+    path = tf.train.Checkpoint(agents[0]).write(str(tmp_path / 'agent'))
+    tf.train.Checkpoint(agents[1]).read(path).assert_consumed()
+    inputs = make_inputs(specs[0], 2)
+    outputs = [agent.step(*inputs, agent.initial_state(2)) for agent in agents]
+    assert_nests_close(outputs[0][0][1:], outputs[1][0][1:])
+
+
+@pytest.mark.parametrize(
+    ('torso', 'shape', 'dtype', 'expected'),
+    [
+        ('shallow', (20, 30, 3), 'uint8', 'shallow'),
+        ('shallow', (19, 30, 3), 'uint8', 'mlp'),
+        ('nature', (36, 36, 3), 'float32', 'nature'),
+        ('nature', (35, 36, 3), 'float32', 'mlp'),
+        ('deep', (7, 7, 3), 'uint8', 'deep'),
+        ('autoencoder', (40, 40, 3), 'uint8', 'shallow'),
+        ('mlp', (40, 40, 3), 'float32', 'shallow'),
+        ('mlp', (7, 7, 3), 'uint8', 'mlp'),
+        ('deep', (40, 40, 3), 'int32', 'mlp'),
+        ('deep', (40, 40), 'uint8', 'mlp'),
+        ('deep', (), 'bool', 'mlp'),
+    ],
+)
+def test_images_have_the_torso_of_the_frame_and_all_else_an_mlp(torso, shape, dtype, expected):
+    assert other_torso(torso, ArraySpec(shape, dtype)) == expected
+
+
+def test_encoders_of_other_observations_are_initialized_orthogonally():
+    others = {'vector': ArraySpec((64,), 'float32')}
+    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), make_spec((64,), False, others=others))
+    agent.initialize_orthogonally()
+    square = [v.numpy() for v in agent.trainable_variables if v.shape == (64, 64)]
+    assert len(square) == 4
+    for weights in square:
+        np.testing.assert_allclose(weights @ weights.T, 2 * np.eye(64), atol=1e-4)

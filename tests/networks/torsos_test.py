@@ -256,8 +256,35 @@ def reachable(outputs):
 
 @pytest.mark.parametrize('name', ['shallow', 'deep', 'nature', 'autoencoder'])
 def test_frames_that_are_not_images_are_refused(name):
-    with pytest.raises(ValueError, match=rf'{name} torso needs uint8 frames .* float32 \[4\]'):
+    dtypes = 'uint8' if name == 'autoencoder' else 'uint8 or float32'
+    pattern = rf'{name} torso needs {dtypes} frames .* float32 \[4\]; use the mlp torso'
+    with pytest.raises(ValueError, match=pattern):
         torsos.create_torso(name, ArraySpec((4,), 'float32'), tf.float32)
+    with pytest.raises(ValueError, match=r'int32 \[40, 40, 3\]; use the mlp torso'):
+        torsos.create_torso(name, ArraySpec((40, 40, 3), 'int32'), tf.float32)
+
+
+@pytest.mark.parametrize('name', ['shallow', 'deep', 'nature', 'mlp'])
+@pytest.mark.parametrize('compute_dtype', [tf.float32, tf.bfloat16])
+def test_floats_from_0_to_1_are_seen_like_the_same_bytes(name, compute_dtype):
+    shape = (37, 41, 3)
+    torso = torsos.create_torso(name, ArraySpec(shape, 'uint8'), compute_dtype)
+    of_floats = torsos.create_torso(name, ArraySpec(shape, 'float32'), compute_dtype)
+    for mine, other in zip(of_floats.variables, torso.variables, strict=True):
+        mine.assign(other)
+    frames = random_frames(shape)
+    tolerance = 1e-5 if compute_dtype == tf.float32 else 0.03
+    np.testing.assert_allclose(
+        of_floats(tf.cast(frames, tf.float32) / 255), torso(frames), tolerance, tolerance
+    )
+    sizes = [torsos.linear_sizes(name, ArraySpec(shape, each)) for each in ('uint8', 'float32')]
+    assert sizes[0] == sizes[1]
+
+
+def test_float_images_have_no_autoencoder():
+    pattern = r'autoencoder torso needs uint8 frames .*float32 \[40, 40, 3\]; use the shallow torso'
+    with pytest.raises(ValueError, match=pattern):
+        torsos.create_torso('autoencoder', ArraySpec((40, 40, 3), 'float32'), tf.float32)
 
 
 @pytest.mark.parametrize('latent_size', [1, 7])
@@ -303,6 +330,14 @@ def test_too_small_frames_are_refused(name, pixels):
     pattern = f'{name} torso .* at least {pixels}x{pixels} pixels, got {pixels}x{pixels - 1}'
     with pytest.raises(ValueError, match=pattern):
         torsos.create_torso(name, ArraySpec((pixels, pixels - 1, 3), 'uint8'), tf.float32)
+
+
+@pytest.mark.parametrize('name', ['shallow', 'nature', 'deep', 'autoencoder'])
+def test_the_smallest_side_is_what_a_torso_takes(name):
+    side = torsos.smallest_side(name)
+    frame = ArraySpec((side, side, 1), 'uint8')
+    assert torsos.create_torso(name, frame, tf.float32)(random_frames(frame.shape)).shape[0] == 3
+    assert side == {'shallow': 20, 'nature': 36}.get(name, 1)
 
 
 def test_older_checkpoints_of_shallow_torsos_still_fit(tmp_path):

@@ -71,6 +71,9 @@ def test_with_popart_other_levels_are_another_network(tmp_path):
         dataclasses.replace(
             IMAGE, observation=IMAGE.observation | {'instruction': ArraySpec((32,), 'int32')}
         ),
+        dataclasses.replace(
+            IMAGE, observation=IMAGE.observation | {'vector': ArraySpec((3,), 'float32')}
+        ),
     ],
 )
 def test_another_spec_is_another_network(spec):
@@ -105,6 +108,13 @@ def test_flags_that_may_have_changed_the_network_are_named(tmp_path):
         (
             dataclasses.replace(STACK, observation={'frame': ArraySpec((84, 84, 3), 'uint8')}),
             r'--frame_stack .* was \[84, 84, 4\] and is now \[84, 84, 3\]',
+        ),
+        (
+            dataclasses.replace(
+                STACK, observation=STACK.observation | {'vector': ArraySpec((3,), 'float32')}
+            ),
+            r'--level_name or --observation_keys \(other observations\) was {} and is now '
+            r'{"vector": \[\[3\], "float32"\]}',
         ),
     ):
         with pytest.raises(run_files.LogdirError, match=sentence):

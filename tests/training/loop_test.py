@@ -204,7 +204,7 @@ def test_unrolls_with_infinite_rewards_are_discarded(tmp_path, capfd):
             {'torso': 'mlp', 'autoencoder_cost': 0.5},
             '--autoencoder_cost=0.5 belongs to --torso=autoencoder; .*--torso=mlp',
         ),
-        ({'torso': 'deep'}, 'The deep torso needs uint8 frames .*use the mlp torso'),
+        ({'torso': 'deep'}, 'The deep torso needs uint8 or float32 frames .*use the mlp torso'),
         (
             {'level_name': 'levels:short,levels:long,levels:lives'},
             '--num_actors=2 would leave some of the 3 levels out: give --num_actors=3',
