@@ -339,6 +339,12 @@ class EnvironmentConfig(_Checked):
         'Keyword arguments of a Gymnasium id or of my_module:make, as JSON: {"difficulty": 2}.',
         agreement='jobs',
     )
+    observation_keys: tuple[str, ...] = setting(
+        (),
+        'Entries of a Dict observation that the agent sees, separated by commas; none for all.',
+        on_resume='fixed',
+        agreement='jobs',
+    )
     clip_actions: bool = setting(
         False,
         'Box actions: clip a normal distribution to the bounds, instead of squashing it by tanh.',

@@ -22,6 +22,8 @@ import numpy as np
 INSTRUCTION_BUCKETS = 1000
 # Name of the observation that says which categories an action may have, bool `[N]` for N logits.
 ACTION_MASK = 'action_mask'
+# Name of the observation with random numbers that test mode adds.
+ACTION_NOISE = 'action_noise'
 
 
 class EpisodeEnd(enum.IntEnum):
@@ -250,7 +252,7 @@ class EnvironmentSpec:
 
     Attributes:
       observation: name -> spec; `'frame'` always, `'instruction'` where the environment speaks,
-        `ACTION_MASK` where some actions are not always allowed.
+        `ACTION_MASK` where some actions are not always allowed. The network sees all others, too.
       action: the action space; an integer n stands for `ActionSpec.discrete(n)`.
       num_action_repeats: frames of the emulator or engine per agent step.
       suite: `'atari'`, `'dmlab'`, or `''` for others; the paper has settings for the first two.

@@ -1,6 +1,7 @@
 """Tests of impala/config.py."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -168,6 +169,20 @@ def test_settings_that_jobs_must_agree_on():
     assert of_learners['learning_rate'] == 0.1
     assert of_learners['learner_addresses'] == ['a:1', 'b:1']
     assert 'seed' not in of_learners
+
+
+def test_lists_of_texts_survive_the_way_to_other_processes():
+    """JSON has no tuples."""
+    config = EnvironmentConfig(observation_keys=('a', 'b'))
+    sent = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert sent['observation_keys'] == ['a', 'b']
+    assert EnvironmentConfig.of(**sent) == config
+    run = Config.of(observation_keys=['a', 'b'])
+    assert run.environment == config
+    for settings in (run.agreed('jobs'), run.fixed()):
+        assert json.loads(json.dumps(settings)) == settings
+        assert settings['observation_keys'] == ['a', 'b']
+    assert Config.of(**json.loads(json.dumps(run.agreed('jobs')))) == run
 
 
 def test_several_atari_games_use_the_full_action_set():

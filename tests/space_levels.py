@@ -1,7 +1,7 @@
-"""Gymnasium environments with all kinds of action spaces (`--level_name=space_levels:...`).
+"""Gymnasium environments with all kinds of spaces (`--level_name=space_levels:...`).
 
-Each episode has ten steps. The reward of a step is the closer to 1 the closer the action is to a
-target, which the observation does not show.
+Each episode has ten steps, except those of `Sampled`. The reward of a `Target` is the closer to 1
+the closer the action is to a target, which the observation does not show.
 """
 
 import gymnasium
@@ -18,6 +18,15 @@ ACTION_SPACES = {
         buttons=spaces.MultiBinary(2), choice=spaces.Discrete(3, start=-1), stick=BOX
     ),
 }
+
+
+MIXED = spaces.Dict(
+    camera=spaces.Box(-1, 1, (4, 36, 40)),
+    depth=spaces.Box(0, 255, (36, 40), np.uint8),
+    screen=spaces.Box(0, 255, (36, 40, 3), np.uint8),
+    speech=spaces.Text(20),
+    state=spaces.Tuple([spaces.Discrete(3), spaces.MultiBinary(2), spaces.Box(-1, 1, (2, 2))]),
+)
 
 
 class Target(gymnasium.Env):
@@ -85,6 +94,57 @@ class MaskedInDict(Masked):
         return {'observation': observation, **info}, {}
 
 
+class Sampled(gymnasium.Env):
+    """Chooses observations out of `pool` at random; the reward is the index of the last one."""
+
+    def __init__(self, observation_space, action_space, size=10):
+        self.observation_space, self.action_space = observation_space, action_space
+        observation_space.seed(1)
+        self.pool = [observation_space.sample() for _ in range(size)]
+        self._rng = np.random.default_rng(2)
+        self._index = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.pool[self._index], {}
+
+    def step(self, action):
+        assert action in self.action_space, (action, self.action_space)
+        self._index = int(self._rng.integers(len(self.pool)))
+        is_end = bool(self._rng.random() < 0.1)
+        return self.pool[self._index], float(self._index), is_end, False, {}
+
+
+class Instructed(gymnasium.Env):
+    """Pays for the action that image, number or text name, whichever the present step uses."""
+
+    observation_space = spaces.Dict(
+        image=spaces.Box(0, 255, (36, 40, 3), np.uint8),
+        number=spaces.Discrete(3),
+        text=spaces.Text(9),
+    )
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        reward = float(action == self._wanted)
+        self._steps += 1
+        return self._observe(), reward, False, self._steps == 10, {}
+
+    def _observe(self):
+        self._wanted, source = self.np_random.integers(2), self.np_random.integers(3)
+        shade = 255 * self._wanted if source == 0 else 128
+        return {
+            'image': np.full((36, 40, 3), shade, np.uint8),
+            'number': self._wanted if source == 1 else 2,
+            'text': ('left', 'right')[self._wanted] if source == 2 else 'look around',
+        }
+
+
 def _sample(space, rng):
     """Returns an action that does not depend on how the space draws its own."""
     if isinstance(space, spaces.Dict):
@@ -125,3 +185,19 @@ def masked(seed, config):
 
 def masked_in_dict(seed, config):
     return MaskedInDict()
+
+
+def mixed(seed, config):
+    return Sampled(MIXED, ACTION_SPACES['mixture'])
+
+
+def tuples(seed, config):
+    return Sampled(spaces.Tuple([MIXED['depth'], MIXED['state'], MIXED]), spaces.Discrete(3))
+
+
+def numbers(seed, config):
+    return Sampled(MIXED['state'], ACTION_SPACES['multi_binary'])
+
+
+def instructed(seed, config):
+    return Instructed()

@@ -223,7 +223,7 @@ def main(settings: dict[str, Any]) -> int:
         with open(os.path.join(settings['process_groups'], str(os.getpid())), 'w'):
             pass
     os.nice(NICENESS)
-    config = environments.EnvironmentConfig(**settings['environment'])
+    config = environments.EnvironmentConfig.of(**settings['environment'])
     if 'segment' not in settings:
         # On a separate descriptor, because environments may print to stdout.
         with os.fdopen(settings['spec_pipe'], 'w') as pipe:

@@ -16,10 +16,7 @@ import numpy as np
 from impala import environments
 from impala.errors import LevelError
 from impala.seeds import derived_seed
-from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
-
-# The observation that holds the random numbers of an agent step.
-ACTION_NOISE = 'action_noise'
+from impala.trajectory import ACTION_NOISE, ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
 _MIN_SIDE = 168
 # For videos of environments that declare no frame rate.

@@ -452,9 +452,14 @@ def _check_flags(config: Config, given: Collection[str], settings: dict[str, Any
         is_open = config.value(flag) in ('auto', None)
         if not is_open and value != of_the_learner[flag]:
             raise ConfigError(
-                f'--{flag}={value} does not fit the learner at {config.cluster.own_address}, which '
-                f'has {of_the_learner[flag]}: leave it out.'
+                f'--{flag}={_as_flag(value)} does not fit the learner at '
+                f'{config.cluster.own_address}, which has {_as_flag(of_the_learner[flag])}: leave '
+                'it out.'
             )
+
+
+def _as_flag(value: Any) -> str:
+    return (','.join(value) or 'none') if isinstance(value, list) else str(value)
 
 
 def _levels(config: Config, given: Collection[str], known: list[str]) -> list[str]:

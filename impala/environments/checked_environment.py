@@ -25,8 +25,9 @@ from impala.trajectory import (
     EpisodeEnd,
 )
 
-# The fields that the shared segment has for them: kMaxFields - kFirstObservation.
-MAX_OBSERVATIONS = 12
+# The fields that the shared segment has for them (kMaxFields - kFirstObservation), without the one
+# that test mode needs for `ACTION_NOISE`.
+MAX_OBSERVATIONS = 11
 # What batches and networks support. The only floating-point type is float32: networks compute in
 # it, and only float32 values are checked for being finite.
 DTYPES = ('float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', 'bool')

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from impala.config import EnvironmentConfig
-from impala.environments import observation_spaces
 from impala.environments.action_masks import ActionMask
 from impala.environments.action_spaces import ActionSpace
+from impala.environments.checked_environment import MAX_OBSERVATIONS
 from impala.environments.environment import DeclarationError, Environment, Observation
-from impala.environments.instructions import INSTRUCTION_LENGTH, hash_instruction
 from impala.environments.minigrid import MiniGridPicture, is_minigrid, made_by, observation_maker
+from impala.environments.observations import Observations
 from impala.errors import LevelError
 from impala.trajectory import ACTION_MASK, ArraySpec, EnvironmentSpec, EpisodeEnd
 
@@ -23,16 +23,11 @@ from impala.trajectory import ACTION_MASK, ArraySpec, EnvironmentSpec, EpisodeEn
 class GymnasiumEnvironment(Environment):
     """Any environment of Gymnasium; see `impala.environments.action_spaces` for its actions.
 
-    How observations are converted:
-
-    * uint8 images with sides of at least 32 pixels are resized to `config.width` x `config.height`;
-    * Box observations of up to two dimensions are flattened to a float32 vector, Discrete ones
-      become a one-hot float32 vector;
-    * in a Dict, `screen` (ViZDoom), `image` or `observation` is the frame, `mission` is the
-      instruction, and `action_mask` says which actions are allowed;
-    * MiniGrid's and BabyAI's 7x7x3 symbols are replaced by a picture of the same 7x7 cells, 56x56
-      pixels (8 per cell). It is turned the agent's way, so it shows the direction too. An
-      observation that a wrapper or a subclass makes is used as it is, and pictures are not resized.
+    `impala.environments.observations` says how observations are converted. An `action_mask` in a
+    Dict, or in the info with `config.info_action_mask`, says which actions are allowed. MiniGrid's
+    and BabyAI's 7x7x3 symbols are replaced by a picture of the same 7x7 cells, 56x56 pixels (8 per
+    cell). It is turned the agent's way, so it shows the direction too. An observation that a
+    wrapper or a subclass makes is used as it is, and pictures are not resized.
 
     Observations are compared with their space (see `impala.environments.observation_spaces`).
     Rewards must be numbers, and ends of episodes True or False.
@@ -96,36 +91,17 @@ class GymnasiumEnvironment(Environment):
 
         actions = ActionSpace(self._env.action_space, self._level_name, config.clip_actions)
         self._decode_action = actions.decode
-        space = self._env.observation_space if self._picture is None else self._picture.space
-        self._frame_key: str | None = None
-        self._speaks = False
-        self._instruction = ''
-        mask_is_observed = False
-        if isinstance(space, spaces.Dict):
-            self._frame_key = next(
-                (key for key in ('screen', 'image', 'observation') if key in space.spaces), None
-            )
-            mask_is_observed = ACTION_MASK in space.spaces
-            self._speaks = 'mission' in space.spaces
-            if self._frame_key is None:
-                raise self._unsupported_observation()
-            if self._speaks and not observation_spaces.is_text(space['mission']):
-                mission = observation_spaces.space_text(space['mission'])
-                raise LevelError(
-                    f"{self._level_name!r} has the space {mission} as 'mission'"
-                    f'{made_by(self._env)}, and only texts can be instructions.'
-                )
-            space = space[self._frame_key]
-        frame = observation_spaces.make_frame(space, size, self._level_name, self._frame_key)
-        if frame is None:
-            raise self._unsupported_observation()
-
-        self._frame = frame
-        self._observation = {'frame': frame.array}
-        observation = {'frame': frame.spec}
-        if self._speaks:
-            observation['instruction'] = ArraySpec((INSTRUCTION_LENGTH,), 'int32')
-            self._observation['instruction'] = hash_instruction('')
+        space: Any = self._env.observation_space
+        keys = config.observation_keys
+        if self._picture is not None:
+            # The picture shows the direction, too.
+            space = self._picture.space
+            keys = keys or tuple(key for key in ('image', 'mission') if key in space.spaces)
+        maker = made_by(self._env)
+        observations = Observations(space, size, self._level_name, keys, maker)
+        self._take, self._arrays = observations.take, observations.arrays
+        observation = dict(observations.spec)
+        mask_is_observed = isinstance(space, spaces.Dict) and ACTION_MASK in space.spaces
         self._mask: ActionMask | None = None
         self._mask_is_observed = mask_is_observed
         if mask_is_observed or config.info_action_mask:
@@ -134,19 +110,14 @@ class GymnasiumEnvironment(Environment):
                 actions.spec, self._level_name, f'{where} with an {ACTION_MASK!r}'
             )
             observation[ACTION_MASK] = ArraySpec(self._mask.array.shape, 'bool')
-            self._observation[ACTION_MASK] = self._mask.array
+            self._arrays[ACTION_MASK] = self._mask.array
+        if len(observation) > MAX_OBSERVATIONS:
+            raise LevelError(
+                f'The observation of {self._level_name!r}{maker} has {len(observation)} arrays, '
+                f'{", ".join(observation)}, and there may be {MAX_OBSERVATIONS}: choose some of '
+                'its entries by --observation_keys.'
+            )
         self.spec = EnvironmentSpec(observation, actions.spec, repeats)
-
-    def _unsupported_observation(self) -> LevelError:
-        hint = ''
-        if is_minigrid(self._env):
-            hint = ': minigrid.wrappers.RGBImgObsWrapper makes a picture'
-        return LevelError(
-            f'{self._level_name!r} has the observation space '
-            f'{observation_spaces.space_text(self._env.observation_space)}{made_by(self._env)}, '
-            f"which is {observation_spaces.FRAME_RULE}, nor a Dict with one of them as 'screen', "
-            f"'image' or 'observation'{hint}."
-        )
 
     def reset(self) -> Observation:
         # MiniGrid prints to stdout when it has to generate a level again.
@@ -214,31 +185,10 @@ class GymnasiumEnvironment(Environment):
             if not isinstance(source, Mapping) or ACTION_MASK not in source:
                 raise self._without_mask()
             self._mask.take(source[ACTION_MASK])
-        frame = observation
-        if self._frame_key is not None:
-            keys = (self._frame_key, 'mission')[: 1 + self._speaks]
-            if not isinstance(observation, Mapping) or not all(key in observation for key in keys):
-                raise self._wrong_dict(keys, observation)
-            if self._speaks and observation['mission'] is not self._instruction:
-                self._hear(observation['mission'])
-            if self._picture is not None:
-                frame = self._picture.of(observation)
-            else:
-                frame = observation[self._frame_key]
-        self._frame.take(frame, is_first)
-        return self._observation
-
-    def _hear(self, mission: Any) -> None:
-        # Letters and length are not compared with the Text space: its default does not even allow
-        # blanks, and only hashes of the words are used.
-        if not isinstance(mission, str):
-            raise DeclarationError(
-                f"{self._level_name!r} declares a text as 'mission' of its observation, but "
-                f'returned {_short(mission)}.'
-            )
-        if mission != self._instruction:
-            self._observation['instruction'] = hash_instruction(mission)
-        self._instruction = mission
+        if self._picture is not None and isinstance(observation, Mapping):
+            observation = {**observation, 'image': self._picture.of(observation)}
+        self._take(observation, is_first)
+        return self._arrays
 
     def _number(self, reward: Any) -> float:
         array = np.asarray(reward)
@@ -277,16 +227,6 @@ class GymnasiumEnvironment(Environment):
         return DeclarationError(
             f'{self._level_name!r} returned an info without {ACTION_MASK!r}, which '
             '--info_action_mask needs.'
-        )
-
-    def _wrong_dict(self, keys: tuple[str, ...], observation: Any) -> DeclarationError:
-        came = _short(observation)
-        if isinstance(observation, Mapping):
-            missing = next(key for key in keys if key not in observation)
-            came = f'one without {missing!r}'
-        return DeclarationError(
-            f'{self._level_name!r} declares a Dict with {" and ".join(map(repr, keys))} as its '
-            f'observation, but returned {came}.'
         )
 
 

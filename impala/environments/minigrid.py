@@ -61,7 +61,7 @@ class MiniGridPicture:
         self._level_name = level_name
         self._env = env
         self._wrapper = RGBImgPartialObsWrapper(env)
-        self.space = self._wrapper.observation_space
+        self.space: Any = self._wrapper.observation_space
         self._symbols: list[np.ndarray] = []
         generate = env.unwrapped.gen_obs
 

@@ -4,13 +4,14 @@ Gymnasium does not enforce that observations are in their space: float pixels in
 turn black, 300 would become 44, and `[C, H, W]` would be reshaped to `[H, W, C]`. So every
 observation is compared with its space before it is converted:
 
-* Images must have exactly the declared shape, dtype and range.
+* Images must have exactly the declared shape and range. Those of bytes must be uint8; those of
+  floats may be numbers of any kind and width.
 * Numbers must have the declared shape, range and kind: only integers are integers, while both
   integers and floats are floats. Their width does not matter, because the agent sees float32 anyway
   and many environments return float64.
-* Floats may exceed their range by `FLOAT_TOLERANCE`. More is an error at a reset. At other steps it
-  is one warning, because common environments exceed their declared range (LunarLander-v3 in one
-  episode of seven); the agent then sees the value unclipped.
+* Floats may exceed their range by `FLOAT_TOLERANCE`. More is an error in an image or at a reset. In
+  numbers, at other steps, it is one warning, because common environments exceed their declared
+  range (LunarLander-v3 in one episode of seven); the agent then sees the value unclipped.
 * NaN and infinity are in every range. The actor handles them.
 
 Python's lists and scalars have no dtype: integers in a list fit any dtype that can hold them.
@@ -20,7 +21,9 @@ import abc
 import contextlib
 import functools
 import logging
+import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,25 +33,29 @@ from impala.trajectory import ArraySpec
 
 # Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
 MIN_IMAGE_SIDE = 32
-MAX_IMAGE_CHANNELS = 4
-FRAME_RULE = (
-    f'neither an image (uint8 [H, W] or [H, W, C] with sides of at least {MIN_IMAGE_SIDE} pixels '
-    f'and 1 to {MAX_IMAGE_CHANNELS} channels, which come last), nor numbers of at most two '
-    'dimensions, nor Discrete'
+# More numbers than these are pictures or maps, which need another encoder than a linear layer.
+MAX_NUMBERS = 10_000
+RULE = (
+    'an observation may be an image (uint8 [H, W], or [H, W, C] or [C, H, W] of uint8 or of floats '
+    f'between finite bounds, with sides of at least {MIN_IMAGE_SIDE} pixels), at most '
+    f'{MAX_NUMBERS:,} numbers, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these '
+    'and of texts'
 )
 # Relative to the larger bound. More than the rounding error of float16 (5e-4), and less than any
 # mistake of scale or sign.
 FLOAT_TOLERANCE = 1e-3
 
+# OpenCV cannot enlarge images with more.
+_MAX_RESIZED_CHANNELS = 4
 _KINDS = {'b': 'biu', 'i': 'biu', 'u': 'biu', 'f': 'biuf'}
 
 
-class Frame(abc.ABC):
-    """The frame that the agent sees, converted from the values of one space.
+class Entry(abc.ABC):
+    """An entry of an observation, converted from the values of one space.
 
     Attributes:
       spec: of `array`.
-      array: the frame; each `take` overwrites it.
+      array: the converted value; each `take` overwrites it.
     """
 
     def __init__(self, spec: ArraySpec, declared: str, level_name: str, subject: str) -> None:
@@ -85,7 +92,7 @@ class Frame(abc.ABC):
         )
 
 
-class _BoxFrame(Frame):
+class _BoxEntry(Entry):
     """The common part of images and numbers."""
 
     def __init__(self, space: Any, spec: ArraySpec, level_name: str, subject: str) -> None:
@@ -107,7 +114,7 @@ class _BoxFrame(Frame):
         except ValueError as error:
             raise self._error(f'a {type(value).__name__} that is no array') from error
         if array.shape != self._shape:
-            raise self._error(_value_text(value))
+            raise self._error(value_text(value))
         return array
 
     def _first_outside(self, value: np.ndarray, tolerance: float) -> tuple[int, ...] | None:
@@ -132,13 +139,21 @@ class _BoxFrame(Frame):
             raise DeclarationError(f'{self._range_text(position)} {value[position]}.')
 
 
-class _Image(_BoxFrame):
-    """uint8 `[H, W]` or `[H, W, C]`, resized if a size is given."""
+class _Image(_BoxEntry):
+    """An image, resized if a size is given; `[H, W]` and `[C, H, W]` become `[H, W, C]`.
+
+    Pixels are uint8, or floats that are scaled from their range to [0, 1].
+    """
 
     def __init__(
         self, space: Any, size: tuple[int, int] | None, level_name: str, subject: str
     ) -> None:
-        height, width = space.shape[:2]
+        self._channels_first = _has_channels_first(space.shape)
+        shape = space.shape
+        if self._channels_first:
+            shape = (*shape[1:], shape[0])
+        height, width = shape[:2]
+        channels = shape[2] if len(shape) == 3 else 1
         self._resize = None
         if size is not None and size != (width, height):
             import cv2
@@ -146,33 +161,68 @@ class _Image(_BoxFrame):
             # There are more actor processes than cores already.
             cv2.setNumThreads(1)
             self._resize = functools.partial(cv2.resize, dsize=size, interpolation=cv2.INTER_AREA)
+            if channels > _MAX_RESIZED_CHANNELS:
+                self._resize = functools.partial(_resize_in_parts, self._resize)
             width, height = size
-        channels = space.shape[2] if len(space.shape) == 3 else 1
-        spec = ArraySpec((height, width, channels), 'uint8')
+        self._is_float = np.dtype(space.dtype).kind == 'f'
+        spec = ArraySpec((height, width, channels), 'float32' if self._is_float else 'uint8')
         super().__init__(space, spec, level_name, subject)
+        if self._channels_first:
+            self._channels_last = np.zeros(shape, spec.dtype)
         self._is_bounded = _is_bounded(space)
+        self._is_prepared = self._is_float or self._is_bounded or self._channels_first
+        if self._is_float:
+            low, high = (bound.astype(np.float32) for bound in (space.low, space.high))
+            self._low, self._width = _scalar(low), _scalar(np.where(high > low, high - low, 1))
+            lowest, highest = _bounds(space, FLOAT_TOLERANCE)
+            self._lowest, self._highest = _scalar(lowest), _scalar(highest)
 
     def take(self, value: Any, is_first: bool) -> None:
         if not self._is_as_declared(value):
             value = self._as_declared(value)
-        if self._is_bounded:
-            self._refuse_outside(value, 0.0)
+        if self._is_prepared:
+            value = self._prepared(value)
         if self._resize is not None:
             value = self._resize(value)
         self.array[...] = value.reshape(self.array.shape)
 
+    def _prepared(self, value: np.ndarray) -> np.ndarray:
+        """Returns an image with scaled pixels and its channels last; checks its range."""
+        if self._is_float:
+            value = self._scaled(value)
+        elif self._is_bounded:
+            self._refuse_outside(value, 0.0)
+        if not self._channels_first:
+            return value
+        # Many times as fast as a copy of `np.moveaxis`.
+        for channel, plane in enumerate(value):
+            self._channels_last[..., channel] = plane
+        return self._channels_last
+
+    def _scaled(self, value: np.ndarray) -> np.ndarray:
+        if (value < self._lowest).any() or (value > self._highest).any():
+            self._refuse_outside(value, FLOAT_TOLERANCE)
+        scaled = value.astype(np.float32)
+        scaled -= self._low
+        scaled /= self._width
+        return scaled
+
     def _as_declared(self, value: Any) -> np.ndarray:
         array = self._to_array(value)
+        if self._is_float:
+            if array.dtype.kind not in _KINDS['f']:
+                raise self._error(value_text(value))
+            return array
         if isinstance(value, list | tuple) and array.dtype.kind in 'iu':
             self._refuse_outside(array, 0.0)
             array = array.astype(np.uint8)
         if array.dtype != np.uint8:
-            raise self._error(_value_text(value))
+            raise self._error(value_text(value))
         return array
 
 
-class _Numbers(_BoxFrame):
-    """A Box of up to two dimensions, flattened to float32."""
+class _Numbers(_BoxEntry):
+    """A Box of numbers, flattened to float32."""
 
     def __init__(self, space: Any, level_name: str, subject: str) -> None:
         spec = ArraySpec((int(np.prod(space.shape)),), 'float32')
@@ -200,7 +250,7 @@ class _Numbers(_BoxFrame):
     def _as_declared(self, value: Any) -> np.ndarray:
         array = self._to_array(value)
         if array.dtype.kind not in _KINDS[self._dtype.kind]:
-            raise self._error(_value_text(value))
+            raise self._error(value_text(value))
         if self._dtype.kind != 'f':
             # Its dtype differs, so it may exceed even the whole range of the declared one.
             self._refuse_outside(array, 0.0)
@@ -223,7 +273,7 @@ class _Numbers(_BoxFrame):
         )
 
 
-class _OneHot(Frame):
+class _OneHot(Entry):
     """A Discrete space, as a one-hot float32 vector."""
 
     def __init__(self, space: Any, level_name: str, subject: str) -> None:
@@ -236,7 +286,7 @@ class _OneHot(Frame):
         try:
             index = operator.index(value) - self._start
         except TypeError as error:
-            raise self._error(_value_text(value)) from error
+            raise self._error(value_text(value)) from error
         if not 0 <= index < self._size:
             raise self._error(str(value))
         self.array[self._hot] = 0
@@ -244,27 +294,75 @@ class _OneHot(Frame):
         self._hot = index
 
 
-def make_frame(
+class _OneHots(Entry):
+    """A MultiDiscrete space, as a one-hot float32 vector for each component."""
+
+    def __init__(self, space: Any, level_name: str, subject: str) -> None:
+        sizes = space.nvec.reshape(-1)
+        spec = ArraySpec((int(sizes.sum()),), 'float32')
+        super().__init__(spec, space_text(space), level_name, subject)
+        self._shape = space.shape
+        self._start = np.asarray(space.start).reshape(-1)
+        self._sizes = sizes
+        self._begins = np.cumsum([0, *sizes[:-1]])
+
+    def take(self, value: Any, is_first: bool) -> None:
+        indices = _integers(value, self._shape)
+        if indices is None:
+            raise self._error(value_text(value))
+        indices = indices - self._start
+        outside = (indices < 0) | (indices >= self._sizes)
+        if outside.any():
+            raise self._error(_first(value, outside))
+        self.array[...] = 0
+        self.array[self._begins + indices] = 1
+
+
+class _Bits(Entry):
+    """A MultiBinary space, as float32."""
+
+    def __init__(self, space: Any, level_name: str, subject: str) -> None:
+        spec = ArraySpec((math.prod(space.shape),), 'float32')
+        super().__init__(spec, space_text(space), level_name, subject)
+        self._shape = space.shape
+
+    def take(self, value: Any, is_first: bool) -> None:
+        bits = _integers(value, self._shape)
+        if bits is None:
+            raise self._error(value_text(value))
+        outside = (bits != 0) & (bits != 1)
+        if outside.any():
+            raise self._error(_first(value, outside))
+        self.array[...] = bits
+
+
+def make_entry(
     space: Any, size: tuple[int, int] | None, level_name: str, key: str | None = None
-) -> Frame | None:
-    """Returns the frame for a Gymnasium space; None if it is not supported, see `FRAME_RULE`.
+) -> Entry | None:
+    """Returns the entry for a Gymnasium space that is no Dict, Tuple or text; None by `RULE`.
 
     Args:
       space: a `gymnasium.Space`.
       size: width and height to resize images to, pixels; None to leave their size.
       level_name: for messages.
-      key: of the space, if it is part of a Dict.
+      key: of the space, if it is part of a Dict or Tuple.
     """
     from gymnasium import spaces
 
     subject = 'its observation' if key is None else f'{key!r} of its observation'
     if isinstance(space, spaces.Discrete):
-        return _OneHot(space, level_name, subject) if space.n > 0 else None
+        return _OneHot(space, level_name, subject) if 0 < space.n <= MAX_NUMBERS else None
+    if isinstance(space, spaces.MultiDiscrete):
+        count = int(space.nvec.sum())
+        return _OneHots(space, level_name, subject) if 0 < count <= MAX_NUMBERS else None
+    if isinstance(space, spaces.MultiBinary):
+        count = math.prod(space.shape)
+        return _Bits(space, level_name, subject) if 0 < count <= MAX_NUMBERS else None
     if not isinstance(space, spaces.Box) or 0 in space.shape:
         return None
-    if _is_image(space.shape, space.dtype):
+    if _is_image(space):
         return _Image(space, size, level_name, subject)
-    if len(space.shape) <= 2 and np.dtype(space.dtype).kind in _KINDS:
+    if math.prod(space.shape) <= MAX_NUMBERS and np.dtype(space.dtype).kind in _KINDS:
         return _Numbers(space, level_name, subject)
     return None
 
@@ -289,10 +387,56 @@ def space_text(space: Any) -> str:
     return type(space).__name__ if ' at 0x' in text else ' '.join(text.split())
 
 
-def _is_image(shape: tuple[int, ...], dtype: Any) -> bool:
-    if np.dtype(dtype) != np.uint8 or min(shape[:2], default=0) < MIN_IMAGE_SIDE:
+def _is_image(space: Any) -> bool:
+    dtype, shape = np.dtype(space.dtype), space.shape
+    if dtype.kind == 'f':
+        # Floats without a range could not be scaled; two dimensions of them are rather a matrix.
+        with np.errstate(over='ignore', invalid='ignore'):
+            width = space.high.astype(np.float32) - space.low.astype(np.float32)
+        if len(shape) != 3 or not np.isfinite(width).all():
+            return False
+    elif dtype != np.uint8:
         return False
-    return len(shape) == 2 or (len(shape) == 3 and shape[2] <= MAX_IMAGE_CHANNELS)
+    if len(shape) not in (2, 3):
+        return False
+    return min(shape[:2]) >= MIN_IMAGE_SIDE or _has_channels_first(shape)
+
+
+def _has_channels_first(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and shape[0] < MIN_IMAGE_SIDE <= min(shape[1:])
+
+
+def _resize_in_parts(resize: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> np.ndarray:
+    """Resizes `[H, W, C]` with more channels than OpenCV supports."""
+    step = _MAX_RESIZED_CHANNELS
+    parts = [
+        resize(np.ascontiguousarray(image[..., begin : begin + step]))
+        for begin in range(0, image.shape[2], step)
+    ]
+    return np.dstack(parts)
+
+
+def _scalar(bound: np.ndarray) -> Any:
+    """Returns the number of which an array consists, which saves reading it; or else the array."""
+    return bound.flat[0] if (bound == bound.flat[0]).all() else bound
+
+
+def _first(value: Any, outside: np.ndarray) -> str:
+    """Describes the first of the values that are out of range, given as a flat array of bool."""
+    array = np.asarray(value)
+    position = np.unravel_index(int(np.argmax(outside)), array.shape)
+    return f'{array[position]} at {list(map(int, position))}' if array.shape else str(array)
+
+
+def _integers(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Returns a value as a flat array of integers; None if it has another shape or type."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return None
+    if array.shape != shape or array.dtype.kind not in 'biu':
+        return None
+    return array.reshape(-1).astype(np.int64)
 
 
 def _is_bounded(space: Any) -> bool:
@@ -325,7 +469,7 @@ def _array_text(array: Any) -> str:
     return f'{np.dtype(array.dtype)} {list(array.shape)}'
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Describes in a few words what was returned instead of what was declared."""
     if isinstance(value, np.ndarray):
         return _array_text(value)

@@ -5,9 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from impala.acting.episode_series import ACTION_NOISE
 from impala.networks.agent import Agent
-from impala.trajectory import AgentOutput, ArraySpec, StepOutput
+from impala.trajectory import ACTION_NOISE, AgentOutput, ArraySpec, StepOutput
 
 
 class SamplingAgent(Agent):

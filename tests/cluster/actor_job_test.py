@@ -70,6 +70,9 @@ SHAPING = {
     'max_noops': 3,
     'frames_per_noop': 4,
     'frame_stack': 2,
+    'observation_keys': ('a', 'b'),
+    'clip_actions': True,
+    'info_action_mask': True,
 }
 LOCATION = {'dataset_path': '/here', 'level_cache_dir': ''}
 # Settings of the machine, or of tests.
@@ -85,7 +88,8 @@ def test_the_learner_decides_all_that_shapes_an_environment():
 
 @pytest.mark.parametrize(('flag', 'value'), SHAPING.items())
 def test_contradicting_flags_are_refused(flag, value):
-    with pytest.raises(ConfigError, match=rf'^--{flag}={value} does not fit .* leave it out\.$'):
+    text = ','.join(value) if isinstance(value, tuple) else value
+    with pytest.raises(ConfigError, match=rf'^--{flag}={text} does not fit .* leave it out\.$'):
         agree({}, **{flag: value})
 
 

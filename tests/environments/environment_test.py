@@ -44,9 +44,12 @@ def test_observations_fit_the_spec_and_follow_from_the_seed(level_name, make, de
 
 
 def test_config_survives_json_and_refuses_invalid_values():
-    config = EnvironmentConfig(width=64, num_action_repeats=2, sticky_actions=0.25)
+    config = EnvironmentConfig(
+        width=64, num_action_repeats=2, sticky_actions=0.25, observation_keys=('a',)
+    )
     values = json.loads(json.dumps(dataclasses.asdict(config)))
-    assert EnvironmentConfig(**values) == config
+    # JSON has no tuples.
+    assert EnvironmentConfig.of(**values) == config
     for wrong in (
         {'width': 0},
         {'num_action_repeats': 0},

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from playing import random_actions
 
-from impala.environments import DeclarationError, EnvironmentConfig, create_environment
+from impala.environments import (
+    DeclarationError,
+    EnvironmentConfig,
+    create_environment,
+    hash_instruction,
+)
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
-from impala.trajectory import EpisodeEnd
+from impala.trajectory import ArraySpec, EpisodeEnd
 
 
 class Toy(gymnasium.Env):
@@ -120,10 +125,13 @@ def test_gymnasium_discrete_observations_become_one_hot(register_toy, make):
 @pytest.mark.parametrize(
     'spaces',
     [
-        {'observation_space': gymnasium.spaces.Tuple([image_space(64, 64, 3)])},
-        {'observation_space': gymnasium.spaces.Dict(depth=image_space(64, 64, 1))},
-        {'observation_space': image_space(64, 64, 3, dtype=np.float32)},
-        {'observation_space': image_space(7, 7, 3)},
+        {'observation_space': gymnasium.spaces.Sequence(gymnasium.spaces.Discrete(3))},
+        {'observation_space': gymnasium.spaces.Graph(gymnasium.spaces.Discrete(3), None)},
+        {'observation_space': gymnasium.spaces.OneOf([gymnasium.spaces.Discrete(3)] * 2)},
+        {'observation_space': gymnasium.spaces.Box(-np.inf, np.inf, (64, 64, 3))},
+        {'observation_space': gymnasium.spaces.Discrete(10_001)},
+        {'observation_space': gymnasium.spaces.Dict()},
+        {'observation_space': gymnasium.spaces.Tuple([gymnasium.spaces.Text(3)])},
         {'observation_space': image_space(3), 'action_space': gymnasium.spaces.Text(3)},
         {'observation_space': image_space(3), 'action_space': image_space(2)},
     ],
@@ -135,6 +143,66 @@ def test_unsupported_gymnasium_spaces_are_named(spaces, register_toy):
         create_environment(level_name, 1)
     assert level_name in str(error.value)
     assert str(list(spaces.values())[-1]) in str(error.value)
+
+
+def test_the_parts_of_gymnasium_observations_become_arrays(register_toy, make):
+    spaces = gymnasium.spaces
+    space = spaces.Dict(
+        camera=image_space(3, 72, 96),
+        screen=image_space(120, 160, 3),
+        depth=spaces.Box(0, 1, (72, 96, 1)),
+        inventory=spaces.Tuple([spaces.MultiBinary(2), spaces.Discrete(3)]),
+        speech=spaces.Text(9),
+        action_mask=spaces.Box(np.int8([1, 0, 0]), np.ones(3, np.int8), dtype=np.int8),
+    )
+    level_name = register_toy(observation_space=space)
+    environment = make(level_name)
+    assert environment.spec.observation == {
+        'frame': ArraySpec((72, 96, 3), 'uint8'),
+        'camera': ArraySpec((72, 96, 3), 'uint8'),
+        'depth': ArraySpec((72, 96, 1), 'float32'),
+        'vector': ArraySpec((5,), 'float32'),
+        'instruction': ArraySpec((32,), 'int32'),
+        'action_mask': ArraySpec((3,), 'bool'),
+    }
+    observation = environment.reset()
+    for action in (None, 0, 1, 2):
+        if action is not None:
+            observation = environment.step(action)[2]
+        truth = toy_of(environment).observation
+        screen = cv2.resize(truth['screen'], (96, 72), interpolation=cv2.INTER_AREA)
+        np.testing.assert_array_equal(observation['frame'], screen)
+        np.testing.assert_array_equal(observation['camera'], truth['camera'].transpose(1, 2, 0))
+        np.testing.assert_array_equal(observation['depth'], truth['depth'])
+        bits, number = truth['inventory']
+        np.testing.assert_array_equal(observation['vector'], [*bits, *np.eye(3)[number]])
+        np.testing.assert_array_equal(observation['instruction'], hash_instruction(truth['speech']))
+        np.testing.assert_array_equal(observation['action_mask'], truth['action_mask'])
+
+    environment = make(level_name, observation_keys=('inventory', 'depth'))
+    assert list(environment.spec.observation) == ['frame', 'vector', 'action_mask']
+    observation = environment.reset()
+    np.testing.assert_array_equal(observation['frame'], toy_of(environment).observation['depth'])
+    with pytest.raises(LevelError, match=r'--observation_keys=depth,sound: .* the keys .*camera, '):
+        make(level_name, observation_keys=('depth', 'sound'))
+
+
+@pytest.mark.parametrize('space', [image_space(3), gymnasium.spaces.Tuple([image_space(3)])])
+def test_observation_keys_need_a_dict(space, register_toy, make):
+    level_name = register_toy(observation_space=space)
+    with pytest.raises(LevelError, match=f"=a: the observation of '{level_name}' has no keys"):
+        make(level_name, observation_keys=('a',))
+
+
+@pytest.mark.parametrize('has_mask', [False, True])
+def test_more_arrays_than_fit_into_shared_memory_are_refused(has_mask, scripted):
+    images = {f'image_{number}': image_space(40, 40) for number in range(12 - has_mask)}
+    mask = {'action_mask': gymnasium.spaces.MultiBinary(2)} if has_mask else {}
+    with pytest.raises(LevelError, match='12 arrays, .* may be 11: .* by --observation_keys') as e:
+        scripted(gymnasium.spaces.Dict(**images, **mask), [])
+    assert '\n' not in str(e.value)
+    images.pop('image_3')
+    assert len(scripted(gymnasium.spaces.Dict(**images, **mask), []).spec.observation) == 11
 
 
 class Scripted(gymnasium.Env):
@@ -193,9 +261,14 @@ IMAGE = np.zeros((40, 40, 3), np.uint8)
             SPOKEN,
             {'image': IMAGE, 'mission': ''},
             {'image': IMAGE},
-            ["'image' and 'mission'", "without 'mission'"],
+            ["'mission' in its observation", 'returned one without it'],
         ),
-        (SPOKEN, {'image': IMAGE, 'mission': ''}, IMAGE, ['Dict', 'uint8 [40, 40, 3]']),
+        (
+            SPOKEN,
+            {'image': IMAGE, 'mission': ''},
+            IMAGE,
+            ["'image' in its observation", 'uint8 [40, 40, 3]'],
+        ),
         (
             SPOKEN,
             {'image': IMAGE, 'mission': ''},
@@ -307,17 +380,17 @@ def test_gymnasium_environments_without_actions_are_refused(scripted):
         GymnasiumEnvironment('Empty-v0', env, 1, 1, EnvironmentConfig())
 
 
-@pytest.mark.parametrize('space', [image_space(64, 64, 5), image_space(3, 64, 64)], ids=str)
-def test_errors_about_images_state_the_requirements(space, scripted):
-    with pytest.raises(LevelError, match=r'sides of at least 32 pixels and 1 to 4 channels'):
-        scripted(space, [])
-
-
 @pytest.mark.parametrize(
-    'space', [gymnasium.spaces.Discrete(5), image_space(3), gymnasium.spaces.Tuple([VECTOR])]
+    'space, mission, expected',
+    [
+        (gymnasium.spaces.Discrete(5), 3, [0, 0, 0, 1, 0]),
+        (image_space(3), np.array([1, 2, 3], np.uint8), [1, 2, 3]),
+        (gymnasium.spaces.Tuple([VECTOR]), (np.array([0.5, -1], np.float32),), [0.5, -1]),
+    ],
 )
-def test_missions_must_be_texts(space, scripted):
+def test_missions_need_not_be_texts(space, mission, expected, scripted):
     spoken = gymnasium.spaces.Dict(image=image_space(40, 40, 3), mission=space)
-    with pytest.raises(LevelError) as error:
-        scripted(spoken, [])
-    assert f"{space} as 'mission'" in str(error.value) and 'texts' in str(error.value)
+    environment = scripted(spoken, [{'image': IMAGE, 'mission': mission}])
+    observation = environment.reset()
+    assert list(observation) == ['frame', 'vector']
+    assert observation['vector'].tolist() == expected

@@ -30,6 +30,7 @@ def minigrid_environment(env):
         lambda w, env: w.RGBImgPartialObsWrapper(env, 12),
         lambda w, env: w.ImgObsWrapper(w.RGBImgObsWrapper(env)),
         lambda w, env: w.NoDeath(w.RGBImgObsWrapper(env, 7), ('lava',)),
+        lambda w, env: w.RGBImgPartialObsWrapper(w.ViewSizeWrapper(env, 7)),
         lambda w, env: w.FlatObsWrapper(env),
         lambda w, env: gymnasium.wrappers.FlattenObservation(w.ImgObsWrapper(env)),
     ],
@@ -46,6 +47,8 @@ def test_minigrid_observation_wrappers_stay_in_effect(wrap):
         np.testing.assert_array_equal(observation['frame'], frame)
         assert observation['frame'].dtype == (np.uint8 if frame.ndim == 3 else np.float32)
         assert ('instruction' in observation) == isinstance(expected, dict)
+        if isinstance(expected, dict):
+            assert observation['vector'].tolist() == np.eye(4)[expected['direction']].tolist()
         if action is not None:
             observation = environment.step(action)[2]
             expected = truth.step(action)[0]
@@ -66,28 +69,46 @@ class OtherSymbols(gymnasium.ObservationWrapper):
 
 
 @pytest.mark.parametrize(
-    'name, wrap',
+    'wrap',
     [
-        ('FullyObsWrapper', lambda w, env: w.FullyObsWrapper(env)),
-        ('OneHotPartialObsWrapper', lambda w, env: w.OneHotPartialObsWrapper(env)),
-        ('SymbolicObsWrapper', lambda w, env: w.SymbolicObsWrapper(env)),
-        ('ViewSizeWrapper', lambda w, env: w.ViewSizeWrapper(env, 5)),
-        ('ImgObsWrapper', lambda w, env: w.ImgObsWrapper(env)),
-        ('DictObservationSpaceWrapper', lambda w, env: w.DictObservationSpaceWrapper(env)),
-        ('OtherSymbols', lambda w, env: OtherSymbols(env)),
-        ('OtherSymbols', lambda w, env: gymnasium.wrappers.TimeLimit(OtherSymbols(env), 9)),
+        lambda w, env: w.FullyObsWrapper(env),
+        lambda w, env: w.OneHotPartialObsWrapper(env),
+        lambda w, env: w.SymbolicObsWrapper(env),
+        lambda w, env: w.ViewSizeWrapper(env, 5),
+        lambda w, env: w.ImgObsWrapper(env),
+        lambda w, env: w.DictObservationSpaceWrapper(env),
+        lambda w, env: OtherSymbols(env),
+        lambda w, env: gymnasium.wrappers.TimeLimit(OtherSymbols(env), 90),
     ],
 )
-def test_minigrid_observation_wrappers_without_a_picture_are_refused(name, wrap):
+def test_symbols_of_minigrid_wrappers_become_numbers(wrap):
     from minigrid import wrappers
 
     # 7x7 cells, so that the whole grid has the shape of the agent's view.
-    sentence = f"'Grid-v0' (has .* of its wrapper|changes .* in) {name},"
-    with pytest.raises(LevelError, match=sentence):
-        minigrid_environment(wrap(wrappers, minigrid_env(size=7)))
+    environment = minigrid_environment(wrap(wrappers, minigrid_env(size=7)))
+    truth = wrap(wrappers, minigrid_env(size=7))
+    expected, _ = truth.reset(seed=1)
+    observation = environment.reset()
+    for action in [*random_actions(environment, 30), None]:
+        if isinstance(expected, dict):
+            text = expected['mission']
+            numbers = {**expected, 'mission': ''} if isinstance(text, str) else expected
+            flat = [flat_of(truth.observation_space[key], numbers[key]) for key in sorted(numbers)]
+            expected = np.concatenate(flat)
+            assert ('instruction' in observation) == isinstance(text, str)
+        np.testing.assert_array_equal(observation['frame'], np.ravel(expected))
+        assert observation['frame'].dtype == np.float32
+        if action is not None:
+            observation = environment.step(action)[2]
+            expected = truth.step(action)[0]
 
 
-def test_minigrid_classes_with_other_observations_are_refused():
+def flat_of(space, value):
+    """Returns a value flattened by Gymnasium; nothing for a text."""
+    return [] if isinstance(value, str) else gymnasium.spaces.flatten(space, value)
+
+
+def test_minigrid_classes_with_other_observations_keep_them():
     from minigrid.envs import EmptyEnv
 
     class Blind(EmptyEnv):
@@ -95,8 +116,21 @@ def test_minigrid_classes_with_other_observations_are_refused():
             observation = super().gen_obs()
             return observation | {'image': observation['image'] * 0}
 
-    with pytest.raises(LevelError, match='of its class Blind'):
-        minigrid_environment(Blind(size=7))
+    observation = minigrid_environment(Blind(size=7)).reset()
+    # The direction, and then the symbols.
+    assert observation['frame'].tolist() == [1, 0, 0, 0] + 7 * 7 * 3 * [0]
+    assert 'instruction' in observation
+
+
+def test_the_direction_of_minigrid_is_part_of_its_picture_unless_it_is_chosen():
+    def observation_of(*keys):
+        config = EnvironmentConfig(observation_keys=keys)
+        return GymnasiumEnvironment('Grid-v0', minigrid_env(), 1, 1, config).reset()
+
+    assert observation_of().keys() == {'frame', 'instruction'}
+    assert observation_of('image').keys() == {'frame'}
+    chosen = observation_of('image', 'direction')
+    assert chosen['frame'].shape == (56, 56, 3) and chosen['vector'].tolist() == [1, 0, 0, 0]
 
 
 class Secret(gymnasium.Wrapper):

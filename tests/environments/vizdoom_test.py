@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from playing import ROOT, play, random_actions
 
-from impala.trajectory import ActionSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EpisodeEnd
 
 
 def test_vizdoom_matches_gymnasium(make, tmp_path, monkeypatch):
@@ -41,7 +41,12 @@ def test_vizdoom_matches_gymnasium(make, tmp_path, monkeypatch):
                 expected, _ = truth.reset()
         frame = cv2.resize(expected['screen'], (96, 72), interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(rows[t][2]['frame'], frame)
+        assert rows[t][2]['vector'].tolist() == expected['gamevariables'].tolist()
+        assert rows[t][2].keys() == {'frame', 'vector'}
     truth.close()
+    assert environment.spec.observation['vector'] == ArraySpec((1,), 'float32')
+    chosen = make('VizdoomBasic-v1', observation_keys=('screen',))
+    assert chosen.spec.observation.keys() == {'frame'}
     assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED}
 
 

@@ -135,6 +135,55 @@ def test_observations_keep_their_type(tmp_path, level, shape, dtype):
     np.testing.assert_allclose(step(**inputs)['baseline'], expected.baseline, rtol=1e-5)
 
 
+def test_all_observations_are_inputs_of_the_exported_model(tmp_path):
+    logdir = tmp_path / 'run'
+    run = config(
+        logdir, level_name='space_levels:mixed', torso='shallow', use_lstm='false',
+        width=40, height=36, total_environment_frames=40,
+    )  # fmt: skip
+    training.train(run)
+    assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
+    network, spec = export.spec_of_run(str(logdir))
+    assert spec.observation == {
+        'frame': ArraySpec((36, 40, 3), 'uint8'),
+        'instruction': ArraySpec((32,), 'int32'),
+        'camera': ArraySpec((36, 40, 4), 'float32'),
+        'depth': ArraySpec((36, 40, 1), 'uint8'),
+        'vector': ArraySpec((9,), 'float32'),
+    }
+    agent = Agent(network, spec)
+    restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
+    restored.restore(str(logdir / 'checkpoints' / 'ckpt-1')).expect_partial()
+    random = np.random.default_rng(1)
+    observation = {
+        name: tf.constant((100 * random.random((2, *array.shape))).astype(array.dtype))
+        for name, array in spec.observation.items()
+    }
+    action, reward = tf.zeros((2, *spec.action.array.shape)), tf.zeros(2)
+    done = tf.constant([True, False])
+    env_output = StepOutput(
+        reward, StepOutputInfo(reward, *2 * [tf.zeros(2, tf.int32)]), done, observation
+    )
+    expected, _ = agent.step(action, env_output, ())
+    step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']
+    inputs = {'prev_action': action, 'reward': reward, 'done': done, **observation}
+    np.testing.assert_allclose(step(**inputs)['policy'], expected.policy, rtol=1e-5, atol=1e-5)
+
+
+def test_observations_have_arguments_of_their_own():
+    names = ['frame', 'a/b', 'a_b', 'a.b', 'reward', '0', 'b/0', 'grün']
+    assert export.arguments_of(names, {'reward', 'done'}) == {
+        'frame': 'frame',
+        'a/b': 'a_b',
+        'a_b': 'a_b_',
+        'a.b': 'a_b__',
+        'reward': 'reward_',
+        '0': '_0',
+        'b/0': 'b_0',
+        'grün': 'gr_n',
+    }
+
+
 def test_export_prints_only_what_was_written(tmp_path):
     logdir = tmp_path / 'run'
     training.train(config(logdir, total_environment_frames=20))
@@ -164,6 +213,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         'frame_shape': [2],
         'frame_dtype': 'float32',
         'has_instructions': False,
+        'other_observations': {},
     }
     (tmp_path / 'network.json').write_text(json.dumps(settings))
     assert export.main([str(tmp_path)]) == 2
@@ -180,6 +230,12 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         ({'frame_shape': [4, 0]}, 'frames cannot be (4, 0).'),
         ({'frame_shape': [2**31]}, 'frames cannot be (2147483648,).'),
         ({'popart_levels': 3}, 'is 3.'),
+        ({'other_observations': []}, "'other_observations' is []."),
+        ({'other_observations': {'a': 3}}, "'a' of 'other_observations' is 3."),
+        (
+            {'other_observations': {'a': [[3, 0], 'uint8']}},
+            "'a' of 'other_observations' is [[3, 0], 'uint8'].",
+        ),
     ):
         (tmp_path / 'network.json').write_text(json.dumps(settings | change))
         assert export.main([str(tmp_path)]) == 2

@@ -1,0 +1,75 @@
+"""Short runs on observations with several parts, through real actor processes."""
+
+import json
+
+import numpy as np
+
+from configs import config
+from impala import training
+from impala.evaluation import evaluate
+from impala.runs import files as run_files
+
+
+def test_images_numbers_and_texts_train_together_and_are_tested(tmp_path):
+    run = config(
+        tmp_path,
+        level_name='space_levels:instructed',
+        width=40,
+        height=36,
+        torso='shallow',
+        use_lstm='true',
+        loss='vtrace',
+        replay_fraction=0.5,
+    )
+    training.train(run)
+    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
+    losses = [line[name] for line in lines for name in line if name.startswith('loss/')]
+    assert np.isfinite(losses).all()
+    assert lines[-1]['frames'] >= 100
+    network = json.loads((tmp_path / 'network.json').read_text())
+    assert network['frame_shape'] == [36, 40, 3] and network['has_instructions']
+    assert network['other_observations'] == {'vector': [[3], 'float32']}
+    returns = evaluate(run.replace(mode='test', test_num_episodes=3))
+    assert [len(each) for each in returns.values()] == [3]
+
+
+def test_chosen_entries_reach_actors_and_tests(tmp_path):
+    run = config(
+        tmp_path,
+        level_name='space_levels:instructed',
+        observation_keys=('number', 'text'),
+        total_environment_frames=20,
+    )
+    training.train(run)
+    network = json.loads((tmp_path / 'network.json').read_text())
+    assert network['frame_shape'] == [3] and network['has_instructions']
+    assert network['other_observations'] == {} and network['torso'] == 'mlp'
+    evaluate(run.replace(mode='test', test_num_episodes=1))
+
+
+def test_image_number_and_text_are_all_used(tmp_path):
+    """Each tells the action in a third of the steps."""
+    run = config(
+        tmp_path,
+        level_name='space_levels:instructed',
+        width=40,
+        height=36,
+        torso='shallow',
+        use_lstm='false',
+        total_environment_frames=16_000,
+        num_actors=16,
+        envs_per_process=8,
+        batch_size=16,
+        loss='appo',
+        normalize_advantages=True,
+        optimizer='adam',
+        learning_rate=0.003,
+        entropy_cost=0.0001,
+        discounting=0.1,
+        sample_reuse=2,
+    )
+    training.train(run)
+    returns = [row['return'] for row in run_files.read_episodes(str(tmp_path))]
+    assert np.mean(returns[:100]) < 6.5
+    assert np.mean(returns[-200:]) > 9
