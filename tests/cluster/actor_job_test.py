@@ -71,8 +71,6 @@ SHAPING = {
     'frames_per_noop': 4,
     'frame_stack': 2,
     'observation_keys': ('a', 'b'),
-    'clip_actions': True,
-    'info_action_mask': True,
 }
 LOCATION = {'dataset_path': '/here', 'level_cache_dir': ''}
 # Settings of the machine, or of tests.
