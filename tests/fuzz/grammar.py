@@ -195,6 +195,9 @@ def make_case(seed: int, number: int, flag_types: Mapping[str, str]) -> Case:
         chosen = source.sample(names, source.choice((1, 1, 1, 2, 3)))
         flags = [_flag(source, name, flag_types[name]) for name in chosen]
         flags = ['--level_name=CartPole-v1', '--logdir={folder}/run', *_SHORT_RUN, *flags]
+        if 'total_environment_frames' in chosen:
+            # Accepted, a great number would make the run last for days.
+            flags.append('--stop_at_frames=200')
         # A finished run has nothing left to do, so these cases take a fraction of the time.
         return Case(kind, tuple(flags), is_finished=source.random() < 0.8)
     if kind == 'level':
