@@ -25,7 +25,12 @@ class _ChoiceOrOwn(flags.EnumParser):
     """Accepts a choice or a name of the user's own code, `my_module:Name`."""
 
     def parse(self, argument: str) -> str:
-        return argument if is_own(argument) else super().parse(argument)
+        if is_own(argument):
+            return argument
+        try:
+            return super().parse(argument)
+        except ValueError as error:
+            raise ValueError(f'{error} or be my_module:Name') from error
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:

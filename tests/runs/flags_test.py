@@ -108,6 +108,7 @@ def test_the_flag_file_restores_the_runs_settings(tmp_path, changes):
         ('--num_actors=x', '--num_actors=x is not a whole number.'),
         ('--nopopart=1', 'nopopart'),
         ('--torso=big', '--torso=big: value should be one of <auto|shallow'),
+        ('--torso=big', 'or be my_module:Name'),
         ('--batchsize=3', "Unknown command line flag 'batchsize'"),
     ],
 )
