@@ -356,6 +356,20 @@ class EnvironmentConfig(_Checked):
         "Allow only the actions of info['action_mask']; a mask in the observation is always used.",
         agreement='jobs',
     )
+    atari_mode: int | None = setting(
+        None,
+        'Atari: mode of the game, as ale-py numbers it. Default: that of ale-py.',
+        low=0,
+        high=1_000_000,
+        agreement='jobs',
+    )
+    atari_difficulty: int | None = setting(
+        None,
+        'Atari: difficulty of the game, as ale-py numbers it. Default: that of ale-py.',
+        low=0,
+        high=1_000_000,
+        agreement='jobs',
+    )
     sticky_actions: float = setting(
         0.0,
         'Atari: probability that a frame repeats the previous action (Machado et al., 2018: 0.25).',

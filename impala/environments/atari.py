@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 _DEFAULT_ATARI_SIZE = (84, 84)
 ATARI_MAX_EPISODE_FRAMES = 108_000
 ATARI_NUM_ACTIONS = 18
+# Modes named in an error. Only Video Cube has more, 153.
+_MAX_LISTED = 50
 # The ids that `ale_py` itself leaves out: their cartridges have no single-player game.
 ATARI_MULTI_PLAYER_ONLY = frozenset({'combat', 'joust', 'maze_craze', 'warlords'})
 
@@ -35,8 +38,9 @@ class AtariGame:
 
     Attributes:
       rom: file name without its ending, for instance `space_invaders`.
-      mode: see Machado et al. (2018); None for the game's default.
-      difficulty: see `mode`.
+      mode: see Machado et al. (2018); None for ale_py's default. `EnvironmentConfig.atari_mode`
+        takes precedence.
+      difficulty: None for ale_py's default. `EnvironmentConfig.atari_difficulty` takes precedence.
       max_episode_frames: an episode is truncated after this many frames; 0 for no limit.
     """
 
@@ -72,6 +76,7 @@ class AtariEnvironment(Environment):
         ale.setFloat('repeat_action_probability', config.sticky_actions)
         self._ale = ale
         self._game = game
+        self._config = config
         self._load(seed)
         self._next_seed: int | None = None
 
@@ -108,24 +113,7 @@ class AtariEnvironment(Environment):
         noop_seed, ale_seed = np.random.SeedSequence(seed).generate_state(2)
         self._noop_random = np.random.default_rng(int(noop_seed))
         self._ale.setInt('random_seed', int(ale_seed.astype(np.int32)))
-        self._ale.loadROM(os.path.join(self._rom_folder, self._game.rom + '.bin'))
-        ale = self._ale
-        for name, value, set_value, available in (
-            ('mode', self._game.mode, ale.setMode, ale.getAvailableModes),
-            (
-                'difficulty',
-                self._game.difficulty,
-                ale.setDifficulty,
-                ale.getAvailableDifficulties,
-            ),
-        ):
-            if value is not None:
-                if value not in available():
-                    raise LevelError(
-                        f'{self._game.rom!r} has no {name} {value!r}, but '
-                        f'{", ".join(map(str, available()))}.'
-                    )
-                set_value(value)
+        load_game(self._ale, self._rom_folder, self._game, self._config)
 
     def seed_next(self, seed: int) -> bool:
         self._next_seed = seed
@@ -254,6 +242,49 @@ def load_ale() -> tuple[Any, str]:
         # An extension module cannot be loaded again if the package is imported later.
         sys.modules[name] = module
     return sys.modules[name], os.path.join(folder, 'roms')
+
+
+def load_game(ale: Any, rom_folder: str, game: AtariGame, config: EnvironmentConfig) -> None:
+    """Loads the ROM of a game and sets its mode and difficulty.
+
+    Args:
+      ale: an `ALEInterface` of ale_py.
+      rom_folder: see `load_ale`.
+      game: see `AtariGame`.
+      config: its `atari_mode` and `atari_difficulty` take precedence over those of `game`.
+
+    Raises:
+      LevelError: the game has no such mode or difficulty; the sentence lists those that it has.
+    """
+    ale.loadROM(os.path.join(rom_folder, game.rom + '.bin'))
+    for kind, plural, flag, own, set_value, available in (
+        ('mode', 'modes', config.atari_mode, game.mode, ale.setMode, ale.getAvailableModes),
+        (
+            'difficulty',
+            'difficulties',
+            config.atari_difficulty,
+            game.difficulty,
+            ale.setDifficulty,
+            ale.getAvailableDifficulties,
+        ),
+    ):
+        value = own if flag is None else flag
+        if value is None:
+            continue
+        offered = available()
+        if type(value) is not int or value not in offered:
+            given = f'{kind}={value!r}' if flag is None else f'--atari_{kind}={value}'
+            raise LevelError(
+                f'{given}: the game {game.rom!r} offers the {plural} {_listed(offered)}.'
+            )
+        set_value(value)
+
+
+def _listed(values: Sequence[int]) -> str:
+    """Returns numbers in a row, without those in the middle if there are many."""
+    if len(values) > _MAX_LISTED:
+        return f'{_listed(values[: _MAX_LISTED - 1])}, ..., {values[-1]} ({len(values)} of them)'
+    return ', '.join(map(str, values))
 
 
 def atari_games() -> dict[str, str]:

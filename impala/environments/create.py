@@ -1,6 +1,7 @@
 """Level name -> environment, of whatever kind."""
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from impala.config import EnvironmentConfig
@@ -15,9 +16,12 @@ from impala.environments.level_names import (
     suggestion,
 )
 from impala.environments.registered_atari import (
+    AlePyEnvironment,
     create_registered_atari_environment,
     is_atari,
+    is_played_by_ale_py,
     is_registered_by_ale_py,
+    options_of_ale_py,
 )
 from impala.environments.vizdoom import VizdoomEnvironment
 from impala.errors import LevelError
@@ -33,6 +37,11 @@ _HOW_TO_NAME_ONES_OWN = (
     'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
     'registers with Gymnasium'
 )
+
+# Settings that apply to some kinds of levels only.
+_OF_ATARI = ('atari_mode', 'atari_difficulty')
+_OF_GYMNASIUM = ('env_kwargs',)
+_OTHER_FLAGS = 'since Atari games and levels of DeepMind Lab have flags of their own'
 
 
 def create_environment(
@@ -55,22 +64,37 @@ def create_environment(
     if not 0 <= seed < 2**31:
         raise ValueError(f'The seed must be in [0, 2**31), not {seed}.')
     if level_name.startswith('ALE/'):
-        _refuse_kwargs(level_name, config)
+        _refuse(level_name, config, _OF_GYMNASIUM, _OTHER_FLAGS)
         return AtariEnvironment(atari_game(level_name), seed, config)
     if is_gymnasium_id(level_name):
         return _create_gymnasium_environment(level_name, seed, config)
     if ':' in level_name:
         return _create_by_callable(level_name, seed, config)
-    _refuse_kwargs(level_name, config)
+    _refuse(level_name, config, _OF_GYMNASIUM, _OTHER_FLAGS)
+    _refuse(level_name, config, _OF_ATARI, 'which is not an Atari game')
     return DeepMindLabEnvironment(level_name, seed, config)
 
 
-def _refuse_kwargs(level_name: str, config: EnvironmentConfig) -> None:
-    if config.env_kwargs:
-        raise LevelError(
-            f'--env_kwargs={config.env_kwargs} has no effect on {level_name!r}: Atari games and '
-            'levels of DeepMind Lab have flags of their own.'
-        )
+def _refuse(
+    level_name: str, config: EnvironmentConfig, settings: Iterable[str], reason: str
+) -> None:
+    """Rejects settings that have no effect on a level.
+
+    Args:
+      level_name: of the level.
+      config: of the environments.
+      settings: names of those without an effect.
+      reason: follows the level's name in the sentence.
+
+    Raises:
+      LevelError: one of them has not its default.
+    """
+    for name in settings:
+        value = getattr(config, name)
+        if value != getattr(EnvironmentConfig, name):
+            text = ','.join(value) if isinstance(value, tuple) else value
+            flag = f'--{name}' if value is True else f'--{name}={text}'
+            raise LevelError(f'{flag} has no effect on {level_name!r}, {reason}.')
 
 
 def _import_module(level_name: str, module_name: str) -> Any:
@@ -144,35 +168,52 @@ def _create_gymnasium_environment(
         )
 
     registered = gymnasium.registry[plain_id]
-    entry_point = str(registered.entry_point)
     if is_atari(registered.entry_point):
-        _refuse_kwargs(level_name, config)
-        if is_registered_by_ale_py(registered):
-            return AtariEnvironment(AtariGame(registered.kwargs['game']), seed, config)
-        return create_registered_atari_environment(level_name, registered, seed, config)
-
-    is_vizdoom = entry_point.startswith('vizdoom.')
+        return _create_gymnasium_atari_environment(level_name, registered, seed, config)
+    _refuse(level_name, config, _OF_ATARI, 'which is not an Atari game')
+    is_vizdoom = str(registered.entry_point).startswith('vizdoom.')
     default_repeats = (registered.kwargs | config.kwargs).get('frame_skip', 4) if is_vizdoom else 1
     repeats = config.num_action_repeats or default_repeats
     # ViZDoom repeats actions by itself and renders only the last frame.
-    options: dict[str, Any] = config.kwargs
+    options = config.kwargs | ({'frame_skip': repeats} if is_vizdoom else {})
+    env = _make(level_name, plain_id, options, config)
     if is_vizdoom:
-        options['frame_skip'] = repeats
+        return VizdoomEnvironment(level_name, env, repeats, seed, config)
+    return GymnasiumEnvironment(level_name, env, repeats, seed, config)
+
+
+def _create_gymnasium_atari_environment(
+    level_name: str, registered: Any, seed: int, config: EnvironmentConfig
+) -> Environment:
+    if is_played_by_ale_py(registered):
+        _refuse(level_name, config, ('env_kwargs',), _OTHER_FLAGS)
+        options, repeats = options_of_ale_py(level_name, registered, config)
+        env = _make(level_name, registered.id, options, config)
+        return AlePyEnvironment(level_name, env, repeats, seed, config)
+    _refuse(level_name, config, _OF_GYMNASIUM, _OTHER_FLAGS)
+    if is_registered_by_ale_py(registered):
+        return AtariEnvironment(AtariGame(registered.kwargs['game']), seed, config)
+    return create_registered_atari_environment(level_name, registered, seed, config)
+
+
+def _make(
+    level_name: str, plain_id: str, options: dict[str, Any], config: EnvironmentConfig
+) -> Any:
+    """Returns `gymnasium.make` of an id, able to draw if `config.render` asks for it."""
+    import gymnasium
+
     if config.render:
-        options['render_mode'] = 'rgb_array'
+        options = options | {'render_mode': 'rgb_array'}
     try:
         try:
-            env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+            return gymnasium.make(plain_id, disable_env_checker=True, **options)
         except TypeError:
             if not config.render:
                 raise
             # It cannot draw and rejects the argument.
             del options['render_mode']
-            env = gymnasium.make(plain_id, disable_env_checker=True, **options)
+            return gymnasium.make(plain_id, disable_env_checker=True, **options)
     except gymnasium.error.Error as error:
         raise LevelError(f'{level_name!r} cannot be made: {one_line(error)}') from error
     except MISTAKES as error:
         raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
-    if is_vizdoom:
-        return VizdoomEnvironment(level_name, env, repeats, seed, config)
-    return GymnasiumEnvironment(level_name, env, repeats, seed, config)

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from impala.config import EnvironmentConfig
@@ -12,8 +12,13 @@ from impala.environments.atari import (
     AtariEnvironment,
     AtariGame,
     atari_roms,
+    load_ale,
+    load_game,
 )
+from impala.environments.environment import Observation
+from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
+from impala.trajectory import EpisodeEnd
 
 
 def is_atari(entry_point: Any) -> bool:
@@ -53,6 +58,19 @@ def is_registered_by_ale_py(registered: Any) -> bool:
     )
 
 
+def is_played_by_ale_py(registered: Any) -> bool:
+    """Returns whether an id has observations or actions that the preprocessing does not provide.
+
+    Then it is played as ale_py's own environment plays it.
+    """
+    kwargs = registered.kwargs
+    return (
+        kwargs.get('obs_type', 'grayscale') != 'grayscale'
+        or bool(kwargs.get('continuous'))
+        or bool(kwargs.get('sound_obs'))
+    )
+
+
 def create_registered_atari_environment(
     level_name: str, registered: Any, seed: int, config: EnvironmentConfig
 ) -> AtariEnvironment:
@@ -71,20 +89,8 @@ def create_registered_atari_environment(
     Raises:
       LevelError: the preprocessing of Atari games does not support the registration.
     """
-    if registered.additional_wrappers:
-        raise LevelError(
-            f'{level_name!r} is registered with the wrapper '
-            f'{registered.additional_wrappers[0].name}, and the preprocessing of Atari games is '
-            'fixed: to have another, register a function that makes and wraps the environment.'
-        )
-    settings = _Settings(level_name, registered.kwargs)
-    rom = settings.take_rom()
-    frameskip = settings.take(
-        'frameskip',
-        4,
-        lambda n: _is_whole(n, 1),
-        'and an action lasts a fixed number of frames here',
-    )
+    settings = _Settings(level_name, registered)
+    rom, frameskip = settings.take_rom(), settings.take_frameskip()
     max_frames = settings.take(
         'max_num_frames_per_episode',
         ATARI_MAX_EPISODE_FRAMES,
@@ -112,15 +118,100 @@ def create_registered_atari_environment(
     try:
         return AtariEnvironment(game, seed, config)
     except LevelError as error:
-        raise LevelError(f'{level_name!r} cannot be played: {error}') from error
+        raise _cannot_be_played(level_name, error) from error
+
+
+def options_of_ale_py(
+    level_name: str, registered: Any, config: EnvironmentConfig
+) -> tuple[dict[str, Any], int]:
+    """Returns how to make the environment of an id for which `is_played_by_ale_py` is true.
+
+    Args:
+      level_name: for error messages.
+      registered: Gymnasium's `EnvSpec` of the id.
+      config: its settings take precedence over the registration.
+
+    Returns:
+      The keyword arguments of `gymnasium.make`, and the frames per action.
+
+    Raises:
+      LevelError: the registration is not supported, or a setting has no effect on it.
+    """
+    for name in ('end_episode_on_life_loss', 'max_noops', 'frames_per_noop', 'frame_stack'):
+        if getattr(config, name) != getattr(EnvironmentConfig, name):
+            raise LevelError(
+                f'--{name}={getattr(config, name)} has no effect on {level_name!r}, which is '
+                'registered with other observations or actions than those of the preprocessing of '
+                'Atari games, so ale_py plays it without that.'
+            )
+    settings = _Settings(level_name, registered)
+    rom, frameskip = settings.take_rom(), settings.take_frameskip()
+    mode, difficulty = settings.take('mode', None), settings.take('difficulty', None)
+    library, rom_folder = load_ale()
+    library.ALEInterface.setLoggerMode(library.LoggerMode.Error)
+    for name in ('repeat_action_probability', 'full_action_space', 'max_num_frames_per_episode'):
+        settings.take(name, None)
+    settings.check_the_rest()
+    try:
+        load_game(library.ALEInterface(), rom_folder, AtariGame(rom, mode, difficulty), config)
+    except LevelError as error:
+        raise _cannot_be_played(level_name, error) from error
+
+    repeats = config.num_action_repeats or frameskip
+    options = {
+        'mode': config.atari_mode,
+        'difficulty': config.atari_difficulty,
+        'repeat_action_probability': config.sticky_actions or None,
+        'full_action_space': config.full_action_set or None,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    options['frameskip'] = repeats
+    if registered.max_episode_steps:
+        # The limit is in steps of the registered number of frames.
+        options['max_episode_steps'] = -(-registered.max_episode_steps * frameskip // repeats)
+    return options, repeats
+
+
+class AlePyEnvironment(GymnasiumEnvironment):
+    """An Atari game as ale_py's own environment plays it: with its pictures, memory or actions."""
+
+    def __init__(
+        self, level_name: str, env: Any, repeats: int, seed: int, config: EnvironmentConfig
+    ) -> None:
+        """Takes over an environment made with `options_of_ale_py`.
+
+        Args, Raises: see `GymnasiumEnvironment`.
+        """
+        super().__init__(level_name, env, repeats, seed, config)
+        self._ale = env.unwrapped.ale
+        # The environment repeats actions by itself.
+        self._repeats = 1
+
+    def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
+        self._first_frame = self._ale.getEpisodeFrameNumber()
+        return super().step(action)
+
+    def _end(self, terminated: bool, truncated: bool) -> EpisodeEnd:
+        self.last_action_frames = self._ale.getEpisodeFrameNumber() - self._first_frame
+        return super()._end(terminated, truncated)
+
+
+def _cannot_be_played(level_name: str, error: LevelError) -> LevelError:
+    return LevelError(f'{level_name!r} cannot be played: {error}')
 
 
 class _Settings:
     """The keyword arguments of a registration, read one after another."""
 
-    def __init__(self, level_name: str, kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, level_name: str, registered: Any) -> None:
+        if registered.additional_wrappers:
+            raise LevelError(
+                f'{level_name!r} is registered with the wrapper '
+                f'{registered.additional_wrappers[0].name}, and Atari games are played without: to '
+                'have one, register a function that makes and wraps the environment.'
+            )
         self._level_name = level_name
-        self._left = dict(kwargs)
+        self._left = dict(registered.kwargs)
 
     def take(
         self,
@@ -165,27 +256,31 @@ class _Settings:
             raise self._error('game', game, why)
         return game
 
+    def take_frameskip(self) -> int:
+        """Returns the frames per step.
+
+        Raises:
+          LevelError: it is no fixed number.
+        """
+        return self.take(
+            'frameskip',
+            4,
+            lambda n: _is_whole(n, 1),
+            'and an action lasts a fixed number of frames here',
+        )
+
     def check_the_rest(self) -> None:
         """Checks the settings that were not taken.
 
         Raises:
-          LevelError: the preprocessing does not support one of them.
+          LevelError: one of them is not supported.
         """
-        played = {
-            'obs_type': ('grayscale',),
-            'continuous': (False,),
-            'continuous_action_threshold': (self._left.get('continuous_action_threshold'),),
-            'sound_obs': (False,),
-            'render_mode': (None, 'rgb_array'),
-        }
+        known = ('obs_type', 'continuous', 'continuous_action_threshold', 'sound_obs')
         for name, value in self._left.items():
-            if value not in played.get(name, ()):
-                raise self._error(
-                    name,
-                    value,
-                    'and Atari games are played in grey pictures, with discrete actions and '
-                    'without sound or other settings',
-                )
+            if name == 'render_mode' and value not in (None, 'rgb_array'):
+                raise self._error(name, value, 'and actors open no window')
+            if name not in (*known, 'render_mode'):
+                raise self._error(name, value, 'which is not a setting of ale_py.AtariEnv')
 
     def _error(self, name: str, value: Any, why: str) -> LevelError:
         return LevelError(f'{self._level_name!r} is registered with {name}={value!r}, {why}.')

@@ -65,6 +65,8 @@ SHAPING = {
     'clip_actions': True,
     'info_action_mask': True,
     'env_kwargs': '{"difficulty": 2}',
+    'atari_mode': 1,
+    'atari_difficulty': 1,
     'sticky_actions': 0.25,
     'end_episode_on_life_loss': True,
     'max_noops': 3,

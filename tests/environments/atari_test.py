@@ -16,6 +16,7 @@ from impala.environments.atari import (
     AtariGame,
     atari_games,
 )
+from impala.errors import LevelError
 from impala.trajectory import EpisodeEnd
 
 # The Atari-57 suite as in Table C.1 of the paper.
@@ -81,6 +82,13 @@ def test_every_game_of_atari57(make):
         ('Pong', 8, {}, {'max_num_frames_per_episode': 300}),
         ('Pong', 9, {'width': 42, 'height': 42}, {'screen_size': 42}),
         ('Boxing', 10, {'width': 64, 'height': 48}, {'screen_size': (64, 48)}),
+        ('SpaceInvaders', 11, {'atari_mode': 9}, {'mode': 9}),
+        (
+            'Freeway',
+            12,
+            {'atari_mode': 5, 'atari_difficulty': 1},
+            {'mode': 5, 'difficulty': 1},
+        ),
     ],
 )
 def test_atari_matches_gymnasium(game, seed, config, options, make):
@@ -197,3 +205,40 @@ def test_atari_games_start(game, make):
     environment = make(f'ALE/{game}-v5')
     frames = [row[2]['frame'] for row in play(environment, random_actions(environment, 150))]
     assert any((frame != frames[0]).any() for frame in frames)
+
+
+@pytest.mark.parametrize(
+    'changes, seen',
+    [({'atari_mode': 1}, True), ({'atari_difficulty': 3}, True), ({'atari_mode': 0}, False)],
+)
+def test_mode_and_difficulty_change_the_game(changes, seen, make):
+    """Pong's second mode and its last difficulty differ from the default, mode 0."""
+
+    def frames(**config):
+        environment = make('ALE/Pong-v5', max_noops=0, **config)
+        return [row[2]['frame'] for row in play(environment, [2] * 300)]
+
+    assert np.array_equal(frames(), frames(**changes)) != seen
+
+
+@pytest.mark.parametrize(
+    'level_name, config, sentence',
+    [
+        ('Pong', {'atari_mode': 7}, "--atari_mode=7: the game 'pong' offers the modes 0, 1."),
+        (
+            'Pong',
+            {'atari_difficulty': 4},
+            "--atari_difficulty=4: the game 'pong' offers the difficulties 0, 1, 2, 3.",
+        ),
+        (
+            'DemonAttack',
+            {'atari_mode': 2},
+            "--atari_mode=2: the game 'demon_attack' offers the modes 1, 3, 5, 7.",
+        ),
+        ('VideoCube', {'atari_mode': 3}, '1502, 1600, ..., 5002 (153 of them).'),
+    ],
+)
+def test_modes_that_a_game_lacks_are_refused_with_those_it_has(level_name, config, sentence, make):
+    with pytest.raises(LevelError) as error:
+        make(f'ALE/{level_name}-v5', **config)
+    assert str(error.value).endswith(sentence)

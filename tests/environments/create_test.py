@@ -137,3 +137,13 @@ def test_missing_packages(level_name, module, install):
         module,
     )
     assert level_name in result.stdout and install in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize('level_name', ['CartPole-v1', 'rooms_watermaze'])
+@pytest.mark.parametrize('name', ['atari_mode', 'atari_difficulty'])
+def test_settings_of_atari_games_are_refused_for_other_levels(level_name, name):
+    with pytest.raises(LevelError) as error:
+        create_environment(level_name, 1, EnvironmentConfig(**{name: 0}))
+    assert str(error.value) == (
+        f'--{name}=0 has no effect on {level_name!r}, which is not an Atari game.'
+    )
