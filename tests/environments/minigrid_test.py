@@ -1,5 +1,6 @@
 """Compares MiniGrid and BabyAI with the pictures of their own wrappers."""
 
+import json
 import zlib
 
 import gymnasium
@@ -9,6 +10,7 @@ from playing import play, random_actions
 
 from impala.environments import DeclarationError, EnvironmentConfig
 from impala.environments.gymnasium import GymnasiumEnvironment
+from impala.environments.instructions import hash_instruction
 from impala.errors import LevelError
 from impala.trajectory import ArraySpec, EpisodeEnd
 
@@ -52,6 +54,99 @@ def test_minigrid_observation_wrappers_stay_in_effect(wrap):
         if action is not None:
             observation = environment.step(action)[2]
             expected = truth.step(action)[0]
+
+
+OWN_LEVELS = """
+import gymnasium
+from gymnasium.envs.registration import WrapperSpec
+from minigrid import wrappers
+from minigrid.envs import EmptyEnv
+
+def make(seed, config, wrapper, options, size=8):
+    return getattr(wrappers, wrapper)(EmptyEnv(size=size), **options)
+
+for wrapper, options in {wrapped}:
+    gymnasium.register(
+        f'OfOnesOwn{{wrapper}}-v0',
+        EmptyEnv,
+        kwargs={{'size': 8}},
+        additional_wrappers=(WrapperSpec(wrapper, f'minigrid.wrappers:{{wrapper}}', options),),
+    )
+gymnasium.register('OfOnesOwnWithout-v0', EmptyEnv, kwargs={{'size': 8}})
+"""
+WRAPPED = [
+    ('FullyObsWrapper', {}),
+    ('RGBImgObsWrapper', {'tile_size': 5}),
+    ('RGBImgPartialObsWrapper', {'tile_size': 10}),
+    ('OneHotPartialObsWrapper', {}),
+    ('SymbolicObsWrapper', {}),
+    ('ViewSizeWrapper', {'agent_view_size': 9}),
+    ('DirectionObsWrapper', {}),
+    ('ImgObsWrapper', {}),
+    ('FlatObsWrapper', {}),
+    ('DictObservationSpaceWrapper', {'max_words_in_mission': 30}),
+]
+
+
+@pytest.mark.parametrize('wrapper, options', WRAPPED)
+def test_wrappers_of_own_levels_stay_in_effect(wrapper, options, module, make):
+    """By the registration of an id, or by a callable that returns a wrapped environment."""
+    from minigrid import wrappers
+
+    name = module(OWN_LEVELS.format(wrapped=WRAPPED))
+    kwargs = json.dumps({'wrapper': wrapper, 'options': options})
+    environments = [make(f'{name}:OfOnesOwn{wrapper}-v0'), make(f'{name}:make', env_kwargs=kwargs)]
+    truth = getattr(wrappers, wrapper)(minigrid_env(), **options)
+    expected, _ = truth.reset(seed=1)
+    observations = [dict(environment.reset()) for environment in environments]
+    space = truth.observation_space
+    for action in [*random_actions(environments[0], 30), None]:
+        for observation in observations:
+            for array, value in expected_arrays(space, expected).items():
+                np.testing.assert_array_equal(observation.pop(array), value)
+            assert not observation
+        if action is not None:
+            observations = [dict(each.step(action)[2]) for each in environments]
+            expected = truth.step(action)[0]
+
+
+def expected_arrays(space, value):
+    """Returns the arrays of an observation: its picture, all its numbers, and its mission."""
+    parts = dict(value) if isinstance(value, dict) else {'image': value}
+    spaces = space.spaces if isinstance(value, dict) else {'image': space}
+    text = parts.pop('mission') if isinstance(parts.get('mission'), str) else None
+    arrays = {} if text is None else {'instruction': hash_instruction(text)}
+    picture = parts['image'] if parts['image'].ndim == 3 and len(parts['image']) >= 32 else None
+    if picture is not None:
+        arrays['frame'] = parts.pop('image')
+    if parts:
+        numbers = [gymnasium.spaces.flatten(spaces[key], parts[key]) for key in sorted(parts)]
+        arrays['frame' if picture is None else 'vector'] = np.concatenate(numbers)
+    return arrays
+
+
+def test_levels_without_a_wrapper_show_the_picture(module, make):
+    from minigrid.wrappers import RGBImgPartialObsWrapper
+
+    name = module(
+        OWN_LEVELS.format(wrapped=[]) + 'def bare(seed, config):\n    return EmptyEnv(size=8)\n'
+    )
+    truth = RGBImgPartialObsWrapper(minigrid_env())
+    expected, _ = truth.reset(seed=1)
+    for level_name in ('OfOnesOwnWithout-v0', 'bare'):
+        observation = make(f'{name}:{level_name}').reset()
+        assert observation.keys() == {'frame', 'instruction'}
+        np.testing.assert_array_equal(observation['frame'], expected['image'])
+
+
+def test_the_symbols_of_a_large_grid_are_an_image(module, make):
+    name = module(OWN_LEVELS.format(wrapped=[]))
+    kwargs = json.dumps({'wrapper': 'FullyObsWrapper', 'options': {}, 'size': 33})
+    environment = make(f'{name}:make', env_kwargs=kwargs)
+    assert environment.spec.observation['frame'] == ArraySpec((33, 33, 3), 'uint8')
+    frame = environment.reset()['frame']
+    # A wall is object 2 of colour 5, the agent is object 10.
+    assert frame[0, 0].tolist() == [2, 5, 0] and frame[1, 1, 0] == 10
 
 
 def test_wrong_declarations_of_minigrid_itself_are_refused():
