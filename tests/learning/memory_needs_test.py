@@ -132,7 +132,7 @@ def little_memory(nbytes):
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-@pytest.mark.parametrize(('queue_capacity', 'unroll_length'), [(10**6, 10**5), (10**6, 100)])
+@pytest.mark.parametrize(('queue_capacity', 'unroll_length'), [(10**6, 10**5), (10**6, 1000)])
 def test_unrolls_that_cannot_be_allocated_are_refused(tmp_path, queue_capacity, unroll_length):
     """If the estimate was wrong: beyond the address space, and beyond the limit."""
     run = config(tmp_path, queue_capacity=queue_capacity, unroll_length=unroll_length)
