@@ -40,8 +40,11 @@ _HOW_TO_NAME_ONES_OWN = (
 
 # Settings that apply to some kinds of levels only.
 _OF_ATARI = ('atari_mode', 'atari_difficulty')
-_OF_GYMNASIUM = ('env_kwargs',)
-_OTHER_FLAGS = 'since Atari games and levels of DeepMind Lab have flags of their own'
+_OF_GYMNASIUM = ('env_kwargs', 'observation_keys', 'clip_actions', 'info_action_mask')
+_OTHER_FLAGS = (
+    'since Atari games and levels of DeepMind Lab have fixed observations, discrete actions and '
+    'flags of their own'
+)
 
 
 def create_environment(

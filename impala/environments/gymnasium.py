@@ -91,6 +91,8 @@ class GymnasiumEnvironment(Environment):
 
         actions = ActionSpace(self._env.action_space, self._level_name, config.clip_actions)
         self._decode_action = actions.decode
+        if config.clip_actions and not actions.spec.bounds:
+            raise self._without_effect('clip_actions', 'which has no Box among its actions')
         space: Any = self._env.observation_space
         keys = config.observation_keys
         if self._picture is not None:
@@ -104,6 +106,11 @@ class GymnasiumEnvironment(Environment):
         mask_is_observed = isinstance(space, spaces.Dict) and ACTION_MASK in space.spaces
         self._mask: ActionMask | None = None
         self._mask_is_observed = mask_is_observed
+        if config.info_action_mask and mask_is_observed:
+            reason = f'which has an {ACTION_MASK!r} in its observation'
+            raise self._without_effect('info_action_mask', reason)
+        if config.info_action_mask and not actions.spec.categories:
+            raise self._without_effect('info_action_mask', 'whose actions have no categories')
         if mask_is_observed or config.info_action_mask:
             where = 'an observation' if mask_is_observed else 'an info'
             self._mask = ActionMask(
@@ -210,6 +217,9 @@ class GymnasiumEnvironment(Environment):
                 'nor False.'
             )
         return bool(value)
+
+    def _without_effect(self, setting: str, reason: str) -> LevelError:
+        return LevelError(f'--{setting} has no effect on {self._level_name!r}, {reason}.')
 
     def _wrong_result(self, method: str, values: str, result: Any) -> DeclarationError:
         came = f'{len(result)} values' if isinstance(result, tuple) else _short(result)

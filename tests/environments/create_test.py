@@ -147,3 +147,52 @@ def test_settings_of_atari_games_are_refused_for_other_levels(level_name, name):
     assert str(error.value) == (
         f'--{name}=0 has no effect on {level_name!r}, which is not an Atari game.'
     )
+
+
+@pytest.mark.parametrize(
+    'config, flag',
+    [
+        ({'env_kwargs': '{"mode": 1}'}, '--env_kwargs={"mode": 1}'),
+        ({'observation_keys': ('a', 'b')}, '--observation_keys=a,b'),
+        ({'clip_actions': True}, '--clip_actions'),
+        ({'info_action_mask': True}, '--info_action_mask'),
+    ],
+)
+@pytest.mark.parametrize('level_name', ['ALE/Pong-v5', 'PongNoFrameskip-v4', 'rooms_watermaze'])
+def test_settings_of_gymnasium_are_refused_for_other_levels(level_name, config, flag):
+    with pytest.raises(LevelError) as error:
+        create_environment(level_name, 1, EnvironmentConfig(**config))
+    assert str(error.value) == (
+        f'{flag} has no effect on {level_name!r}, since Atari games and levels of DeepMind Lab '
+        'have fixed observations, discrete actions and flags of their own.'
+    )
+
+
+@pytest.mark.parametrize(
+    'level_name, setting, reason',
+    [
+        ('CartPole-v1', 'clip_actions', 'which has no Box among its actions'),
+        ('Pendulum-v1', 'info_action_mask', 'whose actions have no categories'),
+        ('Masked', 'info_action_mask', "which has an 'action_mask' in its observation"),
+    ],
+)
+def test_settings_without_an_effect_on_the_spaces_are_refused(level_name, setting, reason, module):
+    name = module(
+        'import numpy as np\n'
+        'import gymnasium\n'
+        'from gymnasium import spaces\n'
+        'class Masked(gymnasium.Env):\n'
+        '    action_space = spaces.Discrete(2)\n'
+        '    observation_space = spaces.Dict(\n'
+        '        {"x": spaces.Box(0, 1, (2,)), "action_mask": spaces.MultiBinary(2)}\n'
+        '    )\n'
+        '    def reset(self, seed=None, options=None):\n'
+        '        return {"x": np.zeros(2, np.float32), "action_mask": np.ones(2, np.int8)}, {}\n'
+        'gymnasium.register("OfOnesOwn-v0", Masked)\n'
+    )
+    if level_name == 'Masked':
+        level_name = f'{name}:OfOnesOwn-v0'
+        create_environment(level_name, 1).close()
+    with pytest.raises(LevelError) as error:
+        create_environment(level_name, 1, EnvironmentConfig(**{setting: True}))
+    assert str(error.value) == f'--{setting} has no effect on {level_name!r}, {reason}.'
