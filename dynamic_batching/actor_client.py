@@ -103,8 +103,8 @@ class ActorClient:
         self._handle = library.actor_client_connect(fd, actor)
         if not self._handle:
             raise ValueError(
-                f'descriptor {fd} is no segment of this build of the batcher, or there is no actor '
-                f'{actor} in it'
+                f'descriptor {fd} is not a segment of this build of the batcher, or has no actor '
+                f'{actor}'
             )
         handle = self._handle
         rows = library.actor_client_rows(handle)

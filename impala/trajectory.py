@@ -218,7 +218,7 @@ class ActionSpec:
         return ArraySpec((self.num_logits + 2 * len(self.bounds),), 'float32')
 
     def to_environment(self, action: np.ndarray) -> np.ndarray:
-        """Returns the environment's form of an agent's action that is no scalar.
+        """Returns the environment's form of an agent's action that is not a scalar.
 
         Samples of bounded components are not bounded themselves: a hyperbolic tangent maps them to
         the open interval between the bounds. So the learner need not invert it, which would lose

@@ -1,4 +1,8 @@
-"""Settings of small runs, and specs of small environments."""
+"""Settings of small runs, specs of small environments, and what the metrics of a run must show."""
+
+import json
+
+import numpy as np
 
 from impala.config import Config
 from impala.trajectory import ArraySpec, EnvironmentSpec
@@ -8,6 +12,19 @@ IMAGE = EnvironmentSpec({'frame': ArraySpec((72, 96, 3), 'uint8')}, 9, 4, 'dmlab
 STACK = EnvironmentSpec({'frame': ArraySpec((84, 84, 4), 'uint8')}, 6, 4, 'atari')
 
 VECTOR = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
+
+# Settings of short runs that learn an easy level, to be completed by the test.
+LEARNING = {
+    'total_environment_frames': 16_000,
+    'num_actors': 16,
+    'envs_per_process': 8,
+    'batch_size': 16,
+    'loss': 'appo',
+    'normalize_advantages': True,
+    'optimizer': 'adam',
+    'entropy_cost': 0.0001,
+    'sample_reuse': 2,
+}
 
 
 def config(logdir, **changes):
@@ -24,3 +41,12 @@ def config(logdir, **changes):
         'level_cache_dir': '',
     }
     return Config.of(**(values | changes))
+
+
+def assert_sound(logdir):
+    """Checks the metrics of a short run: no update was skipped, and all losses are finite."""
+    lines = [json.loads(line) for line in (logdir / 'metrics.jsonl').read_text().splitlines()]
+    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
+    losses = [line[name] for line in lines for name in line if name.startswith('loss/')]
+    assert losses and np.isfinite(losses).all()
+    assert lines[-1]['frames'] >= 100

@@ -4,7 +4,7 @@ from typing import Any
 
 from impala.config import all_settings
 
-# Where the value that follows from type and bounds is no valid one, or has no effect on Atari.
+# Where the value that follows from type and bounds is not valid, or has no effect on Atari.
 _OTHER = {
     'level_name': 'ALE/Breakout-v5',
     'use_lstm': 'true',

@@ -479,7 +479,7 @@ def _levels(config: Config, given: Collection[str], known: list[str]) -> list[st
     for level in names:
         if level not in known:
             raise ConfigError(
-                f'--level_name={level} is none of the levels of the learner at '
+                f'--level_name={level} is not one of the levels of the learner at '
                 f'{config.cluster.own_address}: {", ".join(known)}.'
             )
     # Assign levels round robin, by job and environment.

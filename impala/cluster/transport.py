@@ -344,7 +344,7 @@ class Connection:
             sentence = _sentence(error)
             if isinstance(error, tf.errors.NotFoundError) and _is_wrong_peer(sentence):
                 raise WrongPeer(
-                    f'What listens at {self.address} is no {self._kind} of this program.'
+                    f'What listens at {self.address} is not a {self._kind} of this program.'
                 ) from error
             if sentence.endswith('is closed'):
                 raise _Ending(f'{self._peer} is ending: {sentence}.') from error

@@ -39,7 +39,7 @@ class ActionMask:
             the other, or a tuple or dict of arrays in the order of the action space.
 
         Raises:
-          DeclarationError: it is no such mask, or leaves a component without a category.
+          DeclarationError: it is not such a mask, or leaves a component without a category.
         """
         try:
             flat = np.concatenate([np.ravel(each) for each in _leaves(value)])

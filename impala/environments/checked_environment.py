@@ -67,7 +67,7 @@ def checked(level_name: str, environment: Any) -> Environment:
     """
     if not isinstance(environment, Environment):
         raise LevelError(
-            f'{level_name!r} returned {_a(environment)}, which is no environments.Environment.'
+            f'{level_name!r} returned {_a(environment)}, which is not an environments.Environment.'
         )
     return _Checked(level_name, environment)
 

@@ -1,7 +1,10 @@
 """Level name -> environment, of whatever kind."""
 
+import contextlib
+import inspect
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from impala.config import EnvironmentConfig
@@ -108,8 +111,7 @@ def _import_module(level_name: str, module_name: str) -> Any:
     try:
         return import_module(module_name)
     except UserCodeError as error:
-        asks = str(error).replace(' cannot be', ', which cannot be', 1)
-        raise LevelError(f'{level_name!r} asks for {asks}.') from error
+        raise LevelError(f'{level_name!r} cannot be made: {error}.') from error
 
 
 def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -> Environment:
@@ -219,4 +221,27 @@ def _make(
     except gymnasium.error.Error as error:
         raise LevelError(f'{level_name!r} cannot be made: {one_line(error)}') from error
     except MISTAKES as error:
-        raise LevelError(f'{level_name!r} cannot be made: {describe_failure(error)}.') from error
+        kwargs = gymnasium.registry[plain_id].kwargs | options
+        why = _rejection(gymnasium.registry[plain_id].entry_point, kwargs)
+        why = why or describe_failure(error)
+        raise LevelError(f'{level_name!r} cannot be made: {why}.') from error
+
+
+def _rejection(entry_point: Any, kwargs: Mapping[str, Any]) -> str:
+    """Says why an entry point of Gymnasium does not take keyword arguments; '' if it does."""
+    from gymnasium.envs.registration import load_env_creator
+
+    try:
+        creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+        signature = inspect.signature(creator)
+    except (*MISTAKES, ValueError):
+        return ''
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        name = getattr(creator, '__qualname__', repr(creator))
+        place = ''
+        with contextlib.suppress(TypeError):
+            place = f' ({os.path.basename(inspect.getfile(creator))})'
+        return f'{name}{place} does not take its keyword arguments: {one_line(error)}'
+    return ''

@@ -89,7 +89,7 @@ class LevelCache:
             if not self._has_written or random.random() * self._limit_bytes < 100 * size:
                 self._prune()
             self._has_written = True
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._warn(error)
 
     def _fetch(self, key: str, pk3_path: str) -> bool:
@@ -103,7 +103,7 @@ class LevelCache:
                     # Removed, so that the map is compiled and written again.
                     os.unlink(cached)
                     raise zipfile.BadZipFile(f'{cached} is not an intact map')
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._warn(error)
             return False
         # A failure of either is no reason to compile: another process may just have removed it.
@@ -205,6 +205,6 @@ def _is_intact(path: str) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # noqa: BLE001
+    except Exception:
         # zipfile raises errors of many types when an archive is damaged.
         return False

@@ -112,7 +112,7 @@ class _BoxEntry(Entry):
         try:
             array = np.asarray(value)
         except ValueError as error:
-            raise self._error(f'a {type(value).__name__} that is no array') from error
+            raise self._error(f'a {type(value).__name__} that is not an array') from error
         if array.shape != self._shape:
             raise self._error(value_text(value))
         return array
@@ -339,7 +339,7 @@ class _Bits(Entry):
 def make_entry(
     space: Any, size: tuple[int, int] | None, level_name: str, key: str | None = None
 ) -> Entry | None:
-    """Returns the entry for a Gymnasium space that is no Dict, Tuple or text; None by `RULE`.
+    """Returns the entry for a Gymnasium space that is not a Dict, Tuple or text; None by `RULE`.
 
     Args:
       space: a `gymnasium.Space`.

@@ -192,7 +192,7 @@ class Observations:
 
 
 def _leaves(space: Any, path: _Path) -> Iterator[tuple[_Path, Any]]:
-    """Yields the entries of a space that are no Dict or Tuple, with their keys and indices."""
+    """Yields the entries of a space that are not a Dict or Tuple, with their keys and indices."""
     from gymnasium import spaces
 
     if isinstance(space, spaces.Dict):

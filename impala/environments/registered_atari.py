@@ -95,7 +95,7 @@ def create_registered_atari_environment(
         'max_num_frames_per_episode',
         ATARI_MAX_EPISODE_FRAMES,
         lambda n: n is None or _is_whole(n, 0),
-        'which is no number of frames',
+        'which is not a valid number of frames',
     )
     sticky_actions = settings.take(
         'repeat_action_probability',
@@ -252,7 +252,7 @@ class _Settings:
         if game not in roms:
             close = difflib.get_close_matches(str(game), roms, n=3, cutoff=0.6)
             known = ', '.join(map(repr, close or ('pong', 'breakout', 'space_invaders')))
-            why = f'which is none of the {len(roms)} games, such as {known}'
+            why = f'which is not one of the {len(roms)} games, such as {known}'
             raise self._error('game', game, why)
         return game
 
@@ -260,7 +260,7 @@ class _Settings:
         """Returns the frames per step.
 
         Raises:
-          LevelError: it is no fixed number.
+          LevelError: it is not a fixed number.
         """
         return self.take(
             'frameskip',

@@ -26,7 +26,9 @@ def prepare(devices: Sequence[str], are_shared_with_others: bool) -> None:
     matches = [re.fullmatch(r'/(cpu|gpu):(\d{1,3})', device) for device in devices]
     for device, match in zip(devices, matches, strict=True):
         if match is None:
-            raise ConfigError(f'{flag}: {device!r} is no device; one is /gpu:0 or /cpu:0.')
+            raise ConfigError(
+                f'{flag}: {device!r} is not a valid device, such as /gpu:0 or /cpu:0.'
+            )
     kinds = {match[1].upper() for match in matches if match}
     indices = [int(match[2]) for match in matches if match]
     if len(kinds) > 1 or len(set(indices)) < len(indices):

@@ -42,7 +42,7 @@ def clip_rewards(rewards: tf.Tensor, clipping: str) -> tf.Tensor:
       f32, same shape.
 
     Raises:
-      ValueError: `clipping` is none of these.
+      ValueError: `clipping` is not one of these.
     """
     if clipping == 'abs_one':
         return tf.clip_by_value(rewards, -1.0, 1.0)

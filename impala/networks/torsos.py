@@ -172,7 +172,7 @@ class UnpaddedTorso(snt.Module):
       compute_dtype: `tf.float32` or `tf.bfloat16`.
 
     Raises:
-      ValueError: the frame is too small or is no image.
+      ValueError: the frame is too small or is not an image.
     """
 
     def __init__(self, name: str, frame: ArraySpec, compute_dtype: tf.DType):
@@ -231,7 +231,7 @@ class DeepTorso(snt.Module):
       compute_dtype: `tf.float32` or `tf.bfloat16`.
 
     Raises:
-      ValueError: the frame is no image.
+      ValueError: the frame is not an image.
     """
 
     def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
@@ -313,7 +313,7 @@ class EncoderTorso(snt.Module):
       latent_size: features.
 
     Raises:
-      ValueError: the frame is no image.
+      ValueError: the frame is not an image.
     """
 
     def __init__(
@@ -422,7 +422,7 @@ def create_torso(
         return EncoderTorso(frame, compute_dtype, latent_size)
     if is_own(name):
         return OwnTorso(name, frame)
-    raise ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
+    raise _unknown(name)
 
 
 def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) -> tuple[int, int]:
@@ -436,7 +436,7 @@ def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) ->
       latent_size: see `create_torso`.
 
     Raises:
-      ValueError: the torso cannot serve such frames.
+      ValueError: there is no such torso, or it cannot serve such frames.
     """
     if is_own(name):
         return 0, 0
@@ -452,11 +452,17 @@ def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) ->
     elif name == 'autoencoder':
         size, features = [*encoded_sizes(height, width)[-1]], latent_size
         channels = ENCODER_LAYERS[-1][0]
-    else:
+    elif name == 'deep':
         features, channels = _FEATURES, _DEEP_SECTIONS[-1]
         for _ in _DEEP_SECTIONS:
             size = [-(-pixels // 2) for pixels in size]
+    else:
+        raise _unknown(name)
     return math.prod(size) * channels, features
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(f'Unknown torso {name!r}; choose one of {", ".join(TORSOS)}.')
 
 
 def smallest_side(name: str) -> int:

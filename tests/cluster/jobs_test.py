@@ -260,7 +260,7 @@ def test_an_actor_with_flags_of_another_run_is_refused(tmp_path, show):
     with actor(tmp_path / 'sticky', 2, address, '--sticky_actions=0.5') as sticky:
         assert_one_sentence(sticky, 2, '--sticky_actions=0.5 does not fit .* has 0.0: leave it out')
     with actor(tmp_path / 'lost', 3, address, '--level_name=Acrobot-v1') as lost:
-        assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is none of the levels')
+        assert_one_sentence(lost, 2, '--level_name=Acrobot-v1 is not one of the levels')
 
 
 def test_a_learner_whose_port_is_in_use_prints_one_sentence(tmp_path, address):

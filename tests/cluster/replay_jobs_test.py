@@ -661,7 +661,9 @@ def test_unrolls_that_do_not_fit_are_refused_or_replace_the_others(tmp_path, add
 
 def test_a_job_of_another_kind_or_version_is_refused():
     server = ReplayServer('localhost:0')
-    with pytest.raises(ConfigError, match='is no replay job of this program. Give the learner the'):
+    with pytest.raises(
+        ConfigError, match='is not a replay job of this program. Give the learner the'
+    ):
         remote_replay([f'localhost:{server.port}'])
     board = WeightsBoard(f'{{"protocol": {replay_job.PROTOCOL + 1}}}', replay_job.BOARD)
     board.publish([tf.constant('')], 0)

@@ -237,7 +237,7 @@ def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch, fresh):
     [
         (['--task=2', '--learner_addresses=a:8000,b:8000'], '--task=2: there are 2 --learner_addr'),
         (['--learner_addresses=a:8000,b:8000'], '--learner_addresses needs the number'),
-        (['--learner_devices=gpu0'], "'gpu0' is no device"),
+        (['--learner_devices=gpu0'], "'gpu0' is not a valid device"),
         (
             [*CARTPOLE, '--batch_size=3', '--learner_devices=/cpu:0,/cpu:1'],
             '--batch_size=3 does not fit: a batch of 3 unrolls cannot be divided among 2',

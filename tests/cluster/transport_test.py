@@ -172,7 +172,9 @@ def test_jobs_of_another_kind_are_wrong_peers(server, kind, name):
     address = f'localhost:{server.port}'
     with (
         kind(address, board='of another kind') as connection,
-        pytest.raises(WrongPeer, match=f'^What listens at {address} is no {name} of this program'),
+        pytest.raises(
+            WrongPeer, match=f'^What listens at {address} is not a {name} of this program'
+        ),
     ):
         connection.settings()
 

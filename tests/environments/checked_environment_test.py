@@ -112,7 +112,7 @@ def _raise(error):
 @pytest.mark.parametrize(
     ('make', 'text'),
     [
-        (lambda seed, config: None, 'returned None, which is no environments.Environment'),
+        (lambda seed, config: None, 'returned None, which is not an environments.Environment'),
         (lambda seed, config: {'a': 1}, 'returned a dict'),
         (lambda seed: Own(), 'must be a callable that takes (seed, config): too many'),
         (3, 'is an int, not a callable'),

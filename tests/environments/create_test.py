@@ -102,7 +102,7 @@ def test_classes_of_gymnasium_are_played_by_their_ids(module, make):
         (':CartPole-v1', ['no Python module in front of its colon', 'my_module:MyGame-v0']),
         (':', ['nothing after its colon']),
         ('math:', ['nothing after its colon', 'my_module:make']),
-        ('.math:make', ["'.math', which cannot be imported"]),
+        ('.math:make', ["the Python module '.math' cannot be imported"]),
         ('VizdoomBasics-v1', ["Did you mean 'VizdoomBasic-v1'?"]),
         ('explore_goal_locations_small', ['deepmind_lab', 'build.md', 'ALE/Pong-v5']),
         ('my_own_maze', ['deepmind_lab', 'ALE/Pong-v5']),

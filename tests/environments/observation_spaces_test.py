@@ -80,7 +80,7 @@ class LazyFrames:
         (Box(-1, 1, (3,)), np.zeros(4, np.float32), 'float32 [4]'),
         (Box(-1, 1, (3,)), np.zeros((3, 1), np.float32), 'float32 [3, 1]'),
         (Box(-1, 1, (3,)), np.zeros(3, complex), 'complex128 [3]'),
-        (Box(-1, 1, (3,)), [[0.0], [1.0, 2.0], []], 'a list that is no array'),
+        (Box(-1, 1, (3,)), [[0.0], [1.0, 2.0], []], 'a list that is not an array'),
         (Box(-1, 1, (3,)), ['a', 'b', 'c'], 'a list of <U1 [3]'),
         (Box(-1, 1, (3,)), {'a': 1}, 'a dict'),
         (Box(-1, 1, (3,)), 0.5, '0.5'),

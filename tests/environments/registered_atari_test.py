@@ -97,7 +97,7 @@ def test_flags_override_registered_atari_ids(register_atari, make):
     'kwargs, part',
     [
         ({}, 'names no game'),
-        ({'game': 'pnog'}, "game='pnog', which is none of the"),
+        ({'game': 'pnog'}, "game='pnog', which is not one of the"),
         ({'game': 'pong', 'obs_type': 'colour'}, 'Invalid observation type: colour.'),
         ({'game': 'pong', 'frameskip': (2, 5)}, 'frameskip=(2, 5)'),
         ({'game': 'pong', 'frameskip': 0}, 'frameskip=0'),
@@ -108,7 +108,7 @@ def test_flags_override_registered_atari_ids(register_atari, make):
             {'game': 'pong', 'mode': 7, 'obs_type': 'ram'},
             "mode=7: the game 'pong' offers the modes",
         ),
-        ({'game': 'pnog', 'obs_type': 'ram'}, "game='pnog', which is none of the"),
+        ({'game': 'pnog', 'obs_type': 'ram'}, "game='pnog', which is not one of the"),
         ({'game': 'pong', 'obs_type': 'rgb', 'frameskip': (2, 5)}, 'frameskip=(2, 5)'),
         ({'game': 'pong', 'obs_type': 'rgb', 'render_mode': 'human'}, "render_mode='human'"),
         ({'game': 'pong', 'obs_type': 'rgb', 'paddles': 2}, 'paddles=2'),

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 import impala.environments
-from impala.environments import create_environment
+from impala.environments import EnvironmentConfig, create_environment
 from impala.errors import LevelError
 from impala.user_code import describe_failure
 
@@ -25,7 +25,11 @@ from impala.user_code import describe_failure
 def test_modules_that_cannot_be_imported(text, parts, attribute, module):
     with pytest.raises(LevelError) as error:
         create_environment(f'{module(text)}:{attribute}', 1)
-    for part in [f"'module_of_ones_own:{attribute}' asks for", 'cannot be imported', *parts]:
+    for part in [
+        f"'module_of_ones_own:{attribute}' cannot be made: ",
+        'cannot be imported',
+        *parts,
+    ]:
         assert part in str(error.value)
     assert '\n' not in str(error.value)
 
@@ -56,7 +60,13 @@ def test_multi_line_errors_become_one_sentence(module):
         ('broken', ['cannot be made', "AttributeError: module 'math' has no", 'line 5']),
         ('NotOne', ['is an int, not a callable that takes (seed, config)']),
         ('OfOnesOwnBroken-v0', ['cannot be made', 'NameError', 'module_of_ones_own.py, line 7']),
-        ('OfOnesOwnNarrow-v0', ['cannot be made', 'TypeError', 'positional argument']),
+        (
+            'OfOnesOwnNarrow-v0',
+            [
+                'cannot be made: narrow (module_of_ones_own.py) does not take its keyword '
+                "arguments: missing a required argument: 'seed'."
+            ],
+        ),
         ('OfOnesOwnNowhere-v0', ['cannot be made', 'AttributeError', "'Nowhere'"]),
     ],
 )
@@ -114,3 +124,34 @@ def test_failures_are_located_in_the_users_code(module):
             exec(compile('\n{}["map"]', path, 'exec'), {})
         # The innermost code outside the package is this test.
         assert describe_failure(error.value).startswith("KeyError: 'map' (user_code_test.py, ")
+
+
+@pytest.mark.parametrize('is_named', [False, True])
+def test_keyword_arguments_that_a_constructor_rejects_are_blamed_on_it(is_named, module):
+    entry_point = '"module_of_ones_own:Maze"' if is_named else 'Maze'
+    name = module(
+        'from gymnasium.envs.classic_control import CartPoleEnv\n'
+        'import gymnasium\n'
+        'class Maze(CartPoleEnv):\n'
+        '    def __init__(self, size, **kwargs):\n'
+        '        super().__init__(**kwargs)\n'
+        f'gymnasium.register("OfOnesOwnMaze-v0", {entry_point})\n'
+    )
+    with pytest.raises(LevelError) as error:
+        create_environment(f'{name}:OfOnesOwnMaze-v0', 1)
+    assert str(error.value) == (
+        f"'{name}:OfOnesOwnMaze-v0' cannot be made: Maze (module_of_ones_own.py) does not take its "
+        "keyword arguments: missing a required argument: 'size'."
+    )
+    config = EnvironmentConfig(env_kwargs='{"size": 2, "colour": 3}')
+    with pytest.raises(LevelError) as error:
+        create_environment(f'{name}:OfOnesOwnMaze-v0', 1, config)
+    # Maze takes it, but passes it on.
+    assert str(error.value).endswith('(module_of_ones_own.py, line 5).')
+    config = EnvironmentConfig(env_kwargs='{"gravity": 2}')
+    with pytest.raises(LevelError) as error:
+        create_environment('CartPole-v1', 1, config)
+    assert str(error.value) == (
+        "'CartPole-v1' cannot be made: CartPoleEnv (cartpole.py) does not take its keyword "
+        "arguments: got an unexpected keyword argument 'gravity'."
+    )

@@ -9,8 +9,8 @@ from impala.learning import devices as learner_devices
 @pytest.mark.parametrize(
     ('devices', 'are_shared', 'sentence'),
     [
-        (['gpu0'], False, "--learner_devices=gpu0: 'gpu0' is no device; one is /gpu:0"),
-        (['/cpu:0', ''], False, "'' is no device"),
+        (['gpu0'], False, "--learner_devices=gpu0: 'gpu0' is not a valid device, such as /gpu:0"),
+        (['/cpu:0', ''], False, "'' is not a valid device"),
         (['/cpu:1', '/cpu:1'], False, 'several GPUs, or several CPUs, each once'),
         (['/cpu:0', '/gpu:0'], False, 'several GPUs, or several CPUs, each once'),
         (['/gpu:99'], False, r'there is no /gpu:99; TensorFlow finds \d+ GPUs'),

@@ -281,6 +281,16 @@ def test_floats_from_0_to_1_are_seen_like_the_same_bytes(name, compute_dtype):
     assert sizes[0] == sizes[1]
 
 
+def test_unknown_torsos_are_refused():
+    frame = ArraySpec((40, 40, 3), 'uint8')
+    for read in (
+        lambda: torsos.create_torso('depe', frame, tf.float32),
+        lambda: torsos.linear_sizes('depe', frame),
+    ):
+        with pytest.raises(ValueError, match="^Unknown torso 'depe'; choose one of shallow, deep,"):
+            read()
+
+
 def test_float_images_have_no_autoencoder():
     pattern = r'autoencoder torso needs uint8 frames .*float32 \[40, 40, 3\]; use the shallow torso'
     with pytest.raises(ValueError, match=pattern):

@@ -1,11 +1,9 @@
 """Short runs on every kind of action space, through real actor processes."""
 
-import json
-
 import numpy as np
 import pytest
 
-from configs import config
+from configs import LEARNING, assert_sound, config
 from impala import training
 from impala.runs import files as run_files
 
@@ -29,11 +27,7 @@ def test_every_action_space_trains(tmp_path, level):
         **LOSSES[LEVELS.index(level) % 2],
     )
     training.train(run)
-    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
-    losses = [line[name] for line in lines for name in line if name.startswith('loss/')]
-    assert np.isfinite(losses).all()
-    assert lines[-1]['frames'] >= 100
+    assert_sound(tmp_path)
 
 
 @pytest.mark.parametrize(('level', 'least'), [('mixture', 7.0), ('masked_in_dict', 8.0)])
@@ -41,17 +35,9 @@ def test_mixed_and_masked_actions_are_learned(tmp_path, level, least):
     run = config(
         tmp_path,
         level_name=f'space_levels:{level}',
-        total_environment_frames=16_000,
-        num_actors=16,
-        envs_per_process=8,
-        batch_size=16,
-        loss='appo',
-        normalize_advantages=True,
-        optimizer='adam',
+        **LEARNING,
         learning_rate=0.005,
-        entropy_cost=0.0001,
         discounting=0.5,
-        sample_reuse=2,
     )
     training.train(run)
     returns = [row['return'] for row in run_files.read_episodes(str(tmp_path))]

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from configs import config
+from configs import LEARNING, assert_sound, config
 from impala import training
 from impala.evaluation import evaluate
 from impala.runs import files as run_files
@@ -22,11 +22,7 @@ def test_images_numbers_and_texts_train_together_and_are_tested(tmp_path):
         replay_fraction=0.5,
     )
     training.train(run)
-    lines = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
-    assert sum(line.get('updates_skipped', 0) for line in lines) == 0
-    losses = [line[name] for line in lines for name in line if name.startswith('loss/')]
-    assert np.isfinite(losses).all()
-    assert lines[-1]['frames'] >= 100
+    assert_sound(tmp_path)
     network = json.loads((tmp_path / 'network.json').read_text())
     assert network['frame_shape'] == [36, 40, 3] and network['has_instructions']
     assert network['other_observations'] == {'vector': [[3], 'float32']}
@@ -57,17 +53,9 @@ def test_image_number_and_text_are_all_used(tmp_path):
         height=36,
         torso='shallow',
         use_lstm='false',
-        total_environment_frames=16_000,
-        num_actors=16,
-        envs_per_process=8,
-        batch_size=16,
-        loss='appo',
-        normalize_advantages=True,
-        optimizer='adam',
+        **LEARNING,
         learning_rate=0.003,
-        entropy_cost=0.0001,
         discounting=0.1,
-        sample_reuse=2,
     )
     training.train(run)
     returns = [row['return'] for row in run_files.read_episodes(str(tmp_path))]

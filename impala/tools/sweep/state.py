@@ -100,7 +100,7 @@ def _check_types(state: State) -> None:
         rows += [(value, (int, float, str, bool)) for value in values.values()]
     for value, types in rows:
         if not isinstance(value, types):
-            raise TypeError(f'{value!r} is no {types}')
+            raise TypeError(f'{value!r} has the wrong type')
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f'{value} is not finite')
     if state.round < 0 or not state.members:
