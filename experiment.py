@@ -51,6 +51,9 @@ def main(unused_argv: list[str]) -> int:
     from impala.environments import LevelError
     from impala.training import TrainingError
 
+    if config.run.debug:
+        # The debugger may stop in a module that is being imported, and handles SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if config.cluster.job_name == 'actor':
             return _act(config)

@@ -261,6 +261,12 @@ class RunConfig(_Checked):
         'Hooks of the training loop as my_module:MyHook, separated by commas.',
         on_resume='free',
     )
+    debug: bool = setting(
+        False,
+        'Play and train in one process and one thread, without graphs, so that breakpoint() works '
+        'in environments, torsos, losses and hooks.',
+        on_resume='not_stored',
+    )
     profile_updates: str = setting(
         '',
         "Updates to profile, as 100:110: TensorFlow's profiler writes into --logdir.",
@@ -1053,6 +1059,7 @@ class Config(_Checked):
 
     def check(self) -> None:
         self._check_unused()
+        self._check_debug()
         self._check_jobs()
         if self.network.popart and self.learner.loss.target_update_steps:
             raise ConfigError(
@@ -1073,6 +1080,20 @@ class Config(_Checked):
                     f'{flag} belongs to --{other}={needed}; this run has '
                     f'--{other}={self.value(other)}: leave it out, or give its default, '
                     f'{known.default}.'
+                )
+
+    def _check_debug(self) -> None:
+        if not self.run.debug:
+            return
+        if self.run.mode == 'test':
+            raise ConfigError('--debug is for training: leave it out of --mode=test.')
+        for name in ('job_name', 'task', 'learner_devices', 'replay_addresses', 'loaders'):
+            value = self.value(name)
+            if value != all_settings()[name].default:
+                text = ','.join(value) if isinstance(value, tuple) else value
+                raise ConfigError(
+                    '--debug does everything in one process and one thread, so it cannot be '
+                    f'combined with --{name}={text}.'
                 )
 
     def _check_jobs(self) -> None:

@@ -1,5 +1,6 @@
 """The user's own code: how it is imported, and a sentence for each of its failures."""
 
+import bdb
 import importlib
 import os
 import re
@@ -53,7 +54,13 @@ def import_module(module_name: str) -> Any:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Returns the type, text and place of an error in the user's code, on one line."""
+    """Returns the type, text and place of an error in the user's code, on one line.
+
+    Raises:
+      BdbQuit: the error is one: the user has left a debugger.
+    """
+    if isinstance(error, bdb.BdbQuit):
+        raise error
     text = f'{type(error).__name__}: {one_line(error).removesuffix(".")}'
     # Gymnasium raises some errors again with another text.
     cause = error.__cause__ or error

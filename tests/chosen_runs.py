@@ -9,6 +9,11 @@ def num_devices(choice):
     return max(1, len(choice['learner_devices']))
 
 
+def num_frames(choice):
+    """Debug mode is slow."""
+    return num_devices(choice) * (60 if choice['debug'] else 200)
+
+
 def run_of(logdir, choice):
     use_lstm = str(choice['use_lstm']).lower()
     return config(
@@ -17,7 +22,7 @@ def run_of(logdir, choice):
         # Odd frames with instructions, or vectors.
         level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
         batch_size=2 * num_devices(choice),
-        total_environment_frames=200 * num_devices(choice),
+        total_environment_frames=num_frames(choice),
     )
 
 

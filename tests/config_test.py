@@ -126,6 +126,21 @@ def test_every_setting_has_help_and_a_default_within_its_bounds():
             {'learner_addresses': ['a:8000', 'b:63536'], 'task': 0},
             'the port of b:63536 must be from 1 to 63535',
         ),
+        ({'debug': True, 'mode': 'test'}, '--debug is for training: leave it out of --mode=test.'),
+        *(
+            (
+                {'debug': True, **values},
+                '--debug does everything in one process and one thread, so it cannot be combined '
+                f'with {flag}.',
+            )
+            for values, flag in (
+                ({'task': 0}, '--task=0'),
+                ({'task': 0, 'job_name': 'actor'}, '--job_name=actor'),
+                ({'learner_devices': ['/cpu:0', '/cpu:1']}, '--learner_devices=/cpu:0,/cpu:1'),
+                ({'replay_addresses': ['a:1'], 'replay_fraction': 0.5}, '--replay_addresses=a:1'),
+                ({'loaders': 1}, '--loaders=1'),
+            )
+        ),
         ({'job_name': 'actor'}, '--job_name=actor needs a number of its own'),
         ({'job_name': 'replay'}, '--job_name=replay needs --replay_addresses=host:port'),
         (

@@ -207,6 +207,22 @@ class _Picture(_Level):
         return {'frame': frame, 'instruction': instruction}
 
 
+class _Determined(_Level):
+    """One action; observations and rewards follow from the seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(7)
+        self.spec = EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 1, 1)
+        self.random = np.random.default_rng(seed)
+
+    def step(self, action: int) -> Any:
+        _, end, observation = super().step(action)
+        return self.random.random(), end, observation
+
+    def _numbers(self, number: int) -> np.ndarray:
+        return self.random.random(2, np.float32)
+
+
 class _Constant(_Level):
     """All observations are the same array, of the given shape and dtype."""
 
@@ -318,6 +334,11 @@ def seeded(seed: int, config: environments.EnvironmentConfig) -> environments.En
 def counting(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has a return that counts actions."""
     return _Counting(50)
+
+
+def determined(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Leaves the policy no choice, so that a run of one actor can be repeated."""
+    return _Determined(seed)
 
 
 def picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

@@ -68,7 +68,7 @@ def describe_non_finite(
     return f'the {what} of {level_name} is {value} as float32'
 
 
-class _NonFiniteWarnings:
+class NonFiniteWarnings:
     """Warns of values that are not finite, once per level and kind of value."""
 
     def __init__(self, observation_names: Sequence[str]):
@@ -96,12 +96,92 @@ class _NonFiniteWarnings:
                 )
 
 
+class Player:
+    """An actor of Figure 1: an environment, and its client of the batcher, which has the policy."""
+
+    def __init__(
+        self,
+        environment: environments.Environment,
+        client: ActorClient,
+        level_name: str,
+        warnings: NonFiniteWarnings,
+    ):
+        """Prepares; nothing is played yet.
+
+        Args:
+          environment: to be played.
+          client: with the observations and actions of the environment's spec.
+          level_name: for warnings.
+          warnings: takes values that are not finite.
+        """
+        spec = environment.spec
+        self._environment = environment
+        self._client = client
+        self._level_name = level_name
+        self._warnings = warnings
+        self._names = tuple(spec.observation)
+        self._is_scalar, self._to_environment = spec.action.is_scalar, spec.action.to_environment
+        self._is_series = isinstance(environment, EpisodeSeries)
+
+    def start(self) -> None:
+        """Resets the environment and asks for the first action.
+
+        Raises:
+          ClosedError: the batcher is closed.
+          LevelError: the environment cannot be played.
+        """
+        observation = self._environment.reset()
+        check_observation(self._level_name, self._environment.spec, observation)
+        # The first row starts an episode: the recurrent state must be reset.
+        non_finite = self._client.start(
+            EpisodeEnd.TERMINATED, [observation[name] for name in self._names]
+        )
+        if non_finite:
+            self._warnings.warn(self._level_name, non_finite, not self._is_series)
+
+    def finish_if_done(self) -> bool:
+        """Ends the actor if its environment is an `EpisodeSeries` that is done; says if it is."""
+        is_done = self._is_series and self._environment.is_done  # type: ignore[attr-defined]
+        if is_done:
+            self._client.finish()
+        return is_done
+
+    def step(self) -> None:
+        """Waits for the action, acts, and asks for the next one.
+
+        Raises:
+          ClosedError: the batcher is closed.
+          ContractError: the environment returned what it did not declare.
+        """
+        environment, names = self._environment, self._names
+        try:
+            action = self._client.wait()
+            if not self._is_scalar:
+                action = self._to_environment(action)
+            reward, end, observation = environment.step(action)
+        except environments.DeclarationError as error:
+            raise ContractError(str(error)) from error
+        frames = environment.spec.num_action_repeats
+        if end and end != EpisodeEnd.LIFE_LOST:
+            # The episode may have ended during the action.
+            frames = environment.last_action_frames or frames
+        try:
+            non_finite = self._client.send(
+                reward, end, [observation[name] for name in names], frames
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):
+            _explain(self._level_name, environment.spec, observation)
+            raise
+        if non_finite:
+            self._warnings.warn(self._level_name, non_finite, not self._is_series)
+
+
 def act(
     environment_list: Sequence[environments.Environment],
     clients: Sequence[ActorClient],
     level_names: Sequence[str],
 ) -> None:
-    """Plays until the batcher is closed: the actors of Figure 1, whose policy is at the batcher.
+    """Plays until the batcher is closed.
 
     Returns when all environments are `EpisodeSeries` that are done.
 
@@ -118,43 +198,21 @@ def act(
       LevelError: an environment cannot be played.
       ContractError: an environment returned, after its first reset, what it did not declare.
     """
-    actors = list(zip(environment_list, clients, level_names, strict=True))
-    spec = environment_list[0].spec
-    names = tuple(spec.observation)
-    is_scalar, to_environment = spec.action.is_scalar, spec.action.to_environment
-    warnings = _NonFiniteWarnings(names)
-    for environment, client, level_name in actors:
-        observation = environment.reset()
-        check_observation(level_name, environment.spec, observation)
-        # The first row starts an episode: the recurrent state must be reset.
-        non_finite = client.start(EpisodeEnd.TERMINATED, [observation[name] for name in names])
-        if non_finite:
-            warnings.warn(level_name, non_finite, not isinstance(environment, EpisodeSeries))
-    while actors:
-        for actor in list(actors):
-            environment, client, level_name = actor
-            if isinstance(environment, EpisodeSeries) and environment.is_done:
-                client.finish()
-                actors.remove(actor)
-                continue
-            try:
-                action = client.wait()
-                if not is_scalar:
-                    action = to_environment(action)
-                reward, end, observation = environment.step(action)
-            except environments.DeclarationError as error:
-                raise ContractError(str(error)) from error
-            frames = environment.spec.num_action_repeats
-            if end and end != EpisodeEnd.LIFE_LOST:
-                # The episode may have ended during the action.
-                frames = environment.last_action_frames or frames
-            try:
-                non_finite = client.send(reward, end, [observation[name] for name in names], frames)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                _explain(level_name, environment.spec, observation)
-                raise
-            if non_finite:
-                warnings.warn(level_name, non_finite, not isinstance(environment, EpisodeSeries))
+    warnings = NonFiniteWarnings(tuple(environment_list[0].spec.observation))
+    players = [
+        Player(environment, client, level_name, warnings)
+        for environment, client, level_name in zip(
+            environment_list, clients, level_names, strict=True
+        )
+    ]
+    for player in players:
+        player.start()
+    while players:
+        for player in list(players):
+            if player.finish_if_done():
+                players.remove(player)
+            else:
+                player.step()
 
 
 def _explain(level_name: str, spec: EnvironmentSpec, observation: Any) -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from impala.acting.actor import STACK_SIGNAL
@@ -199,24 +199,9 @@ class ActorHost:
                 f'{len(errors)} of the {len(names)} levels cannot be played here. '
                 + ' '.join(sentences)
             )
-        specs = {
-            name: EnvironmentSpec.from_json(answer['spec']) for name, answer in answers.items()
-        }
-        common = specs[names[0]]
-        for what, value_of in (
-            ('observations', lambda spec: spec.observation),
-            ('actions', lambda spec: spec.action),
-            ('frames per action', lambda spec: spec.num_action_repeats),
-        ):
-            others = [name for name in names if value_of(specs[name]) != value_of(common)]
-            if others:
-                raise LevelError(
-                    f'One agent cannot play levels that differ in their {what}: {names[0]} has '
-                    f'{_shown(value_of(common))}, but '
-                    + ', '.join(f'{name} {_shown(value_of(specs[name]))}' for name in others)
-                    + '.'
-                )
-        return common
+        return shared_spec(
+            {name: EnvironmentSpec.from_json(answer['spec']) for name, answer in answers.items()}
+        )
 
     def _describe(self, level_names: list[str], seed: int) -> dict[str, Any]:
         """Returns level name -> its description by `impala.acting.actor`, run in a process."""
@@ -295,6 +280,32 @@ class ActorHost:
         """Returns the end of a sentence about silence: its consequence, '' without a timeout."""
         timeout = self.limits.actor_timeout
         return f': {what} after {timeout:g} s (--actor_timeout)' if timeout else ''
+
+
+def shared_spec(specs: Mapping[str, EnvironmentSpec]) -> EnvironmentSpec:
+    """Returns the spec that all levels share.
+
+    Args:
+      specs: level name -> its spec; at least one.
+
+    Raises:
+      LevelError: one agent cannot play them all; names those that differ from the first.
+    """
+    (first, common), *_ = specs.items()
+    for what, value_of in (
+        ('observations', lambda spec: spec.observation),
+        ('actions', lambda spec: spec.action),
+        ('frames per action', lambda spec: spec.num_action_repeats),
+    ):
+        others = [name for name, spec in specs.items() if value_of(spec) != value_of(common)]
+        if others:
+            raise LevelError(
+                f'One agent cannot play levels that differ in their {what}: {first} has '
+                f'{_shown(value_of(common))}, but '
+                + ', '.join(f'{name} {_shown(value_of(specs[name]))}' for name in others)
+                + '.'
+            )
+    return common
 
 
 class LinePipe:

@@ -97,23 +97,30 @@ class UnrollSource:
           mix: adds replayed unrolls and decides how many new ones to wait for; see
             `impala.experience.mixture.ReplayMixer.batch`.
         """
+        return compiled(lambda: mix(self.dequeue) if mix else self.dequeue(batch_size))
 
-        def dequeue(batch_size: int) -> UnrollBatch:
-            unrolls = self.batcher.dequeue(batch_size)
-            return batch_of_components(
-                [
-                    unrolls.level_ids,
-                    unrolls.policy_versions,
-                    *unrolls.states,
-                    *unrolls.inputs,
-                    *unrolls.outputs,
-                ],
-                unrolls.actors,
-                self._state_structure,
-                self._observation_names,
-            )
+    def dequeue(self, batch_size: int) -> UnrollBatch:
+        """Waits for unrolls and makes a batch of them.
 
-        return compiled(lambda: mix(dequeue) if mix else dequeue(batch_size))
+        Args:
+          batch_size: B, unrolls.
+
+        Raises:
+          tf.errors.CancelledError: the batcher is closed.
+        """
+        unrolls = self.batcher.dequeue(batch_size)
+        return batch_of_components(
+            [
+                unrolls.level_ids,
+                unrolls.policy_versions,
+                *unrolls.states,
+                *unrolls.inputs,
+                *unrolls.outputs,
+            ],
+            unrolls.actors,
+            self._state_structure,
+            self._observation_names,
+        )
 
     def batches(self, batch_size: int, mix: Mix | None = None) -> Iterator[UnrollBatch]:
         """Yields batches of `assembler`, prepared one ahead, until the batcher is closed."""
@@ -217,16 +224,24 @@ class BehaviourPolicy(tf.Module):
 
         return self._lock.execute(assign)
 
+    def answer(self) -> None:
+        """Waits for requests and answers them, with the weights that were published last.
+
+        Raises:
+          tf.errors.CancelledError: the batcher is closed.
+        """
+        tf.cond(
+            tf.equal(self._version, self._published_version),
+            lambda: tf.identity(self._version),
+            self._refresh,
+        )
+        self._source.answer(self._agent, self._version.read_value())
+
     @tf.function(autograph=False)
     def _serve(self) -> None:
         # One call lasts for the whole run: TensorFlow runs the loop, not Python.
         def body(batches: tf.Tensor) -> tf.Tensor:
-            tf.cond(
-                tf.equal(self._version, self._published_version),
-                lambda: tf.identity(self._version),
-                self._refresh,
-            )
-            self._source.answer(self._agent, self._version.read_value())
+            self.answer()
             return batches + 1
 
         tf.while_loop(

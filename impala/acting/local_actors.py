@@ -2,16 +2,16 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import tensorflow as tf
 
 from impala.acting.actor import describe_non_finite
 from impala.acting.actor_pool import ActorPool
-from impala.acting.actor_processes import ActorError, ActorHost
+from impala.acting.actor_processes import ActorError
 from impala.acting.behaviour_policy import BehaviourPolicy, UnrollSource
 from impala.acting.episode_series import Schedule
-from impala.config import Config, ConfigError
+from impala.config import Config, ConfigError, EnvironmentConfig
 from impala.environments.level_cache import level_cache_statistics
 from impala.experience.batch import Mix, UnrollBatch
 from impala.networks.agent import Agent
@@ -24,6 +24,27 @@ _DISCARDED_PER_ACTOR = 10
 _MIN_DISCARDED = 100
 
 
+class Pool(Protocol):
+    """Environments that play while the block of this context manager runs.
+
+    Attributes:
+      restarts: processes that were replaced.
+    """
+
+    restarts: int
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> None: ...
+    def check(self) -> None: ...
+    def check_losses(self) -> None: ...
+
+
+class Host(Protocol):
+    """What the environments of this machine share."""
+
+    config: EnvironmentConfig
+
+
 class LocalActors:
     """Actors that play while the block of this context manager runs."""
 
@@ -33,7 +54,7 @@ class LocalActors:
         level_names: Sequence[str],
         spec: EnvironmentSpec,
         agent: Agent,
-        actor_host: ActorHost,
+        actor_host: Host,
         report: Callable[[str], None],
         schedule: Schedule | None = None,
     ):
@@ -46,7 +67,7 @@ class LocalActors:
           agent: acts for all actors, with its present weights until others are published; no other
             code may use it.
           actor_host: starts the processes.
-          report: takes a few lines for every process that died.
+          report: takes a few lines for every process that died, and warnings of environments.
           schedule: see `ActorPool`.
 
         Raises:
@@ -79,7 +100,20 @@ class LocalActors:
         self._level_names = [level_names[level] for level in level_ids]
         self._observation_names = list(spec.observation)
         self._behaviour = BehaviourPolicy(agent, self._source)
-        self._pool = ActorPool(
+        self._pool = self._make_pool(config, actor_host, report, schedule)
+        self._temp_folder = str(actor_host.config.temp_folder)
+        self._stack = contextlib.ExitStack()
+        self._reported_restarts = 0
+        self._reported_discarded = 0
+
+    def _make_pool(
+        self,
+        config: Config,
+        actor_host: Any,
+        report: Callable[[str], None],
+        schedule: Schedule | None,
+    ) -> Pool:
+        return ActorPool(
             actor_host,
             self._source.batcher,
             self._level_names,
@@ -89,10 +123,6 @@ class LocalActors:
             config.actors.envs_per_process,
             schedule,
         )
-        self._temp_folder = str(actor_host.config.temp_folder)
-        self._stack = contextlib.ExitStack()
-        self._reported_restarts = 0
-        self._reported_discarded = 0
 
     def __enter__(self) -> 'LocalActors':
         with self._stack as stack:

@@ -19,7 +19,14 @@ class Console:
       unrolls_discarded: since the process started; shown if it is not 0.
     """
 
-    def __init__(self, stream: TextIO, frames: int, total_frames: int, num_action_repeats: int):
+    def __init__(
+        self,
+        stream: TextIO,
+        frames: int,
+        total_frames: int,
+        num_action_repeats: int,
+        shows_bar: bool = True,
+    ):
         """Shows a bar if the stream is a terminal.
 
         Args:
@@ -27,13 +34,14 @@ class Console:
           frames: of the run so far.
           total_frames: frames at which the run ends.
           num_action_repeats: frames per agent step.
+          shows_bar: False for plain lines on a terminal, too.
         """
         self.unrolls_discarded = 0
         self._stream = stream
         self._total_frames = total_frames
         self._num_action_repeats = num_action_repeats
         self._bar: tqdm.tqdm | None = None
-        if _has_width(stream):
+        if shows_bar and _has_width(stream):
             self._bar = _Bar(
                 total=total_frames,
                 initial=min(frames, total_frames),

@@ -84,6 +84,7 @@ class RunLog(Log):
         *,
         begin: Counters = START,
         stream: TextIO | None = None,
+        shows_bar: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Opens the files in `logdir`, and continues them if they exist.
@@ -97,6 +98,7 @@ class RunLog(Log):
           log_secs: seconds between lines.
           begin: counters of the checkpoint from which the run resumes; later rows are moved away.
           stream: shows progress, as a bar on a terminal, else in plain lines; None for stderr.
+          shows_bar: whether a terminal has a bar; a debugger's prompt would stand next to it.
           clock: returns seconds.
 
         Raises:
@@ -109,7 +111,11 @@ class RunLog(Log):
         self._curves = {name: learning_curve.LearningCurve() for name in self._level_names}
         self._all_levels = learning_curve.LearningCurve()
         self._console = Console(
-            sys.stderr if stream is None else stream, begin.frames, total_frames, num_action_repeats
+            sys.stderr if stream is None else stream,
+            begin.frames,
+            total_frames,
+            num_action_repeats,
+            shows_bar,
         )
         self._frames, self._agent_steps, self._updates, wall_seconds = begin
         self._interval = Interval(suite, num_action_repeats)

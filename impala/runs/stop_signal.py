@@ -1,5 +1,6 @@
 """Ends a run cleanly on SIGINT, SIGTERM or SIGHUP."""
 
+import bdb
 import contextlib
 import os
 import select
@@ -35,8 +36,10 @@ class StopSignal:
 
     Attributes:
       received: whether a signal has come.
+      raised: what the signal may raise in the main thread.
     """
 
+    raised: tuple[type[BaseException], ...] = (KeyboardInterrupt,)
     _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
@@ -133,3 +136,46 @@ class StopSignal:
                     self._stop()
             elif time.monotonic() - received_at >= SAME_SIGNAL_SECONDS:
                 os._exit(128 + number[0])
+
+
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP came. Debuggers do not catch it, unlike KeyboardInterrupt."""
+
+
+class RaisedStopSignal(StopSignal):
+    """A `StopSignal` that always raises an exception in the main thread, for debugging.
+
+    The main thread must never wait inside TensorFlow. No other thread watches the signals and there
+    are no deadlines, so a debugger can wait for input and handle SIGINT itself: pdb cancels its
+    input line, or stops the program where it is.
+
+    Whoever catches one of `raised` sets `received`. BdbQuit, by which the user leaves a debugger,
+    is one of them. What leaves the block is a KeyboardInterrupt.
+    """
+
+    raised = (KeyboardInterrupt, Terminated, bdb.BdbQuit)
+
+    def then(self, stop: Callable[[], Any], nothing_to_lose: bool = False) -> None:
+        """Does nothing: the signal interrupts every wait."""
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Does nothing: the signal always interrupts."""
+        yield
+
+    def __enter__(self) -> 'RaisedStopSignal':
+        self._handlers = {
+            number: signal.signal(number, self._raise)
+            for number in self._SIGNALS
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, kind: Any, error: Any, *unused: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if isinstance(error, Terminated | bdb.BdbQuit):
+            raise KeyboardInterrupt from error
+
+    def _raise(self, number: int, frame: Any) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
+from impala.acting.in_process import InProcessActors, InProcessHost
 from impala.acting.local_actors import LocalActors
 from impala.config import ConfigError
 from impala.experience.batch import Mix, UnrollBatch, unroll_components
-from impala.experience.loading import Loading, default_loaders
+from impala.experience.loading import Loading, default_loaders, move
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay
 from impala.experience.sample_reuse import reused
@@ -104,7 +105,10 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
         # A resumed run must not repeat its earlier episodes.
         seed = derived_seed(config.run.seed, learner.counts()[0])
         playing = config.replace(seed=seed)
-        return LocalActors(playing, level_names, spec, acting_agent, run.actor_host, log.message)
+        host, report = run.actor_host, log.message
+        if isinstance(host, InProcessHost):
+            return InProcessActors(playing, level_names, spec, acting_agent, host, report)
+        return LocalActors(playing, level_names, spec, acting_agent, host, report)
     from impala.cluster.remote_actors import RemoteActors, job_settings
     from impala.cluster.transport import warn_of_network
 
@@ -151,16 +155,17 @@ class BatchSource:
         mix = None if self.replay is None else self.replay.batch
         with self._stack as stack:
             self._enter_replay_jobs(stack)
-            loading = Loading(
-                self.actors.assembler(settings.batch_size // len(devices), mix),
-                self._run.config.learner.loaders or default_loaders(devices),
-                devices,
-            )
-            # Ends after the actors, because its threads wait for them.
-            stack.enter_context(loading)
+            assemble = self.actors.assembler(settings.batch_size // len(devices), mix)
+            batches: Iterator[tuple[UnrollBatch, ...]]
+            if self._run.config.run.debug:
+                batches = _one_by_one(assemble, devices[0])
+            else:
+                loaders = settings.loaders or default_loaders(devices)
+                # Ends after the actors, because its threads wait for them.
+                batches = stack.enter_context(Loading(assemble, loaders, devices))
             stack.enter_context(self.actors)
             self.batches = reused(
-                loading, settings.replay.sample_reuse, settings.replay.reuse_buffer
+                batches, settings.replay.sample_reuse, settings.replay.reuse_buffer
             )
             self._stack = stack.pop_all()
         return self
@@ -179,3 +184,12 @@ class BatchSource:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
+
+
+def _one_by_one(
+    assemble: Callable[[], UnrollBatch], device: str | None
+) -> Iterator[tuple[UnrollBatch]]:
+    """Yields batches, each assembled by the calling thread when it is asked for."""
+    with contextlib.suppress(tf.errors.CancelledError):
+        while True:
+            yield (move(assemble(), device),)

@@ -68,10 +68,24 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> str | None:
     suite = suites.load(config.run.level_name)
     environment = with_common_actions(config.environment, suite.level_names)
     config = dataclasses.replace(config, environment=environment)
-    with files.locked(config.run.logdir) if cluster.is_first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
         if cluster.is_first:
+            stack.enter_context(files.locked(config.run.logdir))
             files.try_checkpoint_folder(config.run.logdir)
+        if config.run.debug:
+            stack.enter_context(_without_graphs())
         return _train(config, suite, hooks)
+
+
+@contextlib.contextmanager
+def _without_graphs() -> Iterator[None]:
+    """Makes TensorFlow call the functions that it would compile, line by line."""
+    was_eager = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(was_eager)
 
 
 def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
@@ -100,7 +114,10 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
             own.append(stack.enter_context(Profiler(config.run.logdir, config.run.profiled)))
         logging = Logging([*recorders(run, learner, source, timer), *own, *hooks])
         with checkpoints.saved_at_the_end(log):
-            _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
+            try:
+                _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
+            except run.stop.raised:
+                run.stop.received = True
             # For the last line, which is written even if none is due.
             logging.at_line(log)
             _end_together(run, source, log)
@@ -176,8 +193,9 @@ class _TrainStep:
     def __call__(self, batch: tuple[UnrollBatch, ...], is_fresh: bool) -> dict[str, float] | None:
         """Updates the weights; returns the metrics, or None if the run must end."""
         stop = self._run.stop
+        is_traced = not (self._has_begun or self._run.config.run.debug)
         try:
-            with contextlib.nullcontext() if self._has_begun else self._tracing():
+            with self._tracing() if is_traced else contextlib.nullcontext():
                 metrics = _to_floats(
                     self._learner.step_in_parts(
                         [part.actor_output for part in batch],
@@ -186,6 +204,7 @@ class _TrainStep:
                     )
                 )
         except KeyboardInterrupt:
+            stop.received = True
             return None
         except RuntimeError:
             # TensorFlow turns an interrupt that arrives while it makes an error into this.

@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from impala.acting.actor_processes import ActorHost, require_files
+from impala.acting.in_process import InProcessHost
 from impala.config import (
     Config,
     ConfigError,
@@ -31,7 +32,7 @@ from impala.runs.run_settings import (
     network_settings,
 )
 from impala.runs.start_progress import starting
-from impala.runs.stop_signal import StopSignal
+from impala.runs.stop_signal import RaisedStopSignal, StopSignal
 from impala.suites import Suite
 from impala.training.learners import Learners, OnlyLearner
 from impala.trajectory import EnvironmentSpec
@@ -44,7 +45,7 @@ class Run:
     Attributes:
       config: of the run.
       suite: the levels.
-      actor_host: starts the actor processes.
+      actor_host: starts the actor processes; or makes environments in this process, to debug.
       spec: of every level.
       network: settings of the agent's network.
       learners: this learner and the others, all of which are connected.
@@ -53,7 +54,7 @@ class Run:
 
     config: Config
     suite: Suite
-    actor_host: ActorHost
+    actor_host: ActorHost | InProcessHost
     spec: EnvironmentSpec
     network: AgentConfig
     learners: Learners
@@ -91,10 +92,16 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
             f'give --num_actors={len(suite.levels)} or more.'
         )
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        if not cluster.is_distributed:
-            require_files(config.actors.num_processes, 'num_actors', num_actors)
-        actor_host = stack.enter_context(ActorHost(config.environment, config.actors))
+        stop: StopSignal
+        actor_host: ActorHost | InProcessHost
+        if config.run.debug:
+            stop = stack.enter_context(RaisedStopSignal())
+            actor_host = stack.enter_context(InProcessHost(config.environment))
+        else:
+            stop = stack.enter_context(StopSignal())
+            if not cluster.is_distributed:
+                require_files(config.actors.num_processes, 'num_actors', num_actors)
+            actor_host = stack.enter_context(ActorHost(config.environment, config.actors))
         spec = actor_host.common_spec(suite.level_names, config.run.seed)
         network = choose_network(config, suite.level_names, spec)
         if config.cluster.is_first:
@@ -136,7 +143,10 @@ def build_learner(run: Run) -> tuple[Agent, Learner]:
     config, network, spec, cluster = run.config, run.network, run.spec, run.config.cluster
     total_agent_steps = max(1, config.run.total_environment_frames // spec.num_action_repeats)
     settings = dataclasses.replace(config.learner, total_agent_steps=total_agent_steps)
-    with starting(report_to_stderr, 'the network is built'), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if not config.run.debug:
+            # A debugger may hold it up for as long as the user likes.
+            stack.enter_context(starting(report_to_stderr, 'the network is built'))
         strategy = None
         if cluster.has_several_learners:
             from impala.cluster.learner_group import strategy_of_learners
@@ -191,6 +201,7 @@ def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]
         config.run.total_environment_frames,
         config.run.log_secs,
         begin=Counters(run.frames(learner), agent_steps, updates, wall_seconds),
+        shows_bar=not config.run.debug,
     ) as log:
         yield log
 
@@ -211,6 +222,8 @@ def announce(
     num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
     is_distributed = config.cluster.is_distributed
     who = 'actor jobs' if is_distributed else f'{config.actors.num_actors} actors'
+    if config.run.debug:
+        who += ' in this process (--debug)'
     log.message(
         f'{run.suite.text}: {who}, {network.torso} network '
         f'{"with" if network.use_lstm else "without"} LSTM ({num_weights:,} weights), learner '

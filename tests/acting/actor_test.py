@@ -160,7 +160,7 @@ def test_a_level_that_cannot_be_played_prints_one_sentence(lifeline):
 
 
 def test_non_finite_values_are_warned_of_once(caplog):
-    values = actor._NonFiniteWarnings(['frame', 'speed'])
+    values = actor.NonFiniteWarnings(['frame', 'speed'])
     for _ in range(2):
         values.warn('mine:first', {0: -np.inf, 2: np.nan}, True)
         values.warn('mine:other', {1: np.inf}, False)

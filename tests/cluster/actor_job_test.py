@@ -98,7 +98,7 @@ def test_the_default_action_repeats_of_the_level_may_be_given():
 
 
 # What an actor job has other values of than its learner, or must not have at all.
-OF_THE_JOB = {'mode', 'job_name', 'task', 'num_actors', 'replay_addresses'}
+OF_THE_JOB = {'mode', 'job_name', 'task', 'num_actors', 'replay_addresses', 'debug'}
 
 
 def agree_on_atari(learner, own, given):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import sonnet as snt
 import tensorflow as tf
 from agents import (
     _NUM_ACTIONS,
@@ -38,6 +39,11 @@ def _config(**kwargs):
     return LearnerConfig.of(**{'batch_size': 3, 'unroll_length': 5, **kwargs})
 
 
+def _batch_with_state(config, seed):
+    state = tf.random.stateless_normal([2, config.batch_size, 8], [seed, 0])
+    return batch_of(config, snt.LSTMState(*tf.unstack(state)), seed)
+
+
 def _with_reward(batch, reward):
     rewards = batch.env_outputs.reward.numpy()
     rewards[2, 1] = reward
@@ -66,6 +72,38 @@ def _gradients(agent, batch, config):
 
 def _global_norm(gradients):
     return np.sqrt(sum(np.sum(np.square(np.float64(g))) for g in gradients))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'levels'),
+    [
+        ({'gradient_clip_norm': 1.0}, ()),
+        ({'optimizer': 'adam', 'loss': 'appo', 'target_update_steps': 2, 'kl_cost': 0.1}, ()),
+        ({'reward_clipping': 'none', 'final_entropy_cost': 0.0}, ('one', 'other')),
+    ],
+)
+def test_updates_are_the_same_without_graphs(settings, levels):
+    """As `--debug` computes them."""
+    config = _config(learning_rate=0.01, total_agent_steps=150, **settings)
+    results = []
+    for is_eager in (False, True):
+        targets = mlp_agent(popart_levels=levels) if config.loss.target_update_steps else None
+        learner = Learner(mlp_agent(popart_levels=levels), config, target_agent=targets)
+        before = _values(learner.weights)
+        tf.config.run_functions_eagerly(is_eager)
+        try:
+            metrics = [learner.step(_batch_with_state(config, seed)) for seed in range(3)]
+        finally:
+            tf.config.run_functions_eagerly(False)
+        results.append((_values(learner.variables), metrics))
+        assert any(np.any(a != b) for a, b in zip(before, _values(learner.weights), strict=True))
+    (variables, metrics), (eager_variables, eager_metrics) = results
+    for a, b in zip(eager_variables, variables, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    for a, b in zip(eager_metrics, metrics, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_steps_follow_rmsprop_down_the_gradient_of_the_loss():

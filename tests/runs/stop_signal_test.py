@@ -1,3 +1,4 @@
+import bdb
 import functools
 import os
 import signal
@@ -107,3 +108,26 @@ def test_a_second_signal_ends_the_process_unless_it_comes_with_the_first(
         assert stopped.wait(PATIENCE_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
     assert codes == exits
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_raised_at_any_time_in_debug_mode(number):
+    before = signal.getsignal(number)
+    with stop_signal.RaisedStopSignal() as stop:
+        stop.then(lambda: pytest.fail('no other thread may act'))
+        for _ in range(2):
+            with pytest.raises(stop.raised), stop.interrupting():
+                os.kill(os.getpid(), number)
+                time.sleep(PATIENCE_SECONDS)
+        # A debugger that catches it may go on.
+        assert not stop.received
+        assert 'stop signal' not in {thread.name for thread in threading.enumerate()}
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, stop_signal.Terminated, bdb.BdbQuit])
+def test_whatever_ends_debugging_is_an_interrupt(error):
+    with pytest.raises(KeyboardInterrupt), stop_signal.RaisedStopSignal():
+        raise error
+    with pytest.raises(ZeroDivisionError), stop_signal.RaisedStopSignal():
+        raise ZeroDivisionError

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from chosen_runs import num_devices, run_of, train, train_on_devices
+from chosen_runs import num_devices, num_frames, run_of, train, train_on_devices
 from command_line import PATIENCE_SECONDS, WarmRun
 from ports import free_ports
 from warm_process import context
@@ -272,6 +272,7 @@ CHOICES = {
     'final_learning_rate': (0.0, 0.001),
     'loaders': (0, 2),
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
+    'debug': (False, True),
 }
 NUM_CANDIDATES = 400
 
@@ -308,7 +309,7 @@ def _accepted():
 def _pairwise():
     """Returns choices that together have every pair of values of any accepted choice.
 
-    Prefers choices without several devices, which need a process each.
+    Prefers choices without several devices, which need a process each, and without debug mode.
     """
     pairs = [(choice, _pairs(choice)) for choice in _accepted()]
     missing = set().union(*(each for _, each in pairs))
@@ -316,7 +317,10 @@ def _pairwise():
     while missing:
         choice, most = max(
             pairs,
-            key=lambda each: len(missing & each[1]) / (1.5 if each[0]['learner_devices'] else 1),
+            key=lambda each: (
+                len(missing & each[1])
+                / (1.5 if each[0]['learner_devices'] or each[0]['debug'] else 1)
+            ),
         )
         chosen.append(choice)
         missing -= most
@@ -345,6 +349,9 @@ def test_only_pairs_refused_by_name_never_train():
         (('replay_fraction', 0.0), ('replay_capacity', 9)),
         (('replay_fraction', 0.0), ('replay_addresses', ('localhost:1',))),
         (('replay_capacity', 9), ('replay_addresses', ('localhost:1',))),
+        (('replay_addresses', ('localhost:1',)), ('debug', True)),
+        (('loaders', 2), ('debug', True)),
+        (('learner_devices', ('/cpu:0', '/cpu:1')), ('debug', True)),
     }
     assert pairs - trained == refused
     for (name, value), (other, other_value) in refused:
@@ -411,7 +418,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
         lags = {name for name in line if 'policy_lag' in name}
         assert all(name.startswith('reused_') == (line in reused) for name in lags)
     new = [line for line in lines if line not in reused]
-    frames, batch_frames = 200 * num_devices(choice), 20 * num_devices(choice)
+    frames, batch_frames = num_frames(choice), 20 * num_devices(choice)
     if choice['replay_fraction']:
         fractions = [line['replayed_fraction'] for line in new]
         # Less while there was nothing to replay yet, for one of two devices or for both.
@@ -426,7 +433,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
         assert all(bool(lags & line.keys()) == (line['replayed_fraction'] > 0) for line in lines)
         assert all(('replay_jobs' in line) == bool(choice['replay_addresses']) for line in lines)
     else:
-        assert len(new) == 10
+        assert len(new) == frames // batch_frames
         assert not any('replay' in name for line in lines for name in line)
     assert frames <= lines[-1]['frames'] < frames + batch_frames
     updates = _uses(len(new), choice['sample_reuse'], choice['reuse_buffer'])
