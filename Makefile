@@ -34,7 +34,7 @@ $(INSTALLED): $(SOURCES)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel \
 	  'tensorflow==2.21.*'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  -e '.[dev,vizdoom,minigrid]'
+	  -e '.[dev,vizdoom,minigrid,mujoco]'
 	touch $@
 
 clean:

@@ -1,7 +1,9 @@
 """Level name -> environment, of whatever kind."""
 
 import contextlib
+import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -16,6 +18,7 @@ from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.environments.level_names import (
     import_registrations,
     is_gymnasium_id,
+    missing_package,
     suggestion,
 )
 from impala.environments.registered_atari import (
@@ -40,6 +43,8 @@ _HOW_TO_NAME_ONES_OWN = (
     'write my_module:make for a callable, or my_module:MyGame-v0 for an id that the module '
     'registers with Gymnasium'
 )
+
+_MUJOCO = 'gymnasium.envs.mujoco.'
 
 # Settings that apply to some kinds of levels only.
 _OF_ATARI = ('atari_mode', 'atari_difficulty')
@@ -140,6 +145,7 @@ def _create_by_callable(level_name: str, seed: int, config: EnvironmentConfig) -
             f'{level_name!r} asks for {attribute!r}, which the Python module {module_name!r} lacks.'
         )
     checked_environment.check_callable(level_name, make, config.kwargs)
+    _log_warnings_of_mujoco()
     try:
         environment = make(seed, config, **config.kwargs)
     except MISTAKES as error:
@@ -207,6 +213,11 @@ def _make(
     """Returns `gymnasium.make` of an id, able to draw if `config.render` asks for it."""
     import gymnasium
 
+    entry_point = gymnasium.registry[plain_id].entry_point
+    if str(entry_point).startswith(_MUJOCO):
+        with contextlib.suppress(ImportError):
+            importlib.import_module('mujoco')
+    _log_warnings_of_mujoco()
     if config.render:
         options = options | {'render_mode': 'rgb_array'}
     try:
@@ -219,12 +230,25 @@ def _make(
             del options['render_mode']
             return gymnasium.make(plain_id, disable_env_checker=True, **options)
     except gymnasium.error.Error as error:
+        is_missing = isinstance(error, gymnasium.error.DependencyNotInstalled)
+        if is_missing and str(entry_point).startswith(_MUJOCO):
+            cause = error.__cause__ or error
+            raise missing_package(level_name, 'mujoco', cause, 'mujoco') from error
         raise LevelError(f'{level_name!r} cannot be made: {one_line(error)}') from error
     except MISTAKES as error:
         kwargs = gymnasium.registry[plain_id].kwargs | options
-        why = _rejection(gymnasium.registry[plain_id].entry_point, kwargs)
-        why = why or describe_failure(error)
+        why = _rejection(entry_point, kwargs) or describe_failure(error)
         raise LevelError(f'{level_name!r} cannot be made: {why}.') from error
+
+
+def _log_warnings_of_mujoco() -> None:
+    """Makes warnings of MuJoCo, if it is imported, those of this module.
+
+    Otherwise every actor would print them and append them to a file in the current folder.
+    """
+    mujoco = sys.modules.get('mujoco')
+    if mujoco is not None:
+        mujoco.set_mju_user_warning(logging.getLogger(__name__).warning)
 
 
 def _rejection(entry_point: Any, kwargs: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -170,10 +171,13 @@ class GymnasiumEnvironment(Environment):
     def render(self) -> np.ndarray | None:
         import gymnasium
 
+        # Some cannot draw, draw with packages that they do not require, or need a display.
+        cannot_draw: list[type[Exception]] = [gymnasium.error.Error, ImportError, NotImplementedError]
+        if 'mujoco' in sys.modules:
+            cannot_draw.append(sys.modules['mujoco'].FatalError)
         try:
             picture = self._env.render()
-        except (gymnasium.error.Error, ImportError, NotImplementedError):
-            # Some cannot draw, or draw with packages that they do not require.
+        except tuple(cannot_draw):
             return None
         if not isinstance(picture, np.ndarray) or picture.shape[2:] != (3,):
             return None

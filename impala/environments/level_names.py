@@ -66,12 +66,25 @@ def import_registrations(level_name: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        package = module.partition('.')[0]
-        install = f"pip install -e '.[{extra}]'" if extra else 'pip install ale-py'
-        raise LevelError(
-            f'{level_name!r} needs the package {package}, which cannot be imported ({error}): '
-            f'{install}.'
-        ) from error
+        raise missing_package(level_name, module.partition('.')[0], error, extra) from error
+
+
+def missing_package(
+    level_name: str, package: str, error: BaseException, extra: str = ''
+) -> LevelError:
+    """Returns the error of a level whose package cannot be imported.
+
+    Args:
+      level_name: of the level.
+      package: name of the package.
+      error: of the import.
+      extra: of this project, that installs the package; '' for ale-py, which comes with it.
+    """
+    install = f"pip install -e '.[{extra}]'" if extra else 'pip install ale-py'
+    return LevelError(
+        f'{level_name!r} needs the package {package}, which cannot be imported ({error}): '
+        f'{install}.'
+    )
 
 
 def suggestion(level_name: str, module: str = '') -> str:

@@ -123,6 +123,7 @@ def test_unknown_levels(level_name, parts, monkeypatch):
     [
         ('VizdoomBasic-v1', 'vizdoom', "pip install -e '.[vizdoom]'"),
         ('BabyAI-GoToObj-v0', 'minigrid', "pip install -e '.[minigrid]'"),
+        ('HalfCheetah-v5', 'mujoco', "pip install -e '.[mujoco]'"),
     ],
 )
 def test_missing_packages(level_name, module, install):

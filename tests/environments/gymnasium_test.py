@@ -1,5 +1,7 @@
 """Gymnasium environments: how their spaces are converted, and mistakes that they make."""
 
+import warnings
+
 import cv2
 import gymnasium
 import numpy as np
@@ -14,7 +16,7 @@ from impala.environments import (
 )
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
-from impala.trajectory import ArraySpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EpisodeEnd
 
 
 class Toy(gymnasium.Env):
@@ -394,3 +396,34 @@ def test_missions_need_not_be_texts(space, mission, expected, scripted):
     observation = environment.reset()
     assert list(observation) == ['frame', 'vector']
     assert observation['vector'].tolist() == expected
+
+
+def test_mujoco_matches_gymnasium(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    environment = make('HalfCheetah-v5', 3)
+    assert environment.spec.action == ActionSpec(bounds=((-1.0, 1.0),) * 6)
+    truth = gymnasium.make('HalfCheetah-v5', disable_env_checker=True)
+    expected, _ = truth.reset(seed=3)
+    observation = environment.reset()
+    rng = np.random.default_rng(5)
+    for step in range(1, 1001):
+        np.testing.assert_array_equal(observation['frame'], expected.astype(np.float32))
+        action = rng.uniform(-1, 1, 6).astype(np.float32)
+        reward, end, observation = environment.step(action)
+        expected, expected_reward, terminated, truncated, _ = truth.step(action)
+        assert (reward, terminated) == (expected_reward, False)
+        assert (end == EpisodeEnd.TRUNCATED) == truncated == (step == 1000)
+    truth.close()
+    # MuJoCo would write its warnings, one of which is about this robot, to a file here.
+    assert not any(tmp_path.iterdir())
+
+
+def test_mujoco_without_a_display_plays_without_pictures(make, monkeypatch):
+    for variable in ('DISPLAY', 'WAYLAND_DISPLAY', 'MUJOCO_GL'):
+        monkeypatch.delenv(variable, raising=False)
+    environment = make('InvertedPendulum-v5', render=True)
+    environment.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert environment.render() is None
+    environment.step(environment.spec.action.zero)
