@@ -172,9 +172,11 @@ class GymnasiumEnvironment(Environment):
         import gymnasium
 
         # Some cannot draw, draw with packages that they do not require, or need a display.
-        cannot_draw: list[type[Exception]] = [gymnasium.error.Error, ImportError, NotImplementedError]
-        if 'mujoco' in sys.modules:
-            cannot_draw.append(sys.modules['mujoco'].FatalError)
+        cannot_draw: list[type[Exception]] = [ImportError, NotImplementedError]
+        cannot_draw.append(gymnasium.error.Error)
+        mujoco = sys.modules.get('mujoco')
+        if mujoco is not None:
+            cannot_draw.append(mujoco.FatalError)
         try:
             picture = self._env.render()
         except tuple(cannot_draw):
