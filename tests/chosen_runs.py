@@ -11,7 +11,7 @@ def num_devices(choice):
 
 def num_frames(choice):
     """Debug mode is slow."""
-    return num_devices(choice) * (60 if choice['debug'] else 200)
+    return num_devices(choice) * (100 if choice['debug'] else 200)
 
 
 def run_of(logdir, choice):
