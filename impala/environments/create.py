@@ -237,6 +237,9 @@ def _make(
         raise LevelError(f'{level_name!r} cannot be made: {one_line(error)}') from error
     except MISTAKES as error:
         kwargs = gymnasium.registry[plain_id].kwargs | options
+        # Its own arguments do not reach the environment.
+        for name in inspect.signature(gymnasium.make).parameters:
+            kwargs.pop(name, None)
         why = _rejection(entry_point, kwargs) or describe_failure(error)
         raise LevelError(f'{level_name!r} cannot be made: {why}.') from error
 

@@ -136,6 +136,9 @@ def test_keyword_arguments_that_a_constructor_rejects_are_blamed_on_it(is_named,
         '    def __init__(self, size, **kwargs):\n'
         '        super().__init__(**kwargs)\n'
         f'gymnasium.register("OfOnesOwnMaze-v0", {entry_point})\n'
+        'def without_name():\n'
+        '    return nothing\n'
+        'gymnasium.register("OfOnesOwnNothing-v0", without_name)\n'
     )
     with pytest.raises(LevelError) as error:
         create_environment(f'{name}:OfOnesOwnMaze-v0', 1)
@@ -155,3 +158,7 @@ def test_keyword_arguments_that_a_constructor_rejects_are_blamed_on_it(is_named,
         "'CartPole-v1' cannot be made: CartPoleEnv (cartpole.py) does not take its keyword "
         "arguments: got an unexpected keyword argument 'gravity'."
     )
+    # This one is Gymnasium's own and does not reach the constructor.
+    config = EnvironmentConfig(env_kwargs='{"max_episode_steps": 9}')
+    with pytest.raises(LevelError, match=r'cannot be made: NameError: .*_own.py, line 8\)\.$'):
+        create_environment(f'{name}:OfOnesOwnNothing-v0', 1, config)
