@@ -10,6 +10,7 @@ _OTHER = {
     'use_lstm': 'true',
     'job_name': 'actor',
     'env_kwargs': '{"sutton_barto_reward": true}',
+    'observation_keys': ('screen',),
     'hooks': ('my_module:MyHook',),
     'profile_updates': '1:2',
     'learner_address': 'localhost:1',
@@ -19,8 +20,11 @@ _OTHER = {
 # Settings without which the other value is not accepted, beyond those of `only_with`.
 _BESIDE = {
     'clip_target_rho_threshold': {'target_update_steps': 1},
+    'clip_actions': {'level_name': 'Pendulum-v1'},
     'env_kwargs': {'level_name': 'CartPole-v1'},
+    'info_action_mask': {'level_name': 'CartPole-v1'},
     'job_name': {'task': 0},
+    'observation_keys': {'level_name': 'VizdoomBasic-v1'},
     'replay_addresses': {'replay_fraction': 0.5},
     'replay_capacity': {'replay_fraction': 0.5},
     'reuse_buffer': {'sample_reuse': 2},

@@ -7,7 +7,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from impala import exit_codes
@@ -83,9 +83,7 @@ class StopSignal:
     def __enter__(self) -> 'StopSignal':
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # `nohup` ignores SIGHUP so that a run survives its terminal.
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._numbers = [number for number in self._SIGNALS if number not in ignored]
+        self._numbers = _not_ignored(self._SIGNALS)
         self._thread = threading.Thread(target=self._watch, name='stop signal', daemon=True)
         self._thread.start()
         self._wakeup = signal.set_wakeup_fd(self._write)
@@ -166,8 +164,7 @@ class RaisedStopSignal(StopSignal):
     def __enter__(self) -> 'RaisedStopSignal':
         self._handlers = {
             number: signal.signal(number, self._raise)
-            for number in self._SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN
+            for number in _not_ignored(self._SIGNALS)
         }
         return self
 
@@ -179,3 +176,16 @@ class RaisedStopSignal(StopSignal):
 
     def _raise(self, number: int, frame: Any) -> None:
         raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _not_ignored(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Returns all but SIGHUP if it is ignored: with `nohup`, a run survives its terminal.
+
+    A shell that starts a command in the background makes it ignore SIGINT. The run handles it
+    nevertheless, because a user or a script may send it.
+    """
+    return [
+        number
+        for number in numbers
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]

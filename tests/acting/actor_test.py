@@ -177,7 +177,7 @@ def test_non_finite_values_are_warned_of_once(caplog):
 def test_a_wrong_segment_fails_with_a_traceback(lifeline):
     result = run(lifeline, level_names=['CartPole-v1'], segment=lifeline[0], actors=[0])
     assert result.returncode == 1
-    assert 'Traceback' in result.stderr and 'no segment' in result.stderr
+    assert 'Traceback' in result.stderr and 'not a segment' in result.stderr
 
 
 def test_the_last_sentence_is_found_in_mixed_output(capfd):

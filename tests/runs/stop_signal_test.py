@@ -125,6 +125,18 @@ def test_a_signal_is_raised_at_any_time_in_debug_mode(number):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize('kind', [stop_signal.StopSignal, stop_signal.RaisedStopSignal])
+def test_of_ignored_signals_only_sighup_remains_ignored(request, kind):
+    for number in (signal.SIGINT, signal.SIGHUP):
+        request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+        signal.signal(number, signal.SIG_IGN)
+    with kind():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(PATIENCE_SECONDS)
+
+
 @pytest.mark.parametrize('error', [KeyboardInterrupt, stop_signal.Terminated, bdb.BdbQuit])
 def test_whatever_ends_debugging_is_an_interrupt(error):
     with pytest.raises(KeyboardInterrupt), stop_signal.RaisedStopSignal():
