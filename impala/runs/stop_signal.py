@@ -163,8 +163,7 @@ class RaisedStopSignal(StopSignal):
 
     def __enter__(self) -> 'RaisedStopSignal':
         self._handlers = {
-            number: signal.signal(number, self._raise)
-            for number in _not_ignored(self._SIGNALS)
+            number: signal.signal(number, self._raise) for number in _not_ignored(self._SIGNALS)
         }
         return self
 
