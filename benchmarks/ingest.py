@@ -82,7 +82,7 @@ def deep_network() -> list[tf.Variable]:
     spec = EnvironmentSpec(
         {'frame': ArraySpec(FRAME, 'uint8')}, ActionSpec.discrete(NUM_ACTIONS), 4
     )
-    agent = Agent(AgentConfig(torso='deep', use_lstm=True, compute_dtype='float32'), spec)
+    agent = Agent(AgentConfig(torso='deep', core='lstm', compute_dtype='float32'), spec)
     return list(agent.trainable_variables)
 
 

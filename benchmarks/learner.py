@@ -101,7 +101,10 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
         action=ActionSpec.discrete(setting['num_actions']),
         num_action_repeats=4,
     )
-    agent = Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep', compute_dtype=dtype), spec)
+    agent = Agent(
+        AgentConfig(torso=torso, core='lstm' if torso == 'deep' else 'none', compute_dtype=dtype),
+        spec,
+    )
     config = LearnerConfig.of(
         unroll_length=setting['unroll_length'], batch_size=setting['batch_size']
     )
@@ -126,7 +129,9 @@ def _measure(torso: str, dtype: str, seconds: float) -> np.ndarray:
         return tape.gradient(total, parameters)
 
     # Its own learner: the weights of the other one should move as in training.
-    idle = Learner(Agent(AgentConfig(torso=torso, use_lstm=torso == 'deep'), spec), config)
+    idle = Learner(
+        Agent(AgentConfig(torso=torso, core='lstm' if torso == 'deep' else 'none'), spec), config
+    )
 
     @tf.function
     def loss(batch, outputs, gradients):

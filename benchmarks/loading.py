@@ -187,7 +187,7 @@ def main() -> None:
     devices = ', '.join(d.device_type for d in tf.config.list_physical_devices())
     config = LearnerConfig.of(batch_size=args.batch_size, unroll_length=args.unroll_length)
     dtype = 'bfloat16' if has_fast_bfloat16() else 'float32'
-    agent = Agent(AgentConfig(torso='shallow', use_lstm=False, compute_dtype=dtype), SPEC)
+    agent = Agent(AgentConfig(torso='shallow', core='none', compute_dtype=dtype), SPEC)
     learner = Learner(agent, config)
     batch_bytes = batch_size_in_bytes(config)
     transfers = [float(text) for text in args.transfer_ms.split(',')]

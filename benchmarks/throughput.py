@@ -201,8 +201,8 @@ def network_rates(args: argparse.Namespace) -> dict[str, float]:
     environment = create_environment(args.level_name, 1, EnvironmentConfig())
     spec = environment.spec
     environment.close()
-    acting = AgentConfig(torso=args.torso, use_lstm=False)
-    learner = AgentConfig(torso=args.torso, use_lstm=False, compute_dtype=args.compute_dtype)
+    acting = AgentConfig(torso=args.torso, core='none')
+    learner = AgentConfig(torso=args.torso, core='none', compute_dtype=args.compute_dtype)
     at_a_time = steps_at_a_time(args.intra_op_threads)
     return {
         'inference': concurrent_rate(
@@ -270,7 +270,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(args.rounds):
         stages.begin(f'round {number + 1} of {args.rounds}: training')
-        training, rows = training_rate([*flags, '--use_lstm=false'], args.warm_up, args.seconds)
+        training, rows = training_rate([*flags, '--core=none'], args.warm_up, args.seconds)
         stages.begin('the parts alone')
         shared = {
             'training': training,

@@ -48,8 +48,8 @@ from impala.trajectory import (
 )
 
 _GAMES: dict[str, dict[str, Any]] = {
-    'Atari': {'frame': (84, 84, 4), 'num_actions': 6, 'use_lstm': False},
-    'DeepMind Lab': {'frame': (72, 96, 3), 'num_actions': 9, 'use_lstm': True},
+    'Atari': {'frame': (84, 84, 4), 'num_actions': 6, 'core': 'none'},
+    'DeepMind Lab': {'frame': (72, 96, 3), 'num_actions': 9, 'core': 'lstm'},
 }
 _TORSOS = ('shallow', 'deep', 'autoencoder')
 _BATCH_SIZES = (1, 12, 32)
@@ -72,7 +72,7 @@ def main() -> None:
     for game, setting in _GAMES.items():
         agents = {
             torso: Agent(
-                AgentConfig(torso, setting['use_lstm'], latent_size=args.latent_size),
+                AgentConfig(torso, setting['core'], latent_size=args.latent_size),
                 _spec(setting),
             )
             for torso in _TORSOS
@@ -153,7 +153,7 @@ def _times_of_learning(dtype: str, latent_size: int, seconds: float) -> dict[str
     config = LearnerConfig.of(unroll_length=20, batch_size=4)
     calls = {}
     for torso in _TORSOS:
-        network = AgentConfig(torso, setting['use_lstm'], 256, dtype, latent_size=latent_size)
+        network = AgentConfig(torso, setting['core'], 256, dtype, latent_size=latent_size)
         agent = Agent(network, spec)
         learner = Learner(agent, config, decoder=create_decoder(network, spec))
         batch = _batch(agent, spec, config)

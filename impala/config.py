@@ -36,6 +36,8 @@ Agreement = Literal['none', 'learners', 'jobs']
 
 # The torsos of `impala/networks/torsos.py`.
 TORSOS = ('shallow', 'deep', 'nature', 'mlp', 'autoencoder')
+# The cores of `impala/networks/core.py`.
+CORES = ('lstm', 'gru', 'none')
 
 # Added to the port in a learner's address when there are several learners, for the exchange of
 # gradients and of messages.
@@ -535,10 +537,20 @@ class NetworkConfig(_Checked):
         'Initial weights: as in the released code, or as is usual for PPO.',
         choices=('truncated_normal', 'orthogonal'),
     )
-    use_lstm: str = setting(
+    core: str = setting(
         'auto',
-        'LSTM core; auto: not for Atari and vectors.',
-        choices=('auto', 'true', 'false'),
+        'Memory after the torso; auto: none for Atari and vectors, lstm otherwise; or '
+        "my_module:MyCore, a Sonnet core of one's own.",
+        choices=('auto', *CORES),
+        allows_own=True,
+        on_resume='fixed',
+        agreement='jobs',
+    )
+    core_size: int = setting(
+        256,
+        'Units of an LSTM or GRU core.',
+        low=1,
+        high=65_536,
         on_resume='fixed',
         agreement='jobs',
     )
@@ -554,6 +566,14 @@ class NetworkConfig(_Checked):
         "Data type of the learner's torso; auto: bfloat16 on CPUs with instructions for it.",
         choices=('float32', 'bfloat16', 'auto'),
     )
+
+    def check(self) -> None:
+        has_size = self.core in ('auto', 'lstm', 'gru')
+        if self.core_size != NetworkConfig.core_size and not has_size:
+            raise ConfigError(
+                f'--core_size={self.core_size} belongs to --core=lstm and --core=gru; this run has '
+                f'--core={self.core}: leave it out.'
+            )
 
 
 @dataclasses.dataclass(frozen=True)

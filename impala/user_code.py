@@ -2,8 +2,10 @@
 
 import bdb
 import importlib
+import inspect
 import os
 import re
+import sysconfig
 import traceback
 from typing import Any
 
@@ -61,17 +63,37 @@ def describe_failure(error: BaseException) -> str:
     """
     if isinstance(error, bdb.BdbQuit):
         raise error
-    text = f'{type(error).__name__}: {one_line(error).removesuffix(".")}'
+    # TensorFlow puts names of nodes in front of some errors.
+    text = re.sub(r'{{.*?}} ?', '', one_line(error)).removesuffix('.')
+    text = f'{type(error).__name__}: {text}'
     # Gymnasium raises some errors again with another text.
     cause = error.__cause__ or error
     # Frames of Python's import system and of this package say nothing about the user's code.
-    places = [
-        f'{os.path.basename(frame.filename)}, line {frame.lineno}'
+    frames = [
+        frame
         for frame in traceback.extract_tb(cause.__traceback__)
         if not frame.filename.startswith(('<', _PACKAGE)) and frame.filename != importlib.__file__
     ]
+    # The user's own line, rather than one of a library that it calls.
+    frames = [frame for frame in frames if not _is_of_library(frame.filename)] or frames
     # The text of a syntax error includes its place.
-    return f'{text} ({places[-1]})' if places and not isinstance(error, SyntaxError) else text
+    if not frames or isinstance(error, SyntaxError):
+        return text
+    return f'{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})'
+
+
+def place_of(thing: Any) -> str:
+    """Returns where a class or function is defined, as ` (file.py, line 3)`; '' if unknown."""
+    try:
+        line = inspect.getsourcelines(thing)[1]
+        return f' ({os.path.basename(inspect.getfile(thing))}, line {line})'
+    except (OSError, TypeError):
+        return ''
+
+
+def _is_of_library(filename: str) -> bool:
+    folders = ('stdlib', 'purelib', 'platlib')
+    return filename.startswith(tuple(sysconfig.get_path(folder) + os.sep for folder in folders))
 
 
 def one_line(error: BaseException) -> str:

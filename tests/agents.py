@@ -28,9 +28,9 @@ _SPEC = EnvironmentSpec(
 )
 
 
-def mlp_agent(use_lstm=True, popart_levels=()):
+def mlp_agent(core='lstm', popart_levels=()):
     tf.random.set_seed(0)
-    config = AgentConfig('mlp', use_lstm, core_size=8, popart_levels=popart_levels)
+    config = AgentConfig('mlp', core, core_size=8, popart_levels=popart_levels)
     return Agent(config, _SPEC)
 
 
@@ -81,9 +81,9 @@ _IMAGE_SPEC = EnvironmentSpec(
 )
 
 
-def encoder_agent(use_lstm=True):
+def encoder_agent(core='lstm'):
     tf.random.set_seed(0)
-    return Agent(AgentConfig('autoencoder', use_lstm, core_size=8, latent_size=6), _IMAGE_SPEC)
+    return Agent(AgentConfig('autoencoder', core, core_size=8, latent_size=6), _IMAGE_SPEC)
 
 
 def image_decoder():

@@ -15,10 +15,9 @@ def num_frames(choice):
 
 
 def run_of(logdir, choice):
-    use_lstm = str(choice['use_lstm']).lower()
     return config(
         logdir,
-        **choice | {'use_lstm': use_lstm},
+        **choice,
         # Odd frames with instructions, or vectors.
         level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
         batch_size=2 * num_devices(choice),

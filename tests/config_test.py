@@ -70,6 +70,12 @@ def test_every_setting_has_help_and_a_default_within_its_bounds():
         ),
         ({'adam_beta1': 0.5}, '--adam_beta1=0.5 belongs to --optimizer=adam'),
         ({'optimizer': 'adam', 'epsilon': 0.5}, '--epsilon=0.5 belongs to --optimizer=rmsprop'),
+        (
+            {'core': 'none', 'core_size': 3},
+            '--core_size=3 belongs to --core=lstm and --core=gru; this run has --core=none',
+        ),
+        ({'core': 'a:B', 'core_size': 3}, 'this run has --core=a:B: leave it out.'),
+        ({'core': 'big'}, '--core=big is not one of auto, lstm, gru, none, nor my_module:Name.'),
         ({'latent_size': 3}, '--latent_size=3 belongs to --torso=autoencoder; this run has'),
         ({'autoencoder_cost': 0.5}, '--autoencoder_cost=0.5 belongs to --torso=autoencoder'),
         (
@@ -178,7 +184,14 @@ def test_settings_that_jobs_must_agree_on():
     config = Config.of(width=80, learning_rate=0.1, learner_addresses=['a:1', 'b:1'], task=0)
     of_jobs = config.agreed('jobs')
     assert of_jobs['width'] == 80
-    assert {'unroll_length', 'torso', 'use_lstm', 'popart', 'frame_stack'} <= of_jobs.keys()
+    assert {
+        'unroll_length',
+        'torso',
+        'core',
+        'core_size',
+        'popart',
+        'frame_stack',
+    } <= of_jobs.keys()
     assert 'learning_rate' not in of_jobs and 'seed' not in of_jobs
     of_learners = config.agreed('jobs', 'learners')
     assert of_learners['learning_rate'] == 0.1

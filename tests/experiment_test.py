@@ -225,10 +225,10 @@ def test_another_network_is_refused_and_the_run_left_unchanged(trained, tmp_path
     flag_file = (logdir / 'flags.txt').read_text()
     flags = (*CARTPOLE, f'--logdir={logdir}')
     with (
-        WarmRun(tmp_path / 'a', *flags, '--use_lstm=true') as lstm,
-        WarmRun(tmp_path / 'b', *CARTPOLE, f'--logdir={other_logdir}', '--use_lstm=true') as other,
+        WarmRun(tmp_path / 'a', *flags, '--core=lstm') as lstm,
+        WarmRun(tmp_path / 'b', *CARTPOLE, f'--logdir={other_logdir}', '--core=lstm') as other,
     ):
-        assert_one_sentence(lstm, 2, '--use_lstm was false and is now true')
+        assert_one_sentence(lstm, 2, '--core was "none" and is now "lstm"')
         other.wait_until(lambda: checkpoints(other_logdir))
         other.send(signal.SIGTERM)
         assert other.wait() == 0
@@ -632,7 +632,7 @@ def test_an_autoencoder_on_atari(tmp_path):
         '--loss=appo',
         '--sample_reuse=2',
         '--popart',
-        '--use_lstm=true',
+        '--core=lstm',
         '--learner_devices=/cpu:0,/cpu:1',
         '--log_secs=0',
         f'--logdir={logdir}',
@@ -720,7 +720,7 @@ def test_many_levels_at_once(tmp_path):
         '--total_environment_frames=640',
     ) as run:
         assert run.wait() == 0, run.stderr
-    assert '8 levels: 8 actors, shallow network without LSTM' in run.stderr
+    assert '8 levels: 8 actors, shallow network without core' in run.stderr
     # The games share the full action set, and the flag file stores that for tests of one game.
     assert '--full_action_set\n' in (logdir / 'flags.txt').read_text()
     frames = {key: value for key, value in metrics(logdir)[-1].items() if 'level_frames/' in key}
@@ -790,7 +790,7 @@ def test_dmlab30_is_tested_on_its_hold_out_levels(tmp_path):
     train = (
         '--level_name=rooms_collect_good_objects_train',
         '--torso=shallow',
-        '--use_lstm=false',
+        '--core=none',
         '--num_actors=2',
         '--batch_size=1',
         '--unroll_length=2',
@@ -859,7 +859,7 @@ def test_defaults_are_those_of_the_released_code():
                 'frame_stack': 4,
                 'max_noops': 30,
                 'torso': 'shallow',
-                'use_lstm': 'false',
+                'core': 'none',
                 'total_environment_frames': 200_000_000,
             },
         ),
@@ -871,7 +871,7 @@ def test_defaults_are_those_of_the_released_code():
                 'batch_size': 32,
                 'num_action_repeats': 4,
                 'torso': 'deep',
-                'use_lstm': 'true',
+                'core': 'lstm',
             },
         ),
         ('pong_quick', {'level_name': 'ALE/Pong-v5', 'sticky_actions': 0}),

@@ -7,7 +7,7 @@ from impala.config import all_settings
 # Where the value that follows from type and bounds is not valid, or has no effect on Atari.
 _OTHER = {
     'level_name': 'ALE/Breakout-v5',
-    'use_lstm': 'true',
+    'core': 'gru',
     'job_name': 'actor',
     'env_kwargs': '{"sutton_barto_reward": true}',
     'observation_keys': ('screen',),
@@ -21,6 +21,7 @@ _OTHER = {
 _BESIDE = {
     'clip_target_rho_threshold': {'target_update_steps': 1},
     'clip_actions': {'level_name': 'Pendulum-v1'},
+    'core_size': {'core': 'lstm'},
     'env_kwargs': {'level_name': 'CartPole-v1'},
     'info_action_mask': {'level_name': 'CartPole-v1'},
     'job_name': {'task': 0},

@@ -159,7 +159,8 @@ def agents():
     table = np.random.default_rng(0).normal(size=(3, 4))
     return {
         'lstm': (mlp_agent, {}),
-        'lstm with momentum': (mlp_agent, {'momentum': 0.5}),
+        'gru': (lambda: mlp_agent('gru'), {'momentum': 0.5}),
+        'own core': (lambda: mlp_agent('own_cores:Started'), {'momentum': 0.5}),
         'embedding': (lambda: EmbeddingAgent(table), {'momentum': 0.5}),
         # No unroll is of the last level.
         'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),

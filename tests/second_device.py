@@ -51,7 +51,7 @@ LEARNERS = {
          'final_entropy_cost': 0.1},
     ),
     'appo': (
-        {'torso': 'autoencoder', 'use_lstm': False},
+        {'torso': 'autoencoder', 'core': 'gru'},
         {'loss': 'appo', 'optimizer': 'adam', 'target_update_steps': 2, 'kl_cost': 0.1,
          'normalize_advantages': True, 'gae_advantages': True},
     ),
@@ -116,7 +116,7 @@ def on_the_cpu(next_creator, **kwargs):
 def whole_run(folder):
     """Trains with local actors, resumes, and tests."""
     run = config(
-        folder, level_name='levels:short,levels:long', use_lstm='true', popart=True,
+        folder, level_name='levels:short,levels:long', core='lstm', popart=True,
         total_environment_frames=60,
     )  # fmt: skip
     batches, learners = set(), []

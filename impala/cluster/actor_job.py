@@ -446,7 +446,7 @@ def _check_flags(config: Config, given: Collection[str], settings: dict[str, Any
     of_the_learner = settings['agreed'] | settings['network']
     of_the_learner['popart'] = bool(popart_levels(settings['network']))
     of_the_learner['num_action_repeats'] = settings['num_action_repeats']
-    own = config.agreed('jobs') | {'use_lstm': config.network.use_lstm == 'true'}
+    own = config.agreed('jobs')
     for flag in own.keys() & of_the_learner.keys() & {*given}:
         value = own[flag]
         is_open = config.value(flag) in ('auto', None)
@@ -502,7 +502,8 @@ def _network_of_learner(
     """
     network = AgentConfig(
         torso=settings['torso'],
-        use_lstm=settings['use_lstm'],
+        core=settings['core'],
+        core_size=settings['core_size'],
         popart_levels=popart_levels(settings),
         latent_size=settings['latent_size'],
     )

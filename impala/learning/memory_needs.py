@@ -13,9 +13,10 @@ from impala.config import Config, ConfigError
 from impala.experience.batch import unroll_components
 from impala.experience.replay import unroll_nbytes
 from impala.memory import Need
+from impala.networks import core as cores
 from impala.networks import torsos
 from impala.networks.agent import AgentConfig, other_observations, other_torso
-from impala.trajectory import ArraySpec, EnvironmentSpec
+from impala.trajectory import EnvironmentSpec
 
 # Private memory of an actor process on CartPole is 22 MB; most environments take far more.
 ACTOR_PROCESS_BYTES = 20_000_000
@@ -102,6 +103,11 @@ def of_learner(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> l
     copies = 1 if on_gpu else _COPIES_OF_WEIGHTS
     weights = copies * _WEIGHT_BYTES * sum(inputs * outputs for inputs, outputs in sizes)
     needs.append(_of_weights(config, network, weights))
+    in_core = cores.num_weights(network.core, sum(size for _, size in sizes), network.core_size)
+    if in_core:
+        nbytes = copies * _WEIGHT_BYTES * in_core
+        flags = {'core_size': network.core_size}
+        needs.append(Need('weights of the core', nbytes, flags, nbytes / network.core_size))
     if learner.replay.replay_fraction and not config.cluster.replay_addresses:
         packed = unroll_nbytes(components, stack_of(spec))
         capacity = learner.replay.replay_capacity
@@ -124,7 +130,6 @@ def _of_weights(config: Config, network: AgentConfig, nbytes: int) -> Need:
 
 
 def _components(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> list[Any]:
-    core = ArraySpec((network.core_size,), 'float32')
-    state = (core, core) if network.use_lstm else ()
+    state = cores.state_spec(network.core, network.core_size)
     # The number of levels does not change the size.
     return unroll_components(spec, state, config.learner.unroll_length, 1)

@@ -1,1 +1,1 @@
-"""The agent: its torsos, its recurrent core, PopArt, and the decoder of the auto-encoder."""
+"""The agent: its torsos, its cores, PopArt, and the decoder of the auto-encoder."""

@@ -11,13 +11,15 @@ from typing import Any
 import sonnet as snt
 import tensorflow as tf
 
-from impala.networks import core as lstm
+from impala.config import NetworkConfig
+from impala.networks import core as cores
 from impala.networks import torsos
 from impala.networks.action_distribution import (
     MAX_LOG_STDDEV,
     MIN_LOG_STDDEV,
     ActionDistribution,
 )
+from impala.networks.lstm import LSTM
 from impala.networks.popart import PopArt
 from impala.trajectory import (
     ACTION_MASK,
@@ -39,9 +41,9 @@ class AgentConfig:
 
     Attributes:
       torso: `'deep'`, `'shallow'`, `'nature'`, `'autoencoder'` (all for images) or `'mlp'` (for
-        vectors).
-      use_lstm: whether a recurrent core follows the torso.
-      core_size: units of that core.
+        vectors); or `my_module:MyTorso`.
+      core: what follows the torso: `'lstm'`, `'gru'`, `'none'` or `my_module:MyCore`.
+      core_size: outputs of an LSTM or GRU.
       compute_dtype: `'float32'` or `'bfloat16'`, what the torso computes in. Weights, and all that
         follows the torso, are float32 either way.
       max_reward_input: the last reward, as an input, is clipped to plus or minus this.
@@ -51,8 +53,8 @@ class AgentConfig:
     """
 
     torso: str = 'deep'
-    use_lstm: bool = True
-    core_size: int = 256
+    core: str = 'lstm'
+    core_size: int = NetworkConfig.core_size
     compute_dtype: str = 'float32'
     max_reward_input: float = 1.0
     popart_levels: tuple[str, ...] = ()
@@ -60,7 +62,7 @@ class AgentConfig:
 
 
 class Agent(snt.Module):
-    """The policy, the baseline and, with `use_lstm`, their memory.
+    """The policy, the baseline and, with a core, their memory.
 
     All variables exist once it is constructed.
 
@@ -105,10 +107,9 @@ class Agent(snt.Module):
         if 'instruction' in spec.observation:
             self._instruction = InstructionEncoder()
             size += self._instruction.output_size
-        self._core = None
-        if config.use_lstm:
-            self._core = lstm.LSTM(size, config.core_size, name='core')
-            size = config.core_size
+        self._core = cores.create_core(config.core, size, config.core_size)
+        if self._core is not None:
+            size = self._core.output_size
         # Logits and means; standard deviations do not depend on the observation.
         self._policy = torsos.Linear(size, self.actions.num_features, name='policy')
         if spec.action.bounds:
@@ -125,7 +126,7 @@ class Agent(snt.Module):
         Saxe et al. 2014 (https://arxiv.org/abs/1312.6120): signals keep their size from layer to
         layer. The gain of torsos is sqrt(2), which makes up for what ReLUs cut off. The policy's is
         0.01, so that all actions are about equally probable at first. The baseline's is 1. PopArt's
-        layer, biases, LSTMs and embeddings are left unchanged.
+        layer, biases, cores and embeddings are left unchanged.
         """
         encoders = [self._torso, *self._encoders.values()]
         gains = [(layer.w, 2**0.5) for torso in encoders for layer in torsos.layers(torso)]
@@ -138,10 +139,7 @@ class Agent(snt.Module):
     @property
     def state_spec(self) -> Any:
         """Nest of `ArraySpec` of the recurrent state of one row; `()` without a core."""
-        if self._core is None:
-            return ()
-        spec = ArraySpec((self._core.hidden_size,), 'float32')
-        return snt.LSTMState(hidden=spec, cell=spec)
+        return () if self._core is None else self._core.state_spec
 
     def initial_state(self, batch_size: int | tf.Tensor) -> Any:
         """Returns the recurrent state at the start of an episode, a nest of f32 `[B, ...]`."""
@@ -167,11 +165,8 @@ class Agent(snt.Module):
         """
         x = self._inputs(prev_action, env_output)
         if self._core is not None:
-            # Selected, because a product would keep a state that is NaN.
-            is_first = env_output.done[:, tf.newaxis]
-            state = tf.nest.map_structure(lambda s: tf.where(is_first, 0.0, s), state)
-            state = self._core.step(self._core.project(x), state)
-            x = state.hidden
+            state = cores.begun(env_output.done, self._core.initial_state(1), state)
+            x, state = self._core.step(self._core.project(x), state)
         policy, baseline = self._heads(x, env_output.observation)
         if self.popart is not None:
             baseline = tf.zeros_like(env_output.reward)
@@ -221,7 +216,7 @@ class Agent(snt.Module):
             projected = self._core.project(x)
             projected = tf.reshape(projected, [*_dims(env_outputs.reward), projected.shape[-1]])
             x, state = self._core.unroll(projected, env_outputs.done, state)
-            x = tf.reshape(x, [-1, self._core.hidden_size])
+            x = tf.reshape(x, [-1, self._core.output_size])
         policy, baseline = self._heads(x, rows.observation)
         outputs = AgentOutput(action=self.actions.mode(policy), policy=policy, baseline=baseline)
         dims = _dims(env_outputs.reward)
@@ -291,7 +286,7 @@ class InstructionEncoder(snt.Module):
     def __init__(self, name: str | None = None):
         super().__init__(name)
         self._embedding = snt.Embed(INSTRUCTION_BUCKETS, _EMBEDDING_SIZE)
-        self._lstm = lstm.LSTM(_EMBEDDING_SIZE, _INSTRUCTION_LSTM_SIZE)
+        self._lstm = LSTM(_EMBEDDING_SIZE, _INSTRUCTION_LSTM_SIZE)
         self.output_size = _INSTRUCTION_LSTM_SIZE
 
     def __call__(self, instruction: tf.Tensor) -> tf.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from impala.config import Config, ConfigError
+from impala.config import Config, ConfigError, NetworkConfig
 from impala.networks.agent import DTYPES, Agent, AgentConfig
 from impala.networks.decoder import Decoder
 from impala.trajectory import EnvironmentSpec
@@ -22,6 +22,9 @@ def choose_network(
       config: of the run.
       level_names: of the run, in the order of their ids.
       spec: of their environments.
+
+    Raises:
+      ConfigError: `core_size` is given, and the network for these environments has no core.
     """
     is_vector = len(spec.observation['frame'].shape) == 1
     is_atari = spec.suite == 'atari'
@@ -29,9 +32,14 @@ def choose_network(
     torso = chosen.torso
     if torso == 'auto':
         torso = 'mlp' if is_vector else 'shallow' if is_atari else 'deep'
-    use_lstm = chosen.use_lstm == 'true'
-    if chosen.use_lstm == 'auto':
-        use_lstm = not (is_vector or is_atari)
+    core = chosen.core
+    if core == 'auto':
+        core = 'none' if is_vector or is_atari else 'lstm'
+        if core == 'none' and chosen.core_size != NetworkConfig.core_size:
+            raise ConfigError(
+                f'--core_size={chosen.core_size} has no effect, since --core=auto means none on '
+                'these levels: give --core=lstm or --core=gru, too.'
+            )
     compute_dtype = chosen.compute_dtype
     if compute_dtype == 'auto':
         # This does not start TensorFlow, which several learners must prepare first.
@@ -39,7 +47,8 @@ def choose_network(
         compute_dtype = 'bfloat16' if fast else 'float32'
     return AgentConfig(
         torso=torso,
-        use_lstm=use_lstm,
+        core=core,
+        core_size=chosen.core_size,
         compute_dtype=compute_dtype,
         popart_levels=tuple(level_names) if chosen.popart else (),
         latent_size=chosen.latent_size,

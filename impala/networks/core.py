@@ -1,252 +1,303 @@
-"""An LSTM that computes everything but its recurrence for all time steps at once.
+"""The recurrent core between torso and heads: an LSTM, a GRU, or the user's own.
 
-The equations and parameters are those of `snt.LSTM` (Zaremba et al., 2014, forget bias 1). It is
-split in two: `project` handles the inputs of any number of steps in one matrix product, and
-`step` or `unroll` add what depends on the state. Letters: T steps, B batch size, H hidden size.
+Letters: T steps, B batch size, F features of a step, H outputs of a step.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import sonnet as snt
 import tensorflow as tf
 
+from impala.config import CORES
+from impala.networks.gru import GRU
+from impala.networks.lstm import LSTM
+from impala.trajectory import ArraySpec
+from impala.user_code import UserCodeError, describe_failure, is_own, load, place_of
 
-class LSTM(snt.Module):
-    """An LSTM with `snt.LSTM`'s parameters.
+# Rows of the batch that a new core of the user's is tried with.
+_ROWS = 2
+
+
+class Core(Protocol):
+    """What `--core=my_module:MyCore` must make, besides being a Sonnet module: `snt.RNNCore`."""
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Returns the state at the start of an episode.
+
+        Args:
+          batch_size: B, an integer or an i32 scalar tensor.
+
+        Returns:
+          A nest of f32 `[B, ...]`: a tensor, or tuples, lists and dicts of tensors. All rows are
+          equal. It replaces the state before every step that begins an episode.
+        """
+
+    def __call__(self, inputs: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+        """Takes one step. In a graph, B is unknown.
+
+        Args:
+          inputs: f32 `[B, F]`, features of the torso and of all other inputs.
+          state: before the step, as from `initial_state`.
+
+        Returns:
+          The outputs, f32 `[B, H]`, which policy and baseline see, and the state after the step,
+          with the same structure and shapes. Actors store it, and it is sent to the learner with
+          every unroll, so it should be small, and finite.
+        """
+
+
+class UnrolledCore(Protocol):
+    """What the agent needs of a core; its variables exist from construction on.
 
     Attributes:
-      w_i: f32 `[input_size, 4 H]`: input gate, forget gate, cell update, output gate.
-      w_h: f32 `[H, 4 H]`, of the previous hidden state.
-      b: f32 `[4 H]`.
+      output_size: H.
+      state_spec: nest of `ArraySpec` of the state of one row.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, name: str | None = None):
-        super().__init__(name)
-        self.hidden_size = hidden_size
-        normal = snt.initializers.TruncatedNormal
-        self.w_i = tf.Variable(
-            normal(stddev=input_size**-0.5)([input_size, 4 * hidden_size], tf.float32), name='w_i'
-        )
-        self.w_h = tf.Variable(
-            normal(stddev=hidden_size**-0.5)([hidden_size, 4 * hidden_size], tf.float32), name='w_h'
-        )
-        zeros = tf.zeros([hidden_size])
-        self.b = tf.Variable(tf.concat([zeros, zeros + 1.0, zeros, zeros], 0), name='b')
+    output_size: int
+    state_spec: Any
 
-    def initial_state(self, batch_size: int | tf.Tensor) -> snt.LSTMState:
-        """Returns zeros, f32 `[B, H]` each."""
-        zeros = tf.zeros([batch_size, self.hidden_size])
-        return snt.LSTMState(hidden=zeros, cell=zeros)
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
+        """Returns the state at the start of an episode, a nest of f32 `[B, ...]`."""
 
     def project(self, inputs: tf.Tensor) -> tf.Tensor:
-        """Returns what inputs, f32 `[N, input_size]`, add to all gates, f32 `[N, 4 H]`."""
-        return tf.nn.bias_add(tf.matmul(inputs, self.w_i), self.b)
+        """Returns what does not depend on the state, f32 `[N, P]`, of inputs f32 `[N, F]`."""
 
-    def step(self, projected: tf.Tensor, state: snt.LSTMState) -> snt.LSTMState:
-        """Returns the state, whose `hidden` is the output, after one step.
+    def step(self, projected: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+        """Takes a step with f32 `[B, P]` from `project`; returns outputs f32 `[B, H]` and state."""
 
-        Args:
-          projected: f32 `[B, 4 H]`, from `project`.
-          state: f32 `[B, H]` each, before the step.
-        """
-        hidden, cell, _ = _step(projected, state.hidden, state.cell, self.w_h)
-        return snt.LSTMState(hidden=hidden, cell=cell)
-
-    def unroll(
-        self, projected: tf.Tensor, reset: tf.Tensor, state: snt.LSTMState
-    ) -> tuple[tf.Tensor, snt.LSTMState]:
-        """Runs over a sequence, restarting wherever `reset` is set.
+    def unroll(self, projected: tf.Tensor, reset: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+        """Runs over a sequence.
 
         Args:
-          projected: f32 `[T, B, 4 H]`, from `project`.
-          reset: bool `[T, B]`; where True the state is zero before that step, even if it was NaN
-            or infinite.
-          state: f32 `[B, H]` each, before the first step.
+          projected: f32 `[T, B, P]`, from `project`.
+          reset: bool `[T, B]`, before which steps the state is replaced by the initial one, even
+            if it is not finite.
+          state: before the first step.
 
         Returns:
           The outputs, f32 `[T, B, H]`, and the state after the last step.
         """
-        keep = tf.cast(tf.logical_not(reset), tf.float32)[..., tf.newaxis]
-        w_h = tf.convert_to_tensor(self.w_h)
-        outputs, hidden, cell = _unroll(projected, keep, state.hidden, state.cell, w_h)
-        return outputs, snt.LSTMState(hidden=hidden, cell=cell)
 
 
-def _step(
-    projected: tf.Tensor, hidden: tf.Tensor, cell: tf.Tensor, w_h: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns hidden state and cell after a step, and the gates before their nonlinearities."""
-    gates = projected + tf.matmul(hidden, w_h)
-    i, f, g, o = tf.split(gates, 4, axis=-1)
-    cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(g)
-    return tf.sigmoid(o) * tf.tanh(cell), cell, gates
+class OwnCore(snt.Module):
+    """The user's own core: `my_module:MyCore`, see `Core`; an `UnrolledCore`.
 
-
-# Automatic differentiation would compute all derivatives, and add up a gradient of the weights,
-# step by step. Here only the errors of hidden state and cell go back step by step; everything else
-# is one operation over all steps. This takes less than half of the time.
-@tf.custom_gradient
-def _unroll(
-    projected: tf.Tensor, keep: tf.Tensor, hidden_0: tf.Tensor, cell_0: tf.Tensor, w_h: tf.Tensor
-) -> Any:
-    """Returns the outputs `[T, B, H]`, and hidden state and cell after the last step `[B, H]`.
-
-    Args:
-      projected: f32 `[T, B, 4 H]`.
-      keep: f32 `[T, B, 1]`, factor of the state before each step, 0 or 1; where 0, neither state
-        nor gradient passes, not even NaN. No gradient flows into `keep`.
-      hidden_0: f32 `[B, H]`, before the first step.
-      cell_0: f32 `[B, H]`.
-      w_h: f32 `[H, 4 H]`.
-    """
-    size = w_h.shape[0]
-    hiddens, cells, gates, hidden_last, cell_last = _forward(projected, keep, hidden_0, cell_0, w_h)
-
-    def gradient(d_hiddens, d_hidden_last, d_cell_last):
-        hiddens_before = _select(tf.concat([hidden_0[tf.newaxis], hiddens[:-1]], 0), keep)
-        cells_before = _select(tf.concat([cell_0[tf.newaxis], cells[:-1]], 0), keep)
-        derivatives = _derivatives(gates, cells, cells_before, keep)
-        d_projected, d_hidden_0, d_cell_0 = _backward(
-            derivatives, keep, w_h, d_hiddens, d_hidden_last, d_cell_last
-        )
-        d_w_h = tf.matmul(
-            tf.reshape(hiddens_before, [-1, size]),
-            tf.reshape(d_projected, [-1, 4 * size]),
-            transpose_a=True,
-        )
-        return d_projected, None, d_hidden_0, d_cell_0, d_w_h
-
-    return (hiddens, hidden_last, cell_last), gradient
-
-
-def _select(value: tf.Tensor, keep: tf.Tensor) -> tf.Tensor:
-    """Returns `value * keep`, or 0 where `keep` is 0, even if the value is NaN or infinite.
-
-    There a product would be NaN: what is not finite must not pass from one episode to another.
-    """
-    return tf.math.multiply_no_nan(value, keep)
-
-
-def _forward(
-    projected: tf.Tensor, keep: tf.Tensor, hidden_0: tf.Tensor, cell_0: tf.Tensor, w_h: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Runs over all steps; the arguments are those of `_unroll`.
-
-    Returns:
-      After each step the hidden state and the cell, f32 `[T, B, H]`, and the gates before their
-      nonlinearities, f32 `[T, B, 4 H]`; hidden state and cell after the last step, f32 `[B, H]`.
-    """
-    steps = tf.shape(projected)[0]
-    row = tf.TensorShape([None, w_h.shape[0]])
-
-    def step(t, hidden, cell, hiddens, cells, gates):
-        hidden, cell, gates_t = _step(
-            projected[t], _select(hidden, keep[t]), _select(cell, keep[t]), w_h
-        )
-        return (
-            t + 1,
-            hidden,
-            cell,
-            hiddens.write(t, hidden),
-            cells.write(t, cell),
-            gates.write(t, gates_t),
-        )
-
-    arrays = [tf.TensorArray(tf.float32, steps) for _ in range(3)]
-    _, hidden_last, cell_last, *arrays = tf.while_loop(
-        lambda t, *_: t < steps,
-        step,
-        (0, hidden_0, cell_0, *arrays),
-        shape_invariants=(tf.TensorShape([]), row, row, *[tf.TensorShape(None)] * 3),
-        parallel_iterations=1,
-    )
-    hiddens, cells, gates = (array.stack() for array in arrays)
-    return hiddens, cells, gates, hidden_last, cell_last
-
-
-class _Derivatives(NamedTuple):
-    """Derivatives within each step.
+    The first call may make its variables, as it does in Sonnet's cores.
 
     Attributes:
-      by_gates: f32 `[T, B, 4 H]`, of the cell by its three gates, and of the hidden state by the
-        output gate.
-      hidden_by_cell: f32 `[T, B, H]`, of the hidden state by the cell.
-      cell_by_cell: f32 `[T, B, H]`, of the cell by the previous cell.
-    """
-
-    by_gates: tf.Tensor
-    hidden_by_cell: tf.Tensor
-    cell_by_cell: tf.Tensor
-
-
-def _derivatives(
-    gates: tf.Tensor, cells: tf.Tensor, cells_before: tf.Tensor, keep: tf.Tensor
-) -> _Derivatives:
-    """Computes the derivatives of all steps at once.
+      output_size: H.
+      state_spec: nest of `ArraySpec` of the state of one row.
 
     Args:
-      gates: f32 `[T, B, 4 H]`, before their nonlinearities.
-      cells: f32 `[T, B, H]`, after each step.
-      cells_before: f32 `[T, B, H]`, before each step.
-      keep: see `_unroll`.
+      name: `my_module:MyCore`.
+      input_size: F.
+
+    Raises:
+      ValueError: it cannot be imported or called with such features, or does not do what `Core`
+        says.
     """
-    i, f, g, o = tf.split(gates, 4, axis=-1)
-    i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
-    tanh_cells = tf.tanh(cells)
-    by_gates = tf.concat(
-        [
-            g * i * (1 - i),
-            cells_before * f * (1 - f),
-            i * (1 - g * g),
-            tanh_cells * o * (1 - o),
-        ],
-        -1,
-    )
-    return _Derivatives(by_gates, o * (1 - tanh_cells * tanh_cells), _select(f, keep))
 
+    def __init__(self, name: str, input_size: int):
+        super().__init__('own_core')
+        self._flag = f'--core={name}'
+        try:
+            self._core = load(name)()
+        except UserCodeError as error:
+            raise ValueError(f'{self._flag}: {error}.') from error
+        except Exception as error:
+            raise ValueError(f'{self._flag} cannot be made: {describe_failure(error)}.') from error
+        if not isinstance(self._core, tf.Module):
+            raise ValueError(
+                f'{self._flag} makes {type(self._core).__name__}, and it must be a Sonnet module, '
+                'whose variables can be found.'
+            )
+        features = f'features of float32 [{_ROWS}, {input_size}]'
+        initial = self._tried(lambda: self._core.initial_state(_ROWS), f'a batch of {_ROWS}')
+        self._check_state(initial)
+        inputs = tf.zeros([_ROWS, input_size])
+        self.output_size = self._check_step(
+            initial, self._tried(lambda: self._core(inputs, initial), features), features
+        )
+        self.state_spec = tf.nest.map_structure(
+            lambda each: ArraySpec(tuple(each.shape[1:]), 'float32'), initial
+        )
+        # In debug mode nothing is a graph, and a breakpoint would see tensors without values.
+        if not tf.config.functions_run_eagerly():
+            self._tried(lambda: self._trace(input_size), 'batches of unknown size in a graph')
 
-def _backward(
-    derivatives: _Derivatives,
-    keep: tf.Tensor,
-    w_h: tf.Tensor,
-    d_hiddens: tf.Tensor,
-    d_hidden_last: tf.Tensor,
-    d_cell_last: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Propagates the errors of hidden state and cell from the last step to the first.
+    def initial_state(self, batch_size: int | tf.Tensor) -> Any:
+        """Returns the state at the start of an episode, a nest of f32 `[B, ...]`."""
+        return self._core.initial_state(batch_size)
 
-    Args:
-      derivatives: from `_derivatives`.
-      keep: see `_unroll`.
-      w_h: see `_unroll`.
-      d_hiddens: f32 `[T, B, H]`, error of each output.
-      d_hidden_last: f32 `[B, H]`, error of the hidden state after the last step.
-      d_cell_last: f32 `[B, H]`, error of the cell after the last step.
+    def project(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns the inputs, f32 `[N, F]`, as they are."""
+        return inputs
 
-    Returns:
-      The errors of the gates, f32 `[T, B, 4 H]`, and of hidden state and cell before the first
-      step, f32 `[B, H]`.
-    """
-    steps = tf.shape(d_hiddens)[0]
-    row = tf.TensorShape([None, w_h.shape[0]])
-    w_h_transposed = tf.transpose(w_h)
+    def step(self, projected: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+        """Returns the outputs, f32 `[B, H]`, of one step, and the state after it."""
+        return self._core(projected, state)
 
-    def step(t, d_hidden, d_cell, d_gates):
-        d_hidden += d_hiddens[t]
-        d_cell += d_hidden * derivatives.hidden_by_cell[t]
-        d_gates_t = tf.concat([d_cell, d_cell, d_cell, d_hidden], -1) * derivatives.by_gates[t]
-        return (
-            t - 1,
-            _select(tf.matmul(d_gates_t, w_h_transposed), keep[t]),
-            _select(d_cell, derivatives.cell_by_cell[t]),
-            d_gates.write(t, d_gates_t),
+    def unroll(self, projected: tf.Tensor, reset: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
+        """Runs over a sequence, step by step; see `UnrolledCore`."""
+        steps = tf.shape(projected)[0]
+        initial = self.initial_state(1)
+
+        def step(t, state, outputs):
+            output, state = self.step(projected[t], begun(reset[t], initial, state))
+            return t + 1, state, outputs.write(t, output)
+
+        row = tf.TensorShape([None, self.output_size])
+        _, state, outputs = tf.while_loop(
+            lambda t, *_: t < steps,
+            step,
+            (0, state, tf.TensorArray(tf.float32, steps, element_shape=row)),
+            shape_invariants=(
+                tf.TensorShape([]),
+                tf.nest.map_structure(
+                    lambda spec: tf.TensorShape([None, *spec.shape]), self.state_spec
+                ),
+                tf.TensorShape(None),
+            ),
+            parallel_iterations=1,
+        )
+        return outputs.stack(), state
+
+    def _tried(self, call: Callable[[], Any], what: str) -> Any:
+        try:
+            return call()
+        except Exception as error:
+            raise ValueError(
+                f'{self._flag} fails with {what}: {describe_failure(error)}.'
+            ) from error
+
+    def _trace(self, input_size: int) -> None:
+        """Builds the graph of `unroll`, so that what fails there fails here."""
+        state = tf.nest.map_structure(
+            lambda spec: tf.TensorSpec([None, *spec.shape]), self.state_spec
+        )
+        tf.function(self.unroll, autograph=False).get_concrete_function(
+            tf.TensorSpec([None, None, input_size]), tf.TensorSpec([None, None], tf.bool), state
         )
 
-    _, d_hidden_0, d_cell_0, d_gates = tf.while_loop(
-        lambda t, *_: t >= 0,
-        step,
-        (steps - 1, d_hidden_last, d_cell_last, tf.TensorArray(tf.float32, steps)),
-        shape_invariants=(tf.TensorShape([]), row, row, tf.TensorShape(None)),
-        parallel_iterations=1,
+    def _check_state(self, initial: Any) -> None:
+        if not all(_is_batch(each) for each in tf.nest.flatten(initial)):
+            raise ValueError(
+                f'{self._flag} has an initial state of {_described(initial)} for a batch of '
+                f'{_ROWS}, and each of its tensors must be float32 [{_ROWS}, ...]'
+                f'{place_of(type(self._core))}.'
+            )
+
+    def _check_step(self, initial: Any, result: Any, features: str) -> int:
+        """Returns the number of outputs, H, if the result of a step is as it should be."""
+        place = place_of(type(self._core))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError(
+                f'{self._flag} returns {type(result).__name__}, and it must return a pair of '
+                f'outputs and state{place}.'
+            )
+        outputs, state = result
+        if not _is_batch(outputs) or len(outputs.shape) != 2:
+            raise ValueError(
+                f'{self._flag} returns outputs of {_described(outputs)} for {features}, and they '
+                f'must be float32 [{_ROWS}, H]{place}.'
+            )
+        try:
+            tf.nest.assert_same_structure(initial, state)
+            is_same = all(
+                _described(each) == _described(other)
+                for each, other in zip(
+                    tf.nest.flatten(initial), tf.nest.flatten(state), strict=True
+                )
+            )
+        except (TypeError, ValueError):
+            is_same = False
+        if not is_same:
+            raise ValueError(
+                f'{self._flag} turns a state of {_described(initial)} into one of '
+                f'{_described(state)}, and structure, shapes and types must stay the '
+                f'same{place}.'
+            )
+        return int(outputs.shape[1])
+
+
+def create_core(name: str, input_size: int, core_size: int) -> UnrolledCore | None:
+    """Returns the core called `name`, one of `CORES`; None for `'none'`.
+
+    Args:
+      name: of the core, or `my_module:MyCore`, see `OwnCore`.
+      input_size: F.
+      core_size: H of an LSTM or GRU.
+
+    Raises:
+      ValueError: there is no such core, or it cannot be used.
+    """
+    if name == 'none':
+        return None
+    if name == 'lstm':
+        return LSTM(input_size, core_size, name='core')
+    if name == 'gru':
+        return GRU(input_size, core_size, name='core')
+    if is_own(name):
+        return OwnCore(name, input_size)
+    raise ValueError(f'Unknown core {name!r}; choose one of {", ".join(CORES)}.')
+
+
+def state_spec(name: str, core_size: int) -> Any:
+    """Returns a nest of `ArraySpec` of a core's state; `()` for none and the user's own.
+
+    Args:
+      name: see `create_core`.
+      core_size: see `create_core`.
+    """
+    array = ArraySpec((core_size,), 'float32')
+    return {'lstm': (array, array), 'gru': (array,)}.get(name, ())
+
+
+def num_weights(name: str, input_size: int, core_size: int) -> int:
+    """Returns the number of a core's weights without biases; 0 for none and the user's own.
+
+    Args:
+      name: see `create_core`.
+      input_size: see `create_core`.
+      core_size: see `create_core`.
+    """
+    return {'lstm': 4, 'gru': 3}.get(name, 0) * core_size * (input_size + core_size)
+
+
+def begun(reset: tf.Tensor, initial: Any, state: Any) -> Any:
+    """Returns the state before a step.
+
+    Args:
+      reset: bool `[B]`, which rows begin an episode.
+      initial: nest of f32 `[1, ...]`, the state at the start of an episode.
+      state: nest of f32 `[B, ...]`, the state after the step before.
+    """
+
+    def chosen(initial: tf.Tensor, state: tf.Tensor) -> tf.Tensor:
+        # Selected, because a product would keep a state that is NaN.
+        rows = tf.reshape(reset, [-1, *[1] * (len(initial.shape) - 1)])
+        return tf.where(rows, initial, state)
+
+    return tf.nest.map_structure(chosen, initial, state)
+
+
+def _is_batch(value: Any) -> bool:
+    """Returns whether a value is an f32 tensor with a row for each of the batch."""
+    return (
+        tf.is_tensor(value)
+        and value.dtype == tf.float32
+        and len(value.shape) > 0
+        and value.shape[0] == _ROWS
     )
-    return d_gates.stack(), d_hidden_0, d_cell_0
+
+
+def _described(nest: Any) -> str:
+    """Returns types and shapes of a nest of tensors, for a sentence."""
+
+    def shown(value: Any) -> str:
+        is_tensor = tf.is_tensor(value)
+        return f'{value.dtype.name} {list(value.shape)}' if is_tensor else type(value).__name__
+
+    return str(tf.nest.map_structure(shown, nest)).replace("'", '')

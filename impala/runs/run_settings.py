@@ -27,7 +27,8 @@ _RESOLVED = frozenset(
         'frame_stack',
         'torso',
         'latent_size',
-        'use_lstm',
+        'core',
+        'core_size',
         'popart',
     }
 )
@@ -53,7 +54,8 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
     frame = spec.observation['frame']
     return {
         'torso': network.torso,
-        'use_lstm': network.use_lstm,
+        'core': network.core,
+        'core_size': network.core_size,
         'popart_levels': list(network.popart_levels),
         'latent_size': network.latent_size,
         'actions': spec.action.to_json(),

@@ -4,8 +4,8 @@
 
 Its signatures, for any batch size B:
 
-* `initial_state(batch_size i32 [])` returns `state_0`, `state_1`, f32 `[B, H]`, or, for an agent
-  without memory, `no_state`, f32 `[B, 0]`.
+* `initial_state(batch_size i32 [])` returns `state_0`, `state_1`, ..., f32 `[B, ...]`: two for an
+  LSTM, one for a GRU; or, for an agent without memory, `no_state`, f32 `[B, 0]`.
 * `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)`, with
   `instruction i32 [B, 32]` if the environment has instructions, and with any other observations by
   their names, returns `action` i32 `[B]`, sampled, `greedy_action` i32 `[B]`, `policy` f32
@@ -85,7 +85,8 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
                 )
     network = AgentConfig(
         torso=value('torso', str),
-        use_lstm=value('use_lstm', bool),
+        core=value('core', str),
+        core_size=value('core_size', int),
         popart_levels=popart_levels(settings),
         latent_size=value('latent_size', int),
     )

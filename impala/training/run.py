@@ -221,13 +221,15 @@ def announce(
     config, network = run.config, run.network
     num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
     is_distributed = config.cluster.is_distributed
+    core = {'lstm': 'with LSTM', 'gru': 'with GRU', 'none': 'without core'}.get(
+        network.core, f'with {network.core}'
+    )
     who = 'actor jobs' if is_distributed else f'{config.actors.num_actors} actors'
     if config.run.debug:
         who += ' in this process (--debug)'
     log.message(
-        f'{run.suite.text}: {who}, {network.torso} network '
-        f'{"with" if network.use_lstm else "without"} LSTM ({num_weights:,} weights), learner '
-        f'on {_device_names(config)} in {network.compute_dtype}'
+        f'{run.suite.text}: {who}, {network.torso} network {core} ({num_weights:,} weights), '
+        f'learner on {_device_names(config)} in {network.compute_dtype}'
         + (f'; all goes to {config.run.logdir}' if config.cluster.is_first else '')
     )
     if replay is not None:

@@ -68,9 +68,12 @@ def make_mixer(agent, batch_size, unroll_length=5):
     return ReplayMixer(Replay(components, 3, 0), 0.5, batch_size)
 
 
-@pytest.mark.parametrize(('use_lstm', 'has_replay'), [(True, False), (False, True), (True, True)])
-def test_a_learner_with_the_same_weights_reproduces_the_outputs_of_the_actors(use_lstm, has_replay):
-    config = AgentConfig(torso='mlp', use_lstm=use_lstm, core_size=16)
+@pytest.mark.parametrize(
+    ('core', 'has_replay'),
+    [('lstm', False), ('none', True), ('gru', True), ('own_cores:Started', True)],
+)
+def test_a_learner_with_the_same_weights_reproduces_the_outputs_of_the_actors(core, has_replay):
+    config = AgentConfig(torso='mlp', core=core, core_size=16)
     learning, acting = Agent(config, SPEC), Agent(config, SPEC)
     source = make_source(acting, num_actors=3)
     behaviour = BehaviourPolicy(acting, source)

@@ -39,7 +39,13 @@ class Publications(list):
         return {}
 
 
-NETWORK = {'torso': 'mlp', 'use_lstm': False, 'popart_levels': [], 'latent_size': 64}
+NETWORK = {
+    'torso': 'mlp',
+    'core': 'none',
+    'core_size': 256,
+    'popart_levels': [],
+    'latent_size': 64,
+}
 
 
 def agree(learner_changes, **flags):

@@ -189,7 +189,7 @@ def show(server):
         del agreed['level_name']
         settings = {
             'protocol': PROTOCOL,
-            'network': network_settings(AgentConfig(torso='mlp', use_lstm=False), spec),
+            'network': network_settings(AgentConfig(torso='mlp', core='none'), spec),
             'level_names': ['CartPole-v1'],
             'agreed': agreed,
             'num_action_repeats': 1,
@@ -285,7 +285,7 @@ def test_stopping_a_learner_before_its_first_update(tmp_path, address):
 
 def test_an_actor_with_another_network_is_refused(tmp_path, show):
     spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 3, 1)
-    network = network_settings(AgentConfig(torso='mlp', use_lstm=False), spec)
+    network = network_settings(AgentConfig(torso='mlp', core='none'), spec)
     address = show(network=network)
     # First a flag is wrong, then this job's environment.
     with actor(tmp_path / 'a', 0, address, '--torso=deep') as run:

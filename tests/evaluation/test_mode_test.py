@@ -83,7 +83,7 @@ def test_checkpoints_with_target_network_and_adam_can_be_tested(tmp_path):
     training.train(run)
     assert evaluate(to_test(run, 2), print) == {'levels:short': [5.0] * 2}
     network, spec = export.spec_of_run(str(tmp_path))
-    assert (network.torso, network.use_lstm, spec.num_actions) == ('mlp', False, 2)
+    assert (network.torso, network.core, spec.num_actions) == ('mlp', 'none', 2)
 
 
 def test_seeds_do_not_depend_on_the_number_of_actors(logdir):
@@ -269,7 +269,7 @@ def test_greedy_episodes_follow_from_weights_and_seeds(cartpole):
     run = cartpole[0]
     (returns,) = evaluate(to_test(run, count, 'greedy'), print).values()
 
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), VECTOR)
+    agent = Agent(AgentConfig(torso='mlp', core='none'), VECTOR)
     restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
     newest = run_files.newest_checkpoint(run.run.logdir)
     restored.restore(newest).expect_partial().assert_existing_objects_matched()
@@ -415,8 +415,8 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path):
 
 
 def test_another_network_is_refused(logdir):
-    with pytest.raises(checkpoint.LogdirError, match='--use_lstm was false and is now true'):
-        evaluate(to_test(lives_config(logdir, use_lstm='true'), 1), print)
+    with pytest.raises(checkpoint.LogdirError, match='--core was "none" and is now "lstm"'):
+        evaluate(to_test(lives_config(logdir, core='lstm'), 1), print)
 
 
 def test_endless_episodes_are_cut_off(logdir):

@@ -503,8 +503,8 @@ def test_a_target_network_needs_target_update_steps_and_vice_versa(has_target):
 def test_learns_to_choose_the_rewarded_action(changes):
     """In episodes of one step, the frame shows which action earns 1; the others earn 0."""
     config = LearnerConfig.of(batch_size=32, unroll_length=4, total_agent_steps=10**6, **changes)
-    agent = mlp_agent(use_lstm=False)
-    target_agent = mlp_agent(use_lstm=False) if config.loss.target_update_steps else None
+    agent = mlp_agent(core='none')
+    target_agent = mlp_agent(core='none') if config.loss.target_update_steps else None
     learner = Learner(agent, config, target_agent=target_agent)
     rng = np.random.default_rng(0)
     rows = (config.unroll_length + 1, config.batch_size)
@@ -615,7 +615,7 @@ def test_reconstructions_converge_to_the_frames():
         learning_rate=0.003,
         total_agent_steps=10**6,
     )
-    learner = Learner(encoder_agent(use_lstm=False), config, decoder=image_decoder())
+    learner = Learner(encoder_agent(core='none'), config, decoder=image_decoder())
     batch = batch_of_images(config)
     history = [float(learner.step(batch)['loss/autoencoder']) for _ in range(400)]
     assert history[-1] < 0.1 * history[0]

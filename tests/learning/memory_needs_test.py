@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from configs import IMAGE, STACK, VECTOR, config
 from impala import config as run_config
+from impala import memory
 from impala.acting.behaviour_policy import UnrollSource
 from impala.acting.local_actors import LocalActors
 from impala.learning import memory_needs
@@ -25,7 +26,7 @@ def network_of(run, spec):
 
 
 def test_unrolls_are_counted_as_the_batcher_allocates_them(tmp_path):
-    run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', use_lstm='true')
+    run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', core='lstm')
     network = network_of(run, IMAGE)
     unrolls, processes = memory_needs.of_actors(run, IMAGE, network)
     source = UnrollSource(IMAGE, Agent(network, IMAGE), [0, 0, 0], run.learner.unroll_length,
@@ -80,12 +81,36 @@ def test_nearly_all_weights_are_in_the_linear_layer(tmp_path, torso, size):
     frame = ArraySpec((*size, 3), 'uint8')
     spec = dataclasses.replace(IMAGE, observation={'frame': frame})
     size = {'latent_size': 256} if torso == 'autoencoder' else {}
-    run = config(tmp_path, torso=torso, use_lstm='false', **size)
+    run = config(tmp_path, torso=torso, core='none', **size)
     network = network_of(run, spec)
     made = [weight.shape for weight in Agent(network, spec).trainable_variables]
     largest = max(math.prod(shape) for shape in made)
     _, weights = memory_needs.of_learner(run, spec, network)
     assert weights.nbytes == 5 * 4 * largest
+
+
+@pytest.mark.parametrize('core', ['lstm', 'gru'])
+def test_a_core_needs_weights_and_a_state_with_every_unroll(tmp_path, core):
+    run = config(tmp_path, core=core, core_size=600)
+    network = network_of(run, IMAGE)
+    agent = Agent(network, IMAGE)
+    made = 4 * sum(math.prod(v.shape) for v in agent.trainable_variables if '/core/' in v.name)
+    (need,) = [
+        need
+        for need in memory_needs.of_learner(run, IMAGE, network)
+        if need.what == 'weights of the core'
+    ]
+    assert 0.9 * 5 * made < need.nbytes < 5 * made
+    # A size that fits according to the sentence does fit.
+    text = memory.shortage([need], need.nbytes // 3)
+    fits = int(re.search(r'--core_size=600\); --core_size=(\d+) would do', text)[1])
+    smaller = dataclasses.replace(network, core_size=fits)
+    *_, need_of_smaller = memory_needs.of_learner(run, IMAGE, smaller)
+    assert need_of_smaller.nbytes <= need.nbytes // 3
+    unrolls, _ = memory_needs.of_actors(run, IMAGE, network)
+    stateless, _ = memory_needs.of_actors(run, IMAGE, dataclasses.replace(network, core='none'))
+    state = 4 * sum(math.prod(array.shape) for array in tf.nest.flatten(agent.state_spec))
+    assert unrolls.nbytes - stateless.nbytes == 3 * state
 
 
 def test_too_large_networks_are_refused_before_they_are_built(tmp_path):
@@ -109,7 +134,7 @@ def test_torsos_that_do_not_fit_the_frames_are_refused(tmp_path):
 
 @pytest.mark.parametrize('torso', ['shallow', 'mlp'])
 def test_other_observations_need_weights_too(tmp_path, torso):
-    run = config(tmp_path, torso=torso, use_lstm='false')
+    run = config(tmp_path, torso=torso, core='none')
     image, vector = ArraySpec((84, 84, 2), 'float32'), ArraySpec((9000,), 'float32')
     observation = IMAGE.observation | {'vector': vector, 'depth': image}
     spec = dataclasses.replace(IMAGE, observation=observation)

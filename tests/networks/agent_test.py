@@ -83,10 +83,10 @@ def test_number_of_parameters_matches_the_paper(torso, millions):
         ('autoencoder', (21, 35, 3), True),
     ],
 )
-@pytest.mark.parametrize('use_lstm', [False, True])
-def test_shapes_and_dtypes(torso, frame, instruction, use_lstm):
+@pytest.mark.parametrize('core', ['none', 'lstm', 'gru'])
+def test_shapes_and_dtypes(torso, frame, instruction, core):
     spec = make_spec(frame, instruction)
-    agent = Agent(AgentConfig(torso=torso, use_lstm=use_lstm), spec)
+    agent = Agent(AgentConfig(torso=torso, core=core), spec)
     t, b = 3, 2
     state = agent.initial_state(b)
     tf.nest.assert_same_structure(agent.state_spec, state)
@@ -105,13 +105,13 @@ def test_shapes_and_dtypes(torso, frame, instruction, use_lstm):
         assert output.policy.dtype == tf.float32
         assert output.baseline.shape == lead
         assert output.baseline.dtype == tf.float32
-    assert len(tf.nest.flatten(agent.state_spec)) == (2 if use_lstm else 0)
+    assert len(tf.nest.flatten(agent.state_spec)) == {'none': 0, 'lstm': 2, 'gru': 1}[core]
 
 
-@pytest.mark.parametrize('use_lstm', [False, True])
-def test_unroll_equals_single_steps(use_lstm):
+@pytest.mark.parametrize('core', ['none', 'lstm', 'gru'])
+def test_unroll_equals_single_steps(core):
     spec = make_spec()
-    agent = Agent(AgentConfig(torso='shallow', use_lstm=use_lstm), spec)
+    agent = Agent(AgentConfig(torso='shallow', core=core), spec)
     t, b = 5, 3
     prev_actions, env_outputs = make_inputs(spec, t, b)
     state = random_state(agent, b)
@@ -187,7 +187,7 @@ def test_nan_is_forgotten_at_the_end_of_the_episode(unrolled, what):
 
 def test_sampled_actions_follow_the_policy():
     spec = make_spec((4,), instruction=False, num_actions=3)
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
+    agent = Agent(AgentConfig(torso='mlp', core='none'), spec)
     rows = 20000
     prev_action, env_output = make_inputs(spec, 1)
     same = tf.nest.map_structure(lambda x: tf.repeat(x, rows, axis=0), (prev_action, env_output))
@@ -204,7 +204,7 @@ def test_sampled_actions_follow_the_policy():
 
 def test_broken_weights_still_give_valid_actions():
     spec = make_spec((4,), instruction=False, num_actions=3)
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
+    agent = Agent(AgentConfig(torso='mlp', core='none'), spec)
     for variable in agent.trainable_variables:
         variable.assign(tf.fill(variable.shape, np.nan))
     output, _ = agent.step(*make_inputs(spec, 8), ())
@@ -214,7 +214,7 @@ def test_broken_weights_still_give_valid_actions():
 
 def test_sampling_repeats_with_the_same_seed_and_differs_between_calls():
     spec = make_spec((4,), instruction=False)
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
+    agent = Agent(AgentConfig(torso='mlp', core='none'), spec)
     inputs = make_inputs(spec, 64)
 
     def two_draws():
@@ -249,7 +249,7 @@ def test_last_reward_is_clipped():
 
 def test_last_action_enters_one_hot():
     spec = make_spec((4,), instruction=False)
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), spec)
+    agent = Agent(AgentConfig(torso='mlp', core='none'), spec)
     _, env_output = make_inputs(spec, 1)
     # Without a core the heads are linear in their inputs, so an action adds its row of weights.
     weights = next(v for v in agent.trainable_variables if v.name == 'agent/policy/w:0').numpy()
@@ -349,11 +349,11 @@ def test_bfloat16_is_close_to_float32(torso):
     assert 1e-6 < np.linalg.norm(difference) / np.linalg.norm(expected.policy) < 0.03
 
 
-@pytest.mark.parametrize('use_lstm', [False, True])
+@pytest.mark.parametrize('core', ['none', 'lstm', 'gru'])
 @pytest.mark.parametrize('torso', ['shallow', 'deep', 'nature', 'mlp', 'autoencoder'])
-def test_gradient_reaches_every_variable(torso, use_lstm):
+def test_gradient_reaches_every_variable(torso, core):
     spec = make_spec((4,) if torso == 'mlp' else (36, 44, 3))
-    agent = Agent(AgentConfig(torso=torso, use_lstm=use_lstm), spec)
+    agent = Agent(AgentConfig(torso=torso, core=core), spec)
     prev_actions, env_outputs = make_inputs(spec, 4, 3)
 
     @tf.function
@@ -368,10 +368,10 @@ def test_gradient_reaches_every_variable(torso, use_lstm):
         assert np.any(gradient), variable.name
 
 
-@pytest.mark.parametrize('use_lstm', [False, True])
-def test_unroll_accepts_features_encoded_in_advance(use_lstm):
+@pytest.mark.parametrize('core', ['none', 'lstm', 'gru'])
+def test_unroll_accepts_features_encoded_in_advance(core):
     spec = make_spec((21, 35, 3))
-    agent = Agent(AgentConfig(torso='autoencoder', use_lstm=use_lstm, latent_size=6), spec)
+    agent = Agent(AgentConfig(torso='autoencoder', core=core, latent_size=6), spec)
     prev_actions, env_outputs = make_inputs(spec, 4, 3)
     state = random_state(agent, 3)
     expected = agent.unroll(prev_actions, env_outputs, state)
@@ -405,10 +405,10 @@ def test_acting_with_an_autoencoder_needs_no_decoder():
     assert not [v.name for v in agent.variables if 'decoder' in v.name]
 
 
-@pytest.mark.parametrize('use_lstm', [False, True])
-def test_one_graph_serves_every_batch_size(use_lstm):
+@pytest.mark.parametrize('core', ['none', 'lstm', 'gru'])
+def test_one_graph_serves_every_batch_size(core):
     spec = make_spec()
-    agent = Agent(AgentConfig(torso='shallow', use_lstm=use_lstm), spec)
+    agent = Agent(AgentConfig(torso='shallow', core=core), spec)
     t = 3
 
     def any_batch(lead):
@@ -436,7 +436,7 @@ def test_an_unknown_compute_dtype_is_refused():
 
 @pytest.mark.parametrize('torso', ['shallow', 'deep', 'nature', 'autoencoder'])
 def test_orthogonal_weights(torso):
-    config = AgentConfig(torso=torso, use_lstm=True)
+    config = AgentConfig(torso=torso, core='lstm')
     agent = Agent(config, make_spec((36, 36, 3)))
     before = [variable.numpy() for variable in agent.trainable_variables]
     agent.initialize_orthogonally()
@@ -455,7 +455,7 @@ def test_orthogonal_weights(torso):
 
 
 def test_orthogonal_weights_make_the_initial_policy_uniform():
-    agent = Agent(AgentConfig(torso='shallow', use_lstm=False), make_spec((36, 36, 3)))
+    agent = Agent(AgentConfig(torso='shallow', core='none'), make_spec((36, 36, 3)))
     agent.initialize_orthogonally()
     action, env_output = make_inputs(make_spec((36, 36, 3)), 8)
     output, _ = agent.step(action, env_output, ())
@@ -463,7 +463,7 @@ def test_orthogonal_weights_make_the_initial_policy_uniform():
 
 
 def test_orthogonal_weights_leave_popart_unchanged():
-    config = AgentConfig(torso='mlp', use_lstm=False, popart_levels=('a', 'b'))
+    config = AgentConfig(torso='mlp', core='none', popart_levels=('a', 'b'))
     agent = Agent(config, make_spec((4,), instruction=False))
     heads = [variable.numpy() for variable in agent.popart.trainable_variables]
     agent.initialize_orthogonally()
@@ -481,12 +481,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(
-    ('torso', 'use_lstm'),
-    [('shallow', False), ('deep', True), ('mlp', True), ('autoencoder', False)],
+    ('torso', 'core'),
+    [('shallow', 'none'), ('deep', 'lstm'), ('mlp', 'gru'), ('autoencoder', 'none')],
 )
-def test_every_observation_is_an_input_of_policy_and_baseline(torso, use_lstm):
+def test_every_observation_is_an_input_of_policy_and_baseline(torso, core):
     spec = make_spec(others=OTHERS)
-    agent = Agent(AgentConfig(torso=torso, use_lstm=use_lstm), spec)
+    agent = Agent(AgentConfig(torso=torso, core=core), spec)
     (action, env_output), state = make_inputs(spec, 4), agent.initial_state(4)
     output, _ = agent.step(action, env_output, state)
     for name, value in env_output.observation.items():
@@ -497,10 +497,10 @@ def test_every_observation_is_an_input_of_policy_and_baseline(torso, use_lstm):
         assert np.abs(other.baseline - output.baseline).max() > 1e-6, name
 
 
-@pytest.mark.parametrize('use_lstm', [False, True])
-def test_unroll_equals_single_steps_with_other_observations(use_lstm):
+@pytest.mark.parametrize('core', ['none', 'lstm', 'gru'])
+def test_unroll_equals_single_steps_with_other_observations(core):
     spec = make_spec(others=OTHERS)
-    agent = Agent(AgentConfig(torso='shallow', use_lstm=use_lstm), spec)
+    agent = Agent(AgentConfig(torso='shallow', core=core), spec)
     actions, env_outputs = make_inputs(spec, 3, 2)
     state = agent.initial_state(2)
     unrolled, last = agent.unroll(actions, env_outputs, state)
@@ -544,7 +544,7 @@ def test_images_have_the_torso_of_the_frame_and_all_else_an_mlp(torso, shape, dt
 
 def test_encoders_of_other_observations_are_initialized_orthogonally():
     others = {'vector': ArraySpec((64,), 'float32')}
-    agent = Agent(AgentConfig(torso='mlp', use_lstm=False), make_spec((64,), False, others=others))
+    agent = Agent(AgentConfig(torso='mlp', core='none'), make_spec((64,), False, others=others))
     agent.initialize_orthogonally()
     square = [v.numpy() for v in agent.trainable_variables if v.shape == (64, 64)]
     assert len(square) == 4

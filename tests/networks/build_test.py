@@ -2,24 +2,35 @@ import pytest
 import tensorflow as tf
 
 from configs import IMAGE, STACK, VECTOR, config
+from impala.config import ConfigError
 from impala.networks import build
 
 
 @pytest.mark.parametrize(
     ('level', 'spec', 'flags', 'expected'),
     [
-        ('ALE/Pong-v5', STACK, {}, ('shallow', False)),
-        ('ALE/Pong-v5', STACK, {'torso': 'deep', 'use_lstm': 'true'}, ('deep', True)),
-        ('CartPole-v1', VECTOR, {}, ('mlp', False)),
-        ('CartPole-v1', VECTOR, {'use_lstm': 'true'}, ('mlp', True)),
-        ('explore_goal_locations_small', IMAGE, {}, ('deep', True)),
-        ('explore_goal_locations_small', IMAGE, {'use_lstm': 'false'}, ('deep', False)),
-        ('VizdoomBasic-v1', IMAGE, {'torso': 'shallow'}, ('shallow', True)),
+        ('ALE/Pong-v5', STACK, {}, ('shallow', 'none')),
+        ('ALE/Pong-v5', STACK, {'torso': 'deep', 'core': 'lstm'}, ('deep', 'lstm')),
+        ('CartPole-v1', VECTOR, {}, ('mlp', 'none')),
+        ('CartPole-v1', VECTOR, {'core': 'lstm'}, ('mlp', 'lstm')),
+        ('CartPole-v1', VECTOR, {'core': 'gru'}, ('mlp', 'gru')),
+        ('CartPole-v1', VECTOR, {'core': 'my_module:MyCore'}, ('mlp', 'my_module:MyCore')),
+        ('explore_goal_locations_small', IMAGE, {}, ('deep', 'lstm')),
+        ('explore_goal_locations_small', IMAGE, {'core': 'none'}, ('deep', 'none')),
+        ('VizdoomBasic-v1', IMAGE, {'torso': 'shallow'}, ('shallow', 'lstm')),
     ],
 )
 def test_the_level_decides_the_network_unless_flags_do(level, spec, flags, expected):
     network = build.choose_network(config('/nowhere', **flags), (level,), spec)
-    assert (network.torso, network.use_lstm) == expected
+    assert (network.torso, network.core) == expected
+
+
+def test_a_size_without_a_core_is_refused():
+    run = config('/nowhere', core_size=5)
+    assert build.choose_network(run, ('lab',), IMAGE).core_size == 5
+    for spec in (STACK, VECTOR):
+        with pytest.raises(ConfigError, match='--core_size=5 has no effect, since --core=auto'):
+            build.choose_network(run, ('a',), spec)
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,9 @@ def test_the_standard_deviation_is_bounded(mean, second_moment, stddev):
     np.testing.assert_allclose(popart.stddev(tf.constant([0])), [stddev], rtol=1e-6)
 
 
-@pytest.mark.parametrize('use_lstm', [True, False])
-def test_acting_computes_only_the_policy(use_lstm):
-    agent = mlp_agent(use_lstm, ('a', 'b'))
+@pytest.mark.parametrize('core', ['lstm', 'none'])
+def test_acting_computes_only_the_policy(core):
+    agent = mlp_agent(core, ('a', 'b'))
     batch = batch_of(LearnerConfig.of(batch_size=3, unroll_length=2), agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
     assert outputs.baseline.shape == (3, 3, 2)
@@ -137,7 +137,7 @@ def test_a_learner_updates_statistics_and_preserves_values():
     config = LearnerConfig.of(
         batch_size=3, unroll_length=5, learning_rate=0.0, reward_clipping='none', discounting=0.9
     )
-    agent = mlp_agent(False, ('a', 'b'))
+    agent = mlp_agent('none', ('a', 'b'))
     agent.popart.mean.assign([10.0, 0.5])
     agent.popart.second_moment.assign([500.0, 0.26])
     stddev = np.sqrt([400.0, 0.01])
@@ -199,7 +199,7 @@ class Bandits:
         tf.random.set_seed(0)
         self.rng = np.random.default_rng(0)
         levels = ('small', 'large') if popart else ()
-        self.agent = Agent(AgentConfig('mlp', use_lstm=False, popart_levels=levels), SPEC)
+        self.agent = Agent(AgentConfig('mlp', core='none', popart_levels=levels), SPEC)
         self.config = LearnerConfig.of(
             batch_size=32,
             unroll_length=4,

@@ -17,7 +17,7 @@ CHANGED = {
     'learner_devices': ('/cpu:0', '/cpu:1'),
     'num_action_repeats': 3,
     'dataset_path': '/a b',
-    'use_lstm': 'false',
+    'core': 'none',
     'epsilon': 1e-15,
 }
 

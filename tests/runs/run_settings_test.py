@@ -19,7 +19,7 @@ from impala.trajectory import ArraySpec
     ('change', 'flags'),
     [
         ({'torso': 'deep'}, '--torso was "mlp" and is now "deep"'),
-        ({'use_lstm': True}, '--use_lstm was false and is now true'),
+        ({'core': 'lstm'}, '--core was "none" and is now "lstm"'),
         (
             {'popart_levels': ('a', 'b')},
             r'--popart or --level_name \(.*\) was \[\] and is now \["a", "b"\]',
@@ -159,7 +159,7 @@ def test_action_repeats_and_levels_must_not_change(tmp_path):
 
 def test_settings_are_stored_and_compared(tmp_path):
     logdir = str(tmp_path)
-    settings = {'torso': 'deep', 'use_lstm': True, 'frame_shape': (72, 96, 3)}
+    settings = {'torso': 'deep', 'core': 'lstm', 'frame_shape': (72, 96, 3)}
     assert run_settings.stored_settings(logdir) is None
     run_settings.store_settings(logdir, {'torso': 'shallow'}, {})
     # Nothing has been trained with the first settings.
@@ -168,17 +168,17 @@ def test_settings_are_stored_and_compared(tmp_path):
     (tmp_path / 'checkpoints').mkdir()
     (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
     run_settings.check_same_network(logdir, settings)
-    stored = {'torso': 'deep', 'use_lstm': True, 'frame_shape': [72, 96, 3]}
+    stored = {'torso': 'deep', 'core': 'lstm', 'frame_shape': [72, 96, 3]}
     assert run_settings.stored_settings(logdir) == stored
 
-    other = {'torso': 'shallow', 'use_lstm': True, 'frame_shape': (84, 84, 4), 'core_size': 8}
+    other = {'torso': 'shallow', 'core': 'lstm', 'frame_shape': (84, 84, 4), 'core_size': 8}
     with pytest.raises(run_files.LogdirError) as error:
         run_settings.check_same_network(logdir, other)
     text = str(error.value)
     assert '--torso was "deep" and is now "shallow"' in text
     assert '(shape of the frames) was [72, 96, 3] and is now [84, 84, 4]' in text
     assert '--core_size was not set and is now 8' in text
-    assert 'use_lstm' not in text and '\n' not in text
+    assert '--core ' not in text and '\n' not in text
     assert run_settings.stored_settings(logdir) == stored
 
     for damage, what in (

@@ -33,12 +33,12 @@ print(json.dumps(rows))
 """
 
 
-@pytest.mark.parametrize(('use_lstm', 'popart'), [(True, False), (False, False), (False, True)])
-def test_the_exported_model_acts_like_the_agent(tmp_path, use_lstm, popart):
+@pytest.mark.parametrize(
+    ('core', 'popart'), [('lstm', False), ('none', False), ('own_cores:Stack', True)]
+)
+def test_the_exported_model_acts_like_the_agent(tmp_path, core, popart):
     logdir = tmp_path / 'run'
-    training.train(
-        config(logdir, use_lstm=str(use_lstm).lower(), popart=popart, total_environment_frames=20)
-    )
+    training.train(config(logdir, core=core, popart=popart, total_environment_frames=20))
     output = tmp_path / 'model'
     assert export.main([str(logdir), f'--output={output}']) == 0
 
@@ -63,7 +63,7 @@ def test_the_exported_model_acts_like_the_agent(tmp_path, use_lstm, popart):
     rows = json.loads(result.stdout)
 
     network, spec = export.spec_of_run(str(logdir))
-    assert network.use_lstm == use_lstm
+    assert network.core == core
     agent = Agent(network, spec)
     restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
     restored.restore(str(logdir / 'checkpoints' / 'ckpt-1')).expect_partial()
@@ -113,11 +113,11 @@ def test_an_autoencoder_is_exported_without_its_decoder(tmp_path, monkeypatch):
 def test_observations_keep_their_type(tmp_path, level, shape, dtype):
     """The network scales bytes but not floats."""
     logdir = tmp_path / 'run'
-    run = config(logdir, level_name=level, torso='mlp', use_lstm='false')
+    run = config(logdir, level_name=level, torso='mlp', core='none')
     training.train(run)
     assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
     agent = Agent(
-        AgentConfig(torso='mlp', use_lstm=False),
+        AgentConfig(torso='mlp', core='none'),
         EnvironmentSpec({'frame': ArraySpec(shape, dtype)}, 2, 1),
     )
     restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
@@ -138,7 +138,7 @@ def test_observations_keep_their_type(tmp_path, level, shape, dtype):
 def test_all_observations_are_inputs_of_the_exported_model(tmp_path):
     logdir = tmp_path / 'run'
     run = config(
-        logdir, level_name='space_levels:mixed', torso='shallow', use_lstm='false',
+        logdir, level_name='space_levels:mixed', torso='shallow', core='none',
         width=40, height=36, total_environment_frames=40,
     )  # fmt: skip
     training.train(run)
@@ -206,7 +206,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
     assert 'is not the folder of a training run' in capsys.readouterr().err
     settings = {
         'torso': 'mlp',
-        'use_lstm': False,
+        'core': 'none',
         'popart_levels': [],
         'latent_size': 64,
         'actions': 2,
@@ -220,7 +220,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
     assert 'There is no checkpoint in' in capsys.readouterr().err
     for change, sentence in (
         ({'torso': 3}, "'torso' is 3."),
-        ({'use_lstm': 'no'}, "'use_lstm' is 'no'."),
+        ({'core_size': 'no'}, "'core_size' is 'no'."),
         ({'actions': True}, "'actions' is True."),
         ({'actions': -2}, "'actions' is -2."),
         ({'actions': {'categories': [2]}}, "'actions' is {'categories': [2]}."),

@@ -23,7 +23,7 @@ def test_every_action_space_trains(tmp_path, level):
         level_name=f'space_levels:{level}',
         info_action_mask=level == 'masked',
         clip_actions=level == 'unbounded',
-        use_lstm='true' if level == 'mixture' else 'false',
+        core='lstm' if level == 'mixture' else 'none',
         **LOSSES[LEVELS.index(level) % 2],
     )
     training.train(run)

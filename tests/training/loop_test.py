@@ -38,7 +38,7 @@ def test_learners_agree_on_all_that_shapes_an_environment():
     settings = training_run.shared_settings(
         run,
         EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 4),
-        AgentConfig(torso='mlp', use_lstm=False),
+        AgentConfig(torso='mlp', core='none'),
     )
     # The level's action repeats, even if no flag sets them.
     expected = {**run.environment.agreed('jobs'), 'num_action_repeats': 4}
@@ -252,7 +252,8 @@ CHOICES = {
     'torso': ('auto', 'autoencoder'),
     'latent_size': (64, 5),
     'autoencoder_cost': (1.0, 0.0),
-    'use_lstm': (False, True),
+    'core': ('none', 'lstm', 'gru', 'own_cores:Stack'),
+    'core_size': (256, 5),
     'popart': (False, True),
     'initializer': ('truncated_normal', 'orthogonal'),
     'compute_dtype': ('float32', 'bfloat16'),
@@ -274,7 +275,7 @@ CHOICES = {
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
     'debug': (False, True),
 }
-NUM_CANDIDATES = 400
+NUM_CANDIDATES = 800
 
 
 def _pairs(choice):
@@ -339,6 +340,8 @@ def test_only_pairs_refused_by_name_never_train():
     refused = {
         (('torso', 'auto'), ('latent_size', 5)),
         (('torso', 'auto'), ('autoencoder_cost', 0.0)),
+        (('core', 'none'), ('core_size', 5)),
+        (('core', 'own_cores:Stack'), ('core_size', 5)),
         (('popart', True), ('target_update_steps', 2)),
         (('loss', 'vtrace'), ('clip_epsilon', 0.1)),
         (('loss', 'vtrace'), ('target_update_steps', 2)),

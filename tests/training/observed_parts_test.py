@@ -17,7 +17,7 @@ def test_images_numbers_and_texts_train_together_and_are_tested(tmp_path):
         width=40,
         height=36,
         torso='shallow',
-        use_lstm='true',
+        core='lstm',
         loss='vtrace',
         replay_fraction=0.5,
     )
@@ -52,7 +52,7 @@ def test_image_number_and_text_are_all_used(tmp_path):
         width=40,
         height=36,
         torso='shallow',
-        use_lstm='false',
+        core='none',
         **LEARNING,
         learning_rate=0.003,
         discounting=0.1,
