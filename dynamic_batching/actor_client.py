@@ -185,6 +185,22 @@ class ActorClient:
         """
         return self._send(float(reward), frames, end, observation, False)
 
+    def begin(self, end: int, observation: Sequence[np.ndarray]) -> dict[int, float]:
+        """Sends the first row of an episode after a row that was the last of the one before.
+
+        Usually `send` does both in one row. This row has reward 0; no step led to it, so it has the
+        return, steps and frames of the row before.
+
+        Args:
+          end: how the episode before ended, TERMINATED or TRUNCATED.
+          observation: see `start`.
+
+        Returns, Raises: see `send`.
+        """
+        if self._is_idle(self._handle):
+            raise RuntimeError('the actor has not started')
+        return self._send(0.0, 0, end, observation, True)
+
     def finish(self) -> None:
         """Ends this actor: batches then need proportionally fewer rows."""
         self._finish(self._handle)
@@ -224,7 +240,7 @@ class ActorClient:
         frames: int,
         end: int,
         observation: Sequence[np.ndarray],
-        is_first: bool,
+        is_begin: bool,
     ) -> dict[int, float]:
         unroll, row = self._position[0], self._position[1]
         for target, array, spec in zip(self._arrays, observation, self._specs, strict=True):
@@ -234,7 +250,7 @@ class ActorClient:
                     f'{spec[1]} {list(spec[0])}'
                 )
             target[unroll, row] = array
-        result = self._send_row(self._handle, reward, frames, end, is_first)
+        result = self._send_row(self._handle, reward, frames, end, is_begin)
         if not result:
             return {}
         if result < 0:

@@ -20,9 +20,11 @@ def penalized_loss(inputs, config):
     """
     loss = vtrace_loss(inputs, config)
     # Row t + 1 of the agent's outputs is what the behaviour policy made of row t.
-    penalty = inputs.actions.sum_of_kl_divergences(
+    divergences = inputs.actions.kl_divergence(
         tf.stop_gradient(inputs.agent_outputs.policy[1:]), inputs.learner_outputs.policy[:-1]
     )
+    # With --bootstrap_truncated some transitions are no steps, and must not count.
+    penalty = inputs.sum_over_steps(divergences)
     return Loss(
         total=loss.total + PENALTY_COST * penalty,
         parts=loss.parts | {'penalty': penalty},  # Logged as loss/penalty.

@@ -378,6 +378,11 @@ class EnvironmentConfig(_Checked):
         high=1_000_000,
         agreement='jobs',
     )
+    bootstrap_truncated: bool = setting(
+        False,
+        'After a time limit (truncated), continue the return by the value of the last observation.',
+        agreement='jobs',
+    )
     sticky_actions: float = setting(
         0.0,
         'Atari: probability that a frame repeats the previous action (Machado et al., 2018: 0.25).',

@@ -59,12 +59,18 @@ class StepOutput(NamedTuple):
       done: bool `[T+1, B]`; where True, `observation` is the first of the next episode.
       observation: dict: `'frame'` uint8 `[T+1, B, H, W, C]` (or f32 `[T+1, B, N]` for environments
         without images), and `'instruction'` i32 `[T+1, B, L]` where the environment speaks.
+      is_step: bool `[T+1, B]`, for the loss with `bootstrap_truncated`, else `()`: whether a step
+        of the environment led to this row. If not, the row before has the last observation of an
+        episode that was truncated, whose action the environment never saw, and this row the first
+        one of the next episode.
     """
 
     reward: Any
     info: StepOutputInfo
     done: Any
     observation: Any
+    # `()` has no tensors for the functions that map nests; None would count as one.
+    is_step: Any = ()
 
 
 class AgentOutput(NamedTuple):

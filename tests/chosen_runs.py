@@ -19,7 +19,11 @@ def run_of(logdir, choice):
         logdir,
         **choice,
         # Odd frames with instructions, or vectors.
-        level_name='levels:picture' if choice['torso'] == 'autoencoder' else 'levels:short',
+        level_name=(
+            'levels:picture_truncated'
+            if choice['torso'] == 'autoencoder'
+            else 'levels:short_truncated'
+        ),
         batch_size=2 * num_devices(choice),
         total_environment_frames=num_frames(choice),
     )

@@ -21,9 +21,10 @@ STEPS_PER_LIFE = 4
 class _Level(environments.Environment):
     """Two actions, a vector of two numbers, and episodes of `length` steps with reward 1 each."""
 
-    def __init__(self, length: int = 10) -> None:
+    def __init__(self, length: int = 10, end: EpisodeEnd = EpisodeEnd.TERMINATED) -> None:
         self.spec = EnvironmentSpec({'frame': ArraySpec((2,), 'float32')}, 2, 1)
         self.length = length
+        self.end = end
         self.steps = 0
 
     def reset(self) -> dict[str, np.ndarray]:
@@ -33,8 +34,14 @@ class _Level(environments.Environment):
     def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
         self.steps += 1
         if self.steps == self.length:
-            return 1.0, EpisodeEnd.TERMINATED, self.reset()
+            if self.end == EpisodeEnd.TRUNCATED:
+                self.last_observation = self.make_last_observation()
+            return 1.0, self.end, self.reset()
         return 1.0, EpisodeEnd.NOT_ENDED, {'frame': self._numbers(1)}
+
+    def make_last_observation(self) -> dict[str, np.ndarray] | None:
+        """Returns the last observation of an episode that the time limit has ended."""
+        return {'frame': self._numbers(1)}
 
     def _numbers(self, number: int) -> np.ndarray:
         return np.full(self.spec.observation['frame'].shape, number, np.float32)
@@ -180,8 +187,8 @@ class _Mortal(_Seeded):
 class _Picture(_Level):
     """A white 4x4 square moves right on grey; frames have odd sizes and an instruction."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, end: EpisodeEnd = EpisodeEnd.TERMINATED) -> None:
+        super().__init__(end=end)
         self.spec = EnvironmentSpec(
             {
                 'frame': ArraySpec((21, 35, 3), 'uint8'),
@@ -198,6 +205,9 @@ class _Picture(_Level):
     def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
         reward, end, _ = super().step(action)
         return reward, end, self._observation()
+
+    def make_last_observation(self) -> dict[str, np.ndarray]:
+        return self._observation()
 
     def _observation(self) -> dict[str, np.ndarray]:
         frame = np.full((21, 35, 3), 60, np.uint8)
@@ -223,11 +233,35 @@ class _Determined(_Level):
         return self.random.random(2, np.float32)
 
 
+class _Timed(_Level):
+    """The observation tells the step. Episodes are truncated; the last observation is missing."""
+
+    def __init__(self) -> None:
+        super().__init__(end=EpisodeEnd.TRUNCATED)
+        self.spec = EnvironmentSpec({'frame': ArraySpec((self.length,), 'float32')}, 2, 1)
+
+    def reset(self) -> dict[str, np.ndarray]:
+        super().reset()
+        return self._observation()
+
+    def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
+        reward, end, _ = super().step(action)
+        return reward, end, self._observation()
+
+    def make_last_observation(self) -> None:
+        return None
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {'frame': np.eye(self.length, dtype=np.float32)[self.steps]}
+
+
 class _Constant(_Level):
     """All observations are the same array, of the given shape and dtype."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
-        super().__init__()
+    def __init__(
+        self, shape: tuple[int, ...], dtype: str, end: EpisodeEnd = EpisodeEnd.TERMINATED
+    ) -> None:
+        super().__init__(end=end)
         self.spec = EnvironmentSpec({'frame': ArraySpec(shape, dtype)}, 2, 1)
         self.frame = np.full(shape, 1, dtype)
 
@@ -238,6 +272,9 @@ class _Constant(_Level):
     def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
         reward, end, _ = super().step(action)
         return reward, end, {'frame': self.frame}
+
+    def make_last_observation(self) -> dict[str, np.ndarray]:
+        return {'frame': self.frame}
 
 
 def never_made(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
@@ -289,6 +326,11 @@ def lives(seed: int, config: environments.EnvironmentConfig) -> environments.Env
 def short(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has episodes of 5 steps."""
     return _Level(5)
+
+
+def short_truncated(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has episodes of 5 steps, cut off by a time limit."""
+    return _Level(5, EpisodeEnd.TRUNCATED)
 
 
 def long(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
@@ -344,6 +386,26 @@ def determined(seed: int, config: environments.EnvironmentConfig) -> environment
 def picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has frames and instructions."""
     return _Picture()
+
+
+def picture_truncated(
+    seed: int, config: environments.EnvironmentConfig
+) -> environments.Environment:
+    """Has frames and instructions, and episodes of 10 steps, cut off by a time limit."""
+    return _Picture(EpisodeEnd.TRUNCATED)
+
+
+def timeless(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has one observation only, and episodes of 10 steps, cut off by a time limit."""
+    return _Constant((2,), 'float32', EpisodeEnd.TRUNCATED)
+
+
+def timed(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has observations that tell the step, and episodes of 10 steps, cut off by a time limit.
+
+    It does not return the last observation of an episode.
+    """
+    return _Timed()
 
 
 def float_picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

@@ -73,16 +73,29 @@ def create_learner(agent, changes, batch_size, strategy=None):
     return Learner(agent(), settings, strategy, target_agent, decoder)
 
 
-def joined_batch(update, state, has_images):
-    """Returns the batch that all learners share."""
+def joined_batch(update, learner):
+    """Returns the batch that all learners share.
+
+    That of an agent with a target network or PopArt has transitions that are no steps.
+    """
+    agent, has_images = learner.agent, learner.decoder is not None
+    state = () if isinstance(agent, EmbeddingAgent) else agent.initial_state(BATCH_SIZE)
+    has_cuts = learner.target_agent is not None or agent.popart is not None
     batch = (batch_of_images if has_images else batch_of)(config(BATCH_SIZE), state, seed=update)
     rewards = batch.env_outputs.reward.numpy()
     if update == POISONED:
         rewards[2, -1] = np.nan
+    env_outputs = batch.env_outputs._replace(reward=tf.constant(rewards))
+    if has_cuts:
+        # Their number differs between the parts of the batch.
+        is_step = np.ones_like(rewards, bool)
+        is_step[[2, 4, 3], [0, 0, 3]] = False
+        is_step = tf.constant(is_step)
+        env_outputs = env_outputs._replace(done=env_outputs.done | ~is_step, is_step=is_step)
     return batch._replace(
         level_id=tf.constant([0, 1, 1, 2]),
         policy_version=tf.constant([0, 0, 0, -update], tf.int64),
-        env_outputs=batch.env_outputs._replace(reward=tf.constant(rewards)),
+        env_outputs=env_outputs,
     )
 
 
@@ -113,11 +126,9 @@ def replayed_share(learner, part, num_parts):
 
 def train(learner, part=0, num_parts=1):
     """Yields, for each update, what `step` returned and the learner's variables."""
-    uses_state = isinstance(learner.agent, EmbeddingAgent)
     for update in range(UPDATES):
-        state = () if uses_state else learner.agent.initial_state(BATCH_SIZE)
         is_replayed = replayed_share(learner, part, num_parts)
-        batch = share(joined_batch(update, state, learner.decoder is not None), part, num_parts)
+        batch = share(joined_batch(update, learner), part, num_parts)
         metrics = learner.step(batch, is_replayed=is_replayed)
         yield metrics, learner.variables
 
@@ -125,11 +136,10 @@ def train(learner, part=0, num_parts=1):
 def train_by_pipelines(learner):
     """Like `train`, but each device's part of a batch has its own pipeline."""
     num_parts = len(learner.devices)
-    state = learner.agent.initial_state(BATCH_SIZE)
     # Each part comes with what is replayed of it, because either device may ask for it.
     pieces = iter(
         (
-            share(joined_batch(update, state, learner.decoder is not None), part, num_parts),
+            share(joined_batch(update, learner), part, num_parts),
             replayed_share(learner, part, num_parts),
         )
         for update in range(UPDATES)

@@ -161,16 +161,17 @@ EXPORT int actor_client_is_idle(void* handle) {
 }
 
 // Sends the row whose observation the caller has already written. `frames` is the duration of the
-// last action; `is_first` marks the first row of the first episode. Returns kClosed if the batcher
-// is closed, kOutOfOrder if the previous action was not waited for or the first row was not sent as
-// such, and otherwise ActorBlock::non_finite of the row.
-EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int end, int is_first) {
+// last action; `is_begin` marks a row that begins an episode and to which no action led, as the very
+// first row. Returns kClosed if the batcher is closed, kOutOfOrder if the previous action was not
+// waited for or the very first row was not sent as such, and otherwise ActorBlock::non_finite of the
+// row.
+EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int end, int is_begin) {
   auto* client = static_cast<Client*>(handle);
   SegmentHeader* header = client->header;
   ActorBlock* block = client->block;
   if (header->closed.load(std::memory_order_acquire)) return kClosed;
-  if (client->is_waiting || (!is_first && client->returned_at == 0)) return kOutOfOrder;
-  if (!is_first) {
+  if (client->is_waiting || (!is_begin && client->returned_at == 0)) return kOutOfOrder;
+  if (!is_begin) {
     client->episode_return += reward;
     client->episode_step += 1;
     client->episode_frames += frames;

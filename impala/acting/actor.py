@@ -97,7 +97,12 @@ class NonFiniteWarnings:
 
 
 class Player:
-    """An actor of Figure 1: an environment, and its client of the batcher, which has the policy."""
+    """An actor of Figure 1: an environment, and its client of the batcher, which has the policy.
+
+    With `bootstrap_truncated`, a truncated episode has one more row, with its last observation. The
+    environment does not see the action for that row. The next row begins the next episode, and it
+    alone has TRUNCATED as its end; see `is_step` of `impala.trajectory.StepOutput`.
+    """
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class Player:
         client: ActorClient,
         level_name: str,
         warnings: NonFiniteWarnings,
+        bootstrap_truncated: bool = False,
     ):
         """Prepares; nothing is played yet.
 
@@ -113,6 +119,7 @@ class Player:
           client: with the observations and actions of the environment's spec.
           level_name: for warnings.
           warnings: takes values that are not finite.
+          bootstrap_truncated: see above.
         """
         spec = environment.spec
         self._environment = environment
@@ -122,6 +129,9 @@ class Player:
         self._names = tuple(spec.observation)
         self._is_scalar, self._to_environment = spec.action.is_scalar, spec.action.to_environment
         self._is_series = isinstance(environment, EpisodeSeries)
+        self._bootstrap_truncated = bootstrap_truncated
+        # The next episode's first observation, while the last one waits for its action.
+        self._upcoming: environments.Observation | None = None
 
     def start(self) -> None:
         """Resets the environment and asks for the first action.
@@ -152,34 +162,63 @@ class Player:
         Raises:
           ClosedError: the batcher is closed.
           ContractError: the environment returned what it did not declare.
+          LevelError: the environment cannot be played, or does not return its last observation.
         """
-        environment, names = self._environment, self._names
+        environment = self._environment
         try:
             action = self._client.wait()
+            if self._upcoming is not None:
+                observation, self._upcoming = self._upcoming, None
+                self._send(observation, None)
+                return
             if not self._is_scalar:
                 action = self._to_environment(action)
             reward, end, observation = environment.step(action)
+            frames = environment.spec.num_action_repeats
+            if end and end != EpisodeEnd.LIFE_LOST:
+                # The episode may have ended during the action.
+                frames = environment.last_action_frames or frames
+            if self._bootstrap_truncated and end == EpisodeEnd.TRUNCATED:
+                self._upcoming, observation = observation, self._last_observation()
+                end = EpisodeEnd.NOT_ENDED
         except environments.DeclarationError as error:
             raise ContractError(str(error)) from error
-        frames = environment.spec.num_action_repeats
-        if end and end != EpisodeEnd.LIFE_LOST:
-            # The episode may have ended during the action.
-            frames = environment.last_action_frames or frames
+        self._send(observation, (reward, end, frames))
+
+    def _send(
+        self, observation: environments.Observation, step: tuple[float, EpisodeEnd, int] | None
+    ) -> None:
+        """Sends the row of a step (reward, end, frames), or one with which an episode begins."""
+        client = self._client
         try:
-            non_finite = self._client.send(
-                reward, end, [observation[name] for name in names], frames
-            )
+            arrays = [observation[name] for name in self._names]
+            if step is None:
+                non_finite = client.begin(EpisodeEnd.TRUNCATED, arrays)
+            else:
+                reward, end, frames = step
+                non_finite = client.send(reward, end, arrays, frames)
         except (AttributeError, KeyError, TypeError, ValueError):
-            _explain(self._level_name, environment.spec, observation)
+            _explain(self._level_name, self._environment.spec, observation)
             raise
         if non_finite:
             self._warnings.warn(self._level_name, non_finite, not self._is_series)
+
+    def _last_observation(self) -> environments.Observation:
+        observation = self._environment.last_observation
+        if observation is None:
+            raise LevelError(
+                f'{self._level_name!r} ended an episode with TRUNCATED without a last_observation, '
+                'which --bootstrap_truncated needs: have its step set that attribute, or leave the '
+                'flag out.'
+            )
+        return observation
 
 
 def act(
     environment_list: Sequence[environments.Environment],
     clients: Sequence[ActorClient],
     level_names: Sequence[str],
+    bootstrap_truncated: bool = False,
 ) -> None:
     """Plays until the batcher is closed.
 
@@ -192,15 +231,16 @@ def act(
       environment_list: at least one.
       clients: the client of each environment.
       level_names: the level of each environment, for warnings.
+      bootstrap_truncated: see `Player`.
 
     Raises:
       ClosedError: the batcher was closed.
-      LevelError: an environment cannot be played.
+      LevelError: see `Player.step`.
       ContractError: an environment returned, after its first reset, what it did not declare.
     """
     warnings = NonFiniteWarnings(tuple(environment_list[0].spec.observation))
     players = [
-        Player(environment, client, level_name, warnings)
+        Player(environment, client, level_name, warnings, bootstrap_truncated)
         for environment, client, level_name in zip(
             environment_list, clients, level_names, strict=True
         )
@@ -327,6 +367,8 @@ def main(settings: dict[str, Any]) -> int:
                         for actor in settings['actors']
                     ],
                     settings['level_names'],
+                    # No one learns from a test.
+                    config.bootstrap_truncated and 'episodes' not in settings,
                 )
             except ClosedError:
                 return CLOSED_EXIT_CODE

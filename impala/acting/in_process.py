@@ -117,7 +117,15 @@ class InProcessPool:
                 client = ActorClient(
                     self._source.batcher.fd, actor, observations, self._spec.action.array
                 )
-                self._players.append(Player(environment, client, level_name, warnings))
+                self._players.append(
+                    Player(
+                        environment,
+                        client,
+                        level_name,
+                        warnings,
+                        self._config.bootstrap_truncated,
+                    )
+                )
             self._stack = stack.pop_all()
         return self
 

@@ -87,6 +87,7 @@ class AtariEnvironment(Environment):
         self._max_noops = config.max_noops
         self._frames_per_noop = config.frames_per_noop
         self._lives_count = config.end_episode_on_life_loss
+        self._keeps_last_observation = config.bootstrap_truncated
         self._lives = 0
 
         screen_shape = ale.getScreenDims()
@@ -160,13 +161,12 @@ class AtariEnvironment(Environment):
         if ale.game_over():
             end = EpisodeEnd.TRUNCATED if ale.game_truncated() else EpisodeEnd.TERMINATED
             self.last_action_frames = ale.getEpisodeFrameNumber() - first_frame
+            if self._keeps_last_observation and end == EpisodeEnd.TRUNCATED:
+                self._push_screen()
+                self.last_observation = {'frame': self._stack.array.copy()}
             return float(reward), end, self.reset()
 
-        ale.getScreenGrayscale(self._screen)
-        if self._pool_two_frames:
-            np.maximum(self._screen, self._previous_screen, out=self._screen)
-        self._stack.push(self._screen)
-
+        self._push_screen()
         end = EpisodeEnd.NOT_ENDED
         if self._lives_count:
             lives = ale.lives()
@@ -174,6 +174,12 @@ class AtariEnvironment(Environment):
                 end = EpisodeEnd.LIFE_LOST
             self._lives = lives
         return float(reward), end, self._observation
+
+    def _push_screen(self) -> None:
+        self._ale.getScreenGrayscale(self._screen)
+        if self._pool_two_frames:
+            np.maximum(self._screen, self._previous_screen, out=self._screen)
+        self._stack.push(self._screen)
 
 
 class _FrameStack:

@@ -130,6 +130,13 @@ class _Checked(Environment):
     def last_action_frames(self) -> int | None:  # type: ignore[override]
         return self._environment.last_action_frames
 
+    @property
+    def last_observation(self) -> Observation | None:  # type: ignore[override]
+        observation = self._environment.last_observation
+        if observation is not None:
+            check_observation(self._level_name, self.spec, observation)
+        return observation
+
     def reset(self) -> Observation:
         observation = self._environment.reset()
         check_observation(self._level_name, self.spec, observation)

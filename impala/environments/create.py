@@ -83,6 +83,13 @@ def create_environment(
         return _create_by_callable(level_name, seed, config)
     _refuse(level_name, config, _OF_GYMNASIUM, _OTHER_FLAGS)
     _refuse(level_name, config, _OF_ATARI, 'which is not an Atari game')
+    _refuse(
+        level_name,
+        config,
+        ('bootstrap_truncated',),
+        'since DeepMind Lab does not say whether a time limit has ended an episode, and returns no '
+        'last observation',
+    )
     return DeepMindLabEnvironment(level_name, seed, config)
 
 

@@ -33,6 +33,10 @@ class Environment(abc.ABC):
     # Frames that the last action lasted; None means `spec.num_action_repeats`. Read only after
     # TERMINATED or TRUNCATED, since the end of an episode may cut an action short.
     last_action_frames: int | None = None
+    # The last observation of the episode that ended with TRUNCATED, in arrays that the reset has
+    # not overwritten; None if the environment does not return it. Read only then, and only with
+    # `EnvironmentConfig.bootstrap_truncated`.
+    last_observation: Observation | None = None
 
     @property
     def frames_per_second(self) -> float | None:

@@ -53,6 +53,7 @@ class GymnasiumEnvironment(Environment):
         self._env = env
         self._repeats = repeats
         self._seed: int | None = seed
+        self._keeps_last_observation = config.bootstrap_truncated
         self._picture: MiniGridPicture | None = None
         size: tuple[int, int] | None = (config.width, config.height)
         try:
@@ -154,7 +155,12 @@ class GymnasiumEnvironment(Environment):
                 truncated = self._truth('truncated', truncated)
                 if terminated or truncated:
                     self.last_action_frames = frames
-                    return total_reward, self._end(terminated, truncated), self.reset()
+                    end = self._end(terminated, truncated)
+                    if self._keeps_last_observation and end == EpisodeEnd.TRUNCATED:
+                        arrays = self._convert(observation, info, is_first=False)
+                        # The reset overwrites the arrays.
+                        self.last_observation = {name: arrays[name].copy() for name in arrays}
+                    return total_reward, end, self.reset()
         return total_reward, EpisodeEnd.NOT_ENDED, self._convert(observation, info, is_first=False)
 
     def seed_next(self, seed: int) -> bool:

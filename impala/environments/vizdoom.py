@@ -20,6 +20,9 @@ class VizdoomEnvironment(GymnasiumEnvironment):
     settings to the current folder. Here it runs in a temporary folder and ends with the process
     that started it (if `setpriv` of util-linux is installed), and the names of its shared memory
     are removed as soon as both sides have opened it.
+
+    At its own time limit ViZDoom returns zeros. With `bootstrap_truncated` the limit is kept here
+    instead, at the same tic, so that there is a last observation.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class VizdoomEnvironment(GymnasiumEnvironment):
 
         Args, Raises: see `GymnasiumEnvironment`.
         """
+        if config.bootstrap_truncated:
+            env = _with_last_observation(env)
         super().__init__(level_name, env, repeats, seed, config)
         self._repeats = 1
         self._folder = tempfile.mkdtemp(prefix='vizdoom_', dir=config.temp_folder)
@@ -76,3 +81,29 @@ class VizdoomEnvironment(GymnasiumEnvironment):
         self.last_action_frames = tic - self._first_tic
         # ViZDoom reports an episode that ran out of time as both.
         return EpisodeEnd.TRUNCATED if truncated else EpisodeEnd.TERMINATED
+
+
+def _with_last_observation(env: Any) -> Any:
+    """Returns an environment that truncates an episode itself, at the same time limit."""
+    import gymnasium
+
+    doom = env.unwrapped
+
+    class TimeLimit(gymnasium.Wrapper):
+        """Ends episodes in place of the game, which goes on until it is reset."""
+
+        def __init__(self) -> None:
+            super().__init__(env)
+            self._tics = doom.game.get_episode_timeout()
+            self._repeats = doom.frame_skip
+            doom.game.set_episode_timeout(0)
+
+        def step(self, action: Any) -> Any:
+            end = doom.game.get_episode_start_time() + self._tics
+            doom.frame_skip = min(self._repeats, end - doom.game.get_episode_time())
+            observation, reward, terminated, _, info = self.env.step(action)
+            is_over = doom.game.get_episode_time() >= end
+            return observation, reward, terminated, is_over and not terminated, info
+
+    has_limit = doom.game.get_episode_timeout() > 0
+    return TimeLimit() if has_limit and doom.treat_episode_timeout_as_truncation else env

@@ -174,6 +174,7 @@ def settings_of_test(config: Config, num_levels: int) -> Config:
         environment=dataclasses.replace(
             config.environment,
             end_episode_on_life_loss=False,
+            bootstrap_truncated=False,
             is_test=True,
             render=config.test.save_video > 0,
         ),

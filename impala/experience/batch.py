@@ -35,13 +35,30 @@ class UnrollBatch(NamedTuple):
     ends: tf.Tensor
     is_replayed: tf.Tensor
 
+    def for_loss(self, bootstrap_truncated: bool) -> ActorOutput:
+        """Returns the unrolls with what the loss needs to know of the ends of episodes.
+
+        Args:
+          bootstrap_truncated: setting of the actors; see `impala.acting.actor.act`.
+        """
+        output = self.actor_output
+        if not bootstrap_truncated:
+            return output
+        # Such actors send TRUNCATED only with the row after the last observation.
+        is_step = tf.not_equal(self.ends, int(EpisodeEnd.TRUNCATED))
+        return output._replace(env_outputs=output.env_outputs._replace(is_step=is_step))
+
 
 # Makes a batch of fresh unrolls, a number of which it gets from its argument, and of others.
 Mix = Callable[[Callable[[int], UnrollBatch]], UnrollBatch]
 
 
 def unroll_components(
-    spec: EnvironmentSpec, state_spec: Any, unroll_length: int, num_levels: int
+    spec: EnvironmentSpec,
+    state_spec: Any,
+    unroll_length: int,
+    num_levels: int,
+    bootstrap_truncated: bool = False,
 ) -> list[UnrollArray]:
     """Returns the arrays that an unroll consists of on its way to the learner.
 
@@ -53,7 +70,10 @@ def unroll_components(
       state_spec: nest of `ArraySpec`, of the agent.
       unroll_length: T.
       num_levels: of the run.
+      bootstrap_truncated: setting of the actors. It gives the ends of episodes another meaning and
+        another name, so that a replay job does not mix the two.
     """
+    end = 'bootstrapped_end' if bootstrap_truncated else 'end'
     rows = unroll_length + 1
 
     def row(name: str, array: ArraySpec, low: int | None = None, high: int | None = None):
@@ -73,7 +93,7 @@ def unroll_components(
         row('episode_return', ArraySpec((), 'float32')),
         row('episode_step', ArraySpec((), 'int32'), 0),
         row('episode_frames', ArraySpec((), 'int32'), 0),
-        row('end', ArraySpec((), 'uint8'), 0, max(EpisodeEnd)),
+        row(end, ArraySpec((), 'uint8'), 0, max(EpisodeEnd)),
         *[
             row(name, array, 0 if name in highest else None, highest.get(name))
             for name, array in spec.observation.items()

@@ -263,7 +263,10 @@ class Learner(tf.Module):
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
         popart = self.agent.popart
-        moments = None if popart is None else popart.moments(targets, batch.level_id)
+        moments = None
+        if popart is not None:
+            is_step = losses.steps(batch.env_outputs)
+            moments = popart.moments(targets, batch.level_id, is_step)
         if self._strategy is not None:
             total, parts, gradients, moments = _join(total, parts, gradients, moments)
             lag, is_replayed = _gather(lag, is_replayed)

@@ -120,17 +120,28 @@ def clipped_surrogate_loss(
 
 
 def normalize(
-    values: tf.Tensor, sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+    values: tf.Tensor,
+    sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity,
+    is_counted: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Returns values shifted and scaled to mean 0 and standard deviation 1.
 
     Args:
       values: f32, any shape.
       sum_over_replicas: sums an f32 scalar over all replicas, each with a part of the batch.
+      is_counted: bool, same shape: the values that count; the others become 0. None: all do.
 
     Returns:
       f32, same shape; zeros if all values are equal.
     """
+    if is_counted is not None:
+        count = sum_over_replicas(tf.reduce_sum(tf.cast(is_counted, tf.float32)))
+        # A short unroll may have no value that counts.
+        count = tf.maximum(count, 1.0)
+        mean = sum_over_replicas(_sum(values, is_counted)) / count
+        deviations = tf.where(is_counted, values - mean, 0.0)
+        variance = sum_over_replicas(tf.reduce_sum(tf.square(deviations))) / count
+        return deviations / (tf.sqrt(variance) + 1e-8)
     count = sum_over_replicas(tf.cast(tf.size(values), tf.float32))
     deviations = values - sum_over_replicas(tf.reduce_sum(values)) / count
     variance = sum_over_replicas(tf.reduce_sum(tf.square(deviations))) / count
@@ -146,7 +157,7 @@ class LossInputs:
       agent_outputs: of the behaviour policy, `[T+1, B, ...]`.
       learner_outputs: of the policy being learned on the same rows, `[T+1, B, ...]`; its `action`
         is not used.
-      env_outputs: `[T+1, B, ...]`; only `reward` and `done` are used.
+      env_outputs: `[T+1, B, ...]`; only `reward`, `done` and `is_step` are used.
       value_stddev: f32 `[B]`, sigma of `impala.networks.popart`: baseline errors and advantages
         count in this unit. None stands for 1.
       entropy_cost: f32 scalar that replaces the configured one, if that changes over the run.
@@ -164,6 +175,20 @@ class LossInputs:
     target_outputs: AgentOutput | None = None
     sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity
 
+    @property
+    def is_step(self) -> tf.Tensor | None:
+        """Whether the environment made a step between rows t and t + 1, bool `[T, B]`.
+
+        Where it did not, row t has the last observation of a truncated episode, whose value the
+        return continues with, and row t + 1 the first observation of the next episode. No term of
+        a loss may count such a transition. None if all are steps: without `bootstrap_truncated`.
+        """
+        return steps(self.env_outputs)
+
+    def sum_over_steps(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the sum of values f32 `[T, B]` over the transitions that are steps."""
+        return tf.reduce_sum(values) if self.is_step is None else _sum(values, self.is_step)
+
 
 class Loss(NamedTuple):
     """The loss of a batch.
@@ -179,11 +204,18 @@ class Loss(NamedTuple):
     targets: tf.Tensor
 
 
+def steps(env_outputs: StepOutput) -> tf.Tensor | None:
+    """Returns `LossInputs.is_step` of environment outputs `[T+1, B, ...]`."""
+    is_step = env_outputs.is_step
+    return None if isinstance(is_step, tuple) else is_step[1:]
+
+
 def vtrace_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     """Computes the loss of section 4.2; a target network is not used.
 
     The learner's outputs at row t are compared with the action and the reward at row t + 1, and
-    the last baseline bootstraps the return.
+    the last baseline bootstraps the return. Where `inputs.is_step` is False, rho and c are 0: the
+    target is the baseline, and no term counts the transition.
 
     Args:
       inputs: of a batch.
@@ -201,7 +233,7 @@ def vtrace_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     rewards, discounts = _rewards_and_discounts(inputs.env_outputs, config)
     log_probs, behaviour_log_probs = _log_probs(inputs, learner_outputs)
     targets = vtrace.from_importance_weights(
-        log_rhos=log_probs - behaviour_log_probs,
+        log_rhos=_log_rhos(log_probs - behaviour_log_probs, inputs.is_step),
         discounts=discounts,
         rewards=rewards,
         values=baseline,
@@ -219,7 +251,7 @@ def vtrace_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     parts = {
         'policy_gradient': policy_gradient_loss(log_probs, advantages),
         'baseline': baseline_loss(errors),
-        'entropy': -inputs.actions.sum_of_entropies(learner_outputs.policy[:-1]),
+        'entropy': -_sum_of_entropies(inputs, learner_outputs.policy[:-1]),
     }
     return Loss(_weighted(parts, config, inputs.entropy_cost), parts, targets.vs)
 
@@ -239,6 +271,8 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     ratio is `min(mu / pi_target, rho) pi / mu = pi / max(pi_target, mu / rho)`, and V-trace uses
     pi_target and its baseline.
 
+    Where `inputs.is_step` is False, rho and c are 0, and no term counts the transition.
+
     Args:
       inputs: of a batch.
       config: weights, discount and thresholds.
@@ -252,7 +286,7 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
       ValueError: shapes do not fit together; or an unknown reward clipping.
     """
     actions, learner_outputs = inputs.actions, inputs.learner_outputs
-    target_outputs = inputs.target_outputs
+    target_outputs, is_step = inputs.target_outputs, inputs.is_step
     policy = learner_outputs.policy[:-1]
     old = learner_outputs if target_outputs is None else target_outputs
     values = tf.stop_gradient(old.baseline[:-1])
@@ -260,7 +294,7 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     rewards, discounts = _rewards_and_discounts(inputs.env_outputs, config)
     old_log_probs, behaviour_log_probs = _log_probs(inputs, old)
     targets = vtrace.from_importance_weights(
-        log_rhos=old_log_probs - behaviour_log_probs,
+        log_rhos=_log_rhos(old_log_probs - behaviour_log_probs, is_step),
         discounts=discounts,
         rewards=rewards,
         values=values,
@@ -277,8 +311,10 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     errors = targets.vs - learner_outputs.baseline[:-1]
     if inputs.value_stddev is not None:
         errors, advantages = errors / inputs.value_stddev, advantages / inputs.value_stddev
+    if is_step is not None:
+        errors, advantages = (tf.where(is_step, each, 0.0) for each in (errors, advantages))
     if config.normalize_advantages:
-        advantages = normalize(advantages, inputs.sum_over_replicas)
+        advantages = normalize(advantages, inputs.sum_over_replicas, is_step)
 
     if target_outputs is None:
         log_ratios = old_log_probs - behaviour_log_probs
@@ -294,8 +330,8 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     parts = {
         'policy_gradient': clipped_surrogate_loss(log_ratios, advantages, config.clip_epsilon),
         'baseline': baseline_loss(errors),
-        'entropy': -actions.sum_of_entropies(policy),
-        'kl': actions.sum_of_kl_divergences(tf.stop_gradient(old_policy), policy),
+        'entropy': -_sum_of_entropies(inputs, policy),
+        'kl': _sum_of_kl_divergences(inputs, tf.stop_gradient(old_policy), policy),
     }
     total = _weighted(parts, config, inputs.entropy_cost)
     # Without a weight, the divergence needs no backward pass.
@@ -361,6 +397,30 @@ def _rewards_and_discounts(
     """Returns clipped rewards and discounts of the actions, f32 `[T, B]` each."""
     rewards = clip_rewards(env_outputs.reward[1:], config.reward_clipping)
     return rewards, (1.0 - tf.cast(env_outputs.done[1:], tf.float32)) * config.discounting
+
+
+def _log_rhos(log_rhos: tf.Tensor, is_step: tf.Tensor | None) -> tf.Tensor:
+    """Returns log importance weights f32 `[T, B]` whose rho is 0 where there was no step."""
+    return log_rhos if is_step is None else tf.where(is_step, log_rhos, -math.inf)
+
+
+def _sum_of_entropies(inputs: LossInputs, policy: tf.Tensor) -> tf.Tensor:
+    """Returns the sum over the steps of a policy f32 `[T, B, P]`."""
+    if inputs.is_step is None:
+        return inputs.actions.sum_of_entropies(policy)
+    return inputs.sum_over_steps(inputs.actions.entropy(policy))
+
+
+def _sum_of_kl_divergences(inputs: LossInputs, policy: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
+    """Returns the sum over the steps of policies f32 `[T, B, P]`."""
+    if inputs.is_step is None:
+        return inputs.actions.sum_of_kl_divergences(policy, other)
+    return inputs.sum_over_steps(inputs.actions.kl_divergence(policy, other))
+
+
+def _sum(values: tf.Tensor, is_counted: tf.Tensor) -> tf.Tensor:
+    """Returns the sum of those values that count."""
+    return tf.reduce_sum(tf.where(is_counted, values, 0.0))
 
 
 def _weighted(

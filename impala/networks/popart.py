@@ -81,18 +81,23 @@ class PopArt(snt.Module):
         mean = tf.cast(tf.gather(self.mean, level_id), tf.float32)
         return self.stddev(level_id) * own + mean
 
-    def moments(self, targets: tf.Tensor, level_id: tf.Tensor) -> tf.Tensor:
+    def moments(
+        self, targets: tf.Tensor, level_id: tf.Tensor, is_counted: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """Sums up the targets of each level; the caller adds the moments of all replicas.
 
         Args:
           targets: f32 `[T, B]`, V-trace targets in the units of the rewards.
           level_id: i32 `[B]`.
+          is_counted: bool `[T, B]`, the targets that count; None if all do.
 
         Returns:
           f64 `[L, 3]`: number, sum and sum of squares.
         """
         targets = tf.cast(targets, tf.float64)
         powers = tf.stack([tf.ones_like(targets), targets, tf.square(targets)], -1)
+        if is_counted is not None:
+            powers = tf.where(is_counted[..., tf.newaxis], powers, 0.0)
         return tf.math.unsorted_segment_sum(tf.reduce_sum(powers, 0), level_id, self._num_levels)
 
     def update(self, moments: tf.Tensor) -> None:

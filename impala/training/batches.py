@@ -45,7 +45,11 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
             f'--batch_size={settings.batch_size}: give a larger batch or a smaller fraction.'
         )
     components = unroll_components(
-        run.spec, agent.state_spec, settings.unroll_length, len(run.suite.level_names)
+        run.spec,
+        agent.state_spec,
+        settings.unroll_length,
+        len(run.suite.level_names),
+        config.environment.bootstrap_truncated,
     )
     stack = memory_needs.stack_of(run.spec)
     task = config.cluster.task if config.cluster.has_several_learners else 0

@@ -194,11 +194,12 @@ class _TrainStep:
         """Updates the weights; returns the metrics, or None if the run must end."""
         stop = self._run.stop
         is_traced = not (self._has_begun or self._run.config.run.debug)
+        bootstrap_truncated = self._run.config.environment.bootstrap_truncated
         try:
             with self._tracing() if is_traced else contextlib.nullcontext():
                 metrics = _to_floats(
                     self._learner.step_in_parts(
-                        [part.actor_output for part in batch],
+                        [part.for_loss(bootstrap_truncated) for part in batch],
                         is_fresh,
                         [part.is_replayed for part in batch],
                     )

@@ -44,6 +44,8 @@ class Recorded(Environment):
 
     def step(self, action):
         self.actions.append(action)
+        words, frame = np.full(3, 900, np.int32), np.full(2, 200 + len(self.actions), np.uint8)
+        self.last_observation = {'instruction': words, 'frame': frame}
         self.last_action_frames = [None, 1, 2, 3][len(self.actions) % 4]
         return 0.5 * len(self.actions), ENDS[len(self.actions) % 4], self._observe()
 
@@ -66,14 +68,17 @@ def make_batcher(num_actors):
     )
 
 
-def test_rows_actions_and_episodes():
-    """Two environments take turns; each has its own actions and unroll."""
+def play_both(*others):
+    """Two environments take turns; each has its own actions and unroll.
+
+    Returns both, and for each, the fields of the inputs and the outputs of its first unroll.
+    """
     both = [Recorded(), Recorded()]
     observation = list(Recorded.spec.observation.values())
     batcher = make_batcher(2)
     clients = [ActorClient(batcher.fd, index, observation) for index in range(2)]
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        playing = executor.submit(actor.act, both, clients, ['one', 'two'])
+        playing = executor.submit(actor.act, both, clients, ['one', 'two'], *others)
         playing.add_done_callback(lambda _: batcher.close())
         try:
             answered = np.zeros(2, np.int32)
@@ -90,12 +95,15 @@ def test_rows_actions_and_episodes():
             playing.result(TIMEOUT)
     assert sorted(unrolls.actors.numpy()) == [0, 1]
     for column, index in enumerate(unrolls.actors.numpy()):
-        reward, episode_return, episode_step, episode_frames, end, frame, words = [
-            field.numpy()[:, column] for field in unrolls.inputs
-        ]
         actions = [50 + 20 * index + step for step in range(8)]
-        assert both[index].actions[:8] == actions
         assert unrolls.outputs[0].numpy()[:, column].tolist() == [0, *actions]
+        yield both[index], actions, [field.numpy()[:, column] for field in unrolls.inputs]
+
+
+def test_rows_actions_and_episodes():
+    for environment, actions, inputs in play_both():
+        reward, episode_return, episode_step, episode_frames, end, frame, words = inputs
+        assert environment.actions[:8] == actions
         assert reward.tolist() == [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]
         # The first row starts an episode; a lost life (rows 1 and 5) does not end the game.
         assert end.tolist() == [1, 3, 2, 1, 0, 3, 2, 1, 0]
@@ -105,6 +113,34 @@ def test_rows_actions_and_episodes():
         assert episode_frames.tolist() == [0, 4, 6, 3, 4, 8, 10, 3, 4]
         assert frame.tolist() == [[step, step] for step in range(9)]
         assert words.tolist() == [[500 + step] * 3 for step in range(9)]
+
+
+def test_a_truncated_episode_has_one_more_row_with_its_last_observation():
+    for environment, actions, inputs in play_both(True):
+        reward, episode_return, episode_step, episode_frames, end, frame, words = inputs
+        # The environment never sees the actions for the last observations, rows 2 and 7.
+        assert environment.actions[:6] == actions[:2] + actions[3:7]
+        assert reward.tolist() == [0, 0.5, 1, 0, 1.5, 2, 2.5, 3, 0]
+        # A lost life (rows 1 and 6) and the rules (row 4) end an episode as ever.
+        assert end.tolist() == [1, 3, 0, 2, 1, 0, 3, 0, 2]
+        # The first row of an episode has the same statistics as the last one of the one before.
+        assert episode_return.tolist() == [0, 0.5, 1.5, 1.5, 1.5, 2, 4.5, 7.5, 7.5]
+        assert episode_step.tolist() == [0, 1, 2, 2, 1, 1, 2, 3, 3]
+        assert episode_frames.tolist() == [0, 4, 6, 6, 3, 4, 8, 10, 10]
+        assert frame[:, 0].tolist() == [0, 1, 202, 2, 3, 4, 5, 206, 6]
+        assert words[:, 2].tolist() == [500, 501, 900, 502, 503, 504, 505, 900, 506]
+
+
+def test_an_episode_begins_after_a_row_was_answered():
+    batcher = make_batcher(1)
+    client = ActorClient(batcher.fd, 0, list(Recorded.spec.observation.values()))
+    observation = list(Recorded().reset().values())[::-1]
+    with pytest.raises(RuntimeError, match='the actor has not started'):
+        client.begin(EpisodeEnd.TRUNCATED, observation)
+    client.start(EpisodeEnd.TERMINATED, observation)
+    with pytest.raises(RuntimeError, match='wait between two'):
+        client.begin(EpisodeEnd.TRUNCATED, observation)
+    batcher.close()
 
 
 def test_a_wrong_observation_raises_different_errors_at_the_start_and_later():

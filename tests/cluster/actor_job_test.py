@@ -73,6 +73,7 @@ SHAPING = {
     'env_kwargs': '{"difficulty": 2}',
     'atari_mode': 1,
     'atari_difficulty': 1,
+    'bootstrap_truncated': True,
     'sticky_actions': 0.25,
     'end_episode_on_life_loss': True,
     'max_noops': 3,

@@ -26,6 +26,7 @@ from impala.cluster.exchange import WeightsBoard
 from impala.cluster.remote_replay import RemoteReplay
 from impala.cluster.transport import ReplayConnection, ReplayServer
 from impala.config import ConfigError
+from impala.tools.export import export
 from impala.trajectory import UnrollArray
 
 PATIENCE_SECONDS = 120
@@ -605,6 +606,7 @@ def test_an_unexpected_error_is_reported_and_the_shard_used_again(tmp_path, addr
 
 
 def test_learners_and_actor_jobs_share_the_shards(tmp_path):
+    """A time limit ends the episodes of 10 rewards of 1, and the returns continue."""
     ports = [f'localhost:{port}' for port in free_ports(3)]
     shared = f'--learner_addresses={",".join(ports[:2])}'
     logdir = tmp_path / 'run'
@@ -614,7 +616,11 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
         runs = [
             stack.enter_context(
                 learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
-                        '--trusted_network', '--total_environment_frames=8000')
+                        '--trusted_network', '--total_environment_frames=12000',
+                        '--level_name=levels:timeless', '--bootstrap_truncated',
+                        '--discounting=0.9', '--sample_reuse=4', '--optimizer=adam',
+                        '--epsilon=0.1', '--learning_rate=0.01', '--final_learning_rate=0.01',
+                        '--entropy_cost=0')
             )
             for task in range(2)
         ] + [
@@ -632,6 +638,14 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
     # What both have sent, except what was on its way at the end.
     assert abs(held - metrics(logdir)[-1]['frames'] / 20) < 40
     assert metrics(logdir)[-1]['replayed_fraction'] > 0
+    export(str(logdir), str(tmp_path / 'model'))
+    step = tf.saved_model.load(tmp_path / 'model').signatures['step']
+    outputs = step(
+        prev_action=tf.constant([0]), reward=tf.constant([1.0]), done=tf.constant([False]),
+        frame=tf.ones([1, 2]), no_state=tf.zeros([1, 0]),
+    )  # fmt: skip
+    # 1 + 0.9 + 0.81 + ...
+    np.testing.assert_allclose(outputs['baseline'], [10.0], atol=0.5)
 
 
 def test_unrolls_that_do_not_fit_are_refused_or_replace_the_others(tmp_path, addresses):

@@ -1,5 +1,6 @@
 """Compares Atari games with those of Gymnasium and the Arcade Learning Environment."""
 
+import dataclasses
 import re
 
 import ale_py
@@ -123,6 +124,39 @@ def test_atari_matches_gymnasium(game, seed, config, options, make):
         assert len(ends) > 4 and set(ends) == {EpisodeEnd.TRUNCATED}
     elif game == 'Breakout' and not config:
         assert EpisodeEnd.TERMINATED in ends
+
+
+@pytest.mark.parametrize(('repeats', 'limit'), [(4, 300), (4, 302), (1, 75)])
+def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_without_a_limit(repeats, limit):
+    config = EnvironmentConfig(num_action_repeats=repeats, max_noops=0)
+    cut = AtariEnvironment(
+        AtariGame('breakout', max_episode_frames=limit),
+        4,
+        dataclasses.replace(config, bootstrap_truncated=True),
+    )
+    endless = AtariEnvironment(AtariGame('breakout'), 4, config)
+    cut.reset()
+    endless.reset()
+    steps, rest = divmod(limit, repeats)
+    actions = random_actions(cut, steps + 1)
+    for action in actions[:steps]:
+        before = endless.step(action)[2]['frame']
+        _, end, _ = cut.step(action)
+    if rest:
+        # The limit cuts the next action short, so the game stands still at its last screen.
+        _, end, _ = cut.step(actions[steps])
+        single = AtariEnvironment(
+            AtariGame('breakout'), 4, dataclasses.replace(config, num_action_repeats=1)
+        )
+        single.reset()
+        for frame in range(limit):
+            newest = single.step(actions[frame // repeats])[2]['frame'][..., -1]
+        before = np.concatenate([before[..., 1:], newest[..., np.newaxis]], -1)
+    assert end == EpisodeEnd.TRUNCATED
+    assert cut.last_action_frames == (rest or repeats)
+    np.testing.assert_array_equal(cut.last_observation['frame'], before)
+    for environment in (cut, endless):
+        environment.close()
 
 
 def test_atari_matches_ales_vector_environment(make):

@@ -233,6 +233,15 @@ def test_last_action_frames_is_passed_through(create):
     assert environment.last_action_frames == 3
 
 
+def test_the_last_observation_is_passed_through_and_checked(create):
+    assert create(lambda seed, config: Own()).last_observation is None
+    last = {'frame': np.ones(2, np.float32)}
+    assert create(returning(last_observation=last)).last_observation is last
+    with pytest.raises(DeclarationError) as error:
+        _ = create(returning(last_observation={'frame': np.ones(3, np.float32)})).last_observation
+    assert "'frame' as float32 [3], but its spec declares float32 [2]" in sentence(error)
+
+
 def test_everything_else_is_passed_to_the_environment(create):
     calls = []
     members = {

@@ -105,6 +105,11 @@ def test_invalid_deepmind_lab_levels_are_refused(make, deepmind_lab, tmp_path):
         ('explore_goal_location_small', {}, ["Did you mean 'explore_goal_locations_small'?"]),
         ('rooms_collect_good_objects_test', {}, ['hold-out']),
         ('rooms_watermaze', {'width': 98}, ['98', 'multiples of 4']),
+        (
+            'rooms_watermaze',
+            {'bootstrap_truncated': True},
+            ["--bootstrap_truncated has no effect on 'rooms_watermaze'", 'does not say'],
+        ),
     ):
         with pytest.raises(LevelError) as error:
             config = {'level_cache_dir': '', 'temp_folder': tmp_path, **config}

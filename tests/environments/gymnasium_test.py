@@ -63,7 +63,7 @@ def toy_of(environment):
 
 @pytest.mark.parametrize('level_name, end', [('CartPole-v1', 1), ('MountainCar-v0', 2)])
 def test_gymnasium_vectors_rewards_and_ends(level_name, end, make):
-    environment = make(level_name, 9)
+    environment = make(level_name, 9, bootstrap_truncated=True)
     truth = gymnasium.make(level_name)
     expected, _ = truth.reset(seed=9)
     np.testing.assert_array_equal(environment.reset()['frame'], expected)
@@ -74,9 +74,13 @@ def test_gymnasium_vectors_rewards_and_ends(level_name, end, make):
         assert reward == expected_reward
         assert (ours != EpisodeEnd.NOT_ENDED) == (terminated or truncated)
         ends.add(ours)
+        if truncated:
+            # The reset has not overwritten it.
+            np.testing.assert_array_equal(environment.last_observation['frame'], expected)
         if terminated or truncated:
             expected, _ = truth.reset()
         np.testing.assert_array_equal(observation['frame'], expected)
+    assert (environment.last_observation is None) == (end == EpisodeEnd.TERMINATED)
     assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd(end)}
 
 

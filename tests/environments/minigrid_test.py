@@ -269,6 +269,7 @@ def test_babyai_shows_the_agents_view_and_the_mission(make, capfd):
     }
     actions = random_actions(environment, 150)
     rows = play(environment, actions)
+    assert environment.last_observation is None
     # BabyAI draws levels until one is solvable, and prints about it.
     make('BabyAI-GoToRedBall-v0', 8).reset()
     assert capfd.readouterr().out == ''
@@ -289,3 +290,23 @@ def test_babyai_shows_the_agents_view_and_the_mission(make, capfd):
         assert rows[t][2]['instruction'].tolist() == words + [0] * (32 - len(words))
     truth.close()
     assert len(missions) > 1
+
+
+def test_the_last_observation_of_a_truncated_episode_is_the_picture_and_the_mission(make):
+    import minigrid  # noqa: F401
+    from minigrid.wrappers import RGBImgPartialObsWrapper
+
+    environment = make('BabyAI-GoToObj-v0', 3, bootstrap_truncated=True)
+    truth = RGBImgPartialObsWrapper(gymnasium.make('BabyAI-GoToObj-v0'))
+    first = environment.reset()['instruction'].copy()
+    truth.reset(seed=3)
+    truncated = False
+    while not truncated:
+        # It turns in place, right and left and back.
+        action = [1, 1, 0][environment._env.unwrapped.step_count % 3]
+        _, end, _ = environment.step(action)
+        expected, _, _, truncated, _ = truth.step(action)
+        assert (end == EpisodeEnd.TRUNCATED) == truncated
+    np.testing.assert_array_equal(environment.last_observation['frame'], expected['image'])
+    np.testing.assert_array_equal(environment.last_observation['instruction'], first)
+    truth.close()

@@ -50,6 +50,43 @@ def test_vizdoom_matches_gymnasium(make, tmp_path, monkeypatch):
     assert ends == {EpisodeEnd.NOT_ENDED, EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED}
 
 
+@pytest.mark.parametrize('repeats', [4, 7])
+def test_the_last_observation_of_vizdoom_is_that_of_a_game_without_a_limit(make, repeats):
+    import vizdoom.gymnasium_wrapper  # noqa: F401
+
+    level, options = 'VizdoomBasic-v1', {'num_action_repeats': repeats}
+    environment = make(level, 4, bootstrap_truncated=True, **options)
+    plain = make(level, 4, **options)
+    # Without a shot (action 1), which could end the episode earlier.
+    actions = [(0, 2, 3)[action % 3] for action in random_actions(environment, 300 // repeats + 1)]
+    rows, expected = [], []
+    for each, its_rows in ((environment, rows), (plain, expected)):
+        each.reset()
+        for action in actions:
+            reward, end, observation = each.step(action)
+            its_rows.append((reward, end, each.last_action_frames, observation['frame'].copy()))
+            if end:
+                break
+    # It ends by the same limit of 300 tics, and the next episode begins alike.
+    assert plain.last_observation is None
+    assert rows[-1][1] == EpisodeEnd.TRUNCATED and len(rows) == -(-300 // repeats)
+    assert rows[-1][2] == (300 % repeats or repeats)
+    for row, expected_row in zip(rows, expected, strict=True):
+        assert row[:3] == expected_row[:3]
+        np.testing.assert_array_equal(row[3], expected_row[3])
+
+    endless = gymnasium.make(level, frame_skip=repeats).unwrapped
+    endless.game.set_episode_timeout(0)
+    endless.reset(seed=4)
+    for number, action in enumerate(actions[: len(rows)], 1):
+        endless.frame_skip = min(repeats, 300 - (number - 1) * repeats)
+        truth = endless.step(action)[0]
+    endless.close()
+    frame = cv2.resize(truth['screen'], (96, 72), interpolation=cv2.INTER_AREA)
+    assert frame.any()
+    np.testing.assert_array_equal(environment.last_observation['frame'], frame)
+
+
 def test_vizdoom_takes_several_buttons_at_once(make):
     """Two buttons for opposite directions leave the player where it is, one does not."""
     environment = make('VizdoomBasic-MultiBinary-v1')

@@ -1,5 +1,7 @@
 """Tests of impala/learning/losses.py."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.special
@@ -510,3 +512,155 @@ def test_clip_rewards(clipping, rewards, expected):
 def test_unknown_clipping_is_refused_by_name():
     with pytest.raises(ValueError, match="abs_one, soft_asymmetric or none, not 'abs_two'"):
         losses.clip_rewards(tf.constant([1.0]), 'abs_two')
+
+
+# An unroll of an agent whose policies are equal, so that all importance weights are 1. Its second
+# transition is no step: row 1 has the last observation of a truncated episode.
+CUT = {
+    'reward': [0.0, 1.0, 0.0, 1.0],
+    'done': [False, False, True, False],
+    'is_step': [True, True, False, True],
+    'baseline': [2.0, 3.0, 7.0, 11.0],
+}
+
+
+def _cut_inputs(**others):
+    rows = (4, 1)
+    column = {name: np.reshape(values, rows) for name, values in CUT.items()}
+    outputs = AgentOutput(
+        action=np.zeros(rows, np.int32),
+        policy=np.zeros((*rows, 2), np.float32),
+        baseline=column['baseline'].astype(np.float32),
+    )
+    env_outputs = StepOutput(
+        reward=column['reward'].astype(np.float32),
+        info=StepOutputInfo(np.zeros(rows, np.float32), *2 * [np.zeros(rows, np.int32)]),
+        done=column['done'],
+        observation={},
+        is_step=column['is_step'],
+    )
+    return _inputs(outputs, outputs, env_outputs, **others)
+
+
+@pytest.mark.parametrize('name', ['vtrace', 'appo', 'appo with GAE', 'appo with a target network'])
+def test_the_value_of_the_last_observation_continues_the_return_by_hand(name):
+    """Discount 0.9 and lambda 1; two actions of probability 1/2."""
+    config = LossConfig(
+        loss=name.split()[0],
+        discounting=0.9,
+        target_update_steps=int('target' in name),
+        gae_advantages='GAE' in name,
+        baseline_cost=1.0,
+        entropy_cost=1.0,
+    )
+    inputs = _cut_inputs()
+    if 'target' in name:
+        inputs = dataclasses.replace(inputs, target_outputs=inputs.learner_outputs)
+    _, parts, targets = losses.compute(inputs, config)
+    # v_2 = 1 + 0.9 * 11, v_1 = V(x_1) = 3, v_0 = 1 + 0.9 * 3.
+    np.testing.assert_allclose(targets[:, 0], [3.7, 3.0, 10.9], rtol=1e-6)
+    np.testing.assert_allclose(parts['baseline'], (1.7**2 + 3.9**2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(parts['entropy'], -2 * np.log(2), rtol=1e-6)
+    advantages = 1.7 + 3.9
+    if name == 'vtrace':
+        np.testing.assert_allclose(parts['policy_gradient'], advantages * np.log(2), rtol=1e-6)
+    else:
+        np.testing.assert_allclose(parts['policy_gradient'], -advantages, rtol=1e-6)
+        assert parts['kl'] == 0
+
+
+def _cut(inputs, first, last):
+    """Rows `first` to `last` of a batch, as a batch in which all transitions are steps."""
+    rows = slice(first, last + 1)
+
+    def cut(nest):
+        return nest and tf.nest.map_structure(lambda array: array[rows], nest)
+
+    return dataclasses.replace(
+        inputs,
+        agent_outputs=cut(inputs.agent_outputs),
+        learner_outputs=cut(inputs.learner_outputs),
+        env_outputs=cut(inputs.env_outputs)._replace(is_step=()),
+        target_outputs=cut(inputs.target_outputs),
+    )
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'clip_rho_threshold': None, 'clip_c_threshold': None, 'vtrace_lambda': 0.7},
+        {'loss': 'appo', 'vtrace_lambda': 0.7},
+        {'loss': 'appo', 'vtrace_lambda': 0.7, 'gae_advantages': True, 'kl_cost': 0.3},
+        {'loss': 'appo', 'target_update_steps': 1, 'kl_cost': 0.3, 'gae_advantages': True},
+    ],
+)
+def test_a_cut_has_the_loss_and_gradients_of_two_unrolls(changes):
+    config = LossConfig(discounting=0.9, entropy_cost=0.07, baseline_cost=0.3, **changes)
+    agent_outputs, learner_outputs, env_outputs = _unrolls(length=7)
+    learner_outputs = _near(agent_outputs, learner_outputs)
+    done, is_step = env_outputs.done, np.ones_like(env_outputs.done)
+    # Between rows 3 and 4 there is no step; the reward there must not matter.
+    done[4], is_step[4] = True, False
+    env_outputs = env_outputs._replace(is_step=is_step)
+    policy, baseline = (tf.constant(x) for x in (learner_outputs.policy, learner_outputs.baseline))
+    target_outputs = _unrolls(length=7, seed=5)[1] if config.target_update_steps else None
+
+    def loss(pieces):
+        with tf.GradientTape() as tape:
+            tape.watch([policy, baseline])
+            outputs = learner_outputs._replace(policy=policy, baseline=baseline)
+            inputs = _inputs(agent_outputs, outputs, env_outputs, target_outputs=target_outputs)
+            if pieces:
+                results = [losses.compute(_cut(inputs, *rows), config) for rows in ((0, 3), (4, 7))]
+            else:
+                results = [losses.compute(inputs, config)]
+            total = tf.add_n([result.total for result in results])
+        parts = {name: sum(result.parts[name] for result in results) for name in results[0].parts}
+        return (
+            parts,
+            [result.targets for result in results],
+            tape.gradient(total, [policy, baseline]),
+        )
+
+    parts, (targets,), gradients = loss(pieces=False)
+    expected, (before, after), expected_gradients = loss(pieces=True)
+    for name, value in expected.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(targets[:3], before, rtol=1e-5)
+    np.testing.assert_allclose(targets[4:], after, rtol=1e-5)
+    old = learner_outputs if target_outputs is None else target_outputs
+    np.testing.assert_array_equal(targets[3], old.baseline[3])
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+        has_gradient = [bool(np.any(row)) for row in gradient]
+        assert has_gradient == [row not in (3, 7) for row in range(8)]
+
+
+def test_without_a_cut_the_mark_changes_nothing():
+    for name in ('vtrace', 'appo'):
+        config = LossConfig(loss=name, discounting=0.9)
+        agent_outputs, learner_outputs, env_outputs = _unrolls()
+        all_steps = env_outputs._replace(is_step=np.ones_like(env_outputs.done))
+        plain, marked = (
+            losses.compute(_inputs(agent_outputs, learner_outputs, each), config)
+            for each in (env_outputs, all_steps)
+        )
+        np.testing.assert_allclose(marked.total, plain.total, rtol=1e-6)
+        np.testing.assert_array_equal(marked.targets, plain.targets)
+
+
+def test_normalized_advantages_leave_out_what_does_not_count():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=(5, 4)).astype(np.float32)
+    is_counted = np.random.default_rng(1).random((5, 4)) < 0.7
+    values[~is_counted] = 1e6
+    expected = np.where(is_counted, values - values[is_counted].mean(), 0)
+    expected /= values[is_counted].std()
+    actual = losses.normalize(tf.constant(values), is_counted=tf.constant(is_counted))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+    nothing = losses.normalize(tf.constant(values), is_counted=tf.zeros([5, 4], tf.bool))
+    np.testing.assert_array_equal(nothing, np.zeros_like(values))
+    config = LossConfig(loss='appo', discounting=0.9, normalize_advantages=True)
+    # The advantages are 1.7 and 3.9.
+    _, parts, _ = losses.appo_loss(_cut_inputs(), config)
+    np.testing.assert_allclose(parts['policy_gradient'], 0.0, atol=1e-6)

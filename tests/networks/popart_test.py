@@ -133,6 +133,26 @@ def poisoned(batch):
     )
 
 
+def test_only_targets_of_steps_count():
+    targets = tf.constant([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    is_counted = tf.constant([[True, False], [False, False], [True, True]])
+    moments = mlp_agent(False, ('a', 'b', 'c')).popart.moments(
+        targets, tf.constant([2, 0]), is_counted
+    )
+    np.testing.assert_array_equal(moments, [[1, 40, 1600], [0, 0, 0], [2, 5, 17]])
+
+    config = LearnerConfig.of(batch_size=2, unroll_length=5, reward_clipping='none')
+    agent = mlp_agent(False, ('a', 'b'))
+    batch = batch_of(config)
+    # No transition of the second unroll is a step.
+    is_step = tf.constant([[True, False]] * 6)
+    env_outputs = batch.env_outputs._replace(is_step=is_step, done=~is_step)
+    batch = batch._replace(level_id=tf.constant([0, 1]), env_outputs=env_outputs)
+    Learner(agent, config).step(batch)
+    assert agent.popart.mean[0] != 0 and agent.popart.mean[1] == 0
+    assert agent.popart.second_moment[0] != 1 and agent.popart.second_moment[1] == 1
+
+
 def test_a_learner_updates_statistics_and_preserves_values():
     config = LearnerConfig.of(
         batch_size=3, unroll_length=5, learning_rate=0.0, reward_clipping='none', discounting=0.9
