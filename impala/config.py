@@ -566,6 +566,12 @@ class NetworkConfig(_Checked):
         on_resume='fixed',
         agreement='jobs',
     )
+    normalize_observations: bool = setting(
+        False,
+        'Normalize vectors of numbers by the mean and variance of all that was learned from.',
+        on_resume='fixed',
+        agreement='jobs',
+    )
     compute_dtype: str = setting(
         'float32',
         "Data type of the learner's torso; auto: bfloat16 on CPUs with instructions for it.",

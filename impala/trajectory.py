@@ -22,6 +22,8 @@ import numpy as np
 INSTRUCTION_BUCKETS = 1000
 # Name of the observation that says which categories an action may have, bool `[N]` for N logits.
 ACTION_MASK = 'action_mask'
+# Kinds of `Part`.
+PART_KINDS = ('numbers', 'categories', 'bits')
 # Name of the observation with random numbers that test mode adds.
 ACTION_NOISE = 'action_noise'
 
@@ -106,11 +108,54 @@ class ActorOutput(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """Consecutive numbers of a vector, which are one entry of a Dict or Tuple observation.
+
+    Attributes:
+      kind: `'numbers'`, `'categories'` (one-hot, for each component) or `'bits'` (zeros and ones).
+      sizes: the number of categories of each component, or else one number, of all values.
+    """
+
+    kind: str
+    sizes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers of the vector these are."""
+        return sum(self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape and NumPy dtype name of one array, without time and batch dimensions."""
+    """Shape and NumPy dtype name of one array, without time and batch dimensions.
+
+    Attributes:
+      shape: as NumPy has it.
+      dtype: as NumPy names it.
+      parts: what a float32 vector consists of, in order; empty if it is one entry of numbers, and
+        for all other arrays.
+
+    Raises:
+      ValueError: the parts do not make up the vector.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    parts: tuple[Part, ...] = dataclasses.field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            return
+        if any(
+            part.kind not in PART_KINDS
+            or min(part.sizes, default=0) < 1
+            or (part.kind != 'categories' and len(part.sizes) > 1)
+            for part in self.parts
+        ):
+            raise ValueError(f'there are no such parts of a vector: {self.parts}')
+        size = sum(part.size for part in self.parts)
+        if np.dtype(self.dtype) != np.float32 or tuple(self.shape) != (size,):
+            raise ValueError(f'{self.dtype} {list(self.shape)} does not consist of {self.parts}')
 
     @property
     def nbytes(self) -> int:
@@ -287,7 +332,11 @@ class EnvironmentSpec:
     def from_json(cls, value: dict[str, Any]) -> 'EnvironmentSpec':
         """Rebuilds a spec from what `to_json` returned."""
         observation = {
-            name: ArraySpec(tuple(spec['shape']), spec['dtype'])
+            name: ArraySpec(
+                tuple(spec['shape']),
+                spec['dtype'],
+                parts=tuple(Part(part['kind'], tuple(part['sizes'])) for part in spec['parts']),
+            )
             for name, spec in value['observation'].items()
         }
         action = ActionSpec.from_json(value['action'])

@@ -28,15 +28,18 @@ _SPEC = EnvironmentSpec(
 )
 
 
-def mlp_agent(core='lstm', popart_levels=()):
+def mlp_agent(core='lstm', popart_levels=(), normalizes=False):
     tf.random.set_seed(0)
-    config = AgentConfig('mlp', core, core_size=8, popart_levels=popart_levels)
+    config = AgentConfig(
+        'mlp', core, core_size=8, popart_levels=popart_levels, normalize_observations=normalizes
+    )
     return Agent(config, _SPEC)
 
 
 class EmbeddingAgent(snt.Module):
     """Looks up logits and baseline by the last action; has one unused variable."""
 
+    normalizer = None
     popart = None
     actions = ActionDistribution(ActionSpec.discrete(_NUM_ACTIONS))
 
@@ -44,6 +47,10 @@ class EmbeddingAgent(snt.Module):
         super().__init__()
         self.table = tf.Variable(rows, dtype=tf.float32)
         self.unused = tf.Variable([1.0, 2.0])
+
+    @property
+    def acting_variables(self):
+        return self.trainable_variables
 
     def unroll(self, prev_actions, env_outputs, state):
         rows = tf.gather(self.table, prev_actions)

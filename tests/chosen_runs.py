@@ -15,15 +15,15 @@ def num_frames(choice):
 
 
 def run_of(logdir, choice):
+    # Odd frames with instructions, or vectors.
+    level_name = 'levels:short_truncated'
+    if choice['torso'] == 'autoencoder':
+        has_numbers = choice['normalize_observations']
+        level_name = 'levels:picture_with_numbers' if has_numbers else 'levels:picture_truncated'
     return config(
         logdir,
         **choice,
-        # Odd frames with instructions, or vectors.
-        level_name=(
-            'levels:picture_truncated'
-            if choice['torso'] == 'autoencoder'
-            else 'levels:short_truncated'
-        ),
+        level_name=level_name,
         batch_size=2 * num_devices(choice),
         total_environment_frames=num_frames(choice),
     )

@@ -255,6 +255,37 @@ class _Timed(_Level):
         return {'frame': np.eye(self.length, dtype=np.float32)[self.steps]}
 
 
+class _PictureWithNumbers(_Picture):
+    """As `_Picture`, with the step as a large number."""
+
+    def __init__(self) -> None:
+        super().__init__(EpisodeEnd.TRUNCATED)
+        observation = self.spec.observation | {'vector': ArraySpec((2,), 'float32')}
+        self.spec = EnvironmentSpec(observation, 2, 1)
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return super()._observation() | {'vector': np.full(2, 1e4 + self.steps, np.float32)}
+
+
+class _Counted(_Level):
+    """Observations are functions of their number, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(7)
+        self.spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
+        self.number = -1
+
+    def _numbers(self, number: int) -> np.ndarray:
+        self.number += 1
+        return counted(self.number)
+
+
+def counted(number: int) -> np.ndarray:
+    """Returns an observation of the level `counted_numbers`: f32 `[4]`, on different scales."""
+    values = (1e6 + number, 1e-3 * (-1) ** number, 7.7, number % 5)
+    return np.array(values, np.float32)
+
+
 class _Constant(_Level):
     """All observations are the same array, of the given shape and dtype."""
 
@@ -406,6 +437,18 @@ def timed(seed: int, config: environments.EnvironmentConfig) -> environments.Env
     It does not return the last observation of an episode.
     """
     return _Timed()
+
+
+def picture_with_numbers(
+    seed: int, config: environments.EnvironmentConfig
+) -> environments.Environment:
+    """Has frames, instructions and a vector, and episodes cut off by a time limit."""
+    return _PictureWithNumbers()
+
+
+def counted_numbers(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Has observations that `counted` returns, in order."""
+    return _Counted()
 
 
 def float_picture(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

@@ -25,6 +25,7 @@ _BESIDE = {
     'env_kwargs': {'level_name': 'CartPole-v1'},
     'info_action_mask': {'level_name': 'CartPole-v1'},
     'job_name': {'task': 0},
+    'normalize_observations': {'level_name': 'CartPole-v1'},
     'observation_keys': {'level_name': 'VizdoomBasic-v1'},
     'replay_addresses': {'replay_fraction': 0.5},
     'replay_capacity': {'replay_fraction': 0.5},
@@ -33,9 +34,10 @@ _BESIDE = {
 
 
 def differing(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the settings of two Atari runs, name -> value, that differ only in one setting.
+    """Returns the settings of two runs, name -> value, that differ only in one setting.
 
-    The first has its default, the second another valid value.
+    The runs are of Atari, unless the setting has no effect there. The first has its default, the
+    second another valid value.
     """
     known = all_settings()[name]
     shared = {'level_name': 'ALE/Pong-v5', **_BESIDE.get(name, {})}

@@ -32,7 +32,7 @@ UPDATES = 4
 # The update whose batch has a NaN reward in its last unroll.
 POISONED = 2
 # Agents that `pipelines` trains.
-PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'replay')
+PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'normalized', 'replay')
 # Which unrolls of the joined batch are replayed; the number differs between its parts.
 REPLAYED = [True, True, False, False]
 
@@ -176,9 +176,10 @@ def agents():
         'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
         'appo': (mlp_agent, APPO),
         'autoencoder': (encoder_agent, {'momentum': 0.5, 'autoencoder_cost': 10.0}),
+        'normalized': (lambda: mlp_agent(normalizes=True), {'momentum': 0.5}),
         # Replayed steps do not count, so half the total keeps the learning rate's schedule.
         'replay': (
-            mlp_agent,
+            lambda: mlp_agent(normalizes=True),
             {'replay_fraction': 0.5, 'total_agent_steps': UPDATES * BATCH_SIZE // 2 * 5},
         ),
     }

@@ -41,12 +41,19 @@ from impala.trajectory import (
 
 DEVICE = '/device:XLA_CPU:0'
 SPEC = EnvironmentSpec(
-    {'frame': ArraySpec((16, 16, 3), 'uint8'), 'instruction': ArraySpec((4,), 'int32')}, 5, 4
+    {
+        'frame': ArraySpec((16, 16, 3), 'uint8'),
+        'instruction': ArraySpec((4,), 'int32'),
+        'vector': ArraySpec((3,), 'float32'),
+    },
+    5,
+    4,
 )
 # Settings of network and learner; together they cover both losses, both optimizers and all options.
 LEARNERS = {
     'vtrace': (
-        {'torso': 'deep', 'compute_dtype': 'bfloat16', 'popart_levels': ('a', 'b')},
+        {'torso': 'deep', 'compute_dtype': 'bfloat16', 'popart_levels': ('a', 'b'),
+         'normalize_observations': True},
         {'momentum': 0.5, 'gradient_clip_norm': 40.0, 'replay_fraction': 0.5,
          'final_entropy_cost': 0.1},
     ),
@@ -206,6 +213,7 @@ def batch_of(agent, settings):
             {
                 'frame': integers(256, np.uint8, *SPEC.observation['frame'].shape),
                 'instruction': integers(1000, np.int32, *SPEC.observation['instruction'].shape),
+                'vector': normal(*SPEC.observation['vector'].shape),
             },
         ),
         agent_outputs=AgentOutput(

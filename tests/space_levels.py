@@ -145,6 +145,29 @@ class Instructed(gymnasium.Env):
         }
 
 
+class Scaled(gymnasium.Env):
+    """Pays for the action that one of three numbers names, which are far from 0."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,))
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        reward = float(action == self._wanted)
+        self._steps += 1
+        return self._observe(), reward, False, self._steps == 10, {}
+
+    def _observe(self):
+        self._wanted = self.np_random.integers(2)
+        noise = self.np_random.normal()
+        values = 1000 * np.array([2 * self._wanted - 1, noise, 0.3]) + 5000
+        return values.astype(np.float32)
+
+
 def _sample(space, rng):
     """Returns an action that does not depend on how the space draws its own."""
     if isinstance(space, spaces.Dict):
@@ -201,3 +224,11 @@ def numbers(seed, config):
 
 def instructed(seed, config):
     return Instructed()
+
+
+def scaled(seed, config):
+    return Scaled()
+
+
+def choices(seed, config):
+    return Sampled(spaces.Tuple([spaces.Discrete(3), spaces.MultiBinary(2)]), spaces.Discrete(2))

@@ -22,7 +22,7 @@ from impala.config import ActorsConfig, ConfigError, EnvironmentConfig
 from impala.errors import LevelError
 from impala.runs.progress import report_to_stderr
 from impala.runs.start_progress import StartProgress
-from impala.trajectory import EnvironmentSpec
+from impala.trajectory import ArraySpec, EnvironmentSpec
 
 # Seconds that a process gets to end by itself before it is killed.
 GRACE_SECONDS = 2.0
@@ -428,6 +428,10 @@ def limits_in_words() -> Iterator[None]:
 def _shown(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
-    return ' and '.join(
-        f'{name} {spec.dtype} {"x".join(map(str, spec.shape))}' for name, spec in value.items()
-    )
+    return ' and '.join(map(_shown_array, value, value.values()))
+
+
+def _shown_array(name: str, spec: ArraySpec) -> str:
+    text = f'{name} {spec.dtype} {"x".join(map(str, spec.shape))}'
+    parts = ', '.join(f'{part.kind} {"+".join(map(str, part.sizes))}' for part in spec.parts)
+    return f'{text} ({parts})' if parts else text

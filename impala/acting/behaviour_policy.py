@@ -183,7 +183,7 @@ class BehaviourPolicy(tf.Module):
         self._source = source
         self._version = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self._published = [
-            tf.Variable(weight, trainable=False) for weight in agent.trainable_variables
+            tf.Variable(weight, trainable=False) for weight in agent.acting_variables
         ]
         self._published_version = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self._lock = tf.CriticalSection()
@@ -194,7 +194,7 @@ class BehaviourPolicy(tf.Module):
         """Gives the actors new weights from the next batch on.
 
         Args:
-          weights: of the learner's agent, in the order of its `trainable_variables`. On the CPU
+          weights: of the learner's agent, in the order of its `acting_variables`. On the CPU
             their values are shared, not copied.
           version: i64 scalar, number of learner updates that made these weights.
         """
@@ -215,7 +215,7 @@ class BehaviourPolicy(tf.Module):
             assigned = [
                 weight.assign(published, read_value=False)
                 for weight, published in zip(
-                    self._agent.trainable_variables, self._published, strict=True
+                    self._agent.acting_variables, self._published, strict=True
                 )
             ]
             version = tf.identity(self._published_version)

@@ -89,7 +89,7 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
         components = unroll_components(
             spec, agent.state_spec, config.learner.unroll_length, len(settings['level_names'])
         )
-        weights = [tf.TensorSpec(each.shape, each.dtype) for each in agent.trainable_variables]
+        weights = [tf.TensorSpec(each.shape, each.dtype) for each in agent.acting_variables]
         connection = stack.enter_context(LearnerConnection(address, components, weights))
         actors = LocalActors(config, level_names, spec, agent, actor_host, report)
         learner = _Learner(connection, actors, retry, job.task, num_actors)
@@ -506,6 +506,7 @@ def _network_of_learner(
         core_size=settings['core_size'],
         popart_levels=popart_levels(settings),
         latent_size=settings['latent_size'],
+        normalize_observations=settings['normalize_observations'],
     )
     own = network_settings(network, spec)
     for name in settings:

@@ -271,7 +271,7 @@ class _SpecCheck:
                 f'declares the observation {name!r} with the shape {declared.shape}, and it must '
                 'be a tuple of positive integers'
             )
-        return ArraySpec(shape, dtype)
+        return ArraySpec(shape, dtype, parts=declared.parts)
 
     def _check_instruction(self, instruction: ArraySpec | None) -> None:
         if instruction and (instruction.dtype, len(instruction.shape)) != ('int32', 1):

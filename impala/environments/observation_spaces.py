@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from impala.environments.environment import DeclarationError
-from impala.trajectory import ArraySpec
+from impala.trajectory import ArraySpec, Part
 
 # Smaller uint8 arrays are symbolic grids or memory contents, which resizing would destroy.
 MIN_IMAGE_SIDE = 32
@@ -277,7 +277,9 @@ class _OneHot(Entry):
     """A Discrete space, as a one-hot float32 vector."""
 
     def __init__(self, space: Any, level_name: str, subject: str) -> None:
-        super().__init__(ArraySpec((int(space.n),), 'float32'), str(space), level_name, subject)
+        categories = (int(space.n),)
+        spec = ArraySpec(categories, 'float32', parts=(Part('categories', categories),))
+        super().__init__(spec, str(space), level_name, subject)
         self._start = int(space.start)
         self._size = int(space.n)
         self._hot = 0
@@ -299,7 +301,8 @@ class _OneHots(Entry):
 
     def __init__(self, space: Any, level_name: str, subject: str) -> None:
         sizes = space.nvec.reshape(-1)
-        spec = ArraySpec((int(sizes.sum()),), 'float32')
+        part = Part('categories', tuple(map(int, sizes)))
+        spec = ArraySpec((part.size,), 'float32', parts=(part,))
         super().__init__(spec, space_text(space), level_name, subject)
         self._shape = space.shape
         self._start = np.asarray(space.start).reshape(-1)
@@ -322,7 +325,8 @@ class _Bits(Entry):
     """A MultiBinary space, as float32."""
 
     def __init__(self, space: Any, level_name: str, subject: str) -> None:
-        spec = ArraySpec((math.prod(space.shape),), 'float32')
+        size = (math.prod(space.shape),)
+        spec = ArraySpec(size, 'float32', parts=(Part('bits', size),))
         super().__init__(spec, space_text(space), level_name, subject)
         self._shape = space.shape
 

@@ -5,7 +5,8 @@ A Dict or Tuple is taken apart, however deeply nested. Its entries become these 
 * `frame`: the image whose key is `screen`, `image` or `observation`, or else the first one. Without
   an image, all numbers.
 * Other images: an array for each, named by its keys, with `/` between them.
-* `vector`: all numbers, one entry after the other, if there is an image.
+* `vector`: all numbers, one entry after the other, if there is an image. Its spec, or that of
+  `frame`, says which entries it consists of.
 * `instruction`: all texts, one after the other, as hashes of their words.
 
 A name that is taken gets a number: `a/b` and `a/b_2`. An `action_mask` of the outermost Dict is no
@@ -14,6 +15,7 @@ part of the observation. What is an image or a number is said in
 """
 
 import itertools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +32,7 @@ from impala.environments.observation_spaces import (
     value_text,
 )
 from impala.errors import LevelError
-from impala.trajectory import ACTION_MASK, ACTION_NOISE, ArraySpec
+from impala.trajectory import ACTION_MASK, ACTION_NOISE, ArraySpec, Part
 
 # Keys of the image that is the frame, in order of preference.
 FRAME_KEYS = ('screen', 'image', 'observation')
@@ -77,6 +79,7 @@ class Observations:
         self._texts: list[_Path] = []
         self._heard: list[str] = []
         self._entries: list[tuple[_Path, Entry]] = []
+        self._parts: dict[str, tuple[Part, ...]] = {}
         for path, each in self._chosen(space, keys):
             if is_text(each):
                 self._texts.append(path)
@@ -98,7 +101,8 @@ class Observations:
             self.take = self._entries[0][1].take
         self.arrays = self._arrange()
         self.spec = {
-            name: ArraySpec(array.shape, array.dtype.name) for name, array in self.arrays.items()
+            name: ArraySpec(array.shape, array.dtype.name, parts=self._parts.get(name, ()))
+            for name, array in self.arrays.items()
         }
 
     def _take_parts(self, value: Any, is_first: bool) -> None:
@@ -132,7 +136,7 @@ class Observations:
             preferred = [path for key in FRAME_KEYS for path in images if path[-1:] == (key,)]
             frame = (preferred or images)[0]
         arrays: dict[str, np.ndarray] = {}
-        numbers = []
+        numbers: list[Entry] = []
         for path, entry in self._entries:
             if path == frame:
                 arrays['frame'] = entry.array
@@ -142,7 +146,8 @@ class Observations:
                 numbers.append(entry)
         if numbers:
             vector = np.zeros(sum(entry.array.size for entry in numbers), np.float32)
-            arrays['vector' if images else 'frame'] = vector
+            name = 'vector' if images else 'frame'
+            arrays[name], self._parts[name] = vector, _parts(numbers)
             begin = 0
             for entry in numbers:
                 end = begin + entry.array.size
@@ -204,6 +209,16 @@ def _leaves(space: Any, path: _Path) -> Iterator[tuple[_Path, Any]]:
             yield from _leaves(each, (*path, index))
     else:
         yield path, space
+
+
+def _parts(entries: Sequence[Entry]) -> tuple[Part, ...]:
+    """Returns the parts of the vector that consists of some entries."""
+    if len(entries) == 1:
+        return entries[0].spec.parts
+    parts = [
+        entry.spec.parts or (Part('numbers', (math.prod(entry.spec.shape),)),) for entry in entries
+    ]
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 def _name(path: _Path) -> str:

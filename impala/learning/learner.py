@@ -14,6 +14,7 @@ from impala.learning.optimizers.adam import Adam
 from impala.learning.optimizers.rmsprop import RMSProp, sum_duplicates
 from impala.networks.action_distribution import ActionDistribution
 from impala.networks.decoder import Decoder
+from impala.networks.normalizer import Normalizer
 from impala.networks.popart import PopArt
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
 
@@ -29,8 +30,16 @@ class TrainableAgent(Protocol):
         """All weights, in a fixed order; they exist from construction on."""
 
     @property
+    def acting_variables(self) -> Sequence[tf.Variable]:
+        """All that acting needs: the weights, and the variables of `normalizer`."""
+
+    @property
     def actions(self) -> ActionDistribution:
         """The distributions of actions, by which the losses compare policies."""
+
+    @property
+    def normalizer(self) -> Normalizer | None:
+        """Normalizes vector observations; None if they are not normalized."""
 
     @property
     def popart(self) -> PopArt | None:
@@ -138,8 +147,8 @@ class Learner(tf.Module):
 
     @property
     def weights(self) -> list[tf.Variable]:
-        """The weights of the agent on one replica; they are equal on all."""
-        return [self._local(weight) for weight in self.agent.trainable_variables]
+        """The agent's `acting_variables` on one replica; they are equal on all."""
+        return [self._local(weight) for weight in self.agent.acting_variables]
 
     def counts(self) -> tuple[int, int]:
         """Returns updates and agent steps so far."""
@@ -176,7 +185,9 @@ class Learner(tf.Module):
         Several replicas do, up to rounding, what one does with all their unrolls in one batch:
         losses and gradients are summed before clipping, and a value that is not finite on one
         replica skips the update on all. PopArt's statistics are those of all unrolls and change
-        after the weights. All learners must call this equally often.
+        after the weights. So do the statistics of observations, by those of rows 0 to T-1 of all
+        unrolls that are used for the first time and not replayed, so each counts once. All learners
+        must call this equally often.
 
         Args:
           batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
@@ -262,21 +273,19 @@ class Learner(tf.Module):
             total, parts, targets = self._loss(batch, schedules.get('entropy_cost'), target_outputs)
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
-        popart = self.agent.popart
-        moments = None
-        if popart is not None:
-            is_step = losses.steps(batch.env_outputs)
-            moments = popart.moments(targets, batch.level_id, is_step)
+        statistics = self._statistics(batch, targets, is_replayed, new_steps)
         if self._strategy is not None:
-            total, parts, gradients, moments = _join(total, parts, gradients, moments)
+            total, parts, gradients, statistics = _join(total, parts, gradients, statistics)
             lag, is_replayed = _gather(lag, is_replayed)
         gradients = [
             sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
             for gradient in gradients
         ]
         # A lost learner makes collective operations fail: all come before the first weight changes.
-        with tf.control_dependencies([lag] if moments is None else [lag, moments]):
-            update = self._update(total, gradients, parameters, schedules['learning_rate'], moments)
+        with tf.control_dependencies([lag, *statistics.values()]):
+            update = self._update(
+                total, gradients, parameters, schedules['learning_rate'], statistics
+            )
             with tf.control_dependencies([update['skipped']]):
                 num_fresh = tf.math.count_nonzero(tf.logical_not(is_replayed))
                 _add(self.agent_steps, new_steps * num_fresh)
@@ -287,6 +296,26 @@ class Learner(tf.Module):
             **schedules,
             **update,
         }
+
+    def _statistics(
+        self,
+        batch: ActorOutput,
+        targets: tf.Tensor,
+        is_replayed: tf.Tensor,
+        new_steps: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        """Returns the statistics of one replica's unrolls, for those that the agent keeps."""
+        statistics = {}
+        popart, normalizer = self.agent.popart, self.agent.normalizer
+        if popart is not None:
+            is_step = losses.steps(batch.env_outputs)
+            statistics['popart'] = popart.moments(targets, batch.level_id, is_step)
+        if normalizer is not None:
+            # The last row is also the first one of the next unroll.
+            rows = {name: array[:-1] for name, array in batch.env_outputs.observation.items()}
+            is_counted = tf.logical_not(is_replayed) & tf.greater(new_steps, 0)
+            statistics['observations'] = normalizer.summary(rows, is_counted)[tf.newaxis]
+        return statistics
 
     def _loss(
         self,
@@ -372,7 +401,7 @@ class Learner(tf.Module):
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         parameters: Sequence[tf.Variable],
         learning_rate: tf.Tensor,
-        moments: tf.Tensor | None,
+        statistics: dict[str, tf.Tensor],
     ) -> dict[str, tf.Tensor]:
         """Applies the gradients if they and the loss are finite; returns metrics."""
         # A NaN or infinity in any gradient makes the norm not finite, too.
@@ -387,7 +416,9 @@ class Learner(tf.Module):
                 )
             self.optimizer.apply(clipped, parameters, learning_rate)
             if self.agent.popart is not None:
-                self.agent.popart.update(moments)
+                self.agent.popart.update(statistics['popart'])
+            if self.agent.normalizer is not None:
+                self.agent.normalizer.update(statistics['observations'])
             _add(self.updates, tf.constant(1, tf.int64))
             return tf.constant(False)
 
@@ -405,12 +436,12 @@ class Learner(tf.Module):
         return outputs
 
     def _update_target(self) -> None:
-        """Copies the weights to the target network if that is due, as it is at the first update."""
+        """Copies the agent to the target network if that is due, as it is at the first update."""
         assert self.target_agent is not None
-        targets = self.target_agent.trainable_variables
+        targets = self.target_agent.acting_variables
 
         def copy() -> tf.Tensor:
-            for target, weight in zip(targets, self.agent.trainable_variables, strict=True):
+            for target, weight in zip(targets, self.agent.acting_variables, strict=True):
                 tf.raw_ops.AssignVariableOp(resource=target.handle, value=weight.read_value())
             return tf.constant(True)
 
@@ -486,18 +517,22 @@ def _join(
     loss: tf.Tensor,
     parts: dict[str, tf.Tensor],
     gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
-    moments: tf.Tensor | None,
-) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], tf.Tensor | None]:
-    """Sums losses, gradients and moments over all replicas."""
+    statistics: dict[str, tf.Tensor],
+) -> tuple[tf.Tensor, dict[str, tf.Tensor], list[Any], dict[str, tf.Tensor]]:
+    """Joins losses, gradients and statistics of all replicas."""
     context = tf.distribute.get_replica_context()
     present = [gradient for gradient in gradients if gradient is not None]
     loss, parts, present = context.all_reduce(tf.distribute.ReduceOp.SUM, (loss, parts, present))
     summed = iter(present)
     gradients = [None if gradient is None else next(summed) for gradient in gradients]
-    if moments is not None:
+    statistics = dict(statistics)
+    if 'popart' in statistics:
         # Apart from the others: tensors that are summed in one call must have one dtype.
-        moments = context.all_reduce(tf.distribute.ReduceOp.SUM, moments)
-    return loss, parts, gradients, moments
+        moments = context.all_reduce(tf.distribute.ReduceOp.SUM, statistics['popart'])
+        statistics['popart'] = moments
+    if 'observations' in statistics:
+        statistics['observations'] = context.all_gather(statistics['observations'], axis=0)
+    return loss, parts, gradients, statistics
 
 
 def _gather(lag: tf.Tensor, is_replayed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

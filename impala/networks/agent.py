@@ -20,6 +20,7 @@ from impala.networks.action_distribution import (
     ActionDistribution,
 )
 from impala.networks.lstm import LSTM
+from impala.networks.normalizer import Normalizer
 from impala.networks.popart import PopArt
 from impala.trajectory import (
     ACTION_MASK,
@@ -50,6 +51,7 @@ class AgentConfig:
       popart_levels: names of the levels, in the order of their ids, whose values PopArt normalizes
         separately; empty without PopArt.
       latent_size: number of features of the auto-encoder's encoder; other torsos have fixed ones.
+      normalize_observations: whether vectors are normalized by their running mean and variance.
     """
 
     torso: str = 'deep'
@@ -59,6 +61,7 @@ class AgentConfig:
     max_reward_input: float = 1.0
     popart_levels: tuple[str, ...] = ()
     latent_size: int = torsos.LATENT_SIZE
+    normalize_observations: bool = False
 
 
 class Agent(snt.Module):
@@ -68,6 +71,7 @@ class Agent(snt.Module):
 
     Attributes:
       actions: the distribution of actions, given a policy.
+      normalizer: normalizes vector observations; None if they are not normalized.
       popart: the last layer of a baseline that is normalized per level; None without PopArt.
 
     Args:
@@ -87,6 +91,7 @@ class Agent(snt.Module):
             )
         self.actions = ActionDistribution(spec.action)
         self._max_reward_input = config.max_reward_input
+        self.normalizer = Normalizer(spec) if config.normalize_observations else None
         self._torso = torsos.create_torso(
             config.torso,
             spec.observation['frame'],
@@ -135,6 +140,12 @@ class Agent(snt.Module):
             gains.append((self._baseline.w, 1.0))
         for weights, gain in gains:
             weights.assign(snt.initializers.Orthogonal(gain)(weights.shape, tf.float32))
+
+    @property
+    def acting_variables(self) -> list[tf.Variable]:
+        """All that acting needs, in a fixed order: weights, and statistics of observations."""
+        statistics = () if self.normalizer is None else self.normalizer.variables
+        return [*self.trainable_variables, *statistics]
 
     @property
     def state_spec(self) -> Any:
@@ -227,16 +238,19 @@ class Agent(snt.Module):
     ) -> tf.Tensor:
         """Returns the inputs of core or heads, f32 `[N, ...]`, for N rows."""
         limit = self._max_reward_input
+        observation = env_output.observation
+        if self.normalizer is not None:
+            observation = self.normalizer(observation)
         if features is None:
-            features = self.encode(env_output.observation['frame'])
+            features = self.encode(observation['frame'])
         parts = [
             features,
             tf.clip_by_value(env_output.reward, -limit, limit)[:, tf.newaxis],
             self.actions.features(prev_action),
-            *(encode(env_output.observation[key]) for key, encode in self._encoders.items()),
+            *(encode(observation[key]) for key, encode in self._encoders.items()),
         ]
         if self._instruction is not None:
-            parts.append(self._instruction(env_output.observation['instruction']))
+            parts.append(self._instruction(observation['instruction']))
         return tf.concat(parts, -1)
 
     def _heads(

@@ -7,6 +7,7 @@ import tensorflow as tf
 from impala.config import Config, ConfigError, NetworkConfig
 from impala.networks.agent import DTYPES, Agent, AgentConfig
 from impala.networks.decoder import Decoder
+from impala.networks.normalizer import vectors_of
 from impala.trajectory import EnvironmentSpec
 
 
@@ -24,7 +25,8 @@ def choose_network(
       spec: of their environments.
 
     Raises:
-      ConfigError: `core_size` is given, and the network for these environments has no core.
+      ConfigError: `core_size` is given, and the network for these environments has no core; or
+        vectors are to be normalized, and there are none.
     """
     is_vector = len(spec.observation['frame'].shape) == 1
     is_atari = spec.suite == 'atari'
@@ -40,6 +42,11 @@ def choose_network(
                 f'--core_size={chosen.core_size} has no effect, since --core=auto means none on '
                 'these levels: give --core=lstm or --core=gru, too.'
             )
+    if chosen.normalize_observations and not vectors_of(spec):
+        raise ConfigError(
+            '--normalize_observations is for observations that are vectors of numbers, and there '
+            f'are none in {", ".join(spec.observation)} of {level_names[0]!r}: leave it out.'
+        )
     compute_dtype = chosen.compute_dtype
     if compute_dtype == 'auto':
         # This does not start TensorFlow, which several learners must prepare first.
@@ -52,6 +59,7 @@ def choose_network(
         compute_dtype=compute_dtype,
         popart_levels=tuple(level_names) if chosen.popart else (),
         latent_size=chosen.latent_size,
+        normalize_observations=chosen.normalize_observations,
     )
 
 

@@ -11,6 +11,7 @@ import sonnet as snt
 import tensorflow as tf
 
 from impala.networks import torsos
+from impala.networks.normalizer import assign
 
 STEP_SIZE = 3e-4
 MIN_STDDEV = 1e-4
@@ -120,18 +121,13 @@ class PopArt(snt.Module):
         )
         old_stddev, stddev = _stddev(old_mean, old_second_moment), _stddev(mean, second_moment)
         w, b = (tf.cast(v.read_value(), tf.float64) for v in (self._linear.w, self._linear.b))
-        _assign(self._linear.w, w * (old_stddev / stddev))
-        _assign(self._linear.b, (old_stddev * b + old_mean - mean) / stddev)
-        _assign(self.mean, mean)
-        _assign(self.second_moment, second_moment)
+        assign(self._linear.w, w * (old_stddev / stddev))
+        assign(self._linear.b, (old_stddev * b + old_mean - mean) / stddev)
+        assign(self.mean, mean)
+        assign(self.second_moment, second_moment)
 
 
 def _stddev(mean: tf.Tensor, second_moment: tf.Tensor) -> tf.Tensor:
     # Rounding may make the variance of equal targets a little negative.
     variance = tf.maximum(second_moment - tf.square(mean), 0.0)
     return tf.clip_by_value(tf.sqrt(variance), MIN_STDDEV, MAX_STDDEV)
-
-
-def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    """Assigns to the variable of the replica that is computing, which `assign` cannot do."""
-    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=tf.cast(value, variable.dtype))

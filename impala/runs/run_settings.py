@@ -39,6 +39,7 @@ _FLAGS = {
     'frame_dtype': '--level_name (dtype of the frames)',
     'has_instructions': '--level_name or --observation_keys (whether there are instructions)',
     'other_observations': '--level_name or --observation_keys (other observations)',
+    'parts': '--level_name or --observation_keys (entries of the observation)',
     'popart_levels': '--popart or --level_name (levels whose values are normalized)',
     'has_target_network': '--target_update_steps (whether there is a target network)',
 }
@@ -58,6 +59,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'core_size': network.core_size,
         'popart_levels': list(network.popart_levels),
         'latent_size': network.latent_size,
+        'normalize_observations': network.normalize_observations,
         'actions': spec.action.to_json(),
         'frame_shape': list(frame.shape),
         'frame_dtype': frame.dtype,
@@ -65,6 +67,11 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'other_observations': {
             name: [list(array.shape), array.dtype]
             for name, array in other_observations(spec).items()
+        },
+        'parts': {
+            name: [[part.kind, list(part.sizes)] for part in array.parts]
+            for name, array in sorted(spec.observation.items())
+            if array.parts
         },
     }
 

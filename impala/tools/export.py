@@ -21,6 +21,7 @@ bounds, while `prev_action` is `action`.
 """
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -38,7 +39,14 @@ from impala.networks.agent import Agent, AgentConfig
 from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
 from impala.runs.run_settings import popart_levels, stored_settings
-from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
+from impala.trajectory import (
+    ActionSpec,
+    ArraySpec,
+    EnvironmentSpec,
+    Part,
+    StepOutput,
+    StepOutputInfo,
+)
 
 FOLDER = 'saved_model'
 
@@ -83,12 +91,21 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
                     f'The network.json in {logdir} is damaged: {name!r} of '
                     f"'other_observations' is {array!r}."
                 )
+    try:
+        for name, parts in value('parts', dict).items():
+            described = tuple(Part(str(kind), tuple(map(int, sizes))) for kind, sizes in parts)
+            observation[name] = dataclasses.replace(observation[name], parts=described)
+    except (LookupError, TypeError, ValueError) as error:
+        raise LogdirError(
+            f"The network.json in {logdir} is damaged: 'parts' is {settings['parts']!r}."
+        ) from error
     network = AgentConfig(
         torso=value('torso', str),
         core=value('core', str),
         core_size=value('core_size', int),
         popart_levels=popart_levels(settings),
         latent_size=value('latent_size', int),
+        normalize_observations=value('normalize_observations', bool),
     )
     try:
         action = ActionSpec.from_json(settings.get('actions'))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -219,7 +220,7 @@ def announce(
       log: shows the report.
     """
     config, network = run.config, run.network
-    num_weights = sum(int(tf.size(weight)) for weight in learner.weights)
+    num_weights = sum(math.prod(weight.shape) for weight in learner.agent.trainable_variables)
     is_distributed = config.cluster.is_distributed
     core = {'lstm': 'with LSTM', 'gru': 'with GRU', 'none': 'without core'}.get(
         network.core, f'with {network.core}'

@@ -13,11 +13,12 @@ import troubled_levels
 from processes import is_running, janitor, wait_until
 
 from impala.acting import actor_processes
-from impala.acting.actor_processes import ActorError, ActorHost
+from impala.acting.actor_processes import ActorError, ActorHost, shared_spec
 from impala.config import ActorsConfig, ConfigError, with_common_actions
 from impala.environments import EnvironmentConfig
 from impala.errors import LevelError
 from impala.runs import start_progress
+from impala.trajectory import ArraySpec, EnvironmentSpec, Part
 
 
 def test_the_folder_is_removed_even_if_its_janitor_was_killed():
@@ -63,6 +64,17 @@ def test_levels_without_a_common_spec_are_refused_by_name():
         assert 'levels:short' not in text
         with pytest.raises(ActorError, match='(?s)troubled_levels:prints_and_exits.*polygons'):
             actor_host.common_spec(['levels:short', 'troubled_levels:prints_and_exits'], 1)
+
+
+def test_levels_whose_numbers_mean_something_else_are_refused():
+    numbers = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
+    choice = ArraySpec((4,), 'float32', parts=(Part('categories', (3,)), Part('bits', (1,))))
+    choices = EnvironmentSpec({'frame': choice}, 2, 1)
+    assert shared_spec({'a': choices, 'b': choices}) == choices
+    with pytest.raises(LevelError) as error:
+        shared_spec({'a': numbers, 'b': choices})
+    assert 'differ in their observations: a has frame float32 4, but b ' in str(error.value)
+    assert 'b frame float32 4 (categories 3, bits 1).' in str(error.value)
 
 
 def test_several_atari_games_share_a_set_of_actions():

@@ -69,15 +69,25 @@ def make_mixer(agent, batch_size, unroll_length=5):
 
 
 @pytest.mark.parametrize(
-    ('core', 'has_replay'),
-    [('lstm', False), ('none', True), ('gru', True), ('own_cores:Started', True)],
+    ('core', 'has_replay', 'normalizes'),
+    [
+        ('lstm', False, False),
+        ('none', True, False),
+        ('gru', True, True),
+        ('own_cores:Started', True, False),
+    ],
 )
-def test_a_learner_with_the_same_weights_reproduces_the_outputs_of_the_actors(core, has_replay):
-    config = AgentConfig(torso='mlp', core=core, core_size=16)
+def test_a_learner_with_the_same_weights_reproduces_the_outputs_of_the_actors(
+    core, has_replay, normalizes
+):
+    config = AgentConfig('mlp', core, core_size=16, normalize_observations=normalizes)
     learning, acting = Agent(config, SPEC), Agent(config, SPEC)
+    if normalizes:
+        learning.normalizer.mean.assign([0.5, -1.0, 0.0, 3.0])
+        learning.normalizer.variance.assign([0.01, 4.0, 1.0, 9.0])
     source = make_source(acting, num_actors=3)
     behaviour = BehaviourPolicy(acting, source)
-    behaviour.publish(learning.trainable_variables, tf.constant(7, tf.int64))
+    behaviour.publish(learning.acting_variables, tf.constant(7, tf.int64))
     unroll = tf.function(learning.unroll)
     with behaviour.serving(), playing(source, 3):
         batches = source.batches(2, mix=make_mixer(acting, 2).batch if has_replay else None)
@@ -107,6 +117,7 @@ class Constant(tf.Module):
     def __init__(self, num_weights=30):
         super().__init__()
         self.weights = [tf.Variable(tf.zeros([1000])) for _ in range(num_weights)]
+        self.acting_variables = self.weights
 
     def step(self, prev_action, env_output, state):
         weights = tf.stack([tf.convert_to_tensor(weight) for weight in self.weights])

@@ -12,7 +12,7 @@ import tensorflow as tf
 from learner_process import Learner
 from other_settings import differing
 
-from configs import STACK, config
+from configs import STACK, VECTOR, config
 from impala.cluster import actor_job
 from impala.cluster.actor_job import _agreed, _Learner, _Retry
 from impala.cluster.exchange import WeightsBoard
@@ -108,11 +108,12 @@ def test_the_default_action_repeats_of_the_level_may_be_given():
 OF_THE_JOB = {'mode', 'job_name', 'task', 'num_actors', 'replay_addresses', 'debug'}
 
 
-def agree_on_atari(learner, own, given):
-    """The settings of an actor job, after those of its learner; both play one game."""
+def agree_on_a_level(learner, own, given):
+    """The settings of an actor job, after those of its learner; both play one level."""
     levels = (learner.run.level_name,)
-    network = network_settings(choose_network(learner, levels, STACK), STACK)
-    repeats = learner.environment.num_action_repeats or STACK.num_action_repeats
+    spec = STACK if levels[0].startswith('ALE/') else VECTOR
+    network = network_settings(choose_network(learner, levels, spec), spec)
+    repeats = learner.environment.num_action_repeats or spec.num_action_repeats
     settings = json.loads(json.dumps(job_settings(learner, levels, network, repeats)))
     return _agreed(own, given, settings)[0]
 
@@ -122,15 +123,15 @@ def test_exactly_the_marked_settings_are_the_learners(name):
     first, second = differing(name)
     own = Config.of(**second, job_name='actor', task=0)
     if all_settings()[name].setting.agreement != 'jobs':
-        assert agree_on_atari(Config.of(**first), own, {name}).value(name) == own.value(name)
+        assert agree_on_a_level(Config.of(**first), own, {name}).value(name) == own.value(name)
         return
     with pytest.raises(ConfigError, match=rf'^--{name}=.* the learner at '):
-        agree_on_atari(Config.of(**first), own, {name})
+        agree_on_a_level(Config.of(**first), own, {name})
     # An actor job plays some of the learner's levels, whatever their flag is there.
     if name != 'level_name':
         own = Config.of(**first, job_name='actor', task=0)
         learner = Config.of(**second)
-        assert agree_on_atari(learner, own, ()).value(name) == learner.value(name)
+        assert agree_on_a_level(learner, own, ()).value(name) == learner.value(name)
 
 
 def test_an_inference_batch_larger_than_the_job_is_refused(server):

@@ -10,7 +10,7 @@ import pytest
 from other_settings import differing
 from ports import free_ports
 
-from configs import STACK
+from configs import STACK, VECTOR
 from impala.cluster.learner_group import PROTOCOL, FollowerLog, LearnerGroup, Member
 from impala.config import GROUP_PORT_OFFSET, Config, ConfigError, all_settings
 from impala.networks.build import choose_network
@@ -147,9 +147,11 @@ def test_all_learners_have_the_run_id_of_the_first(addresses, threads):
 def test_learners_agree_on_exactly_the_marked_settings(name):
     def settings(values):
         config = Config.of(**values)
-        repeats = config.environment.num_action_repeats or STACK.num_action_repeats
-        spec = dataclasses.replace(STACK, num_action_repeats=repeats)
-        network = choose_network(config, (config.run.level_name,), spec)
+        level_name = config.run.level_name
+        spec = STACK if level_name.startswith('ALE/') else VECTOR
+        repeats = config.environment.num_action_repeats or spec.num_action_repeats
+        spec = dataclasses.replace(spec, num_action_repeats=repeats)
+        network = choose_network(config, (level_name,), spec)
         return json.loads(json.dumps(shared_settings(config, spec, network)))
 
     first, second = map(settings, differing(name))

@@ -18,7 +18,7 @@ from impala.environments import (
     create_environment,
 )
 from impala.errors import LevelError
-from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd, Part
 
 FRAME = ArraySpec((2,), 'float32')
 WORDS = ArraySpec((3,), 'int32')
@@ -216,6 +216,30 @@ def test_numpy_numbers_in_a_spec_become_python_numbers(create):
     assert environment.spec == Own.spec
     assert json.loads(json.dumps(environment.spec.to_json()))['action'] == 2
     environment.check()
+
+
+def test_a_vector_may_have_parts(create):
+    parts = (Part('numbers', (3,)), Part('categories', (2, 4)), Part('bits', (1,)))
+    spec = ArraySpec((10,), np.float32, parts=parts)
+    environment = create(returning(spec=EnvironmentSpec({'frame': spec}, 2, 1)))
+    assert environment.spec.observation['frame'] == ArraySpec((10,), 'float32', parts=parts)
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype', 'parts'),
+    [
+        ((3,), 'float32', [('numbers', (2,))]),
+        ((2,), 'uint8', [('numbers', (2,))]),
+        ((2, 1), 'float32', [('numbers', (2,))]),
+        ((2,), 'float32', [('numbers', (1, 1))]),
+        ((2,), 'float32', [('words', (2,))]),
+        ((2,), 'float32', [('categories', (2, 0))]),
+        ((2,), 'float32', [('bits', (2,)), ('bits', ())]),
+    ],
+)
+def test_parts_must_make_up_the_vector(shape, dtype, parts):
+    with pytest.raises(ValueError, match='Part'):
+        ArraySpec(shape, dtype, parts=tuple(Part(*each) for each in parts))
 
 
 def test_failures_during_the_check_are_left_to_the_actors(create):

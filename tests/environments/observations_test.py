@@ -1,5 +1,7 @@
 """How the parts of Dict and Tuple observations are arranged, by the docstring of the module."""
 
+import json
+
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
@@ -7,7 +9,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Se
 from impala.environments import DeclarationError, hash_instruction
 from impala.environments.observations import Observations
 from impala.errors import LevelError
-from impala.trajectory import ArraySpec
+from impala.trajectory import ArraySpec, EnvironmentSpec, Part
 
 SIDE = 32
 IMAGE = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
@@ -29,7 +31,8 @@ def take(observations, value):
     observations.take(value, False)
     for name, array in observations.arrays.items():
         np.testing.assert_array_equal(array, arrays[name])
-        assert observations.spec[name] == ArraySpec(array.shape, array.dtype.name)
+        spec = observations.spec[name]
+        assert spec == ArraySpec(array.shape, array.dtype.name, parts=spec.parts)
     return arrays
 
 
@@ -96,14 +99,43 @@ VALUE = {
 }
 # A space that is made of a dict sorts its keys; one made of a list does not.
 VECTOR = [1, 2, 3, 4, 0, 1, 0, 1, 0, 1, 0, 0, 1, -3]
+PARTS = (
+    Part('numbers', (4,)),
+    Part('categories', (2,)),
+    Part('bits', (2,)),
+    Part('categories', (2, 3)),
+    Part('numbers', (1,)),
+)
+
+
+@pytest.mark.parametrize(
+    ('space', 'parts'),
+    [
+        (Box(-1, 1, (3,)), ()),
+        (Dict(a=Box(-1, 1, (3,))), ()),
+        (Discrete(3), (Part('categories', (3,)),)),
+        (Tuple([MultiDiscrete([[2, 3], [4, 5]])]), (Part('categories', (2, 3, 4, 5)),)),
+        (MultiBinary([2, 3]), (Part('bits', (6,)),)),
+        (Tuple([Discrete(3), Discrete(2)]), (Part('categories', (3,)), Part('categories', (2,)))),
+        (IMAGE, ()),
+    ],
+)
+def test_a_spec_says_what_its_numbers_are_also_in_another_process(space, parts):
+    spec = observations_of(space).spec['frame']
+    assert spec.parts == parts
+    whole = EnvironmentSpec({'frame': spec}, 2, 1)
+    assert EnvironmentSpec.from_json(json.loads(json.dumps(whole.to_json()))) == whole
 
 
 @pytest.mark.parametrize('has_image', [False, True])
 def test_numbers_are_one_vector_in_the_order_of_the_space(has_image):
     space = Dict([*NUMBERS.items(), *([('view', IMAGE)] if has_image else [])])
-    arrays = take(observations_of(space), VALUE | {'view': image(9)})
+    observations = observations_of(space)
+    arrays = take(observations, VALUE | {'view': image(9)})
     name = 'vector' if has_image else 'frame'
     assert arrays[name].tolist() == VECTOR and arrays[name].dtype == np.float32
+    assert observations.spec[name].parts == PARTS
+    assert not any(each.parts for other, each in observations.spec.items() if other != name)
     assert arrays.keys() == {'frame', name, 'instruction'}
     if has_image:
         assert (arrays['frame'] == 9).all()

@@ -11,7 +11,7 @@ from configs import config
 from impala import training
 from impala.networks.agent import Agent, AgentConfig
 from impala.tools import export
-from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
+from impala.trajectory import ArraySpec, EnvironmentSpec, Part, StepOutput, StepOutputInfo
 
 # A program that knows only TensorFlow. It reads each step's inputs as JSON from stdin.
 STRANGER = """
@@ -149,7 +149,11 @@ def test_all_observations_are_inputs_of_the_exported_model(tmp_path):
         'instruction': ArraySpec((32,), 'int32'),
         'camera': ArraySpec((36, 40, 4), 'float32'),
         'depth': ArraySpec((36, 40, 1), 'uint8'),
-        'vector': ArraySpec((9,), 'float32'),
+        'vector': ArraySpec(
+            (9,),
+            'float32',
+            parts=(Part('categories', (3,)), Part('bits', (2,)), Part('numbers', (4,))),
+        ),
     }
     agent = Agent(network, spec)
     restored = tf.train.Checkpoint(learner=tf.train.Checkpoint(agent=agent))
@@ -209,11 +213,13 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         'core': 'none',
         'popart_levels': [],
         'latent_size': 64,
+        'normalize_observations': False,
         'actions': 2,
         'frame_shape': [2],
         'frame_dtype': 'float32',
         'has_instructions': False,
         'other_observations': {},
+        'parts': {},
     }
     (tmp_path / 'network.json').write_text(json.dumps(settings))
     assert export.main([str(tmp_path)]) == 2
@@ -230,6 +236,13 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         ({'frame_shape': [4, 0]}, 'frames cannot be (4, 0).'),
         ({'frame_shape': [2**31]}, 'frames cannot be (2147483648,).'),
         ({'popart_levels': 3}, 'is 3.'),
+        ({'normalize_observations': 1}, "'normalize_observations' is 1."),
+        ({'parts': 3}, "'parts' is 3."),
+        ({'parts': {'frame': 3}}, "'parts' is {'frame': 3}."),
+        ({'parts': {'vector': []}}, "'parts' is {'vector': []}."),
+        ({'parts': {'frame': [['bits', [1]]]}}, "'parts' is {'frame': [['bits', [1]]]}."),
+        ({'parts': {'frame': [['bats', [2]]]}}, "'parts' is {'frame': [['bats', [2]]]}."),
+        ({'parts': {'frame': [['bits', [1, 1]]]}}, "'parts' is {'frame': [['bits', [1, 1]]]}."),
         ({'other_observations': []}, "'other_observations' is []."),
         ({'other_observations': {'a': 3}}, "'a' of 'other_observations' is 3."),
         (

@@ -256,6 +256,7 @@ CHOICES = {
     'core_size': (256, 5),
     'popart': (False, True),
     'bootstrap_truncated': (False, True),
+    'normalize_observations': (False, True),
     'initializer': ('truncated_normal', 'orthogonal'),
     'compute_dtype': ('float32', 'bfloat16'),
     'loss': ('vtrace', 'appo'),
