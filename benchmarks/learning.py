@@ -29,11 +29,12 @@ import tabulate
 
 from benchmarks import machine
 from impala import suites
+from impala.config import Config
 from impala.environments import EnvironmentConfig, create_environment
-from impala.runs.files import read_metrics
+from impala.runs import files, flag_file, flags
 from impala.suites.scores import mean_interval
 from impala.tools import plot
-from impala.trajectory import ActionSpec, EpisodeEnd
+from impala.trajectory import ACTION_MASK, ActionSpec, EpisodeEnd
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(ROOT, 'docs', 'results')
@@ -41,24 +42,37 @@ WINDOW = 100  # Episodes in a rolling mean.
 MAX_ROWS = 10_000  # Of a CSV file in docs/results; with more episodes, every n-th is filed.
 
 
-def random_action(spec: ActionSpec, random: np.random.RandomState) -> Any:
-    """Returns a uniformly random action; of unbounded components, a standard normal one."""
+def random_action(
+    spec: ActionSpec, random: np.random.RandomState, mask: np.ndarray | None = None
+) -> Any:
+    """Returns a uniformly random action; of unbounded components, a standard normal one.
+
+    Args:
+      spec: of the actions.
+      random: the source of randomness.
+      mask: bool, whether a category is allowed, for all of them one after the other; None for all.
+    """
+    allowed = np.ones(spec.num_logits, bool) if mask is None else mask
+    masks = np.split(allowed, np.cumsum(spec.categories)[:-1]) if spec.categories else []
+    categories = [random.choice(np.flatnonzero(each)) for each in masks]
     if spec.is_scalar:
-        return int(random.randint(spec.categories[0]))
-    categories = [random.randint(size) for size in spec.categories]
+        return int(categories[0])
     values = [random.normal() if each is None else random.uniform(*each) for each in spec.bounds]
     return np.array([*categories, *values], spec.array.dtype)
 
 
-def random_returns(level_name: str, num_episodes: int) -> list[float]:
+def random_returns(
+    level_name: str, num_episodes: int, config: EnvironmentConfig | None = None
+) -> list[float]:
     """Returns the returns of random actions, see `random_action`."""
-    environment = create_environment(level_name, 12345, EnvironmentConfig())
+    environment = create_environment(level_name, 12345, config or EnvironmentConfig())
     random = np.random.RandomState(0)
     returns: list[float] = []
     total = 0.0
-    environment.reset()
+    observation = environment.reset()
     while len(returns) < num_episodes:
-        reward, end, _ = environment.step(random_action(environment.spec.action, random))
+        action = random_action(environment.spec.action, random, observation.get(ACTION_MASK))
+        reward, end, observation = environment.step(action)
         total += reward
         if end in (EpisodeEnd.TERMINATED, EpisodeEnd.TRUNCATED):
             returns.append(total)
@@ -139,7 +153,7 @@ def row_of(seed: int, logdir: str, threshold: float) -> tuple[dict[str, Any], li
     with open(os.path.join(logdir, 'test_scores.json'), encoding='utf-8') as file:
         ((level_name, level),) = json.load(file)['levels'].items()
     solved = first_above(episodes, threshold)
-    last = read_metrics(logdir)[-1]
+    last = files.read_metrics(logdir)[-1]
     return {
         'seed': seed,
         'level': level_name,
@@ -251,7 +265,9 @@ def main() -> None:
             figure = plot.learning_curves({label: runs}, over)
             figure.savefig(os.path.join(RESULTS, f'{name}{suffix}.png'))
     level_name = rows[0]['level']
-    random = mean_and_interval(random_returns(level_name, args.random_episodes))
+    stored = flags.parse_stored(flag_file.read(os.path.join(ROOT, logdirs[0], files.FLAG_FILE)))
+    environment = Config.of(**stored).environment
+    random = mean_and_interval(random_returns(level_name, args.random_episodes, environment))
     shape = ', between the lowest and the highest of the seeds' if len(rows) > 1 else ''
     table = tabulate.tabulate(
         table_lines(rows), table_headers(args.threshold), 'github', disable_numparse=True

@@ -1,7 +1,6 @@
 """A hook of one's own: records how sure the policy is, and stops a run whose entropy has collapsed.
 
-PYTHONPATH=examples python experiment.py --level_name=CartPole-v1 \
-        --hooks=own_hook:EntropyWatch --logdir=runs/watched
+How to run it: docs/examples/own_hook.md.
 """
 
 from impala import Hook

@@ -1,7 +1,6 @@
 """A loss of one's own: V-trace, with a penalty for policies that differ from the behaviour policy.
 
-PYTHONPATH=examples python experiment.py --level_name=CartPole-v1 \
-        --loss=own_loss:penalized_loss --logdir=runs/penalized
+How to run it: docs/examples/own_loss.md.
 """
 
 import tensorflow as tf

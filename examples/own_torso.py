@@ -2,8 +2,7 @@
 
 Dosovitskiy et al. 2020, https://arxiv.org/abs/2010.11929.
 
-PYTHONPATH=examples python experiment.py --level_name=ALE/Pong-v5 \
-        --torso=own_torso:VisionTransformer --logdir=runs/vit
+How to run it: docs/examples/own_torso.md.
 """
 
 import sonnet as snt

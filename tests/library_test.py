@@ -1,5 +1,6 @@
 """Tests of the public names in impala/__init__.py and of the example in docs/library.md."""
 
+import csv
 import json
 import os
 import pathlib
@@ -27,17 +28,18 @@ def _run(folder, *arguments):
 
 def test_the_documented_script_trains_and_tests_cartpole(tmp_path):
     (code,) = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'library.md').read_text(), re.S)
-    script = tmp_path / 'script.py'
-    script.write_text(code)
+    script = ROOT / 'examples' / 'train_from_python.py'
+    assert code == script.read_text()
     done = _run(tmp_path, script)
     assert done.returncode == 0, done.stderr
     # The hook prints after every 100 of the 312 updates.
-    assert re.findall(r'^([\d,]+) frames, loss -?\d+$', done.stdout, re.M) == [
-        '16,000',
-        '32,000',
-        '48,000',
-    ]
+    printed = re.findall(r'^([\d,]+) frames, mean return ([\d.]+)$', done.stdout, re.M)
+    assert [frames for frames, _ in printed] == ['16,000', '32,000', '48,000']
     logdir = tmp_path / 'runs' / 'cartpole'
+    with open(logdir / 'episodes.csv', encoding='utf-8', newline='') as file:
+        episodes = [row for row in csv.DictReader(file) if int(row['frames']) <= 48_000]
+    last = [float(row['episode_return']) for row in episodes[-100:]]
+    assert printed[-1][1] == f'{sum(last) / 100:.1f}'
     assert {'checkpoints', 'episodes.csv', 'flags.txt', 'metrics.jsonl'} <= {*os.listdir(logdir)}
     assert '--level_name=CartPole-v1' in (logdir / 'flags.txt').read_text()
     scores = json.loads((logdir / 'test_scores.json').read_text())

@@ -33,6 +33,8 @@ UPDATES = 4
 POISONED = 2
 # Agents that `pipelines` trains.
 PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'normalized', 'replay')
+# The agent whose learner gets intrinsic rewards.
+INTRINSIC = 'intrinsic'
 # Which unrolls of the joined batch are replayed; the number differs between its parts.
 REPLAYED = [True, True, False, False]
 
@@ -124,12 +126,21 @@ def replayed_share(learner, part, num_parts):
     return tf.constant(REPLAYED[part * size : (part + 1) * size])
 
 
-def train(learner, part=0, num_parts=1):
+def intrinsic_share(update, part, num_parts):
+    """Returns the intrinsic rewards of one learner's unrolls of a joined batch."""
+    rewards = np.random.default_rng(update).random([5, BATCH_SIZE], np.float32)
+    return tf.constant(np.split(rewards, num_parts, axis=1)[part])
+
+
+def train(learner, part=0, num_parts=1, has_intrinsic_rewards=False):
     """Yields, for each update, what `step` returned and the learner's variables."""
     for update in range(UPDATES):
         is_replayed = replayed_share(learner, part, num_parts)
         batch = share(joined_batch(update, learner), part, num_parts)
-        metrics = learner.step(batch, is_replayed=is_replayed)
+        intrinsic_reward = None
+        if has_intrinsic_rewards:
+            intrinsic_reward = intrinsic_share(update, part, num_parts)
+        metrics = learner.step(batch, True, is_replayed, intrinsic_reward)
         yield metrics, learner.variables
 
 
@@ -175,6 +186,7 @@ def agents():
         # No unroll is of the last level.
         'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
         'appo': (mlp_agent, APPO),
+        INTRINSIC: (mlp_agent, {'reward_clipping': 'abs_one'}),
         'autoencoder': (encoder_agent, {'momentum': 0.5, 'autoencoder_cost': 10.0}),
         'normalized': (lambda: mlp_agent(normalizes=True), {'momentum': 0.5}),
         # Replayed steps do not count, so half the total keeps the learning rate's schedule.
@@ -211,7 +223,7 @@ def main(kind, output, num_parts, task=0, *addresses):
         if kind == 'pipelines':
             updates = train_by_pipelines(learner)
         else:
-            updates = train(learner, part, parts)
+            updates = train(learner, part, parts, name == INTRINSIC)
         for update, (metrics, variables) in enumerate(updates):
             for key, value in metrics.items():
                 results[f'{name}/{update}/{key}'] = value.numpy()

@@ -18,8 +18,9 @@ from impala.networks.normalizer import Normalizer
 from impala.networks.popart import PopArt
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
 
-# Unrolls, and which of them are replayed, bool `[B]`.
-_Part = tuple[ActorOutput, tf.Tensor]
+# Unrolls, which of them are replayed, bool `[B]`, and their intrinsic rewards, f32 `[T, B]`, if
+# there are any.
+_Part = tuple[ActorOutput, tf.Tensor] | tuple[ActorOutput, tf.Tensor, tf.Tensor]
 
 
 class TrainableAgent(Protocol):
@@ -178,7 +179,11 @@ class Learner(tf.Module):
         self._strategy.run(copy)
 
     def step(
-        self, batch: ActorOutput, is_fresh: bool = True, is_replayed: tf.Tensor | None = None
+        self,
+        batch: ActorOutput,
+        is_fresh: bool = True,
+        is_replayed: tf.Tensor | None = None,
+        intrinsic_reward: tf.Tensor | None = None,
     ) -> dict[str, tf.Tensor]:
         """Updates the weights once, or not at all if the loss or a gradient is not finite.
 
@@ -195,6 +200,8 @@ class Learner(tf.Module):
           is_fresh: whether the batch is used for the first time; its agent steps count only then.
           is_replayed: bool `[B]`, which unrolls are replayed; their agent steps do not count
             again. None if none is.
+          intrinsic_reward: f32 `[T, B]`, added to the clipped rewards of the batch. None without
+            intrinsic rewards; all steps of a learner must have them or none.
 
         Returns:
           Scalar tensors, of all replicas together:
@@ -211,20 +218,24 @@ class Learner(tf.Module):
           `replayed_policy_lag_mean` f32, `replayed_policy_lag_max` i64: the same of replayed
             unrolls, and `replayed_fraction` f32, their share of all unrolls; only with
             `replay_fraction`. Where the share is 0, these lags mean nothing.
+          `intrinsic_reward`: f32, the mean over all rows; only with such rewards.
           `skipped`: bool, loss or gradient was not finite; weights and optimizer are unchanged.
 
         Raises:
           ValueError: the batch is not `[T+1, B]`.
         """
         self._check_shape(batch, self.config.batch_size)
-        masks = None if is_replayed is None else tf.split(is_replayed, self._num_parts)
-        return self.step_in_parts(_divide(batch, self._num_parts), is_fresh, masks)
+        num_parts = self._num_parts
+        masks = None if is_replayed is None else tf.split(is_replayed, num_parts)
+        rewards = None if intrinsic_reward is None else tf.split(intrinsic_reward, num_parts, 1)
+        return self.step_in_parts(_divide(batch, num_parts), is_fresh, masks, rewards)
 
     def step_in_parts(
         self,
         parts: Sequence[ActorOutput],
         is_fresh: bool = True,
         are_replayed: Sequence[tf.Tensor] | None = None,
+        intrinsic_rewards: Sequence[tf.Tensor] | None = None,
     ) -> dict[str, tf.Tensor]:
         """Does what `step` does, with a batch that is already divided.
 
@@ -233,6 +244,7 @@ class Learner(tf.Module):
             tensors that are on it.
           is_fresh: see `step`.
           are_replayed: `is_replayed` of `step` for each part.
+          intrinsic_rewards: `intrinsic_reward` of `step` for each part.
 
         Returns:
           See `step`.
@@ -245,11 +257,12 @@ class Learner(tf.Module):
         new_steps = self._steps_per_unroll if is_fresh else self._no_steps
         if are_replayed is None:
             are_replayed = [self._none_replayed] * self._num_parts
-        pairs = iter(list(zip(parts, are_replayed, strict=True)))
+        rest = [are_replayed] if intrinsic_rewards is None else [are_replayed, intrinsic_rewards]
+        tuples = iter(list(zip(parts, *rest, strict=True)))
         if self._strategy is None:
-            return self._step(next(pairs), new_steps)
+            return self._step(next(tuples), new_steps)
         return self._step_together(
-            self._strategy.experimental_distribute_values_from_function(lambda _: next(pairs)),
+            self._strategy.experimental_distribute_values_from_function(lambda _: next(tuples)),
             new_steps,
         )
 
@@ -264,25 +277,28 @@ class Learner(tf.Module):
         return {name: self._local(value) for name, value in metrics.items()}
 
     def _step_replica(self, part: _Part, new_steps: tf.Tensor) -> dict[str, tf.Tensor]:
-        batch, is_replayed = part
+        batch, is_replayed, *intrinsic = part
         parameters = self._parameters
         schedules = self._schedules()
         target_outputs = self._target_outputs(batch)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(parameters)
-            total, parts, targets = self._loss(batch, schedules.get('entropy_cost'), target_outputs)
+            total, parts, targets = self._loss(
+                batch, schedules.get('entropy_cost'), target_outputs, *intrinsic
+            )
         gradients = tape.gradient(total, parameters)
         lag = self.updates - batch.policy_version
         statistics = self._statistics(batch, targets, is_replayed, new_steps)
         if self._strategy is not None:
             total, parts, gradients, statistics = _join(total, parts, gradients, statistics)
             lag, is_replayed = _gather(lag, is_replayed)
+        means = {'intrinsic_reward': self._mean(intrinsic[0])} if intrinsic else {}
         gradients = [
             sum_duplicates(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
             for gradient in gradients
         ]
         # A lost learner makes collective operations fail: all come before the first weight changes.
-        with tf.control_dependencies([lag, *statistics.values()]):
+        with tf.control_dependencies([lag, *means.values(), *statistics.values()]):
             update = self._update(
                 total, gradients, parameters, schedules['learning_rate'], statistics
             )
@@ -293,6 +309,7 @@ class Learner(tf.Module):
             'loss/total': total,
             **{f'loss/{name}': part for name, part in parts.items()},
             **self._lags(lag, is_replayed),
+            **means,
             **schedules,
             **update,
         }
@@ -322,6 +339,7 @@ class Learner(tf.Module):
         batch: ActorOutput,
         entropy_cost: tf.Tensor | None,
         target_outputs: AgentOutput | None,
+        intrinsic_reward: tf.Tensor | None = None,
     ) -> losses.Loss:
         config, popart, value_stddev = self.config.loss, self.agent.popart, None
         given, reconstruction_loss = {}, None
@@ -346,6 +364,7 @@ class Learner(tf.Module):
                 entropy_cost=entropy_cost,
                 target_outputs=target_outputs,
                 sum_over_replicas=self._sum_over_replicas,
+                intrinsic_reward=intrinsic_reward,
             ),
             config,
         )
@@ -474,6 +493,11 @@ class Learner(tf.Module):
             return value
         context = tf.distribute.get_replica_context()
         return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.stop_gradient(value))
+
+    def _mean(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns the mean of f32 values over all replicas."""
+        count = self._sum_over_replicas(tf.cast(tf.size(values), tf.float32))
+        return self._sum_over_replicas(tf.reduce_sum(values)) / count
 
     def _local(self, value: Any) -> Any:
         """Returns the value on the first replica of this process."""

@@ -164,6 +164,8 @@ class LossInputs:
       target_outputs: of the target network on the same rows, `[T+1, B, ...]`; its `action` is not
         used, and no gradient flows into it. None without a target network.
       sum_over_replicas: sums an f32 scalar over all replicas, each with a part of the batch.
+      intrinsic_reward: f32 `[T, B]`, of the action at each row but the last, and added to the
+        clipped reward. None without intrinsic rewards.
     """
 
     actions: ActionDistribution
@@ -174,6 +176,7 @@ class LossInputs:
     entropy_cost: tf.Tensor | float | None = None
     target_outputs: AgentOutput | None = None
     sum_over_replicas: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+    intrinsic_reward: tf.Tensor | None = None
 
     @property
     def is_step(self) -> tf.Tensor | None:
@@ -230,7 +233,7 @@ def vtrace_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     """
     learner_outputs = inputs.learner_outputs
     baseline = learner_outputs.baseline[:-1]
-    rewards, discounts = _rewards_and_discounts(inputs.env_outputs, config)
+    rewards, discounts = rewards_and_discounts(inputs, config)
     log_probs, behaviour_log_probs = _log_probs(inputs, learner_outputs)
     targets = vtrace.from_importance_weights(
         log_rhos=_log_rhos(log_probs - behaviour_log_probs, inputs.is_step),
@@ -291,7 +294,7 @@ def appo_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     old = learner_outputs if target_outputs is None else target_outputs
     values = tf.stop_gradient(old.baseline[:-1])
     bootstrap_value = tf.stop_gradient(old.baseline[-1])
-    rewards, discounts = _rewards_and_discounts(inputs.env_outputs, config)
+    rewards, discounts = rewards_and_discounts(inputs, config)
     old_log_probs, behaviour_log_probs = _log_probs(inputs, old)
     targets = vtrace.from_importance_weights(
         log_rhos=_log_rhos(old_log_probs - behaviour_log_probs, is_step),
@@ -391,11 +394,15 @@ def _log_probs(inputs: LossInputs, outputs: AgentOutput) -> tuple[tf.Tensor, tf.
     return log_probs, tf.stop_gradient(behaviour_log_probs)
 
 
-def _rewards_and_discounts(
-    env_outputs: StepOutput, config: LossConfig
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns clipped rewards and discounts of the actions, f32 `[T, B]` each."""
+def rewards_and_discounts(inputs: LossInputs, config: LossConfig) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns rewards and discounts of the actions, f32 `[T, B]` each.
+
+    The rewards are clipped; then the intrinsic ones, if there are any, are added.
+    """
+    env_outputs = inputs.env_outputs
     rewards = clip_rewards(env_outputs.reward[1:], config.reward_clipping)
+    if inputs.intrinsic_reward is not None:
+        rewards += inputs.intrinsic_reward
     return rewards, (1.0 - tf.cast(env_outputs.done[1:], tf.float32)) * config.discounting
 
 

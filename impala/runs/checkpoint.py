@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -30,8 +30,8 @@ class Checkpointer:
     """Saves and restores a learner under `<logdir>/checkpoints`.
 
     A checkpoint holds all variables of the learner (weights, optimizer, counters of updates and
-    agent steps) and the seconds spent training. Checkpoints are found by their files, not by
-    TensorFlow's state file: a run with a lost or damaged state file still resumes.
+    agent steps), the seconds spent training, and what hooks add. Checkpoints are found by their
+    files, not by TensorFlow's state file: a run with a lost or damaged state file still resumes.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Checkpointer:
         save_secs: float = 600.0,
         max_to_keep: int = 3,
         report: Callable[[str], None] = report_to_stderr,
+        extras: Mapping[str, tf.Module] | None = None,
     ):
         """Writes nothing yet.
 
@@ -51,6 +52,8 @@ class Checkpointer:
           save_secs: seconds of training between checkpoints of `maybe_save`.
           max_to_keep: number of checkpoints kept; at least 2, so that one is left to fall back to.
           report: takes a line about each problem that does not end the run.
+          extras: name -> module that is saved, too. Variables that a checkpoint lacks keep their
+            values when it is restored.
 
         Raises:
           LogdirError: TensorFlow cannot restore from a directory of this name.
@@ -69,9 +72,15 @@ class Checkpointer:
         self._report = report
         with tf.device('/cpu:0'):
             self._wall_seconds = tf.Variable(0.0, dtype=tf.float64, trainable=False)
-        self._checkpoint = tf.train.Checkpoint(learner=learner, wall_seconds=self._wall_seconds)
+        required = {'learner': learner, 'wall_seconds': self._wall_seconds}
+        self._checkpoint = self._saved = tf.train.Checkpoint(**required)
         # The first access makes it; without it TensorFlow warns when it restores.
         self._save_counter = self._checkpoint.save_counter
+        self._extras: tf.train.Checkpoint | None = None
+        if extras:
+            self._extras = tf.train.Checkpoint(extras=dict(extras))
+            self._saved = tf.train.Checkpoint(**required, extras=dict(extras))
+            self._save_counter = self._saved.save_counter
         self._manager: tf.train.CheckpointManager | None = None
         self._last_attempt = 0.0
         self._latest: str | None = None
@@ -224,7 +233,7 @@ class Checkpointer:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(os.path.join(self._folder, 'checkpoint'))
         return tf.train.CheckpointManager(
-            self._checkpoint, self._folder, self._max_to_keep, checkpoint_name=CHECKPOINT_PREFIX
+            self._saved, self._folder, self._max_to_keep, checkpoint_name=CHECKPOINT_PREFIX
         )
 
     def _read(self, path: str) -> None:
@@ -232,13 +241,25 @@ class Checkpointer:
             status = self._checkpoint.restore(path).expect_partial()
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.OpError) as error:
-            first_line = (str(error).strip().splitlines() or [''])[0].rstrip('.')
             raise LogdirError(
-                f'The checkpoint {path} does not fit the network of this run ({first_line}): '
-                'use the flags it was trained with, or another --logdir.'
+                f'The checkpoint {path} does not fit the network of this run '
+                f'({_first_line(error)}): use the flags it was trained with, or another --logdir.'
             ) from error
+        if self._extras is not None:
+            try:
+                self._extras.restore(path).expect_partial()
+            except (ValueError, tf.errors.OpError) as error:
+                raise LogdirError(
+                    f'The checkpoint {path} does not fit a hook of this run '
+                    f'({_first_line(error)}): use the hook it was trained with, or another '
+                    '--logdir.'
+                ) from error
         self._last_attempt = self.wall_seconds
         self._latest = path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [''])[0].rstrip('.')
 
 
 def _fault(path: str) -> str:

@@ -1,7 +1,7 @@
 """Saves checkpoints of a run during training."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from impala.errors import TrainingError
 from impala.learning.learner import Learner
@@ -9,7 +9,7 @@ from impala.runs.checkpoint import Checkpointer
 from impala.runs.files import LogdirError
 from impala.runs.log import Log
 from impala.runs.run_settings import checkpoint_settings, counted_by, store_settings
-from impala.training.hooks import Hook, Update
+from impala.training.hooks import Hook, Update, modules_of
 from impala.training.run import Run
 
 
@@ -19,8 +19,13 @@ class Checkpoints(Hook):
     Of several learners only the first one does so; the others receive its variables.
     """
 
-    def __init__(self, run: Run, learner: Learner):
+    def __init__(self, run: Run, learner: Learner, hooks: Sequence[Hook] = ()):
         """Restores the newest checkpoint, if there is one, and stores the settings of the run.
+
+        Args:
+          run: the run.
+          learner: newly made.
+          hooks: whose modules are saved and restored, too.
 
         Raises:
           LogdirError: one sentence for the user.
@@ -31,7 +36,10 @@ class Checkpoints(Hook):
         if run.config.cluster.is_first:
             config = run.config
             self._checkpointer = Checkpointer(
-                config.run.logdir, learner, config.run.save_checkpoint_secs
+                config.run.logdir,
+                learner,
+                config.run.save_checkpoint_secs,
+                extras=modules_of(hooks),
             )
             self._checkpointer.restore()
             settings = checkpoint_settings(config, run.network, run.spec)

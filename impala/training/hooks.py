@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from impala.config import ConfigError
+from impala.config import Config, ConfigError
 from impala.errors import TrainingError
 from impala.experience.batch import UnrollBatch
 from impala.experience.mixture import ReplayMixer
@@ -20,6 +20,7 @@ from impala.runs.log import Log
 from impala.training.batches import Actors, BatchSource
 from impala.training.learners import Learners
 from impala.training.run import Run
+from impala.trajectory import EnvironmentSpec
 from impala.user_code import UserCodeError, describe_failure, load
 
 # A run stops after this many consecutive updates whose loss or gradient is not finite.
@@ -63,11 +64,97 @@ class Hook:
     as one sentence.
     """
 
+    @property
+    def module(self) -> tf.Module | None:
+        """Saved in the run's checkpoints, and restored after `at_start`; None for nothing."""
+        return None
+
+    def at_start(self, spec: EnvironmentSpec, config: Config) -> None:
+        """Called once before training, when the environments can be played.
+
+        Args:
+          spec: of every level.
+          config: of the run.
+        """
+
+    def intrinsic_reward(self, batch: UnrollBatch) -> tf.Tensor:
+        """Called before every update by runs whose hook overrides it, for each part of the batch.
+
+        The losses add the result to the clipped rewards of this update; the batch, the returns of
+        episodes and the replay stay as they are. A batch that is used or replayed several times
+        gets new intrinsic rewards each time. So this should only compute; `after_update` is the
+        place to learn from a batch, once: see `Update.is_fresh` and `UnrollBatch.is_replayed`.
+
+        Args:
+          batch: for one of the learner's devices.
+
+        Returns:
+          f32 `[T, B]`; row t is for the action that led to row t + 1 of the batch.
+        """
+        raise NotImplementedError
+
     def after_update(self, update: Update) -> None:
         """Called after every update, when its weights are published."""
 
     def at_line(self, log: Log) -> None:
         """Called just before a line of the log is written, to record values for it."""
+
+
+def modules_of(hooks: Sequence[Hook]) -> dict[str, tf.Module]:
+    """Returns name -> module of the hooks that have one; the names are those of their classes."""
+    modules: dict[str, tf.Module] = {}
+    for hook in hooks:
+        if hook.module is not None:
+            name = type(hook).__name__
+            same = sum(key.partition(' ')[0] == name for key in modules)
+            modules[f'{name} {same + 1}' if same else name] = hook.module
+    return modules
+
+
+class IntrinsicRewards:
+    """Adds up the intrinsic rewards of hooks."""
+
+    def __init__(self, hooks: Sequence[Hook]):
+        """Takes all hooks, of which some may override `Hook.intrinsic_reward`."""
+        self._hooks = [
+            hook for hook in hooks if type(hook).intrinsic_reward is not Hook.intrinsic_reward
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._hooks)
+
+    def check(self, config: Config) -> None:
+        """Checks that a run may have such rewards.
+
+        Raises:
+          ConfigError: it has them, and several learners, each of which would have its own.
+        """
+        if self and config.cluster.has_several_learners:
+            raise ConfigError(
+                f'The intrinsic reward of {type(self._hooks[0]).__name__} cannot be combined with '
+                'several --learner_addresses: the hook of each learner would know only its own '
+                'batches.'
+            )
+
+    def __call__(self, batch: Sequence[UnrollBatch]) -> list[tf.Tensor]:
+        """Returns the sums for each part of a batch, f32 `[T, B]`.
+
+        Raises:
+          TrainingError: a hook returns something else.
+        """
+        return [tf.add_n([_intrinsic_reward(hook, part) for hook in self._hooks]) for part in batch]
+
+
+def _intrinsic_reward(hook: Hook, part: UnrollBatch) -> tf.Tensor:
+    reward = hook.intrinsic_reward(part)
+    expected = part.actor_output.env_outputs.reward[1:]
+    if not tf.is_tensor(reward) or reward.dtype != expected.dtype or reward.shape != expected.shape:
+        what = f'{reward.dtype.name} {reward.shape}' if tf.is_tensor(reward) else repr(reward)
+        raise TrainingError(
+            f'{type(hook).__name__}.intrinsic_reward returns {what}, and it must return a float32 '
+            f'tensor {expected.shape}, a row for each action.'
+        )
+    return reward
 
 
 class Metrics(Hook):

@@ -24,6 +24,7 @@ from impala.training.batches import BatchSource, create_actors, create_replay
 from impala.training.checkpoints import Checkpoints
 from impala.training.hooks import (
     Hook,
+    IntrinsicRewards,
     Logging,
     NonFiniteGuard,
     Profiler,
@@ -90,11 +91,15 @@ def _without_graphs() -> Iterator[None]:
 
 def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
     with contextlib.ExitStack() as stack:
-        own = own_hooks(config.run.hooks)
+        own = [*own_hooks(config.run.hooks), *hooks]
+        intrinsic = IntrinsicRewards(own)
+        intrinsic.check(config)
         run = stack.enter_context(started(config, suite))
         agent, learner = build_learner(run)
+        for hook in own:
+            hook.at_start(run.spec, config)
         replay = create_replay(run, agent, learner)
-        checkpoints = Checkpoints(run, learner)
+        checkpoints = Checkpoints(run, learner, own)
         if config.cluster.is_first:
             store_flags(config, report_to_stderr)
         learner.synchronize()
@@ -112,10 +117,10 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
         guard = NonFiniteGuard(config.learner.replay.sample_reuse)
         if config.run.profiled is not None:
             own.append(stack.enter_context(Profiler(config.run.logdir, config.run.profiled)))
-        logging = Logging([*recorders(run, learner, source, timer), *own, *hooks])
+        logging = Logging([*recorders(run, learner, source, timer), *own])
         with checkpoints.saved_at_the_end(log):
             try:
-                _learn(run, learner, source, log, timer, [logging, checkpoints, guard])
+                _learn(run, learner, source, log, timer, [logging, checkpoints, guard], intrinsic)
             except run.stop.raised:
                 run.stop.received = True
             # For the last line, which is written even if none is due.
@@ -139,6 +144,7 @@ def _learn(
     log: Log,
     timer: StageTimer,
     hooks: Sequence[Hook],
+    intrinsic: IntrinsicRewards,
 ) -> None:
     """The learner of Figure 1: trains until the frames are done or the actors are closed."""
     step = _TrainStep(run, learner, log)
@@ -150,8 +156,12 @@ def _learn(
         # After the signal there may still be a batch that was assembled ahead.
         if batch is None or run.stop.received:
             return
+        rewards = None
+        if intrinsic:
+            with timer('learner/intrinsic_reward'):
+                rewards = intrinsic(batch)
         with timer('learner/train_step'):
-            metrics = step(batch, is_fresh)
+            metrics = step(batch, is_fresh, rewards)
         if metrics is None:
             return
         with timer('learner/publish'):
@@ -190,7 +200,12 @@ class _TrainStep:
         self._log = log
         self._has_begun = False
 
-    def __call__(self, batch: tuple[UnrollBatch, ...], is_fresh: bool) -> dict[str, float] | None:
+    def __call__(
+        self,
+        batch: tuple[UnrollBatch, ...],
+        is_fresh: bool,
+        intrinsic_rewards: Sequence[tf.Tensor] | None,
+    ) -> dict[str, float] | None:
         """Updates the weights; returns the metrics, or None if the run must end."""
         stop = self._run.stop
         is_traced = not (self._has_begun or self._run.config.run.debug)
@@ -202,6 +217,7 @@ class _TrainStep:
                         [part.for_loss(bootstrap_truncated) for part in batch],
                         is_fresh,
                         [part.is_replayed for part in batch],
+                        intrinsic_rewards,
                     )
                 )
         except KeyboardInterrupt:

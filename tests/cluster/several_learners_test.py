@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from command_line import PATIENCE_SECONDS, TESTS
 from ports import free_ports
-from replica import BATCH_SIZE, PIPELINED, POISONED, UPDATES, agents, create_learner, train
+from replica import (
+    BATCH_SIZE,
+    INTRINSIC,
+    PIPELINED,
+    POISONED,
+    UPDATES,
+    agents,
+    create_learner,
+    train,
+)
 from warm_process import WarmProcess
 
 
@@ -16,7 +25,8 @@ def alone():
     results = {}
     for name, (agent, changes) in agents().items():
         learner = create_learner(agent, changes, BATCH_SIZE)
-        for update, (metrics, variables) in enumerate(train(learner)):
+        updates = train(learner, has_intrinsic_rewards=name == INTRINSIC)
+        for update, (metrics, variables) in enumerate(updates):
             for key, value in metrics.items():
                 results[f'{name}/{update}/{key}'] = value.numpy()
             for i, variable in enumerate(variables):
@@ -62,6 +72,7 @@ def test_the_joined_batches_exercise_everything(alone):
         # Gradients are clipped to a norm of 0.5.
         assert alone[f'{name}/0/gradient_norm'] > 1
         assert alone[f'{name}/1/policy_lag_max'] == 2
+        assert (f'{name}/1/intrinsic_reward' in alone) == (name == INTRINSIC)
         rates = [alone[f'{name}/{update}/learning_rate'] for update in range(UPDATES)]
         np.testing.assert_allclose(rates, [0.05, 0.045, 0.04, 0.035], rtol=1e-6)
 

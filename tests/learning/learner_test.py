@@ -157,6 +157,48 @@ def test_metrics_are_the_documented_scalars():
     assert not metrics['skipped']
 
 
+@pytest.mark.parametrize('loss', ['vtrace', 'appo'])
+def test_intrinsic_rewards_are_added_after_clipping(loss):
+    intrinsic = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+
+    def train(change_of_rewards, intrinsic_reward):
+        # The rewards are no input of this agent.
+        agent = EmbeddingAgent(np.random.default_rng(0).normal(size=(3, 4)))
+        learner = Learner(agent, _config(loss=loss, reward_clipping=clipping))
+        for update in range(3):
+            batch = batch_of(learner.config, seed=update)
+            reward = batch.env_outputs.reward.numpy()
+            reward[1:] = change_of_rewards(reward[1:])
+            batch = batch._replace(
+                env_outputs=batch.env_outputs._replace(reward=tf.constant(reward))
+            )
+            metrics = learner.step(batch, intrinsic_reward=intrinsic_reward)
+            assert ('intrinsic_reward' in metrics) == (intrinsic_reward is not None)
+        return metrics, _values(learner.variables)
+
+    clipping = 'none'
+    expected, variables = train(lambda reward: np.clip(4 * reward, -1, 1) + intrinsic, None)
+    clipping = 'abs_one'
+    metrics, same = train(lambda reward: 4 * reward, intrinsic)
+    np.testing.assert_allclose(metrics['intrinsic_reward'], intrinsic.mean(), rtol=1e-5)
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, atol=1e-6)
+    for value, other in zip(same, variables, strict=True):
+        np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-7)
+
+
+def test_without_intrinsic_rewards_the_update_is_the_same_to_the_bit():
+    results = []
+    for intrinsic_reward in (None, tf.zeros([5, 3])):
+        agent = mlp_agent()
+        learner = Learner(agent, _config())
+        for update in range(3):
+            batch = batch_of(learner.config, agent.initial_state(3), seed=update)
+            learner.step(batch, intrinsic_reward=intrinsic_reward)
+        results.append(_values(learner.variables))
+    _assert_equal(*results)
+
+
 def test_learning_rate_falls_linearly_to_zero_and_stays_there():
     config = _config(learning_rate=0.5, total_agent_steps=60)
     agent = mlp_agent()

@@ -279,6 +279,32 @@ def test_ten_is_newer_than_nine(logdir):
     assert int(restored.updates.numpy()) == 10
 
 
+def test_what_hooks_add_is_restored_if_it_is_there(logdir):
+    def restored(extras):
+        learner = Learner()
+        checkpointer = checkpoint.Checkpointer(logdir, learner, extras=extras)
+        assert checkpointer.restore()
+        return learner, checkpointer
+
+    checkpoint.Checkpointer(logdir, trained(1)).save(1.0)
+    added = Learner(3)
+    _, checkpointer = restored({'A': added})
+    # This checkpoint lacks it.
+    assert_same(added, Learner(3))
+    added.train(5)
+    assert checkpointer.save(2.0).endswith('ckpt-2')
+    again, other = Learner(3), trained(7, num_weights=4)
+    learner, checkpointer = restored({'A': again, 'A 2': other})
+    assert_same(learner, trained(1))
+    assert_same(again, added)
+    assert_same(other, trained(7, num_weights=4))
+    checkpointer.save(3.0)
+    learner, _ = restored({})
+    assert_same(learner, trained(1))
+    with pytest.raises(run_files.LogdirError, match=r'does not fit a hook of this run \(.*\): use'):
+        restored({'A': Learner(4)})
+
+
 def test_another_network_is_refused_in_one_sentence(logdir):
     path = checkpoint.Checkpointer(logdir, trained(1)).save(0.0)
     with pytest.raises(checkpoint.LogdirError, match=re.escape(path)) as error:

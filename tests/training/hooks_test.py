@@ -4,10 +4,13 @@ import json
 import time
 
 import pytest
+import tensorflow as tf
+from agents import batch_of
 
 from configs import config
 from impala import training
-from impala.config import ConfigError
+from impala.config import ConfigError, LearnerConfig
+from impala.experience.batch import UnrollBatch
 from impala.runs.log import Log
 from impala.training import hooks
 from impala.training.hooks import Logging, NonFiniteGuard, StageTimer, Update
@@ -76,6 +79,70 @@ def test_an_error_of_a_hook_ends_the_run_and_saves_it(tmp_path):
     watch = Watch()
     training.train(config(tmp_path), hooks=[watch])
     assert [each.updates for each in watch.updates] == [3, 4, 5]
+
+
+class Counts(hooks.Hook):
+    """Rewards actions by the number of updates that it has seen; the number is saved."""
+
+    def at_start(self, spec, config):
+        assert spec.observation['frame'].shape == (2,) and config.learner.batch_size == 2
+        self.seen = tf.Module()
+        self.seen.number = tf.Variable(1.0)
+
+    @property
+    def module(self):
+        return self.seen
+
+    def intrinsic_reward(self, batch):
+        return tf.fill([10, 2], self.seen.number)
+
+    def after_update(self, update):
+        self.seen.number.assign_add(1.0)
+
+
+class Other(Counts):
+    """Another class of hooks."""
+
+
+def intrinsic_rewards(logdir):
+    lines = [json.loads(line) for line in (logdir / 'metrics.jsonl').read_text().splitlines()]
+    return [line.get('intrinsic_reward') for line in lines]
+
+
+def test_intrinsic_rewards_add_up_and_modules_of_hooks_resume(tmp_path):
+    run = config(tmp_path, total_environment_frames=40)
+    training.train(run)
+    # A run may get hooks when it resumes, lose them, or get others.
+    training.train(run.replace(total_environment_frames=80), hooks=[Counts(), Counts()])
+    training.train(run.replace(total_environment_frames=120), hooks=[Other(), Counts()])
+    assert intrinsic_rewards(tmp_path) == [None, None, 1 + 1, 2 + 2, 1 + 3, 2 + 4]
+
+
+@pytest.mark.parametrize(
+    ('reward', 'sentence'),
+    [
+        (lambda: None, r'returns None, and it must return a float32 tensor \(10, 2\)'),
+        (lambda: tf.zeros([11, 2]), r'returns float32 \(11, 2\)'),
+        (lambda: tf.zeros([10, 2], tf.float64), 'Bad.intrinsic_reward returns float64'),
+    ],
+)
+def test_intrinsic_rewards_of_another_form_are_one_sentence(reward, sentence):
+    class Bad(training.Hook):
+        def intrinsic_reward(self, batch):
+            return reward()
+
+    rows = batch_of(LearnerConfig.of(batch_size=2, unroll_length=10))
+    with pytest.raises(training.TrainingError, match=sentence):
+        hooks.IntrinsicRewards([Bad()])([UnrollBatch(rows, None, None, None)])
+
+
+def test_intrinsic_rewards_of_several_learners_are_refused(tmp_path):
+    addresses = ('localhost:1', 'localhost:2')
+    run = config(tmp_path, learner_addresses=addresses, task=0)
+    intrinsic = hooks.IntrinsicRewards([Watch(), Counts()])
+    with pytest.raises(ConfigError, match='of Counts cannot be combined with .*learner_addresses'):
+        intrinsic.check(run)
+    hooks.IntrinsicRewards([Watch()]).check(run)
 
 
 @pytest.mark.parametrize('line_is_due', [True, False])

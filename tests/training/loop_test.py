@@ -276,6 +276,7 @@ CHOICES = {
     'loaders': (0, 2),
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
     'debug': (False, True),
+    'hooks': ((), ('rewarding_hook:RewardingHook',)),
 }
 NUM_CANDIDATES = 800
 
@@ -455,6 +456,12 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
     played = {f'{episode_steps}.0,{episode_steps},truncated'}
     assert {line.split(',', 4)[4] for line in episodes} == played
     assert sum(line.get('updates_skipped', 0) for line in lines) == 0
+    # The intrinsic reward does not count in the returns of episodes.
+    assert all(
+        line.get('intrinsic_reward') == (0.25 if choice['hooks'] else None) for line in lines
+    )
+    returns = {row.split(',')[4] for row in episodes[1:]}
+    assert returns == {f'{episode_steps}.0'}
     decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
     assert all(('loss/autoencoder' in line) == decodes for line in lines)
     assert (logdir / 'reconstructions.png').exists() == decodes

@@ -71,7 +71,7 @@ def _trained(logdir, level_name, **changes):
 @pytest.mark.parametrize(
     'changes',
     [
-        {'use_lstm': 'true', 'replay_fraction': 0.5, 'replay_capacity': 100},
+        {'core': 'lstm', 'replay_fraction': 0.5, 'replay_capacity': 100},
         {'popart': True, 'num_actors': 3},
         {'loss': 'appo', 'gae_advantages': True, 'sample_reuse': 2, 'vtrace_lambda': 0.9},
         {'loss': 'appo', 'target_update_steps': 5, 'normalize_advantages': True},
