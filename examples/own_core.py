@@ -2,8 +2,7 @@
 
 Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, with one head and one layer.
 
-PYTHONPATH=examples python experiment.py --level_name=ALE/Pong-v5 --frame_stack=1 \
-        --core=examples.own_core:AttentionMemory --logdir=runs/attention
+How to run it: docs/examples/own_core.md.
 """
 
 import sonnet as snt
