@@ -63,7 +63,8 @@ class Setting:
       on_resume: see `OnResume`.
       agreement: see `Agreement`.
       only_with: `(name, value)` of another setting; this one has an effect only with that value.
-      only_in: the only mode or kind of job in which it has an effect; `''` for more than one.
+      only_in: the only mode or kind of job in which it has an effect; `'local'`: training and
+        testing on one machine; `''` for more than one.
       is_path: whether it names a file or folder of this machine.
     """
 
@@ -76,7 +77,7 @@ class Setting:
     on_resume: OnResume = 'reported'
     agreement: Agreement = 'none'
     only_with: tuple[str, str] | None = None
-    only_in: Literal['', 'test', 'actor'] = ''
+    only_in: Literal['', 'test', 'actor', 'local'] = ''
     is_path: bool = False
 
     def check(self, name: str, value: Any, kind: Any) -> None:
@@ -482,6 +483,13 @@ class ActorsConfig(_Checked):
         'Requests that make an inference batch; 0: half the actors.',
         low=0,
         high=10_000,
+    )
+    inference_device: str = setting(
+        '',
+        "Device that computes the actors' policy, as /gpu:1 or /cpu:0; empty: the first GPU, or "
+        'the CPU.',
+        on_resume='free',
+        only_in='local',
     )
     inference_timeout_ms: float = setting(
         20.0, 'Time after which fewer requests make a batch.', unit='ms', low=0, high=600_000
@@ -948,6 +956,11 @@ class ClusterConfig(_Checked):
     def is_first(self) -> bool:
         """Whether this learner writes checkpoints and logs."""
         return not self.has_several_learners or self.task == 0
+
+    @property
+    def is_job(self) -> bool:
+        """Whether the run has jobs on several machines, of which this is one."""
+        return self.job_name != 'learner' or self.is_distributed
 
     @property
     def is_distributed(self) -> bool:

@@ -12,6 +12,7 @@ _OTHER = {
     'env_kwargs': '{"sutton_barto_reward": true}',
     'observation_keys': ('screen',),
     'hooks': ('my_module:MyHook',),
+    'inference_device': '/cpu:0',
     'profile_updates': '1:2',
     'learner_address': 'localhost:1',
     'learner_addresses': ('localhost:1',),

@@ -147,6 +147,53 @@ def whole_run(folder):
     }
 
 
+def inference_device(folder):
+    """Trains on the CPU with a policy that acts on the device; then tests with it."""
+    run = config(
+        folder, level_name='levels:picture', use_lstm='true', popart=True,
+        inference_device='/xla_cpu:0',
+    )  # fmt: skip
+    policies, rows, learned = [], [], set()
+
+    class Note(training.Hook):
+        def after_update(self, update):
+            learned.update(variable.device for variable in update.learner.variables)
+
+    init, answer = BehaviourPolicy.__init__, UnrollSource.answer
+
+    def noting_policy(policy, *args, **kwargs):
+        init(policy, *args, **kwargs)
+        policies.append(policy)
+
+    def noting_rows(source, agent, version):
+        step = agent.step
+
+        def noting_step(*args):
+            outputs, state = step(*args)
+            rows.append(outputs.policy.device)
+            return outputs, state
+
+        agent.step = noting_step
+        answer(source, agent, version)
+        agent.step = step
+
+    BehaviourPolicy.__init__, UnrollSource.answer = noting_policy, noting_rows
+    try:
+        training.train(run, hooks=[Note()])
+        test = run.replace(mode='test', test_num_episodes=2)
+        returns = evaluation.evaluate(test, print)
+    finally:
+        BehaviourPolicy.__init__, UnrollSource.answer = init, answer
+    return {
+        'weights': sorted({v.device for each in policies for v in each._agent.variables}),
+        'published': sorted({v.device for each in policies for v in each._published}),
+        'versions': [int(each._version) for each in policies],
+        'rows': sorted(set(rows)),
+        'learner': sorted(learned),
+        'returns': returns,
+    }
+
+
 def learner(name):
     """Returns metrics of two updates, and the operations that lack GPU kernels."""
     network, changes = LEARNERS[name]
@@ -244,6 +291,14 @@ def has_gpu_kernel(node):
     return any(map(serves, kernels.get_registered_kernels_for_op(node.op).kernel))
 
 
+def result_of(check):
+    """Returns the result of a check, or its error."""
+    try:
+        return {'result': check()}
+    except Exception:
+        return {'error': traceback.format_exc()}
+
+
 def main(output, folder):
     """Runs all checks; a failing check does not stop the others."""
     checks = {
@@ -253,13 +308,10 @@ def main(output, folder):
         # Last, because it patches `Learner.devices` for good.
         'whole run': functools.partial(whole_run, folder),
     }
-    found = {}
+    found = {'inference device': result_of(functools.partial(inference_device, f'{folder}_apart'))}
     with tf.variable_creator_scope(on_the_device):
         for name, check in checks.items():
-            try:
-                found[name] = {'result': check()}
-            except Exception:
-                found[name] = {'error': traceback.format_exc()}
+            found[name] = result_of(check)
     with open(output, 'w', encoding='utf-8') as file:
         json.dump(found, file)
 

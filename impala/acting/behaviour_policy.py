@@ -13,6 +13,7 @@ import tensorflow as tf
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from impala.experience.batch import Mix, UnrollBatch, batch_of_components, compiled
 from impala.experience.loading import Batch, Loading
+from impala.learning.devices import placed_on
 from impala.networks.agent import Agent
 from impala.trajectory import (
     ArraySpec,
@@ -171,21 +172,27 @@ class BehaviourPolicy(tf.Module):
     network's computation.
     """
 
-    def __init__(self, agent: Agent, source: UnrollSource):
+    def __init__(self, agent: Agent, source: UnrollSource, device: str | None = None):
         """Wraps an agent.
 
         Args:
           agent: has its own variables; no other code may use it.
           source: supplies the requests to answer.
+          device: of the agent's variables, where it computes; None leaves that to TensorFlow.
         """
         super().__init__()
         self._agent = agent
         self._source = source
-        self._version = tf.Variable(-1, dtype=tf.int64, trainable=False)
-        self._published = [
-            tf.Variable(weight, trainable=False) for weight in agent.acting_variables
-        ]
-        self._published_version = tf.Variable(-1, dtype=tf.int64, trainable=False)
+        self._device = device
+        # Where the batcher is, so that comparing them moves nothing.
+        self._device_of_versions = None if device is None else '/cpu:0'
+        with placed_on(device):
+            self._published = [
+                tf.Variable(weight, trainable=False) for weight in agent.acting_variables
+            ]
+        with placed_on(self._device_of_versions):
+            self._version = tf.Variable(-1, dtype=tf.int64, trainable=False)
+            self._published_version = tf.Variable(-1, dtype=tf.int64, trainable=False)
         self._lock = tf.CriticalSection()
         self._failure: BaseException | None = None
 
@@ -195,7 +202,7 @@ class BehaviourPolicy(tf.Module):
 
         Args:
           weights: of the learner's agent, in the order of its `acting_variables`. On the CPU
-            their values are shared, not copied.
+            their values are shared, not copied; from another device they are copied.
           version: i64 scalar, number of learner updates that made these weights.
         """
         values = [tf.convert_to_tensor(weight) for weight in weights]
@@ -230,12 +237,11 @@ class BehaviourPolicy(tf.Module):
         Raises:
           tf.errors.CancelledError: the batcher is closed.
         """
-        tf.cond(
-            tf.equal(self._version, self._published_version),
-            lambda: tf.identity(self._version),
-            self._refresh,
-        )
-        self._source.answer(self._agent, self._version.read_value())
+        with placed_on(self._device_of_versions):
+            is_current = tf.equal(self._version, self._published_version)
+        tf.cond(is_current, lambda: tf.identity(self._version), self._refresh)
+        with placed_on(self._device):
+            self._source.answer(self._agent, self._version.read_value())
 
     @tf.function(autograph=False)
     def _serve(self) -> None:

@@ -183,6 +183,7 @@ class InProcessActors(LocalActors):
         agent: Agent,
         host: InProcessHost,
         report: Callable[[str], None],
+        device: str | None = None,
     ):
         """Prepares; nothing plays yet. See `LocalActors`."""
         self._spec = spec
@@ -190,7 +191,7 @@ class InProcessActors(LocalActors):
         config = config.replace(
             inference_batch_size=1, queue_capacity=config.learner.batch_size, envs_per_process=1
         )
-        super().__init__(config, level_names, spec, agent, host, report)
+        super().__init__(config, level_names, spec, agent, host, report, device=device)
 
     def _make_pool(
         self, config: Config, actor_host: Any, report: Callable[[str], None], schedule: Any

@@ -57,6 +57,7 @@ class LocalActors:
         actor_host: Host,
         report: Callable[[str], None],
         schedule: Schedule | None = None,
+        device: str | None = None,
     ):
         """Prepares; nothing plays yet.
 
@@ -65,10 +66,11 @@ class LocalActors:
           level_names: levels, assigned to the actors round-robin.
           spec: of every actor's environment.
           agent: acts for all actors, with its present weights until others are published; no other
-            code may use it.
+            code may use it. Its variables are on `device`.
           actor_host: starts the processes.
           report: takes a few lines for every process that died, and warnings of environments.
           schedule: see `ActorPool`.
+          device: see `BehaviourPolicy`.
 
         Raises:
           ConfigError: there is no memory for the unrolls.
@@ -99,7 +101,7 @@ class LocalActors:
             ) from error
         self._level_names = [level_names[level] for level in level_ids]
         self._observation_names = list(spec.observation)
-        self._behaviour = BehaviourPolicy(agent, self._source)
+        self._behaviour = BehaviourPolicy(agent, self._source, device)
         self._pool = self._make_pool(config, actor_host, report, schedule)
         self._temp_folder = str(actor_host.config.temp_folder)
         self._stack = contextlib.ExitStack()

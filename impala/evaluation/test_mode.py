@@ -27,7 +27,7 @@ from impala.environments.atari import ATARI_MAX_EPISODE_FRAMES
 from impala.evaluation import report as test_report
 from impala.evaluation.report import CheckpointScores
 from impala.evaluation.test_agents import GreedyAgent, SamplingAgent
-from impala.learning import memory_needs
+from impala.learning import devices, memory_needs
 from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import choose_network, create_agent
 from impala.runs.checkpoint import Checkpointer, LogdirError, NoIntactCheckpointError
@@ -223,12 +223,14 @@ class _Tester:
         self._stop = stop
         self._report = report
         self._players = _Players()
+        self._device = devices.inference_device(config.actors.inference_device)
         self._spec = actor_host.common_spec(suite.level_names, config.run.seed)
         network = self._network()
         memory_needs.check(memory_needs.of_actors(config, self._spec, network))
         is_greedy = config.test.test_policy == 'greedy'
         agent_class = GreedyAgent if is_greedy else SamplingAgent
-        self._agent = create_agent(network, self._spec, agent_class)
+        with devices.placed_on(self._device):
+            self._agent = create_agent(network, self._spec, agent_class)
         self._restored = _Restorable(self._agent)
         self._checkpointer = Checkpointer(config.run.logdir, self._restored)
 
@@ -372,6 +374,7 @@ class _Tester:
             self._actor_host,
             report_to_stderr,
             schedule,
+            self._device,
         )
         try:
             with progress, self._players.playing(actors):

@@ -1,7 +1,9 @@
-"""The devices that a learner trains on."""
+"""The devices that a learner trains on, and that the behaviour policy acts on."""
 
+import contextlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -62,3 +64,36 @@ def strategy_of_devices(devices: Sequence[str]) -> tf.distribute.Strategy:
       devices: names as `/gpu:0`.
     """
     return tf.distribute.MirroredStrategy(list(devices))
+
+
+def inference_device(name: str) -> str | None:
+    """Returns the device of `--inference_device`, as TensorFlow names it; starts TensorFlow.
+
+    Args:
+      name: as `/gpu:1`, `GPU:1` or `/device:GPU:1`; empty for the default.
+
+    Returns:
+      None for the default, the first GPU or the CPU.
+
+    Raises:
+      ConfigError: there is no such device.
+    """
+    if not name:
+        return None
+    there = {_short(device.name): device.name for device in tf.config.list_logical_devices()}
+    if _short(name) not in there:
+        raise ConfigError(
+            f'--inference_device={name} is not one of the devices that TensorFlow finds here: '
+            f'{", ".join(there)}.'
+        )
+    return there[_short(name)]
+
+
+def placed_on(device: str | None) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which variables and operations are on a device; None for any."""
+    return contextlib.nullcontext() if device is None else tf.device(device)
+
+
+def _short(name: str) -> str:
+    """Returns the name of a device in the form `/gpu:1`."""
+    return '/' + name.lower().removeprefix('/').removeprefix('device:')

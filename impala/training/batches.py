@@ -16,7 +16,7 @@ from impala.experience.loading import Loading, default_loaders, move
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay
 from impala.experience.sample_reuse import reused
-from impala.learning import memory_needs
+from impala.learning import devices, memory_needs
 from impala.learning.learner import Learner
 from impala.networks.agent import Agent
 from impala.runs.log import Log
@@ -105,19 +105,22 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
     config, spec, level_names = run.config, run.spec, run.suite.level_names
     if not config.cluster.is_distributed:
         # The work per row, not matrix products, limits acting: bfloat16 would not help.
-        acting_agent = Agent(dataclasses.replace(run.network, compute_dtype='float32'), spec)
+        network = dataclasses.replace(run.network, compute_dtype='float32')
+        device = devices.inference_device(config.actors.inference_device)
+        with devices.placed_on(device):
+            acting_agent = Agent(network, spec)
         # A resumed run must not repeat its earlier episodes.
         seed = derived_seed(config.run.seed, learner.counts()[0])
         playing = config.replace(seed=seed)
         host, report = run.actor_host, log.message
         if isinstance(host, InProcessHost):
-            return InProcessActors(playing, level_names, spec, acting_agent, host, report)
-        return LocalActors(playing, level_names, spec, acting_agent, host, report)
+            return InProcessActors(playing, level_names, spec, acting_agent, host, report, device)
+        return LocalActors(playing, level_names, spec, acting_agent, host, report, device=device)
     from impala.cluster.remote_actors import RemoteActors, job_settings
     from impala.cluster.transport import warn_of_network
 
-    network = network_settings(run.network, spec)
-    settings = job_settings(config, level_names, network, spec.num_action_repeats)
+    shape = network_settings(run.network, spec)
+    settings = job_settings(config, level_names, shape, spec.num_action_repeats)
     actors = RemoteActors(config, level_names, spec, agent, settings, log.message)
     if not config.cluster.trusted_network:
         warn_of_network(actors.port, log.message)

@@ -66,6 +66,8 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> str | None:
     cluster, learner_devices = config.cluster, config.learner.learner_devices
     if learner_devices or cluster.has_several_learners:
         devices.prepare(learner_devices, cluster.has_several_learners)
+    # Before anything is started, lest it be refused.
+    devices.inference_device(config.actors.inference_device)
     suite = suites.load(config.run.level_name)
     environment = with_common_actions(config.environment, suite.level_names)
     config = dataclasses.replace(config, environment=environment)

@@ -219,7 +219,7 @@ def announce(
       latest: path of the checkpoint from which the run resumes; None for a new run.
       log: shows the report.
     """
-    config, network = run.config, run.network
+    config, network, acting_on = run.config, run.network, run.config.actors.inference_device
     num_weights = sum(math.prod(weight.shape) for weight in learner.agent.trainable_variables)
     is_distributed = config.cluster.is_distributed
     core = {'lstm': 'with LSTM', 'gru': 'with GRU', 'none': 'without core'}.get(
@@ -231,6 +231,7 @@ def announce(
     log.message(
         f'{run.suite.text}: {who}, {network.torso} network {core} ({num_weights:,} weights), '
         f'learner on {_device_names(config)} in {network.compute_dtype}'
+        + (f', acting on {acting_on}' if acting_on else '')
         + (f'; all goes to {config.run.logdir}' if config.cluster.is_first else '')
     )
     if replay is not None:

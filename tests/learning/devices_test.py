@@ -1,6 +1,7 @@
 """Tests of impala/learning/devices.py; several_learners_test uses its devices."""
 
 import pytest
+import tensorflow as tf
 
 from impala.config import ConfigError
 from impala.learning import devices as learner_devices
@@ -20,3 +21,20 @@ from impala.learning import devices as learner_devices
 def test_invalid_devices_are_refused(devices, are_shared, sentence):
     with pytest.raises(ConfigError, match=sentence):
         learner_devices.prepare(devices, are_shared)
+
+
+@pytest.mark.parametrize('name', ['/cpu:0', 'CPU:0', '/device:CPU:0'])
+def test_the_device_of_the_policy_is_found_by_any_of_its_names(name):
+    device = learner_devices.inference_device(name)
+    with learner_devices.placed_on(device):
+        assert tf.Variable(1.0).device.endswith('/device:CPU:0')
+    assert learner_devices.inference_device('') is None
+
+
+@pytest.mark.parametrize('name', ['/gpu:1', '/cpu:99', 'cpu', 'nonsense', '/'])
+def test_an_unknown_device_of_the_policy_is_refused_with_the_devices_there_are(name):
+    with pytest.raises(ConfigError) as error:
+        learner_devices.inference_device(name)
+    assert str(error.value) == (
+        f'--inference_device={name} is not one of the devices that TensorFlow finds here: /cpu:0.'
+    )

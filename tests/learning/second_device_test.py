@@ -66,6 +66,16 @@ def test_a_run_is_trained_resumed_and_tested_on_a_second_device(found):
     assert run['returns'] == {'levels:short': [5, 5], 'levels:long': [20, 20]}
 
 
+def test_the_policy_acts_on_a_second_device_and_the_learner_learns_on_the_cpu(found):
+    run = result(found, 'inference device')
+    for name in ('weights', 'published', 'rows'):
+        assert [device.endswith(DEVICE) for device in run[name]] == [True], name
+    assert [device.endswith('CPU:0') and 'XLA' not in device for device in run['learner']] == [True]
+    # Weights of some update came there; those of the test are not published.
+    assert run['versions'][0] > 0 > run['versions'][1]
+    assert run['returns'] == {'levels:picture': [10, 10]}
+
+
 @pytest.mark.skipif(
     not tf.sysconfig.get_build_info()['is_cuda_build'], reason='lists no kernels for GPUs'
 )

@@ -126,6 +126,13 @@ def test_invalid_arguments_give_one_sentence_with_their_place(argument, sentence
         (['--test_num_episodes=3'], '--test_num_episodes=3 is for tests: give --mode=test, too'),
         (['--watch'], '--watch is for tests'),
         (['--envs_per_actor=3'], '--envs_per_actor=3 is for actor jobs'),
+        *(
+            (
+                ['--inference_device=/cpu:0', '--task=0', *job],
+                '--inference_device=/cpu:0 is for runs on one machine: leave it out of its jobs.',
+            )
+            for job in ([], ['--job_name=actor'])
+        ),
         (['--learner_address=a:1'], '--learner_address=a:1 is for distributed jobs'),
         (['--job_name=learner'], '--job_name=learner needs --task=0'),
     ],

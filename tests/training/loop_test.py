@@ -275,6 +275,7 @@ CHOICES = {
     'final_learning_rate': (0.0, 0.001),
     'loaders': (0, 2),
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
+    'inference_device': ('', '/cpu:0'),
     'debug': (False, True),
     'hooks': ((), ('rewarding_hook:RewardingHook',)),
 }
