@@ -63,8 +63,9 @@ class Setting:
       on_resume: see `OnResume`.
       agreement: see `Agreement`.
       only_with: `(name, value)` of another setting; this one has an effect only with that value.
-      only_in: the only mode or kind of job in which it has an effect; `'local'`: training and
-        testing on one machine; `''` for more than one.
+      only_in: the only mode or kind of job in which it has an effect; `''` for more than one.
+        `'train'`: learners; `'test'`: test mode; `'tests'`: test mode and tests during training;
+        `'local'`: training and test mode on one machine; `'actor'`: actor jobs.
       is_path: whether it names a file or folder of this machine.
     """
 
@@ -77,7 +78,7 @@ class Setting:
     on_resume: OnResume = 'reported'
     agreement: Agreement = 'none'
     only_with: tuple[str, str] | None = None
-    only_in: Literal['', 'test', 'actor', 'local'] = ''
+    only_in: Literal['', 'train', 'test', 'tests', 'local', 'actor'] = ''
     is_path: bool = False
 
     def check(self, name: str, value: Any, kind: Any) -> None:
@@ -1018,6 +1019,16 @@ class TestConfig(_Checked):
 
     __test__ = False  # Not for pytest.
 
+    test_every_secs: float = setting(
+        0.0,
+        'Test the newest weights during training, in a process of its own, with this much training '
+        'time in between; 0: never.',
+        unit='s',
+        low=0,
+        high=1e9,
+        on_resume='not_stored',
+        only_in='train',
+    )
     test_num_episodes: int = setting(
         10,
         'Episodes per level.',
@@ -1025,7 +1036,7 @@ class TestConfig(_Checked):
         low=1,
         high=100_000,
         on_resume='not_stored',
-        only_in='test',
+        only_in='tests',
     )
     test_max_frames: int | None = setting(
         None,
@@ -1034,14 +1045,14 @@ class TestConfig(_Checked):
         low=1,
         high=1_000_000_000,
         on_resume='not_stored',
-        only_in='test',
+        only_in='tests',
     )
     test_policy: str = setting(
         'sample',
         'Sample actions as the paper does, or take the most probable one.',
         choices=('sample', 'greedy'),
         on_resume='not_stored',
-        only_in='test',
+        only_in='tests',
     )
     checkpoint: str = setting(
         '',
@@ -1131,7 +1142,14 @@ class Config(_Checked):
             return
         if self.run.mode == 'test':
             raise ConfigError('--debug is for training: leave it out of --mode=test.')
-        for name in ('job_name', 'task', 'learner_devices', 'replay_addresses', 'loaders'):
+        for name in (
+            'job_name',
+            'task',
+            'learner_devices',
+            'replay_addresses',
+            'loaders',
+            'test_every_secs',
+        ):
             value = self.value(name)
             if value != all_settings()[name].default:
                 text = ','.join(value) if isinstance(value, tuple) else value

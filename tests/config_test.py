@@ -145,6 +145,7 @@ def test_every_setting_has_help_and_a_default_within_its_bounds():
                 ({'learner_devices': ['/cpu:0', '/cpu:1']}, '--learner_devices=/cpu:0,/cpu:1'),
                 ({'replay_addresses': ['a:1'], 'replay_fraction': 0.5}, '--replay_addresses=a:1'),
                 ({'loaders': 1}, '--loaders=1'),
+                ({'test_every_secs': 60}, '--test_every_secs=60'),
             )
         ),
         ({'job_name': 'actor'}, '--job_name=actor needs a number of its own'),

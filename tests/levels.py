@@ -369,6 +369,11 @@ def long(seed: int, config: environments.EnvironmentConfig) -> environments.Envi
     return _Level(20)
 
 
+def fails_in_tests(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
+    """Raises at its first step, but only in tests; plays 500 steps a second at most."""
+    return _Failing() if config.is_test else paced(seed, config)
+
+
 def endless(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has one episode, without an end."""
     return _Level(-1)

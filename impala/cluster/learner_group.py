@@ -26,7 +26,7 @@ from impala.config import (
     split_address,
 )
 from impala.private_tensorflow import abort_collectives, disable_coordination_service
-from impala.runs.log import Log
+from impala.runs.log import Log, TestResult
 from impala.runs.progress import report_to_stderr
 from impala.runs.run_settings import flags_of
 from impala.trajectory import EpisodeEnd
@@ -447,6 +447,9 @@ class FollowerLog(Log):
 
     def record_stage_seconds(self, seconds: Mapping[str, float]) -> None:
         """Does nothing: the first learner's are in the log."""
+
+    def record_test(self, result: TestResult) -> None:
+        """Does nothing: only the first learner tests."""
 
     def record_episodes(
         self, level_ids: np.ndarray, returns: np.ndarray, frames: np.ndarray, ends: np.ndarray

@@ -177,6 +177,15 @@ def refuse_unused(config: Config, arguments: Sequence[str]) -> None:
         text = shown(name, config.value(name))
         if known.only_in == 'test' and mode == 'train':
             raise ConfigError(f'{text} is for tests: give --mode=test, too, or leave it out.')
+        if known.only_in == 'tests' and mode == 'train' and not config.test.test_every_secs:
+            raise ConfigError(
+                f'{text} is for tests: give --mode=test or --test_every_secs=600, for instance, '
+                'too, or leave it out.'
+            )
+        if known.only_in == 'train' and (mode == 'test' or job != 'learner'):
+            raise ConfigError(
+                f'{text} is for training: leave it out of --mode=test and of actor and replay jobs.'
+            )
         if known.only_in == 'actor' and job != 'actor':
             raise ConfigError(f'{text} is for actor jobs (--job_name=actor): leave it out here.')
         if known.only_in == 'local' and mode == 'train' and config.cluster.is_job:

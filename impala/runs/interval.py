@@ -70,6 +70,11 @@ class Interval:
             else:
                 self._values.setdefault(name, []).append(value)
 
+    def set_values(self, values: Mapping[str, float]) -> None:
+        """Sets values of the next line, which has the last ones."""
+        for name, value in values.items():
+            self._values[name] = [float(value)]
+
     def add_episode(self, level: str, episode_return: float, frames: int) -> None:
         """Adds an episode that has ended."""
         self._lengths.setdefault(level, []).append(frames)

@@ -4,7 +4,7 @@ import collections
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,20 @@ STYLE: Any = {
     'legend.frameon': False,
 }
 
+# Of tests, in the colour of their level or run.
+TEST_STYLE: Any = {
+    'linestyle': (0, (1, 2)),
+    'linewidth': 1.0,
+    'marker': 'o',
+    'markersize': 4.5,
+    'markerfacecolor': 'white',
+    'zorder': 3,
+}
+
 _MAX_LEVELS_WITH_DOTS = 4
+
+# Level name -> agent steps, wall seconds and mean return of each of its tests.
+Tests = dict[str, list[tuple[float, float, float]]]
 
 
 class LearningCurve:
@@ -72,13 +85,19 @@ class LearningCurve:
         return self._points[: self._num_points].copy()
 
 
-def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> None:
+def draw(
+    path: str,
+    curves: Mapping[str, LearningCurve],
+    title: str = '',
+    tests: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+) -> None:
     """Draws the curves of all levels, on the left over agent steps, on the right over wall time.
 
     Args:
       path: of the PNG file; replaced as a whole.
       curves: level name -> its curve.
       title: of the figure.
+      tests: see `Tests`; drawn for the levels of `curves`.
 
     Raises:
       OSError: the file cannot be written; an earlier file is unchanged.
@@ -87,7 +106,7 @@ def draw(path: str, curves: Mapping[str, LearningCurve], title: str = '') -> Non
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        save(path, _figure(curves, title))
+        save(path, _figure(curves, title, tests or {}))
 
 
 def save(path: str, figure: Any) -> None:
@@ -110,7 +129,11 @@ def save(path: str, figure: Any) -> None:
         raise
 
 
-def _figure(curves: Mapping[str, LearningCurve], title: str) -> Any:
+def _figure(
+    curves: Mapping[str, LearningCurve],
+    title: str,
+    tests: Mapping[str, Sequence[tuple[float, float, float]]],
+) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -129,11 +152,16 @@ def _figure(curves: Mapping[str, LearningCurve], title: str) -> Any:
     by_steps.set_ylabel('episode return')
     with_dots = len(drawn) <= _MAX_LEVELS_WITH_DOTS
     lines = []
-    for points, color in zip(drawn.values(), _colors(len(drawn)), strict=True):
+    has_tests = any(tests.get(name) for name in drawn)
+    for (name, points), color in zip(drawn.items(), _colors(len(drawn)), strict=True):
         for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
             if with_dots:
                 _draw_dots(axes, x, points[:, 2], color)
             lines += axes.plot(x, points[:, 3], color=color, linewidth=1.6)
+        if tests.get(name):
+            tested = np.array(tests[name])
+            for axes, x in ((by_steps, tested[:, 0]), (by_time, tested[:, 1] / seconds)):
+                axes.plot(x, tested[:, 2], color=color, **TEST_STYLE)
     for axes in (by_steps, by_time):
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -145,7 +173,8 @@ def _figure(curves: Mapping[str, LearningCurve], title: str) -> Any:
             loc='outside lower center',
             ncols=columns,
             title=('dots: episodes, ' if with_dots else '')
-            + f'line: mean of the last {WINDOW} episodes',
+            + f'line: mean of the last {WINDOW} episodes'
+            + (', circles: tests' if has_tests else ''),
             title_fontsize=8,
             fontsize=8,
         )

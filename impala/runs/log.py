@@ -1,9 +1,27 @@
 """The interface of a run's log."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+
+class TestResult(NamedTuple):
+    """A test of the weights that a run had at some time.
+
+    Attributes:
+      frames: of the run at that time.
+      agent_steps: of the run at that time.
+      wall_seconds: of the run at that time.
+      mean_returns: name of a tested level -> mean return.
+      scores: name -> other scores.
+    """
+
+    frames: int
+    agent_steps: int
+    wall_seconds: float
+    mean_returns: Mapping[str, float]
+    scores: Mapping[str, float]
 
 
 class Log(Protocol):
@@ -88,6 +106,9 @@ class Log(Protocol):
           name: of the picture.
           pixels: uint8 `[H, W, C]`, C is 1 for grey or 3 for RGB.
         """
+
+    def record_test(self, result: TestResult) -> None:
+        """Records a test. The next line has it as `test_return/LEVEL`, `test/agent_steps`, ..."""
 
     def maybe_write(self, frames: int, agent_steps: int, updates: int) -> bool:
         """Writes a line if one is due. Called after every update.

@@ -35,7 +35,7 @@ from impala.runs.files import (
     write_atomically,
 )
 from impala.runs.interval import Interval
-from impala.runs.log import Log
+from impala.runs.log import Log, TestResult
 from impala.runs.row_file import RowFile, keep_rows
 from impala.runs.summaries import Summaries, encode_png
 from impala.suites import Suite
@@ -46,6 +46,8 @@ SUMMARIES_FOLDER = 'summaries'
 
 _CURVE_SECS = 300.0
 _PICTURE_SECS = 60.0
+_TEST_RETURN, _TEST_COUNTER = 'test_return/', 'test/'
+_TEST_COUNTERS = ('frames', 'agent_steps', 'wall_seconds')
 _ENDED_BY = {EpisodeEnd.TERMINATED: 'terminated', EpisodeEnd.TRUNCATED: 'truncated'}
 
 
@@ -110,6 +112,11 @@ class RunLog(Log):
         self._clock = clock
         self._curves = {name: learning_curve.LearningCurve() for name in self._level_names}
         self._all_levels = learning_curve.LearningCurve()
+        self._tests: learning_curve.Tests = {}
+        # Some suites test other levels than they train on.
+        self._trained_level = dict(
+            zip(suite.for_testing().level_names, suite.level_names, strict=True)
+        )
         self._console = Console(
             sys.stderr if stream is None else stream,
             begin.frames,
@@ -224,6 +231,27 @@ class RunLog(Log):
         except LogdirError as error:
             self.message(f'WARNING: {error}')
 
+    def record_test(self, result: TestResult) -> None:
+        """See `Log`; also draws the tests into the learning curve."""
+        values = {
+            f'{_TEST_RETURN}{level}': value for level, value in result.mean_returns.items()
+        } | dict(result.scores)
+        for name in _TEST_COUNTERS:
+            values[f'{_TEST_COUNTER}{name}'] = getattr(result, name)
+        self._interval.set_values(values)
+        self._take_test(values)
+
+    def _take_test(self, values: Mapping[str, Any]) -> None:
+        """Takes a test, as it is in a line of metrics, into the learning curve."""
+        if not all(f'{_TEST_COUNTER}{name}' in values for name in _TEST_COUNTERS):
+            return
+        steps, seconds = (values[f'{_TEST_COUNTER}{n}'] for n in ('agent_steps', 'wall_seconds'))
+        for name, value in values.items():
+            if name.startswith(_TEST_RETURN):
+                level = name.removeprefix(_TEST_RETURN)
+                level = self._trained_level.get(level, level)
+                self._tests.setdefault(level, []).append((steps, seconds, value))
+
     def message(self, text: str) -> None:
         """Shows a line above the progress bar."""
         self._console.print(text)
@@ -278,6 +306,7 @@ class RunLog(Log):
         num_dropped += keep_rows(path, parse_metrics, agent_steps, self.message)
         for row in read_rows(path, parse_metrics):
             wall_seconds = max(wall_seconds, row['wall_seconds'])
+            self._take_test(row)
             for name, frames in self._interval.level_frames.items():
                 frames = row.get(f'level_frames/{name}', frames)
                 self._interval.level_frames[name] = int(frames)
@@ -330,7 +359,7 @@ class RunLog(Log):
 
     def _draw_curve(self) -> None:
         try:
-            learning_curve.draw(self._path(CURVE_FILE), self._curves)
+            learning_curve.draw(self._path(CURVE_FILE), self._curves, tests=self._tests)
         except OSError as error:
             self.message(f'WARNING: cannot write {self._path(CURVE_FILE)}: {error.strerror}.')
         self._curve_wall_seconds = self.wall_seconds

@@ -21,6 +21,7 @@ from impala.errors import LevelError
 from impala.runs import flag_file
 from impala.runs.files import LogdirError, read_episodes, read_metrics
 from impala.runs.learning_curve import STYLE as CURVE_STYLE
+from impala.runs.learning_curve import TEST_STYLE
 from impala.runs.output import outlive_readers
 
 WINDOW = 100
@@ -50,6 +51,7 @@ class Run:
       episodes: level name -> f64 `[N, 4]`: frames, agent steps, hours, return.
       metrics: lines of `metrics.jsonl`.
       not_finite: number of episodes whose return is not finite; `episodes` omits them.
+      tests: tested level -> f64 `[N, 4]`: frames, agent steps, hours, mean return.
     """
 
     logdir: str
@@ -57,6 +59,7 @@ class Run:
     episodes: Mapping[str, np.ndarray]
     metrics: Sequence[Mapping[str, Any]]
     not_finite: int = 0
+    tests: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
@@ -95,7 +98,23 @@ def read_run(logdir: str, report: Callable[[str], Any] | None = None) -> Run:
         {name: np.array(values) for name, values in rows.items()},
         metrics,
         not_finite,
+        _tests(metrics),
     )
+
+
+def _tests(metrics: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Returns `Run.tests` from lines of `metrics.jsonl`."""
+    found: dict[str, list[tuple[float, float, float, float]]] = {}
+    for line in metrics:
+        if not {'test/frames', 'test/agent_steps', 'test/wall_seconds'} <= line.keys():
+            continue
+        frames, agent_steps = line['test/frames'], line['test/agent_steps']
+        for name, value in line.items():
+            level = name.removeprefix('test_return/')
+            if level != name:
+                row = (frames, agent_steps, line['test/wall_seconds'] / 3600, value)
+                found.setdefault(level, []).append(row)
+    return {level: np.array(rows) for level, rows in found.items()}
 
 
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -160,7 +179,9 @@ def learning_curves(
     from matplotlib.ticker import EngFormatter
 
     levels = list(
-        dict.fromkeys(name for runs in kinds.values() for r in runs for name in r.episodes)
+        dict.fromkeys(
+            name for runs in kinds.values() for r in runs for name in (*r.episodes, *r.tests)
+        )
     )
     columns = min(4, math.ceil(math.sqrt(max(1, len(levels)))))
     rows = max(1, math.ceil(len(levels) / columns))
@@ -169,6 +190,7 @@ def learning_curves(
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     label, scale = _horizontal_axis(kinds, over)
     known_levels = _known_levels(kinds)
+    has_tests = False
     for axes, name in zip(grid, levels, strict=False):
         for color, (kind, runs) in enumerate(kinds.items()):
             played = [run.episodes[name] for run in runs if name in run.episodes]
@@ -178,6 +200,10 @@ def learning_curves(
             ]
             if curves:
                 _draw_spread(axes, curves, f'C{color}', kind)
+            for tests in (run.tests[name] for run in runs if name in run.tests):
+                x = scale * tests[:, _column(over)]
+                axes.plot(x, tests[:, 3], color=f'C{color}', **TEST_STYLE)
+                has_tests = True
         _draw_known_scores(axes, known_levels.get(name) or suites.known_level(name))
         axes.set_title(name, fontsize=8)
         if over != 'wall_time':
@@ -188,7 +214,10 @@ def learning_curves(
     # Not a label of the whole figure, because the legend would be drawn over it.
     for axes in grid[max(0, len(levels) - columns) : max(1, len(levels))]:
         axes.set_xlabel(label)
-    figure.supylabel(f'mean return of the last {WINDOW} episodes', fontsize=9)
+    figure.supylabel(
+        f'mean return of the last {WINDOW} episodes' + (' (circles: tests)' if has_tests else ''),
+        fontsize=9,
+    )
     if levels:
         _add_legend(figure, grid[: len(levels)], kinds)
         figure.draw_without_rendering()
@@ -231,6 +260,8 @@ def _add_legend(figure: Any, grid: Iterable[Any], kinds: Collection[str]) -> Non
         drawn = axes.get_legend_handles_labels()
         drawn_runs = zip(drawn[1], drawn[0], strict=True)
         handles |= {label: handle for label, handle in drawn_runs if label in kinds}
+    if not handles:
+        return  # There are only tests.
     figure.legend(
         handles.values(),
         handles.keys(),

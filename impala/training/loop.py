@@ -33,6 +33,7 @@ from impala.training.hooks import (
     own_hooks,
     recorders,
 )
+from impala.training.periodic_tests import PeriodicTests
 from impala.training.run import (
     Run,
     announce,
@@ -119,6 +120,8 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
         guard = NonFiniteGuard(config.learner.replay.sample_reuse)
         if config.run.profiled is not None:
             own.append(stack.enter_context(Profiler(config.run.logdir, config.run.profiled)))
+        if config.test.test_every_secs and config.cluster.is_first:
+            own.append(stack.enter_context(PeriodicTests(run, learner, log.wall_seconds)))
         logging = Logging([*recorders(run, learner, source, timer), *own])
         with checkpoints.saved_at_the_end(log):
             try:

@@ -123,7 +123,20 @@ def test_invalid_arguments_give_one_sentence_with_their_place(argument, sentence
 @pytest.mark.parametrize(
     ('arguments', 'sentence'),
     [
-        (['--test_num_episodes=3'], '--test_num_episodes=3 is for tests: give --mode=test, too'),
+        (
+            ['--test_num_episodes=3'],
+            '--test_num_episodes=3 is for tests: give --mode=test or --test_every_secs=600, for',
+        ),
+        (['--test_policy=greedy'], '--test_policy=greedy is for tests: give --mode=test or'),
+        (['--test_every_secs=60', '--save_video=1'], '--save_video=1 is for tests: give --mode='),
+        *(
+            (
+                ['--test_every_secs=60', *job],
+                '--test_every_secs=60.0 is for training: leave it out of --mode=test and of actor '
+                'and replay jobs.',
+            )
+            for job in (['--mode=test'], ['--job_name=actor', '--task=0'])
+        ),
         (['--watch'], '--watch is for tests'),
         (['--envs_per_actor=3'], '--envs_per_actor=3 is for actor jobs'),
         *(

@@ -60,6 +60,24 @@ def test_draws_a_png(tmp_path, num_levels):
     assert os.listdir(tmp_path) == ['curve.png']
 
 
+def test_tests_are_circles_in_the_colour_of_their_level():
+    curves = {f'level_{i}': curve_of(np.arange(50.0) * i) for i in range(2)}
+    tests = {'level_1': [(100.0, 30.0, 4.0), (200.0, 60.0, 5.0)], 'another': [(1.0, 2.0, 3.0)]}
+    figure = learning_curve._figure(curves, '', tests)
+    by_steps, by_time = figure.axes
+    for axes, x in ((by_steps, [100, 200]), (by_time, [30, 60])):
+        (circles,) = (line for line in axes.get_lines() if line.get_markerfacecolor() == 'white')
+        assert circles.get_xdata().tolist() == x
+        assert circles.get_ydata().tolist() == [4, 5]
+        (curve,) = (line for line in axes.get_lines() if line.get_ydata()[-1] == 24.5)
+        assert circles.get_color() == curve.get_color()
+    (legend,) = figure.legends
+    assert 'circles: tests' in legend.get_title().get_text()
+    assert [text.get_text() for text in legend.get_texts()] == ['level_0', 'level_1']
+    figure = learning_curve._figure(curves, '', {})
+    assert 'circles' not in figure.legends[0].get_title().get_text()
+
+
 def test_a_missing_folder_is_an_os_error(tmp_path):
     with pytest.raises(OSError):
         learning_curve.draw(str(tmp_path / 'none' / 'curve.png'), {})

@@ -22,7 +22,9 @@ from run_logs import (
 
 from impala.runs import run_log
 from impala.runs.files import LogdirError
+from impala.runs.log import TestResult
 from impala.runs.run_log import Counters
+from impala.suites import Level, Suite
 from impala.trajectory import EpisodeEnd
 
 
@@ -198,6 +200,58 @@ def test_a_resumed_run_continues_its_log(logdir, clock):
     assert [row['wall_seconds'] for row in rows] == ['100.0'] * 60 + ['110.0'] * 60
     assert all(row['level'] != 'level' for row in rows)
     assert not [name for name in os.listdir(logdir) if 'dropped' in name]
+
+
+def test_tests_are_in_the_next_line_in_tensorboard_and_in_the_curve(logdir, clock, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        run_log.learning_curve, 'draw', lambda path, curves, tests: drawn.append(dict(tests))
+    )
+    result = TestResult(400, 100, 2.5, {LEVELS[0]: -20.5, LEVELS[1]: 3.0}, {'own/test_no_cap': 7.5})
+    with create(logdir, clock, log_secs=0) as log:
+        log.record_test(result)
+        write(log, 300, 3)
+        write(log, 310, 4)
+        # The last of two in one line.
+        log.record_test(result._replace(frames=800, agent_steps=200, mean_returns={LEVELS[0]: 1.0}))
+        log.record_test(result._replace(frames=900, agent_steps=225, mean_returns={LEVELS[0]: 2.0}))
+        write(log, 320, 5)
+    lines = metrics(logdir)
+    tested = {name for name in lines[0] if 'test' in name}
+    assert tested == {
+        f'test_return/{LEVELS[0]}', f'test_return/{LEVELS[1]}', 'own/test_no_cap',
+        'test/frames', 'test/agent_steps', 'test/wall_seconds',
+    }  # fmt: skip
+    assert lines[0][f'test_return/{LEVELS[0]}'] == -20.5 and lines[0]['own/test_no_cap'] == 7.5
+    assert (lines[0]['test/frames'], lines[0]['test/agent_steps']) == (400, 100)
+    assert not [name for name in lines[1] if 'test' in name]
+    assert lines[2][f'test_return/{LEVELS[0]}'] == 2.0 and lines[2]['test/agent_steps'] == 225
+    folder = os.path.join(logdir, 'summaries')
+    (name,) = os.listdir(folder)
+    written = tf.data.TFRecordDataset(os.path.join(folder, name))
+    events = [tf.compat.v1.Event.FromString(record_.numpy()) for record_ in written]
+    tags = {(event.step, value.tag) for event in events for value in event.summary.value}
+    assert {(300, f'test_return/{LEVELS[0]}'), (320, 'test/agent_steps')} <= tags
+    first = {LEVELS[0]: [(100, 2.5, -20.5), (200, 2.5, 1.0), (225, 2.5, 2.0)],
+             LEVELS[1]: [(100, 2.5, 3.0)]}  # fmt: skip
+    assert drawn.pop() == first
+    # A resumed run reads them from the lines that its checkpoint keeps.
+    with create(logdir, clock, begin=Counters(1240, 310, 4, 3.0)) as log:
+        write(log, 330, 5)
+    assert drawn.pop() == {LEVELS[0]: [(100, 2.5, -20.5)], LEVELS[1]: [(100, 2.5, 3.0)]}
+
+
+def test_tests_of_hold_out_levels_are_drawn_with_the_trained_ones(logdir, clock, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        run_log.learning_curve, 'draw', lambda path, curves, tests: drawn.append(dict(tests))
+    )
+    suite = Suite('own', (Level('trained', 'held_out'), Level('same', 'same')))
+    with create(logdir, clock, suite=suite) as log:
+        log.record_test(TestResult(400, 100, 2.5, {'held_out': 1.0, 'same': 2.0}, {}))
+        write(log, 300, 3)
+    assert drawn == [{'trained': [(100, 2.5, 1.0)], 'same': [(100, 2.5, 2.0)]}]
+    assert 'test_return/held_out' in metrics(logdir)[0]
 
 
 def test_unusable_logdir(tmp_path, clock):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -49,6 +50,33 @@ def test_non_finite_returns_are_reported_and_left_out(tmp_path, capsys):
     told = f'{logdir}: 2 episodes whose return is not finite are left out.\n'
     assert capsys.readouterr().err == told
     assert plot.read_run(logdir).episodes['ALE/Pong-v5'][:, 3].tolist() == [1.0, 3.0]
+
+
+def test_tests_during_training_are_circles_at_the_weights_that_were_tested(tmp_path):
+    logdir = write_run(tmp_path / 'a', 1, [1.0, 2.0, 3.0])
+    counters = {'test/frames': 400, 'test/agent_steps': 100, 'test/wall_seconds': 36.0}
+    line = {
+        'wall_seconds': 108.0, 'agent_steps': 300, 'test_return/ALE/Pong-v5': 2.5,
+        'test_return/held_out': 7.0, **counters,
+    }  # fmt: skip
+    (tmp_path / 'a' / 'metrics.jsonl').write_text(f'{json.dumps(line)}\n')
+    run = plot.read_run(logdir)
+    assert {name: rows.tolist() for name, rows in run.tests.items()} == {
+        'ALE/Pong-v5': [[400, 100, 0.01, 2.5]],
+        'held_out': [[400, 100, 0.01, 7.0]],
+    }
+    for over, x in (('frames', 400), ('agent_steps', 100), ('wall_time', 0.6)):
+        figure = plot.learning_curves(plot.group([run]), over)
+        assert [axes.get_title() for axes in figure.axes] == ['ALE/Pong-v5', 'held_out']
+        for axes, value in zip(figure.axes, (2.5, 7.0), strict=True):
+            (circles,) = (
+                line for line in axes.get_lines() if line.get_markerfacecolor() == 'white'
+            )
+            assert (circles.get_xdata().tolist(), circles.get_ydata().tolist()) == ([x], [value])
+        assert 'circles: tests' in figure.get_supylabel()
+    # A run that has only tests so far.
+    only = dataclasses.replace(run, episodes={})
+    assert len(plot.learning_curves({'a': [only]}).axes) == 2
 
 
 def test_running_mean():

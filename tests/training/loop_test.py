@@ -276,6 +276,7 @@ CHOICES = {
     'loaders': (0, 2),
     'learner_devices': ((), ('/cpu:0', '/cpu:1')),
     'inference_device': ('', '/cpu:0'),
+    'test_every_secs': (0.0, 3600.0),
     'debug': (False, True),
     'hooks': ((), ('rewarding_hook:RewardingHook',)),
 }
@@ -358,6 +359,7 @@ def test_only_pairs_refused_by_name_never_train():
         (('replay_capacity', 9), ('replay_addresses', ('localhost:1',))),
         (('replay_addresses', ('localhost:1',)), ('debug', True)),
         (('loaders', 2), ('debug', True)),
+        (('test_every_secs', 3600.0), ('debug', True)),
         (('learner_devices', ('/cpu:0', '/cpu:1')), ('debug', True)),
     }
     assert pairs - trained == refused
