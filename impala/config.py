@@ -265,6 +265,13 @@ class RunConfig(_Checked):
         'Hooks of the training loop as my_module:MyHook, separated by commas.',
         on_resume='free',
     )
+    wandb_project: str = setting(
+        '',
+        'Project of Weights & Biases that gets the metrics and the flags of the run, too; needs '
+        'the package wandb.',
+        on_resume='free',
+        only_in='train',
+    )
     debug: bool = setting(
         False,
         'Play and train in one process and one thread, without graphs, so that breakpoint() works '

@@ -413,6 +413,9 @@ class _Film:
 
     def take(self, observation: environments.Observation) -> None:
         frame = observation['frame']
+        if frame.dtype == np.float32 and frame.ndim == 3:
+            # Pixels of floats are from 0 to 1, whatever the bounds of the environment's own are.
+            frame = np.rint(255 * np.clip(np.nan_to_num(frame), 0.0, 1.0)).astype(np.uint8)
         if frame.dtype == np.uint8 and frame.ndim == 3:
             if frame.shape[2] in (3, 4) and not self._is_atari:
                 # A fourth channel is the opacity.

@@ -87,6 +87,7 @@ class RunLog(Log):
         begin: Counters = START,
         stream: TextIO | None = None,
         shows_bar: bool = True,
+        on_line: Callable[[Mapping[str, float]], None] = lambda line: None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Opens the files in `logdir`, and continues them if they exist.
@@ -101,6 +102,7 @@ class RunLog(Log):
           begin: counters of the checkpoint from which the run resumes; later rows are moved away.
           stream: shows progress, as a bar on a terminal, else in plain lines; None for stderr.
           shows_bar: whether a terminal has a bar; a debugger's prompt would stand next to it.
+          on_line: called with the numbers of each line, also of the last one, when it is written.
           clock: returns seconds.
 
         Raises:
@@ -109,6 +111,7 @@ class RunLog(Log):
         self._logdir = logdir
         self._level_names = suite.level_names
         self._log_secs = log_secs
+        self._on_line = on_line
         self._clock = clock
         self._curves = {name: learning_curve.LearningCurve() for name in self._level_names}
         self._all_levels = learning_curve.LearningCurve()
@@ -356,6 +359,7 @@ class RunLog(Log):
         self._console.line(line, self._all_levels)
         self._interval.begin(wall_seconds, self._frames, self._agent_steps)
         self._pictures.clear()
+        self._on_line(line)
 
     def _draw_curve(self) -> None:
         try:

@@ -5,7 +5,7 @@ The training thread calls the hooks, so the learner waits for them.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -98,6 +98,9 @@ class Hook:
 
     def at_line(self, log: Log) -> None:
         """Called just before a line of the log is written, to record values for it."""
+
+    def after_line(self, line: Mapping[str, float]) -> None:
+        """Called with the numbers of a line when it is written; also of the last, at the end."""
 
 
 def modules_of(hooks: Sequence[Hook]) -> dict[str, tf.Module]:

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -41,6 +42,7 @@ from impala.training.run import (
     opened_log,
     started,
 )
+from impala.training.weights_and_biases import WeightsAndBiases
 
 
 def train(config: Config, hooks: Sequence[Hook] = ()) -> str | None:
@@ -95,6 +97,10 @@ def _without_graphs() -> Iterator[None]:
 def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
     with contextlib.ExitStack() as stack:
         own = [*own_hooks(config.run.hooks), *hooks]
+        trackers = []
+        if config.run.wandb_project and config.cluster.is_first:
+            trackers.append(WeightsAndBiases(config))
+            own += trackers
         intrinsic = IntrinsicRewards(own)
         intrinsic.check(config)
         run = stack.enter_context(started(config, suite))
@@ -109,7 +115,13 @@ def _train(config: Config, suite: Suite, hooks: Sequence[Hook]) -> str | None:
         if run.frames(learner) >= config.run.last_frames:
             run.learners.finish()
             return checkpoints.latest
-        log = stack.enter_context(opened_log(run, learner, checkpoints.wall_seconds))
+        for tracker in trackers:
+            stack.enter_context(tracker)
+        log = stack.enter_context(
+            opened_log(
+                run, learner, checkpoints.wall_seconds, functools.partial(_show_line, [*own])
+            )
+        )
         actors = create_actors(run, agent, learner, log)
         actors.publish(learner.weights, learner.version)
         run.when_stopped(actors.close)
@@ -194,6 +206,11 @@ def _show(hooks: Sequence[Hook], update: Update) -> None:
     # A separate function, so that no variable keeps the batch while the next one is awaited.
     for hook in hooks:
         hook.after_update(update)
+
+
+def _show_line(hooks: Sequence[Hook], line: Mapping[str, float]) -> None:
+    for hook in hooks:
+        hook.after_line(line)
 
 
 class _TrainStep:

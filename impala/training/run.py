@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -176,13 +176,19 @@ def build_learner(run: Run) -> tuple[Agent, Learner]:
 
 
 @contextlib.contextmanager
-def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]:
+def opened_log(
+    run: Run,
+    learner: Learner,
+    wall_seconds: float,
+    on_line: Callable[[Mapping[str, float]], None],
+) -> Iterator[Log]:
     """Opens the log of the run; learners other than the first report to the first one instead.
 
     Args:
       run: to log.
       learner: already restored.
       wall_seconds: seconds of training before this start.
+      on_line: see `RunLog`; not called by learners other than the first.
 
     Raises:
       LogdirError: one sentence for the user.
@@ -203,6 +209,7 @@ def opened_log(run: Run, learner: Learner, wall_seconds: float) -> Iterator[Log]
         config.run.log_secs,
         begin=Counters(run.frames(learner), agent_steps, updates, wall_seconds),
         shows_bar=not config.run.debug,
+        on_line=on_line,
     ) as log:
         yield log
 

@@ -28,11 +28,14 @@ from impala.trajectory import ActionSpec, EpisodeEnd
         ('atari', (200, 90, 140), (140, 140, 140)),
     ],
 )
-def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, filmed):
+@pytest.mark.parametrize('is_float', [False, True])
+def test_a_film_has_the_colours_of_the_newest_frame(tmp_path, suite, channels, filmed, is_float):
     level = levels.short(0, None)
     level.spec = dataclasses.replace(level.spec, suite=suite)
     film = episode_series._Film(str(tmp_path / 'film'), level)
     frame = np.tile(np.array(channels, np.uint8), (64, 64, 1))
+    if is_float:
+        frame = frame.astype(np.float32) / 255
     for _ in range(3):
         film.take({'frame': frame})
     film.close()
@@ -68,6 +71,18 @@ def test_a_film_has_the_speed_of_the_environment(tmp_path, level_name, repeats, 
     video = cv2.VideoCapture(str(tmp_path / 'film_agent.mp4'))
     assert video.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, abs=0.01)
     video.release()
+
+
+def test_a_film_of_floats_shows_numbers_out_of_range_as_the_nearest_colour(tmp_path):
+    film = episode_series._Film(str(tmp_path / 'film'), levels.short(0, None))
+    frame = np.empty((64, 64, 3), np.float32)
+    frame[...] = [-np.inf, np.nan, 7.0]
+    film.take({'frame': frame})
+    film.close()
+    video = cv2.VideoCapture(str(tmp_path / 'film_agent.mp4'))
+    picture = video.read()[1]
+    video.release()
+    np.testing.assert_allclose(picture.mean((0, 1))[::-1], [0, 0, 255], atol=8)
 
 
 def test_a_schedule_gives_each_level_all_its_episodes_and_takes_results_in_any_order():
