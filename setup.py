@@ -25,7 +25,14 @@ OPTIMIZE = ['-O3', '-fno-math-errno', '-fvisibility=hidden', '-Wall', '-Wno-sign
 
 
 class BuildWithTensorFlow(build_ext):
-    """Adds the installed TensorFlow's compile and link flags to the libraries of ops."""
+    """Adds the installed TensorFlow's compile and link flags to the libraries of ops.
+
+    Compiles as many libraries at once as there are processors.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extensions(self):
         if shutil.which('g++') is None:

@@ -315,12 +315,15 @@ def never_made(seed: int, config: environments.EnvironmentConfig) -> environment
 
 
 def paced(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Plays CartPole at 500 steps a second at most, for runs that wait for other processes."""
+    """Plays CartPole at 1000 steps a second and process at most.
+
+    For runs that wait for other processes.
+    """
     level = environments.create_environment('CartPole-v1', seed, config)
     step = level.step
 
     def step_slowly(action: int) -> Any:
-        time.sleep(0.002)
+        time.sleep(0.001)
         return step(action)
 
     level.step = step_slowly  # type: ignore[method-assign]

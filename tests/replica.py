@@ -4,9 +4,11 @@
 
 `devices` divides batches; `pipelines` loads each device's part on its own.
 
-Writes what `step` returns and the variables of every local replica, after every update.
+Writes what `step` returns and the variables of every local replica, after every update; of
+`devices`, also the variables of a learner that is restored from the last checkpoint.
 """
 
+import functools
 import sys
 import threading
 
@@ -71,7 +73,7 @@ def create_learner(agent, changes, batch_size, strategy=None):
     """Creates a learner, with a target network if its settings need one."""
     settings = config(batch_size, **changes)
     target_agent = agent() if settings.loss.target_update_steps else None
-    decoder = image_decoder() if agent is encoder_agent else None
+    decoder = image_decoder() if 'autoencoder_cost' in changes else None
     return Learner(agent(), settings, strategy, target_agent, decoder)
 
 
@@ -178,20 +180,25 @@ def train_by_pipelines(learner):
 def agents():
     """Returns functions that create agents, and the settings to train them with, by name."""
     table = np.random.default_rng(0).normal(size=(3, 4))
+    # A core doubles the time that a train step is traced.
+    without_core = functools.partial(mlp_agent, 'none')
     return {
         'lstm': (mlp_agent, {}),
         'gru': (lambda: mlp_agent('gru'), {'momentum': 0.5}),
         'own core': (lambda: mlp_agent('own_cores:Started'), {'momentum': 0.5}),
         'embedding': (lambda: EmbeddingAgent(table), {'momentum': 0.5}),
         # No unroll is of the last level.
-        'popart': (lambda: mlp_agent(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
-        'appo': (mlp_agent, APPO),
-        INTRINSIC: (mlp_agent, {'reward_clipping': 'abs_one'}),
-        'autoencoder': (encoder_agent, {'momentum': 0.5, 'autoencoder_cost': 10.0}),
-        'normalized': (lambda: mlp_agent(normalizes=True), {'momentum': 0.5}),
+        'popart': (lambda: without_core(popart_levels=('a', 'b', 'c', 'd')), {'momentum': 0.5}),
+        'appo': (without_core, APPO),
+        INTRINSIC: (without_core, {'reward_clipping': 'abs_one'}),
+        'autoencoder': (
+            lambda: encoder_agent('none'),
+            {'momentum': 0.5, 'autoencoder_cost': 10.0},
+        ),
+        'normalized': (lambda: without_core(normalizes=True), {'momentum': 0.5}),
         # Replayed steps do not count, so half the total keeps the learning rate's schedule.
         'replay': (
-            lambda: mlp_agent(normalizes=True),
+            lambda: without_core(normalizes=True),
             {'replay_fraction': 0.5, 'total_agent_steps': UPDATES * BATCH_SIZE // 2 * 5},
         ),
     }
@@ -227,10 +234,23 @@ def main(kind, output, num_parts, task=0, *addresses):
         for update, (metrics, variables) in enumerate(updates):
             for key, value in metrics.items():
                 results[f'{name}/{update}/{key}'] = value.numpy()
-            for i, variable in enumerate(variables):
-                for replica, local in enumerate(strategy.experimental_local_results(variable)):
-                    results[f'{name}/{update}/variable {i}/replica {replica}'] = local.numpy()
+            results |= values_of(variables, strategy, f'{name}/{update}')
+        if kind == 'devices':
+            path = tf.train.Checkpoint(learner=learner).save(f'{output}.checkpoint')
+            with strategy.scope():
+                restored = create_learner(agent, changes, batch_size, strategy)
+            tf.train.Checkpoint(learner=restored).restore(path).assert_consumed()
+            results |= values_of(restored.variables, strategy, f'{name}/restored')
     np.savez(output, **results)
+
+
+def values_of(variables, strategy, name):
+    """Returns the values of variables on every local replica."""
+    return {
+        f'{name}/variable {i}/replica {replica}': local.numpy()
+        for i, variable in enumerate(variables)
+        for replica, local in enumerate(strategy.experimental_local_results(variable))
+    }
 
 
 if __name__ == '__main__':

@@ -121,23 +121,29 @@ def test_known_case(mode):
 @pytest.mark.parametrize('shape', [(1, 3), (2, 1), (7, 4), (20, 2), (5, 2, 3)])
 def test_equals_direct_sum(mode, shape):
     arrays = _random_weights(shape)
-    for rho_bar, c_bar, pg_rho_bar, lambda_ in [
+    thresholds = [
         (1.0, 1.0, 1.0, 1.0),
         (3.7, 1.2, 2.2, 0.9),
         (None, None, None, 1.0),
         (0.5, None, 1.5, 0.0),
-    ]:
+    ]
 
-        def targets(rho_bar=rho_bar, c_bar=c_bar, pg_rho_bar=pg_rho_bar, lambda_=lambda_, **kwargs):
-            return vtrace.from_importance_weights(
+    def all_targets(**kwargs):
+        return [
+            vtrace.from_importance_weights(
                 **kwargs,
                 clip_rho_threshold=rho_bar,
                 clip_c_threshold=c_bar,
                 clip_pg_rho_threshold=pg_rho_bar,
                 lambda_=lambda_,
             )
+            for rho_bar, c_bar, pg_rho_bar, lambda_ in thresholds
+        ]
 
-        returns = _in_mode(mode, targets)(arrays)
+    # In one function, because XLA takes more than a second for each.
+    for returns, (rho_bar, c_bar, pg_rho_bar, lambda_) in zip(
+        _in_mode(mode, all_targets)(arrays), thresholds, strict=True
+    ):
         vs, pg_advantages = _direct_sum(
             **arrays, rho_bar=rho_bar, c_bar=c_bar, pg_rho_bar=pg_rho_bar, lambda_=lambda_
         )

@@ -161,8 +161,12 @@ class Learner(tf.Module):
         return self._local(self.updates)
 
     def synchronize(self) -> None:
-        """Copies all variables of the first learner to the others. All must call it."""
-        if self._strategy is not None:
+        """Copies all variables of the first learner to the others. All must call it.
+
+        The devices of one learner hold the same values anyway: a strategy creates and restores its
+        variables alike on all of them.
+        """
+        if self._num_learners > 1:
             self._synchronize()
 
     @tf.function(autograph=False)

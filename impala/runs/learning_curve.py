@@ -119,9 +119,12 @@ def save(path: str, figure: Any) -> None:
     Raises:
       OSError: the file cannot be written; an earlier file is unchanged.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        figure.savefig(temporary, format='png')
+        # `savefig` would draw the figure twice.
+        FigureCanvasAgg(figure).print_png(temporary)
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):

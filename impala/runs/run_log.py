@@ -44,6 +44,8 @@ from impala.trajectory import EpisodeEnd
 CURVE_FILE = 'learning_curve.png'
 SUMMARIES_FOLDER = 'summaries'
 
+# Seconds of this start before the curve is drawn, and between drawings.
+_FIRST_CURVE_SECS = 10.0
 _CURVE_SECS = 300.0
 _PICTURE_SECS = 60.0
 _TEST_RETURN, _TEST_COUNTER = 'test_return/', 'test/'
@@ -146,7 +148,7 @@ class RunLog(Log):
         self._wall_seconds_before = max(wall_seconds, last_wall_seconds)
         self._started = clock()
         self._interval.begin(self._wall_seconds_before, begin.frames, begin.agent_steps)
-        self._curve_wall_seconds = -math.inf
+        self._next_curve_seconds = self._wall_seconds_before + _FIRST_CURVE_SECS
         self._picture_wall_seconds = -math.inf
         self._closed = False
 
@@ -268,7 +270,7 @@ class RunLog(Log):
         if not self.line_is_due:
             return False
         self._write_line(wall_seconds)
-        if self._all_levels.num_episodes and wall_seconds - self._curve_wall_seconds >= _CURVE_SECS:
+        if self._all_levels.num_episodes and wall_seconds >= self._next_curve_seconds:
             self._draw_curve()
             # A figure is full of reference cycles. Python collects them only when new objects are
             # numerous compared with old ones, of which TensorFlow has nearly a million. Before
@@ -366,7 +368,7 @@ class RunLog(Log):
             learning_curve.draw(self._path(CURVE_FILE), self._curves, tests=self._tests)
         except OSError as error:
             self.message(f'WARNING: cannot write {self._path(CURVE_FILE)}: {error.strerror}.')
-        self._curve_wall_seconds = self.wall_seconds
+        self._next_curve_seconds = self.wall_seconds + _CURVE_SECS
 
     def _append(self, file: RowFile, text: str) -> None:
         was_failing = file.num_unwritten > 0

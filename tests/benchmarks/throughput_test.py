@@ -1,13 +1,13 @@
 """Tests of how benchmarks/throughput.py measures the parts of training."""
 
 import json
+import os
 import pathlib
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
+from warm_process import WarmProcess
 
 from benchmarks import throughput
 
@@ -39,13 +39,17 @@ def test_steps_fill_the_cores(monkeypatch, threads, at_a_time):
     assert throughput.steps_at_a_time(threads) == at_a_time
 
 
-def test_training_is_compared_with_its_parts():
-    command = [sys.executable, '-m', 'benchmarks.throughput', '--num_actors=4']
-    command += ['--envs_per_process=2', '--batch_size=2', '--inference_batch_size=2']
-    command += ['--seconds=2', '--warm_up=1', '--part_seconds=0.3']
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    values = json.loads(result.stdout.splitlines()[-1])
+def test_training_is_compared_with_its_parts(tmp_path):
+    flags = ['--num_actors=4', '--envs_per_process=2', '--batch_size=2']
+    flags += ['--inference_batch_size=2', '--seconds=2', '--warm_up=1', '--part_seconds=0.3']
+    outputs = tmp_path / 'stdout', tmp_path / 'stderr'
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    process = WarmProcess(ROOT / 'benchmarks' / 'throughput.py', flags, environment, ROOT, outputs)
+    try:
+        assert process.wait(120) == 0, outputs[1].read_text()
+    finally:
+        process.kill()
+    values = json.loads(outputs[0].read_text().splitlines()[-1])
     # With a single round, the rest is what remains of the limit.
     for suffix in ('', '_with_threads_of_training'):
         used = values['agent_steps_per_second'] / values[f'limit{suffix}']

@@ -49,8 +49,8 @@ def learner(folder, logdir, address, *flags):
 def actor(folder, task, address, *flags, **options):
     # An empty --replay_addresses, as in the flags.txt of a run, has no effect.
     return WarmRun(folder, '--job_name=actor', f'--task={task}', f'--learner_address={address}',
-                   f'--envs_per_actor={ENVIRONMENTS}', '--replay_addresses=', *flags,
-                   **options)  # fmt: skip
+                   f'--envs_per_actor={ENVIRONMENTS}', f'--envs_per_process={ENVIRONMENTS}',
+                   '--replay_addresses=', *flags, **options)  # fmt: skip
 
 
 def tasks(logdir):

@@ -9,8 +9,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -194,7 +192,7 @@ def test_draws_are_intact_and_uniform_over_all_shards(tmp_path, addresses, monke
         assert len(replay) <= 60
         wait_until(lambda: {100, 101} <= set(draw(replay)))
         # Shards receive unrolls in turns, and each keeps its last 30.
-        assert_uniform(draw_many(replay, 6_000), range(42, 102))
+        assert_uniform(draw_many(replay, 3_000), range(42, 102))
         assert len(replay) == 60
         assert replay.metrics() == {'replay_unrolls': 60, 'replay_jobs': 2}
 
@@ -212,7 +210,7 @@ def test_draws_are_intact_and_uniform_over_all_shards(tmp_path, addresses, monke
             wait_until(lambda: len(replay) == 35)
             wait_until(lambda: {103, 111} <= set(draw(replay)))
             expected = [*range(52, 112, 2), *range(103, 112, 2)]
-            assert_uniform(draw_many(replay, 6_000), expected)
+            assert_uniform(draw_many(replay, 3_000), expected)
             assert len(reports) == 4
             assert f'Replay job 1 at {addresses[1]} is there, with 0 of at most 30' in reports[3]
 
@@ -370,7 +368,7 @@ def test_invalid_unrolls_are_left_out(tmp_path, addresses):
 
 def test_a_run_continues_while_shards_come_and_go(tmp_path, addresses):
     logdir = tmp_path / 'run'
-    capacity = '--replay_capacity=400'
+    capacity = '--replay_capacity=160'
 
     def latest(name):
         lines = metrics(logdir)
@@ -400,27 +398,27 @@ def test_a_run_continues_while_shards_come_and_go(tmp_path, addresses):
         learner(tmp_path / 'learner', logdir, addresses, ENDLESS, PACED) as run,
     ):
         # One shard is late.
-        first.wait_until(lambda: latest('replay_unrolls') == 200)
+        first.wait_until(lambda: latest('replay_unrolls') == 80)
         assert run.stderr.count('Continuing with') == 1
         with job(tmp_path / 'job1', 1, addresses, capacity) as second:
-            run.wait_until(lambda: latest('replay_unrolls') == 400)
+            run.wait_until(lambda: latest('replay_unrolls') == 160)
             lines = wait_for_lines(run, 4)
             assert_exact(lines[0], lines[-1])
             assert lines[-1]['replay_jobs'] == 2
             assert lines[-1]['replayed_policy_lag_mean'] > lines[-1]['policy_lag_mean']
             kill(second)
-        run.wait_until(lambda: latest('replay_unrolls') == 200)
+        run.wait_until(lambda: latest('replay_unrolls') == 80)
         assert latest('replay_jobs') == 1
         lines = wait_for_lines(run, 4)
         assert_exact(lines[0], lines[-1])
         run.wait_until(lambda: run.stderr.count('Continuing with') == 2)
         with job(tmp_path / 'job1_again', 1, addresses, capacity) as second:
-            run.wait_until(lambda: latest('replay_unrolls') == 400)
+            run.wait_until(lambda: latest('replay_unrolls') == 160)
             # Both end: training continues with fresh unrolls only.
             kill(first)
             second.send(signal.SIGTERM)
             assert second.wait() == 0
-            assert second.stdout == 'Stopped; the 200 trajectories held here are gone.\n'
+            assert second.stdout == 'Stopped; the 80 trajectories held here are gone.\n'
         run.wait_until(lambda: latest('replay_jobs') == latest('replay_unrolls') == 0)
         lines = wait_for_lines(run, 3)
         assert lines[-1]['replayed_fraction'] == 0
@@ -433,14 +431,13 @@ def test_a_run_continues_while_shards_come_and_go(tmp_path, addresses):
 
 def test_shards_outlive_their_learner(tmp_path, addresses):
     logdir = tmp_path / 'run'
-    devices = '--learner_devices=/cpu:0,/cpu:1'
     one = addresses[:1]
     importing = ('/usr/bin/env', 'PYTHONPROFILEIMPORTTIME=1')
     with job(tmp_path / 'job', 0, one, prefix=importing) as shard:
         shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         for i, total in enumerate((4000, 8000)):
             frames = f'--total_environment_frames={total}'
-            with learner(tmp_path / f'learner{i}', logdir, one, frames, devices) as run:
+            with learner(tmp_path / f'learner{i}', logdir, one, frames) as run:
                 assert run.wait() == 0, run.stderr
             assert 'Another run' not in shard.stderr
             assert metrics(logdir)[-1]['frames'] >= total
@@ -482,10 +479,8 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
         assert shard.wait() == 0
     imported = set(re.findall(r'\| +([\w.]+)$', shard.stderr, re.MULTILINE))
     assert 'impala.cluster.replay_job' in imported
-    assert (
-        not {'impala.environments', 'gymnasium', 'ale_py', 'sonnet', 'impala.networks.agent'}
-        & imported
-    )
+    unneeded = {'environments', 'impala.environments', 'gymnasium', 'ale_py'}
+    assert not (unneeded | {'sonnet', 'impala.networks.agent'}) & imported
 
 
 def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
@@ -626,7 +621,7 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
         ] + [
             stack.enter_context(
                 WarmRun(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
-                        '--envs_per_actor=4')
+                        '--envs_per_actor=4', '--envs_per_process=4')
             )
             for task in range(2)
         ]  # fmt: skip
@@ -738,16 +733,3 @@ def test_a_replay_job_whose_port_is_in_use_prints_one_sentence(tmp_path, address
 def test_bad_flags(tmp_path, flags, sentence):
     with WarmRun(tmp_path, f'--logdir={tmp_path}/run', *flags) as run:
         assert_one_sentence(run, 2, sentence)
-
-
-def test_a_replay_job_needs_no_environments():
-    program = 'import sys, impala.cluster.replay_job; print(*sys.modules)'
-    modules = subprocess.run(
-        [sys.executable, '-c', program],
-        cwd=TESTS.parent,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout.split()
-    assert 'impala.cluster.replay_job' in modules
-    assert 'environments' not in modules

@@ -21,8 +21,8 @@ from command_line import (
 from ports import free_ports
 
 ENDLESS = '--total_environment_frames=1000000000'
-# Two learners take 8 unrolls of 20 steps each.
-STEPS_PER_UPDATE = 2 * 8 * 20
+# Two learners take 4 unrolls of 20 steps each.
+STEPS_PER_UPDATE = 2 * 4 * 20
 
 
 @pytest.fixture
@@ -34,11 +34,22 @@ def addresses():
 def learner(folder, logdir, task, addresses, *flags, **settings):
     # Resolving `auto` must not start TensorFlow before the learners' strategy is created.
     return WarmRun(folder, *CARTPOLE, addresses, f'--task={task}', f'--logdir={logdir}',
-                   '--trusted_network', '--compute_dtype=auto', *flags, **settings)  # fmt: skip
+                   '--batch_size=4', '--trusted_network', '--compute_dtype=auto', *flags,
+                   **settings)  # fmt: skip
 
 
 def actor(folder, task, addresses):
-    return WarmRun(folder, '--job_name=actor', f'--task={task}', addresses, '--envs_per_actor=4')
+    return WarmRun(folder, '--job_name=actor', f'--task={task}', addresses,
+                   '--envs_per_actor=4', '--envs_per_process=4')  # fmt: skip
+
+
+def changed_program(folder, change):
+    """Settings of a `WarmRun` that first runs the Python code in `change`."""
+    program = folder / 'program.py'
+    program.write_text(
+        f'{change}\nimport runpy\nrunpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
+    )
+    return {'program': program, 'pythonpath': [PROGRAM.parent]}
 
 
 def tasks(logdir):
@@ -87,7 +98,7 @@ def test_learners_train_one_model(tmp_path, addresses):
         assert not nowhere.exists()
 
         reached = frames(logdir)
-        enough = f'--total_environment_frames={reached + 70_000}'
+        enough = f'--total_environment_frames={reached + 40_000}'
         with (
             learner(tmp_path / 'fifth', logdir, 0, addresses, PACED, enough) as first,
             learner(tmp_path / 'sixth', nowhere, 1, addresses, PACED, enough) as second,
@@ -99,7 +110,7 @@ def test_learners_train_one_model(tmp_path, addresses):
         for each in (a, b):
             assert 'Training is complete.' in each.stdout
     lines = metrics(logdir)
-    assert lines[-1]['frames'] >= reached + 70_000
+    assert lines[-1]['frames'] >= reached + 40_000
     assert all(line['frames'] == STEPS_PER_UPDATE * line['updates'] for line in lines)
     assert all(row['rejected'] == 0 for row in lines[-1]['actors'])
     with open(logdir / 'episodes.csv', newline='') as file:
@@ -119,7 +130,7 @@ def test_learners_train_one_model(tmp_path, addresses):
 
 def test_learners_have_separate_replays(tmp_path, addresses):
     logdir = tmp_path / 'run'
-    flags = ['--replay_fraction=0.5', '--total_environment_frames=4000']
+    flags = ['--replay_fraction=0.5', '--total_environment_frames=2000']
     with (
         learner(tmp_path / 'first', logdir, 0, addresses, *flags) as first,
         learner(tmp_path / 'second', logdir, 1, addresses, *flags) as second,
@@ -142,15 +153,18 @@ def test_learners_have_separate_replays(tmp_path, addresses):
         (0, signal.SIGTERM, 'Learner 0 was stopped.'),
         (1, signal.SIGTERM, 'Learner 1 was stopped.'),
         (0, signal.SIGKILL, r'Learner 0 \(localhost:\d+\) has ended.'),
-        (1, signal.SIGSTOP, r'Learner 1 \(.*\) has not been heard of for 30 seconds.'),
+        (1, signal.SIGSTOP, r'Learner 1 \(.*\) has not been heard of for 12 seconds.'),
     ],
     ids=['first stopped', 'second stopped', 'first killed', 'second hangs'],
 )
 def test_a_learner_that_ends_also_ends_the_others(tmp_path, addresses, task, number, sentence):
     """Learner 0 has an actor, and in its update waits for learner 1, which has none."""
     logdir = tmp_path / 'run'
+    impatient = changed_program(
+        tmp_path, 'from impala.cluster import learner_group\nlearner_group._SILENCE_SECONDS = 12.0'
+    )
     with (
-        learner(tmp_path / 'a', logdir, 0, addresses) as first,
+        learner(tmp_path / 'a', logdir, 0, addresses, **impatient) as first,
         learner(tmp_path / 'b', logdir, 1, addresses) as second,
         actor(tmp_path / 'actor', 0, addresses) as only,
     ):
@@ -171,10 +185,10 @@ def test_a_learner_that_ends_also_ends_the_others(tmp_path, addresses, task, num
 
 
 def test_a_stopped_learner_says_so_even_if_its_signal_thread_is_late(tmp_path, addresses):
-    program = tmp_path / 'late.py'
-    program.write_text(
-        f"""
-import runpy, threading, time
+    late = changed_program(
+        tmp_path,
+        """
+import threading, time
 from impala.cluster.learner_group import LearnerGroup
 
 stop = LearnerGroup.stop
@@ -184,16 +198,12 @@ def stop_late(group):
         time.sleep(3)
     stop(group)
 
-LearnerGroup.stop = stop_late
-runpy.run_path({str(PROGRAM)!r}, run_name='__main__')
-"""
+LearnerGroup.stop = stop_late""",
     )
     logdir = tmp_path / 'run'
     with (
         learner(tmp_path / 'a', logdir, 0, addresses) as first,
-        learner(
-            tmp_path / 'b', logdir, 1, addresses, program=program, pythonpath=[PROGRAM.parent]
-        ) as second,
+        learner(tmp_path / 'b', logdir, 1, addresses, **late) as second,
     ):
         first.wait_until(lambda: 'one of 2 learners' in first.stderr)
         second.wait_until(lambda: 'one of 2 learners' in second.stderr)
@@ -203,32 +213,20 @@ runpy.run_path({str(PROGRAM)!r}, run_name='__main__')
         assert re.search('^Learner 1 was stopped. Start all', first.stderr, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ('flags', 'updates_per_batch', 'fresh'),
-    [
-        ([], 1, 8),
-        (
-            ['--loss=appo', '--sample_reuse=3', '--target_update_steps=4', '--optimizer=adam']
-            + ['--epsilon=0.1', '--normalize_advantages', '--kl_cost=0.1', '--loaders=4'],
-            3,
-            8,
-        ),
-        (['--replay_fraction=0.25', '--popart'], 1, 6),
-    ],
-)
-def test_a_run_on_several_devices(tmp_path, flags, updates_per_batch, fresh):
+def test_a_run_on_several_devices(tmp_path):
     logdir = tmp_path / 'run'
-    flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000', *flags]
+    flags = ['--learner_devices=/cpu:0,/cpu:1', '--total_environment_frames=3000']
+    flags += ['--loss=appo', '--sample_reuse=3', '--target_update_steps=4', '--optimizer=adam']
+    flags += ['--epsilon=0.1', '--normalize_advantages', '--kl_cost=0.1', '--loaders=4']
     with WarmRun(tmp_path / 'run of two', *CARTPOLE, f'--logdir={logdir}', *flags) as run:
         assert run.wait() == 0, run.stderr
     assert 'learner on /cpu:0 and /cpu:1' in run.stderr
     last = metrics(logdir)[-1]
-    # Before there is anything to replay, each device may have an all-fresh part.
-    batches, more = divmod(last['frames'], fresh * 20)
+    batches, more = divmod(last['frames'], 8 * 20)
     assert last['frames'] >= 3000
-    assert more <= (8 - fresh) * 20
+    assert more == 0
     # The run ends with the last frame, so the last batch is used once.
-    assert last['updates'] == (batches - 1) * updates_per_batch + 1
+    assert last['updates'] == (batches - 1) * 3 + 1
     assert checkpoints(logdir)
 
 

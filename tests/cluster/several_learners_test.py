@@ -49,7 +49,7 @@ def run_replicas(folder, *commands):
         for process in processes:
             process.kill()
             process.wait()
-    return [np.load(folder / f'{i}.npz') for i in range(len(commands))]
+    return [dict(np.load(folder / f'{i}.npz')) for i in range(len(commands))]
 
 
 def assert_same(results, alone):
@@ -81,6 +81,11 @@ def test_devices_match_one_learner_on_the_joined_batch(tmp_path, alone):
     results = run_replicas(tmp_path, ('devices', '2'))
     replicas = {key.partition('/replica ')[2] for key in results[0]} - {''}
     assert replicas == {'0', '1'}
+    restored = [key for key in results[0] if '/restored/' in key]
+    assert len(restored) == sum(f'/{UPDATES - 1}/variable' in key for key in results[0])
+    for key in restored:
+        last = key.replace('restored', str(UPDATES - 1))
+        np.testing.assert_array_equal(results[0].pop(key), results[0][last], key)
     assert_same(results, alone)
 
 

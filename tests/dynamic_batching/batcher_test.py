@@ -7,14 +7,14 @@ lost callers show as time-outs of `run_all`.
 import collections
 import concurrent.futures
 import gc
-import subprocess
-import sys
+import os
 import threading
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow.python.eager import cancellation
+from warm_process import WarmProcess
 
 from dynamic_batching import batch_fn, batch_fn_with_options
 
@@ -676,12 +676,20 @@ assert placed(tf.ones([1])).numpy() == [5.0]
 """
 
 
-def test_variables_and_operations_on_another_device():
-    # In its own process, since devices can only be added before TensorFlow uses them.
-    result = subprocess.run(
-        [sys.executable, '-c', ANOTHER_DEVICE], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
+def run_alone(folder, code):
+    """Runs code in a process of its own, in which TensorFlow has not started."""
+    (folder / 'code.py').write_text(code)
+    outputs = folder / 'stdout', folder / 'stderr'
+    process = WarmProcess(folder / 'code.py', [], os.environ, folder, outputs)
+    try:
+        assert process.wait(120) == 0, outputs[1].read_text()
+    finally:
+        process.kill()
+
+
+def test_variables_and_operations_on_another_device(tmp_path):
+    # Devices can only be added before TensorFlow uses them.
+    run_alone(tmp_path, ANOTHER_DEVICE)
 
 
 OPTIMIZED = """
@@ -700,12 +708,9 @@ assert tf.function(optimized)(tf.constant([2])).numpy() == [3]
 """
 
 
-def test_the_function_is_optimized_like_any_other():
-    # In its own process, since the option would affect other tests.
-    result = subprocess.run(
-        [sys.executable, '-c', OPTIMIZED], capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
+def test_the_function_is_optimized_like_any_other(tmp_path):
+    # The option would affect other tests.
+    run_alone(tmp_path, OPTIMIZED)
 
 
 def test_a_function_that_calls_a_compiled_one():

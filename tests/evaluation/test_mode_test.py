@@ -142,8 +142,9 @@ def test_a_chosen_checkpoint(logdir, tmp_path):
             evaluate(to_test(lives_config(tmp_path), 1, checkpoint=path), print)
 
 
-def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_path):
+def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_path, monkeypatch):
     """Incomplete checkpoints are skipped until their files are complete."""
+    monkeypatch.setattr(evaluation, '_WATCH_SECONDS', 0.2)
     run = lives_config(tmp_path, total_environment_frames=100)
     ready = tmp_path / 'ready'
     shutil.copytree(logdir / 'checkpoints', ready)
@@ -156,10 +157,15 @@ def test_watching_scores_each_checkpoint_until_training_is_complete(logdir, tmp_
         for path in ready.iterdir():
             shutil.copy(path, folder / path.name)
 
-    timer = threading.Timer(3.0, finish_writing)
-    timer.start()
+    timer = threading.Timer(0.5, finish_writing)
+
+    def report(line):
+        lines.append(line)
+        if line.startswith('Waiting for the first checkpoint'):
+            timer.start()
+
     try:
-        returns = evaluate(to_test(run, 2, watch=True), lines.append)
+        returns = evaluate(to_test(run, 2, watch=True), report)
     finally:
         timer.join()
     assert returns == {'levels:lives': [12.0, 12.0]}
@@ -247,13 +253,13 @@ def cartpole(tmp_path_factory):
     """A trained policy, and its returns in further training with learning rate 0."""
     learned = config(
         tmp_path_factory.mktemp('cartpole'), level_name='CartPole-v1', num_actors=8,
-        envs_per_process=4, queue_capacity=8, total_environment_frames=40_000, batch_size=8,
+        envs_per_process=4, queue_capacity=8, total_environment_frames=20_000, batch_size=8,
         unroll_length=20, learning_rate=0.003, epsilon=0.01, entropy_cost=0.01,
         gradient_clip_norm=40,
     )  # fmt: skip
     before = tf.train.load_checkpoint(training.train(learned))
     num_episodes = sum(1 for _ in run_files.read_episodes(learned.run.logdir))
-    run = learned.replace(total_environment_frames=80_000, learning_rate=0.0)
+    run = learned.replace(total_environment_frames=40_000, learning_rate=0.0)
     after = tf.train.load_checkpoint(training.train(run))
     weights = [name for name in after.get_variable_to_shape_map() if '/agent/' in name]
     assert len(weights) >= 8

@@ -35,6 +35,11 @@ class InfiniteSlopeAgent(EmbeddingAgent):
         return tf.sqrt(x)
 
 
+def plain_agent():
+    """Returns an agent without a core, whose train step is traced in half of the time."""
+    return mlp_agent('none')
+
+
 def _config(**kwargs):
     return LearnerConfig.of(**{'batch_size': 3, 'unroll_length': 5, **kwargs})
 
@@ -134,7 +139,7 @@ def test_steps_follow_rmsprop_down_the_gradient_of_the_loss():
 
 def test_metrics_are_the_documented_scalars():
     config = _config()
-    agent = mlp_agent()
+    agent = plain_agent()
     batch = batch_of(config, agent.initial_state(3))
     outputs, _ = agent.unroll(batch.agent_outputs.action, batch.env_outputs, batch.agent_state)
     total, parts, _ = vtrace_loss(_inputs(agent, batch, outputs), config.loss)
@@ -201,7 +206,7 @@ def test_without_intrinsic_rewards_the_update_is_the_same_to_the_bit():
 
 def test_learning_rate_falls_linearly_to_zero_and_stays_there():
     config = _config(learning_rate=0.5, total_agent_steps=60)
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, config)
     batch = batch_of(config, agent.initial_state(3))
     rates = [float(learner.step(batch)['learning_rate']) for _ in range(4)]
@@ -214,7 +219,7 @@ def test_learning_rate_falls_linearly_to_zero_and_stays_there():
 @pytest.mark.parametrize('bad', ['nan', 'infinite_reward', 'nan_behaviour'])
 def test_a_non_finite_loss_changes_nothing(bad):
     config = _config(reward_clipping='none', momentum=0.9, learning_rate=0.01)
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, config)
     good = batch_of(config, agent.initial_state(3))
     learner.step(good)
@@ -256,7 +261,7 @@ def test_a_non_finite_gradient_changes_nothing():
 @pytest.mark.parametrize(('clip_norm', 'scaled'), [(0.25, True), (1e6, False)])
 def test_gradients_are_clipped_to_their_global_norm(clip_norm, scaled):
     config = _config(gradient_clip_norm=clip_norm, learning_rate=0.1, decay=0.9, epsilon=0.1)
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, config)
     batch = batch_of(config, agent.initial_state(3))
     before = _values(agent.trainable_variables)
@@ -294,7 +299,7 @@ def test_gradients_of_embeddings_count_like_dense_ones():
 
 def test_policy_lag_counts_updates_since_the_acting_weights():
     config = _config()
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, config)
     learner.updates.assign(10)
     batch = batch_of(config, agent.initial_state(3))
@@ -307,9 +312,9 @@ def test_policy_lag_counts_updates_since_the_acting_weights():
 
 def test_replayed_unrolls_train_alike_but_are_counted_apart():
     config = _config(replay_fraction=0.5, total_agent_steps=100)
-    batch = batch_of(config, mlp_agent().initial_state(3))
+    batch = batch_of(config, plain_agent().initial_state(3))
     batch = batch._replace(policy_version=tf.constant([10, 4, 7], tf.int64))
-    learners = [Learner(mlp_agent(), each) for each in (config, _config(total_agent_steps=100))]
+    learners = [Learner(plain_agent(), each) for each in (config, _config(total_agent_steps=100))]
     for learner in learners:
         learner.updates.assign(10)
     metrics = learners[0].step(batch, is_replayed=tf.constant([False, True, True]))
@@ -365,7 +370,7 @@ def test_checkpoint_holds_all_that_the_next_steps_depend_on(tmp_path):
 
 def test_step_is_traced_once():
     config = _config()
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, config)
     for seed in range(3):
         learner.step(batch_of(config, agent.initial_state(3), seed))
@@ -373,7 +378,7 @@ def test_step_is_traced_once():
 
 
 def test_batches_of_another_shape_are_refused():
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, _config())
     for other in (_config(batch_size=2), _config(unroll_length=4)):
         batch = batch_of(other, agent.initial_state(other.batch_size))
@@ -394,7 +399,7 @@ _APPO = {
 def appo_learner(**changes):
     config = _config(**(_APPO | changes))
     has_target = config.loss.target_update_steps > 0
-    return Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
+    return Learner(plain_agent(), config, target_agent=plain_agent() if has_target else None)
 
 
 def test_the_target_network_is_updated_periodically():
@@ -442,7 +447,7 @@ def test_steps_follow_adam_down_the_gradient_of_the_loss():
         adam_epsilon=0.5,
         total_agent_steps=150,
     )
-    agent = mlp_agent()
+    agent = plain_agent()
     learner = Learner(agent, config)
     weights = [np.float64(v) for v in _values(agent.trainable_variables)]
     means, squares = ([np.zeros_like(w) for w in weights] for _ in range(2))
@@ -530,7 +535,7 @@ def test_checkpoint_holds_target_network_and_adam(tmp_path):
 def test_a_target_network_needs_target_update_steps_and_vice_versa(has_target):
     config = _config(loss='appo', target_update_steps=0 if has_target else 5)
     with pytest.raises(ValueError, match='target_update_steps=. does not fit target_agent'):
-        Learner(mlp_agent(), config, target_agent=mlp_agent() if has_target else None)
+        Learner(plain_agent(), config, target_agent=plain_agent() if has_target else None)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,17 @@ def test_a_failing_run_is_logged_and_its_error_propagates(logdir, clock):
     assert len(metrics(logdir)) == 1
 
 
+def test_the_first_seconds_have_no_curve(logdir, clock):
+    with create(logdir, clock, log_secs=3) as log:
+        drawn = []
+        for i in range(1, 5):
+            record(log, [1.0])
+            clock.now += 3
+            write(log, i)
+            drawn.append(os.path.exists(os.path.join(logdir, 'learning_curve.png')))
+    assert drawn == [False, False, False, True]
+
+
 def test_curve_is_drawn_from_time_to_time(logdir, clock):
     path = os.path.join(logdir, 'learning_curve.png')
     log = create(logdir, clock, log_secs=10)

@@ -83,13 +83,10 @@ def test_onednn_is_used_on_every_x86_processor_by_default(value, is_used):
 
 def test_garbage_collection_resumes_afterwards():
     frozen = gc.get_freeze_count()
-    try:
-        with starting_tensorflow():
-            assert not gc.isenabled()
-        assert gc.isenabled()
-        assert gc.get_freeze_count() > frozen
-        with pytest.raises(ImportError), starting_tensorflow():
-            raise ImportError
-        assert gc.isenabled()
-    finally:
-        gc.unfreeze()
+    with starting_tensorflow():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+    with pytest.raises(ImportError), starting_tensorflow():
+        raise ImportError
+    assert gc.isenabled()

@@ -13,35 +13,39 @@ from impala.networks.agent import Agent, AgentConfig
 from impala.tools import export
 from impala.trajectory import ArraySpec, EnvironmentSpec, Part, StepOutput, StepOutputInfo
 
-# A program that knows only TensorFlow. It reads each step's inputs as JSON from stdin.
+# A program that knows only TensorFlow. It runs each of some models on inputs, a row for each step,
+# which it reads as JSON from stdin.
 STRANGER = """
 import json, os, sys
 import numpy as np, tensorflow as tf
 assert not [path for path in sys.path if os.path.exists(os.path.join(path, 'vtrace.py'))]
-model = tf.saved_model.load(sys.argv[1])
-step = model.signatures['step']
-state = model.signatures['initial_state'](batch_size=tf.constant(2))
-state = {name: value for name, value in state.items() if name != 'no_state'}
-specs = step.structured_input_signature[1]
-rows = []
-for inputs in json.load(sys.stdin):
-    tensors = {name: tf.constant(value, specs[name].dtype) for name, value in inputs.items()}
-    outputs = step(**tensors, **state)
-    state = {name: outputs[name] for name in state}
-    rows.append({name: value.numpy().tolist() for name, value in outputs.items()})
-print(json.dumps(rows))
+rows_of_inputs = json.load(sys.stdin)
+for path in sys.argv[1:]:
+    model = tf.saved_model.load(path)
+    step = model.signatures['step']
+    state = model.signatures['initial_state'](batch_size=tf.constant(2))
+    state = {name: value for name, value in state.items() if name != 'no_state'}
+    specs = step.structured_input_signature[1]
+    rows = []
+    for inputs in rows_of_inputs:
+        tensors = {name: tf.constant(value, specs[name].dtype) for name, value in inputs.items()}
+        outputs = step(**tensors, **state)
+        state = {name: outputs[name] for name in state}
+        rows.append({name: value.numpy().tolist() for name, value in outputs.items()})
+    print(json.dumps(rows))
 """
+# The core of each exported agent, and whether it has PopArt.
+EXPORTED = [('lstm', False), ('none', False), ('own_cores:Stack', True)]
 
 
-@pytest.mark.parametrize(
-    ('core', 'popart'), [('lstm', False), ('none', False), ('own_cores:Stack', True)]
-)
-def test_the_exported_model_acts_like_the_agent(tmp_path, core, popart):
-    logdir = tmp_path / 'run'
-    training.train(config(logdir, core=core, popart=popart, total_environment_frames=20))
-    output = tmp_path / 'model'
-    assert export.main([str(logdir), f'--output={output}']) == 0
-
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """Rows of inputs, and for each of `EXPORTED` the folder of its run and its rows of outputs."""
+    folder = tmp_path_factory.mktemp('exported')
+    for number, (core, popart) in enumerate(EXPORTED):
+        logdir = folder / str(number)
+        training.train(config(logdir, core=core, popart=popart, total_environment_frames=20))
+        assert export.main([str(logdir), f'--output={logdir}/model']) == 0
     random = np.random.default_rng(1)
     inputs = [
         {
@@ -53,15 +57,23 @@ def test_the_exported_model_acts_like_the_agent(tmp_path, core, popart):
         for step in range(4)
     ]
     result = subprocess.run(
-        [sys.executable, '-I', '-c', STRANGER, str(output)],
+        [sys.executable, '-I', '-c', STRANGER, *(f'{folder}/{i}/model' for i in range(3))],
         input=json.dumps(inputs),
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=True,
     )
-    rows = json.loads(result.stdout)
+    outputs = map(json.loads, result.stdout.splitlines())
+    return inputs, {
+        pair: (folder / str(number), rows)
+        for number, (pair, rows) in enumerate(zip(EXPORTED, outputs, strict=True))
+    }
 
+
+@pytest.mark.parametrize(('core', 'popart'), EXPORTED)
+def test_the_exported_model_acts_like_the_agent(exported, core, popart):
+    inputs, logdir, rows = exported[0], *exported[1][core, popart]
     network, spec = export.spec_of_run(str(logdir))
     assert network.core == core
     agent = Agent(network, spec)

@@ -13,8 +13,11 @@ import time
 
 import cv2
 import numpy as np
+import psutil
 import pytest
+from processes import is_running
 from scipy import stats
+from warm_process import WarmProcess
 
 from impala import suites
 from impala.runs.files import LogdirError
@@ -24,7 +27,8 @@ from impala.tools.sweep import report as sweep_report
 from impala.tools.sweep import state as sweep_state
 from impala.tools.sweep import sweep
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
 PATIENCE_SECONDS = 300
 
 SPACE = {
@@ -357,42 +361,58 @@ def test_a_sweep_reports_the_progress_of_its_members(tmp_path, monkeypatch):
 
 
 class Sweep:
-    """A sweep in its own process; the process and its members end with the block."""
+    """A sweep in its own process, here with members that have TensorFlow imported in advance.
+
+    A context manager: leaving it kills the process and its members.
+    """
 
     def __init__(self, folder, config):
-        self._output = open(folder / 'output.txt', 'ab')  # noqa: SIM115
-        self._mark = f'{folder}/sweep/members/'.encode()
-        self.process = subprocess.Popen(
-            [sys.executable, '-m', 'impala.tools.sweep', config, f'--logdir={folder}/sweep'],
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            cwd=ROOT,
-        )
+        self._outputs = [folder / 'output.txt', folder / 'errors.txt']
+        self._members = set()
+        self.process = self._start([config, f'--logdir={folder}/sweep'])
+
+    def _start(self, flags):
+        environment = os.environ | {'PYTHONPATH': str(ROOT)}
+        return WarmProcess(TESTS / 'warm_sweep.py', flags, environment, ROOT, self._outputs)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *unused):
-        self.process.kill()
-        self.process.wait()
-        self._output.close()
         for process_id in self.members():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process_id, signal.SIGKILL)
+        self.process.kill()
+        self.process.wait()
 
     def members(self):
-        found = []
-        for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
-            with contextlib.suppress(OSError):
-                if b'--logdir=' + self._mark in path.read_bytes():
-                    found.append(int(path.parent.name))
-        return found
+        """Ids of the running members that this function has seen while the sweep ran."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._members |= {each.pid for each in psutil.Process(self.process.pid).children()}
+        return [process_id for process_id in self._members if is_running(process_id)]
+
+    def said(self):
+        return ''.join(path.read_text() for path in self._outputs)
 
     def wait_until(self, happened):
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not happened():
-            assert time.monotonic() < deadline
+            assert time.monotonic() < deadline, self.said()
             time.sleep(0.05)
+
+
+class ColdSweep(Sweep):
+    """A sweep from its command line, which starts members as users get them."""
+
+    def _start(self, flags):
+        with contextlib.ExitStack() as stack:
+            stdout, stderr = (stack.enter_context(open(path, 'wb')) for path in self._outputs)
+            return subprocess.Popen(
+                [sys.executable, '-m', 'impala.tools.sweep', *flags],
+                stdout=stdout,
+                stderr=stderr,
+                cwd=ROOT,
+            )
 
 
 def lines_of(member):
@@ -401,28 +421,29 @@ def lines_of(member):
 
 
 def test_a_stopped_or_killed_sweep_resumes_where_it_was(tmp_path):
-    config = write(tmp_path, RANDOM | {'flags': FLAGS | {'total_environment_frames': 25000}})
+    config = write(tmp_path, RANDOM | {'flags': FLAGS | {'total_environment_frames': 16000}})
     first, second = (tmp_path / 'sweep' / 'members' / name for name in ('00', '01'))
-    output = tmp_path / 'output.txt'
     with Sweep(tmp_path, config) as run:
         run.wait_until(lambda: lines_of(first))
-        run.process.send_signal(signal.SIGINT)
+        assert len(run.members()) == 1
+        os.kill(run.process.pid, signal.SIGINT)
         assert run.process.wait(PATIENCE_SECONDS) == 0
         assert not run.members()
-    assert '0 of 2 members are complete' in output.read_text()
-    assert 'The same command resumes from there.' in output.read_text()
+    assert '0 of 2 members are complete' in run.said()
+    assert 'The same command resumes from there.' in run.said()
     assert (first / 'checkpoints' / 'ckpt-1.index').exists()
     assert not second.exists()
 
     with Sweep(tmp_path, config) as run:
         run.wait_until(lambda: lines_of(second))
+        assert len(run.members()) == 1
         run.process.kill()
         run.process.wait()
         # Its members notice and end.
         run.wait_until(lambda: not run.members())
     before = lines_of(first)
-    assert json.loads(before[-1])['frames'] >= 25000
-    assert json.loads(lines_of(second)[-1])['frames'] < 25000
+    assert json.loads(before[-1])['frames'] >= 16000
+    assert json.loads(lines_of(second)[-1])['frames'] < 16000
 
     with Sweep(tmp_path, config) as run:
         assert run.process.wait(PATIENCE_SECONDS) == 0
@@ -430,7 +451,7 @@ def test_a_stopped_or_killed_sweep_resumes_where_it_was(tmp_path):
     for member in (first, second):
         said = (member / 'output.txt').read_text()
         assert said.count('Resuming from') == 1 and said.count('all goes to') == 2
-        assert json.loads(lines_of(member)[-1])['frames'] >= 25000
+        assert json.loads(lines_of(member)[-1])['frames'] >= 16000
     with open(tmp_path / 'sweep' / 'results.csv', newline='') as file:
         rows = {row['member']: row for row in csv.DictReader(file)}
     for index, (name, row) in enumerate(sorted(rows.items())):
@@ -455,12 +476,20 @@ def test_a_stopped_or_killed_sweep_resumes_where_it_was(tmp_path):
 def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
     # One of these samples makes every loss infinite with the first update.
     space = {'learning_rate': {'choice': [1e-3, 1e6]}, 'epsilon': {'choice': [1e-3]}}
-    content = PBT | {'members': 3, 'parallel': 3, 'space': space, 'seed': 23}
+    content = RANDOM | {
+        'method': 'pbt',
+        'members': 3,
+        'parallel': 3,
+        'flags': FLAGS | {'total_environment_frames': 4000},
+        'space': space,
+        'pbt': {'round_frames': 2000},
+        'seed': 23,
+    }
     config = sweep_config.read(write(tmp_path, content))
     samples = [config.sample(index)['learning_rate'] for index in range(3)]
     assert samples == [1e-3, 1e-3, 1e6]
     with Sweep(tmp_path, write(tmp_path, content)) as run:
-        assert run.process.wait(PATIENCE_SECONDS) == 0, (tmp_path / 'output.txt').read_text()
+        assert run.process.wait(PATIENCE_SECONDS) == 0, run.said()
 
     with open(tmp_path / 'sweep' / 'history.csv', newline='') as file:
         history = {(row['round'], row['member']): row for row in csv.DictReader(file)}
@@ -480,15 +509,15 @@ def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
             data = pathlib.Path(f'{target}{ending}').read_bytes()
             assert data == pathlib.Path(f'{source}{ending}').read_bytes()
         assert (
-            f'Resuming from {target}, at agent step 6,000'
+            f'Resuming from {target}, at agent step 2,000'
             in (folder / name / 'output.txt').read_text()
         )
     for name in ('00', '01', '02'):
         row = history['1', name]
-        assert row['error'] == '' and int(row['frames']) >= 12000
+        assert row['error'] == '' and int(row['frames']) >= 4000
         # The learning rate falls over both rounds; in the second it is the new one.
         line = json.loads(lines_of(folder / name)[-1])
-        done = (line['frames'] - 80) / 12000
+        done = (line['frames'] - 80) / 4000
         assert line['learning_rate'] == pytest.approx(float(row['learning_rate']) * (1 - done))
         for value in (float(row['learning_rate']) / 1e-3, float(row['epsilon']) / 1e-3):
             assert any(value == pytest.approx(factor) for factor in (1, 1.2, 1 / 1.2))
@@ -500,21 +529,21 @@ def test_a_population_copies_the_checkpoint_of_a_better_member(tmp_path):
 def test_incompatible_values_cost_only_one_member(tmp_path):
     space = {'batch_size': {'choice': [2, 8]}}
     flags = {k: v for k, v in FLAGS.items() if k != 'batch_size'} | {'replay_fraction': 0.6}
-    content = RANDOM | {'space': space, 'seed': 1, 'flags': flags | {'replay_capacity': 50}}
+    flags |= {'replay_capacity': 50, 'total_environment_frames': 4000}
+    content = RANDOM | {'space': space, 'seed': 1, 'flags': flags}
     config = sweep_config.read(write(tmp_path, content))
     assert [config.sample(index)['batch_size'] for index in range(2)] == [2, 8]
-    with Sweep(tmp_path, write(tmp_path, content)) as run:
-        assert run.process.wait(PATIENCE_SECONDS) == 0, (tmp_path / 'output.txt').read_text()
+    with ColdSweep(tmp_path, write(tmp_path, content)) as run:
+        assert run.process.wait(PATIENCE_SECONDS) == 0, run.said()
     with open(tmp_path / 'sweep' / 'results.csv', newline='') as file:
         rows = {row['member']: row for row in csv.DictReader(file)}
     assert 'was refused: --replay_fraction=0.6' in rows['00']['outcome']
-    assert rows['01']['outcome'] == 'done' and int(rows['01']['frames']) >= 12000
+    assert rows['01']['outcome'] == 'done' and int(rows['01']['frames']) >= 4000
 
 
 def test_a_mistake_common_to_all_members_ends_the_sweep(tmp_path):
     content = RANDOM | {'flags': FLAGS | {'level_name': 'CartPol-v1'}}
     with Sweep(tmp_path, write(tmp_path, content)) as run:
         assert run.process.wait(PATIENCE_SECONDS) == 2
-    said = (tmp_path / 'output.txt').read_text()
-    assert 'was refused: ' in said.splitlines()[-1] and 'CartPol-v1' in said
-    assert 'Traceback' not in said
+    assert 'was refused: ' in run.said().splitlines()[-1] and 'CartPol-v1' in run.said()
+    assert 'Traceback' not in run.said()
