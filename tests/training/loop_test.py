@@ -280,9 +280,9 @@ CHOICES = {
     'debug': (False, True),
     'hooks': ((), ('rewarding_hook:RewardingHook',)),
 }
-NUM_CANDIDATES = 600
+NUM_CANDIDATES = 1200
 # The length of `_pairwise()`, which takes seconds and is not computed when tests are collected.
-NUM_RUNS = 24
+NUM_RUNS = 25
 
 
 def _pairs(choice):
@@ -467,8 +467,6 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
     assert all(
         line.get('intrinsic_reward') == (0.25 if choice['hooks'] else None) for line in lines
     )
-    returns = {row.split(',')[4] for row in episodes[1:]}
-    assert returns == {f'{episode_steps}.0'}
     decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
     assert all(('loss/autoencoder' in line) == decodes for line in lines)
     assert (logdir / 'reconstructions.png').exists() == decodes
