@@ -637,7 +637,7 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
     step = tf.saved_model.load(tmp_path / 'model').signatures['step']
     outputs = step(
         prev_action=tf.constant([0]), reward=tf.constant([1.0]), done=tf.constant([False]),
-        frame=tf.ones([1, 2]), no_state=tf.zeros([1, 0]),
+        frame=tf.ones([1, 2]),
     )  # fmt: skip
     # 1 + 0.9 + 0.81 + ...
     np.testing.assert_allclose(outputs['baseline'], [10.0], atol=0.5)
