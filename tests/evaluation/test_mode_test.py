@@ -327,11 +327,11 @@ SPEAKING = {'frame': ArraySpec((72, 96, 3), 'uint8'), 'instruction': ArraySpec((
 @pytest.mark.parametrize(
     ('agent_class', 'network', 'observation'),
     [
-        (SamplingAgent, AgentConfig('mlp', True), {'frame': ArraySpec((376,), 'float32')}),
-        (SamplingAgent, AgentConfig('shallow', False), IMAGE),
-        (SamplingAgent, AgentConfig('nature', False), IMAGE),
-        (SamplingAgent, AgentConfig('deep', True), SPEAKING),
-        (GreedyAgent, AgentConfig('shallow', False), IMAGE),
+        (SamplingAgent, AgentConfig('mlp', 'lstm'), {'frame': ArraySpec((376,), 'float32')}),
+        (SamplingAgent, AgentConfig('shallow', 'none'), IMAGE),
+        (SamplingAgent, AgentConfig('nature', 'none'), IMAGE),
+        (SamplingAgent, AgentConfig('deep', 'lstm'), SPEAKING),
+        (GreedyAgent, AgentConfig('shallow', 'none'), IMAGE),
     ],
 )
 def test_a_row_gives_the_same_bits_in_any_batch(agent_class, network, observation):
