@@ -150,7 +150,7 @@ def whole_run(folder):
 def inference_device(folder):
     """Trains on the CPU with a policy that acts on the device; then tests with it."""
     run = config(
-        folder, level_name='levels:picture', use_lstm='true', popart=True,
+        folder, level_name='levels:picture', core='lstm', popart=True,
         inference_device='/xla_cpu:0',
     )  # fmt: skip
     policies, rows, learned = [], [], set()

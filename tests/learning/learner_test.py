@@ -356,7 +356,7 @@ def test_checkpoint_holds_all_that_the_next_steps_depend_on(tmp_path):
     path = tf.train.Checkpoint(learner=learner).save(str(tmp_path / 'checkpoint'))
 
     tf.random.set_seed(1)
-    restored = Learner(Agent(AgentConfig('mlp', True, 8), _SPEC), config)
+    restored = Learner(Agent(AgentConfig('mlp', 'lstm', 8), _SPEC), config)
     tf.train.Checkpoint(learner=restored).restore(path).assert_consumed()
     for seed in (1, 2):
         expected = learner.step(batch_of(config, state, seed))
