@@ -39,7 +39,7 @@ from command_line import (
 
 from impala.runs import files as run_files
 
-CARTPOLE_FRAMES = 120_000
+CARTPOLE_FRAMES = 250_000
 RANDOM_CARTPOLE_RETURN = 22
 
 # Names and defaults of the released code, except num_action_repeats: see the test.
@@ -202,7 +202,7 @@ def test_a_killed_run_resumes_despite_a_damaged_checkpoint(trained, tmp_path):
         run.wait_until(lambda: 'all goes to' in run.stderr)
         resumed_at = frames(logdir)
         # Long enough for each actor to end several episodes.
-        run.wait_until(lambda: frames(logdir) > resumed_at + 12_000)
+        run.wait_until(lambda: frames(logdir) > resumed_at + 20_000)
         started = time.monotonic()
         run.send(signal.SIGINT)
         run.process.wait(PATIENCE_SECONDS)

@@ -33,7 +33,8 @@ def test_observations_fit_the_spec_and_follow_from_the_seed(level_name, make, de
         assert isinstance(reward, float)
         assert isinstance(end, EpisodeEnd)
         specs = {name: ArraySpec(x.shape, x.dtype.name) for name, x in observation.items()}
-        assert specs == environment.spec.observation
+        declared = environment.spec.observation
+        assert specs == {name: ArraySpec(x.shape, x.dtype) for name, x in declared.items()}
     for array in environment.step(0)[2].values():
         assert array.flags.c_contiguous
 

@@ -16,7 +16,7 @@ from impala.environments import (
 )
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
-from impala.trajectory import ActionSpec, ArraySpec, EpisodeEnd
+from impala.trajectory import ActionSpec, ArraySpec, EpisodeEnd, Part
 
 
 class Toy(gymnasium.Env):
@@ -167,7 +167,7 @@ def test_the_parts_of_gymnasium_observations_become_arrays(register_toy, make):
         'frame': ArraySpec((72, 96, 3), 'uint8'),
         'camera': ArraySpec((72, 96, 3), 'uint8'),
         'depth': ArraySpec((72, 96, 1), 'float32'),
-        'vector': ArraySpec((5,), 'float32'),
+        'vector': ArraySpec((5,), 'float32', parts=(Part('bits', (2,)), Part('categories', (3,)))),
         'instruction': ArraySpec((32,), 'int32'),
         'action_mask': ArraySpec((3,), 'bool'),
     }
