@@ -136,13 +136,13 @@ def poisoned(batch):
 def test_only_targets_of_steps_count():
     targets = tf.constant([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
     is_counted = tf.constant([[True, False], [False, False], [True, True]])
-    moments = mlp_agent(False, ('a', 'b', 'c')).popart.moments(
+    moments = mlp_agent('none', ('a', 'b', 'c')).popart.moments(
         targets, tf.constant([2, 0]), is_counted
     )
     np.testing.assert_array_equal(moments, [[1, 40, 1600], [0, 0, 0], [2, 5, 17]])
 
     config = LearnerConfig.of(batch_size=2, unroll_length=5, reward_clipping='none')
-    agent = mlp_agent(False, ('a', 'b'))
+    agent = mlp_agent('none', ('a', 'b'))
     batch = batch_of(config)
     # No transition of the second unroll is a step.
     is_step = tf.constant([[True, False]] * 6)
