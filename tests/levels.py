@@ -373,8 +373,14 @@ def long(seed: int, config: environments.EnvironmentConfig) -> environments.Envi
 
 
 def fails_in_tests(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Raises at its first step, but only in tests; plays 500 steps a second at most."""
-    return _Failing() if config.is_test else paced(seed, config)
+    """As `paced`, but raises at its first step in tests."""
+    environment = paced(seed, config)
+    if not config.is_test:
+        return environment
+    failing = _Failing()
+    failing.spec = environment.spec
+    environment.close()
+    return failing
 
 
 def endless(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
