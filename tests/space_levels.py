@@ -145,6 +145,28 @@ class Instructed(gymnasium.Env):
         }
 
 
+class Combined(gymnasium.Env):
+    """Pays for action 0 if both entries are positive or neither is, and else for action 1."""
+
+    observation_space = spaces.Dict(choice=spaces.Discrete(2), number=spaces.Box(-1, 1, (1,)))
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe(), {}
+
+    def step(self, action):
+        reward = float(action == self._wanted)
+        self._steps += 1
+        return self._observe(), reward, False, self._steps == 10, {}
+
+    def _observe(self):
+        choice, sign = self.np_random.integers(2, size=2)
+        self._wanted = int(choice != sign)
+        return {'choice': choice, 'number': np.array([2 * sign - 1], np.float32)}
+
+
 class Scaled(gymnasium.Env):
     """Pays for the action that one of three numbers names, which are far from 0."""
 
@@ -224,6 +246,10 @@ def numbers(seed, config):
 
 def instructed(seed, config):
     return Instructed()
+
+
+def combined(seed, config):
+    return Combined()
 
 
 def scaled(seed, config):

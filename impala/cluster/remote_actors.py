@@ -25,7 +25,7 @@ from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 9
+PROTOCOL = 10
 
 WATCH_SECONDS = 5.0
 # An actor that has been silent for this many seconds does not count as connected.

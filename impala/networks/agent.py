@@ -33,6 +33,8 @@ from impala.trajectory import (
 
 _EMBEDDING_SIZE = 20
 _INSTRUCTION_LSTM_SIZE = 64
+# Units of the layer that joins several encoders if there is no core.
+_JOINT_SIZE = 256
 DTYPES = {'float32': tf.float32, 'bfloat16': tf.bfloat16}
 
 
@@ -113,8 +115,13 @@ class Agent(snt.Module):
             self._instruction = InstructionEncoder()
             size += self._instruction.output_size
         self._core = cores.create_core(config.core, size, config.core_size)
+        self._joint: torsos.Linear | None = None
         if self._core is not None:
             size = self._core.output_size
+        elif num_encoders(config.torso, spec) > 1:
+            # Else policy and baseline would be sums of functions of one observation each.
+            self._joint = torsos.Linear(size, _JOINT_SIZE, name='joint')
+            size = _JOINT_SIZE
         # Logits and means; standard deviations do not depend on the observation.
         self._policy = torsos.Linear(size, self.actions.num_features, name='policy')
         if spec.action.bounds:
@@ -135,6 +142,8 @@ class Agent(snt.Module):
         """
         encoders = [self._torso, *self._encoders.values()]
         gains = [(layer.w, 2**0.5) for torso in encoders for layer in torsos.layers(torso)]
+        if self._joint is not None:
+            gains.append((self._joint.w, 2**0.5))
         gains.append((self._policy.w, 0.01))
         if self.popart is None:
             gains.append((self._baseline.w, 1.0))
@@ -251,7 +260,8 @@ class Agent(snt.Module):
         ]
         if self._instruction is not None:
             parts.append(self._instruction(observation['instruction']))
-        return tf.concat(parts, -1)
+        x = tf.concat(parts, -1)
+        return x if self._joint is None else tf.nn.relu(self._joint(x))
 
     def _heads(
         self, x: tf.Tensor, observation: dict[str, tf.Tensor]
@@ -292,6 +302,19 @@ def other_torso(torso: str, array: ArraySpec) -> str:
     # There is a decoder for the frame only.
     name = 'shallow' if torso in ('autoencoder', 'mlp') else torso
     return name if min(array.shape[:2]) >= torsos.smallest_side(name) else 'mlp'
+
+
+def num_encoders(torso: str, spec: EnvironmentSpec) -> int:
+    """Returns the number of encoders of all observations together.
+
+    Args:
+      torso: of the frame.
+      spec: of the environment.
+    """
+    arrays = [(torso, spec.observation['frame'])]
+    arrays += [(other_torso(torso, array), array) for array in other_observations(spec).values()]
+    numbers = [torsos.num_encoders(array) if name == 'mlp' else 1 for name, array in arrays]
+    return sum(numbers) + ('instruction' in spec.observation)
 
 
 class InstructionEncoder(snt.Module):

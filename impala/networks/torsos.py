@@ -20,7 +20,7 @@ import sonnet as snt
 import tensorflow as tf
 
 from impala.config import TORSOS, NetworkConfig
-from impala.trajectory import ArraySpec
+from impala.trajectory import ArraySpec, Part
 from impala.user_code import UserCodeError, describe_failure, is_own, load
 
 LATENT_SIZE = NetworkConfig.latent_size
@@ -30,6 +30,15 @@ ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))
 
 # Of images: bytes, and floats from 0 to 1.
 PIXEL_DTYPES = ('uint8', 'float32')
+
+# Numbers that a category is embedded as.
+EMBEDDING_SIZE = 20
+# An observation of more categorical components is served by an MLP: with as many embeddings, most
+# of the features would be theirs.
+MAX_EMBEDDINGS = 16
+# Vectors of more parts are served by one MLP: each encoder takes some operations per step, however
+# few numbers it encodes.
+MAX_PARTS = 64
 
 _FEATURES = 256
 # Channels, kernel and stride of the convolutions, and the size of the linear layer.
@@ -300,6 +309,63 @@ class MLPTorso(snt.Module):
         return tf.cast(x, tf.float32)
 
 
+class Embedding(snt.Module):
+    """An embedding of each component of a Discrete or MultiDiscrete space.
+
+    Args:
+      sizes: number of categories of each component.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], name: str | None = None):
+        super().__init__(name)
+        self._sizes = sizes
+        initialize = snt.initializers.TruncatedNormal()
+        self._tables = [
+            tf.Variable(initialize([size, EMBEDDING_SIZE], tf.float32), name=f'table_{i}')
+            for i, size in enumerate(sizes)
+        ]
+        self.output_size = len(sizes) * EMBEDDING_SIZE
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        """Returns the embeddings, one after the other, f32 `[N, output_size]`.
+
+        Args:
+          x: f32 `[N, sum(sizes)]`, one-hot for each component.
+        """
+        # The product has a dense gradient, unlike a lookup.
+        components = zip(tf.split(x, self._sizes, -1), self._tables, strict=True)
+        return tf.concat([tf.matmul(one_hot, table) for one_hot, table in components], -1)
+
+
+class PartsTorso(snt.Module):
+    """An encoder of its own for each part of a vector; features are concatenated.
+
+    A part of at most `MAX_EMBEDDINGS` categorical components has embeddings, all others have an
+    `MLPTorso`, whose first layer adds up an embedding of each category.
+
+    Args:
+      vector: float32 `[D]`, with parts.
+      compute_dtype: `tf.float32` or `tf.bfloat16`.
+    """
+
+    def __init__(self, vector: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
+        super().__init__(name)
+        self._sizes = [part.size for part in vector.parts]
+        self._encoders: list[snt.Module] = []
+        for i, part in enumerate(vector.parts):
+            if _is_embedded(part):
+                self._encoders.append(Embedding(part.sizes, name=f'embedding_{i}'))
+            else:
+                array = ArraySpec((part.size,), 'float32')
+                self._encoders.append(MLPTorso(array, compute_dtype, name=f'mlp_{i}'))
+        self.output_size = sum(encoder.output_size for encoder in self._encoders)
+
+    def __call__(self, vector: tf.Tensor) -> tf.Tensor:
+        """Returns features, f32 `[N, output_size]`, of vectors f32 `[N, D]`."""
+        parts = zip(self._encoders, tf.split(vector, self._sizes, -1), strict=True)
+        return tf.concat([encoder(part) for encoder, part in parts], -1)
+
+
 class EncoderTorso(snt.Module):
     """Three convolutions and a linear layer: the encoder of an auto-encoder.
 
@@ -417,12 +483,22 @@ def create_torso(
     if name == 'deep':
         return DeepTorso(frame, compute_dtype)
     if name == 'mlp':
+        if num_encoders(frame) > 1:
+            return PartsTorso(frame, compute_dtype)
         return MLPTorso(frame, compute_dtype)
     if name == 'autoencoder':
         return EncoderTorso(frame, compute_dtype, latent_size)
     if is_own(name):
         return OwnTorso(name, frame)
     raise _unknown(name)
+
+
+def num_encoders(vector: ArraySpec) -> int:
+    """Returns the number of encoders of an observation that an MLP would serve.
+
+    A vector of several parts has one for each part, unless there are more than `MAX_PARTS`.
+    """
+    return len(vector.parts) if 1 < len(vector.parts) <= MAX_PARTS else 1
 
 
 def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) -> tuple[int, int]:
@@ -441,7 +517,9 @@ def linear_sizes(name: str, frame: ArraySpec, latent_size: int = LATENT_SIZE) ->
     if is_own(name):
         return 0, 0
     if name == 'mlp':
-        return math.prod(frame.shape), _MLP_SIZES[0]
+        is_embedded = num_encoders(frame) > 1 and any(map(_is_embedded, frame.parts))
+        # Of vectors with several parts, the encoder with the fewest outputs stands for all.
+        return math.prod(frame.shape), EMBEDDING_SIZE if is_embedded else _MLP_SIZES[0]
     height, width, _ = _image_shape(frame, name)
     size = [height, width]
     if name in _UNPADDED:
@@ -473,6 +551,10 @@ def smallest_side(name: str) -> int:
 def layers(torso: snt.Module) -> list[Linear | Convolution]:
     """Returns the layers of a torso."""
     return [module for module in torso.submodules if isinstance(module, (Linear, Convolution))]
+
+
+def _is_embedded(part: Part) -> bool:
+    return part.kind == 'categories' and len(part.sizes) <= MAX_EMBEDDINGS
 
 
 def _input_size(output_size: int, layers: Sequence[tuple[int, int, int]]) -> int:

@@ -7,8 +7,14 @@ import pytest
 import sonnet as snt
 import tensorflow as tf
 
-from impala.networks.agent import Agent, AgentConfig, other_observations, other_torso
-from impala.trajectory import ArraySpec, EnvironmentSpec, StepOutput, StepOutputInfo
+from impala.networks.agent import (
+    Agent,
+    AgentConfig,
+    num_encoders,
+    other_observations,
+    other_torso,
+)
+from impala.trajectory import ArraySpec, EnvironmentSpec, Part, StepOutput, StepOutputInfo
 
 NUM_ACTIONS = 5
 WORDS = 6
@@ -548,5 +554,39 @@ def test_encoders_of_other_observations_are_initialized_orthogonally():
     agent.initialize_orthogonally()
     square = [v.numpy() for v in agent.trainable_variables if v.shape == (64, 64)]
     assert len(square) == 4
+    # The two features of 64 numbers, the last reward and the last action are joined.
+    (joint,) = [v.numpy() for v in agent.trainable_variables if v.shape == (134, 256)]
+    np.testing.assert_allclose(joint @ joint.T, 2 * np.eye(134), atol=1e-4)
     for weights in square:
         np.testing.assert_allclose(weights @ weights.T, 2 * np.eye(64), atol=1e-4)
+
+
+TWO_PARTS = (Part('numbers', (2,)), Part('categories', (3,)))
+
+
+@pytest.mark.parametrize(
+    ('spec', 'number'),
+    [
+        (make_spec((5,), instruction=False), 1),
+        (make_spec((20, 20, 1), instruction=False), 1),
+        (make_spec((5,)), 2),
+        (make_spec((20, 20, 1)), 2),
+        (make_spec((5,), instruction=False, others={'vector': ArraySpec((3,), 'float32')}), 2),
+        (
+            EnvironmentSpec({'frame': ArraySpec((5,), 'float32', parts=TWO_PARTS)}, NUM_ACTIONS, 1),
+            2,
+        ),
+        (
+            make_spec((20, 20, 1), others={'vector': ArraySpec((5,), 'float32', parts=TWO_PARTS)}),
+            4,
+        ),
+    ],
+)
+def test_several_encoders_are_joined_by_the_core_or_a_layer(spec, number):
+    torso = 'mlp' if len(spec.observation['frame'].shape) == 1 else 'shallow'
+    assert num_encoders(torso, spec) == number
+    without, with_core = (Agent(AgentConfig(torso, core), spec) for core in ('none', 'lstm'))
+    is_joined = [any('joint' in v.name for v in each.variables) for each in (without, with_core)]
+    assert is_joined == [number > 1, False]
+    # Policy and baseline see its 256 units, or the concatenated features.
+    assert (without._policy.w.shape[0] == 256) == (number > 1)

@@ -8,7 +8,7 @@ import sonnet as snt
 import tensorflow as tf
 
 from impala.networks import torsos
-from impala.trajectory import ArraySpec
+from impala.trajectory import ArraySpec, Part
 
 
 class SonnetShallow(snt.Module):
@@ -289,6 +289,74 @@ def test_unknown_torsos_are_refused():
     ):
         with pytest.raises(ValueError, match="^Unknown torso 'depe'; choose one of shallow, deep,"):
             read()
+
+
+def vector_of(*parts):
+    size = sum(part.size for part in parts)
+    return ArraySpec((size,), 'float32', parts=tuple(parts))
+
+
+NUMBERS, CHOICE = Part('numbers', (3,)), Part('categories', (4,))
+CHOICES, BITS = Part('categories', (2, 5)), Part('bits', (6,))
+
+
+def test_each_part_of_a_vector_has_its_own_encoder():
+    torso = torsos.create_torso('mlp', vector_of(NUMBERS, CHOICE, CHOICES, BITS), tf.float32)
+    rng = np.random.default_rng(0)
+    numbers, bits = rng.normal(size=(7, 3)), rng.integers(2, size=(7, 6))
+    choice, first, second = (rng.integers(size, size=7) for size in (4, 2, 5))
+    x = np.concatenate([numbers, np.eye(4)[choice], np.eye(2)[first], np.eye(5)[second], bits], 1)
+    weights = [variable.numpy() for variable in torso.trainable_variables]
+    mlps = [(3, 64), (6, 64), *2 * [(64, 64)], *4 * [(64,)]]
+    assert sorted(each.shape for each in weights) == sorted([*mlps, (2, 20), (4, 20), (5, 20)])
+    tables = {len(table): table for table in weights if table.shape[1:] == (20,)}
+
+    def mlp(inputs, encoder):
+        for layer in torsos.layers(encoder):
+            inputs = np.maximum(inputs @ layer.w.numpy() + layer.b.numpy(), 0)
+        return inputs
+
+    first_mlp, second_mlp = (m for m in torso.submodules if isinstance(m, torsos.MLPTorso))
+    expected = [
+        mlp(numbers, first_mlp), tables[4][choice], tables[2][first], tables[5][second],
+        mlp(bits, second_mlp),
+    ]  # fmt: skip
+    features = torso(tf.constant(x, tf.float32))
+    np.testing.assert_allclose(features, np.concatenate(expected, 1), rtol=1e-5, atol=1e-5)
+    assert torso.output_size == features.shape[1] == 64 + 20 + 40 + 64
+
+
+@pytest.mark.parametrize('parts', [(), (CHOICE,), (Part('categories', (2, 2)),)])
+def test_a_vector_of_one_part_has_an_mlp(parts):
+    spec = ArraySpec((4,), 'float32', parts=parts)
+    torso = torsos.create_torso('mlp', spec, tf.float32)
+    assert isinstance(torso, torsos.MLPTorso) and torso.output_size == 64
+
+
+def test_many_components_and_many_parts_have_an_mlp():
+    many = Part('categories', (2,) * (torsos.MAX_EMBEDDINGS + 1))
+    torso = torsos.create_torso('mlp', vector_of(many, BITS), tf.float32)
+    assert torso.output_size == 2 * 64
+    fewer = Part('categories', (2,) * torsos.MAX_EMBEDDINGS)
+    torso = torsos.create_torso('mlp', vector_of(fewer, BITS), tf.float32)
+    assert torso.output_size == 20 * torsos.MAX_EMBEDDINGS + 64
+    for number, expected in ((torsos.MAX_PARTS, 64 * torsos.MAX_PARTS), (torsos.MAX_PARTS + 1, 64)):
+        spec = vector_of(*[Part('numbers', (1,))] * number)
+        assert torsos.create_torso('mlp', spec, tf.float32).output_size == expected
+
+
+@pytest.mark.parametrize('compute_dtype', [tf.float32, tf.bfloat16])
+def test_parts_are_encoded_in_the_compute_dtype(compute_dtype):
+    tf.random.set_seed(0)
+    spec = vector_of(NUMBERS, CHOICE)
+    torso = torsos.create_torso('mlp', spec, compute_dtype)
+    plain = torsos.create_torso('mlp', spec, tf.float32)
+    for mine, other in zip(plain.variables, torso.variables, strict=True):
+        mine.assign(other)
+    x = tf.constant([[0.5, -1.0, 2.0, 0.0, 0.0, 1.0, 0.0]])
+    features = torso(x)
+    assert features.dtype == tf.float32
+    np.testing.assert_allclose(features, plain(x), rtol=0.03, atol=0.03)
 
 
 def test_float_images_have_no_autoencoder():

@@ -44,6 +44,29 @@ def test_chosen_entries_reach_actors_and_tests(tmp_path):
     evaluate(run.replace(mode='test', test_num_episodes=1))
 
 
+def test_entries_are_used_together(tmp_path):
+    """Neither of them tells anything about the action without the other."""
+    run = config(
+        tmp_path,
+        level_name='space_levels:combined',
+        total_environment_frames=16_000,
+        num_actors=16,
+        envs_per_process=8,
+        batch_size=16,
+        optimizer='adam',
+        learning_rate=0.005,
+        entropy_cost=0.001,
+        discounting=0.1,
+    )
+    training.train(run)
+    network = json.loads((tmp_path / 'network.json').read_text())
+    assert network['core'] == 'none'
+    assert network['parts'] == {'frame': [['categories', [2]], ['numbers', [1]]]}
+    returns = [row['return'] for row in run_files.read_episodes(str(tmp_path))]
+    assert np.mean(returns[:100]) < 6.5
+    assert np.mean(returns[-200:]) > 9
+
+
 def test_image_number_and_text_are_all_used(tmp_path):
     """Each tells the action in a third of the steps."""
     run = config(
