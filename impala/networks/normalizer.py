@@ -113,21 +113,24 @@ class Normalizer(snt.Module):
         Returns:
           f64 `[1 + 2 * D]`: number of rows, then mean and variance of each number.
         """
-        rows, columns = (tf.shape(observation[self._vectors[0].name])[axis] for axis in (0, 1))
         flat = [
-            tf.reshape(observation[vector.name], [rows, columns, size])
+            tf.reshape(x, [*_dims(x), size])
             for vector, size in zip(self._vectors, self._sizes, strict=True)
+            for x in [observation[vector.name]]
         ]
-        counted = tf.boolean_mask(tf.concat(flat, -1), is_counted, axis=1)
-        counted = tf.cast(counted, tf.float64)
-        count = tf.cast(tf.reduce_prod(tf.shape(counted)[:2]), tf.float64)
+        x = tf.cast(tf.concat(flat, -1), tf.float64)
+        counts = is_counted[:, tf.newaxis]
+        number = tf.shape(x)[0] * tf.math.count_nonzero(is_counted, dtype=tf.int32)
+        count = tf.cast(number, tf.float64)
 
-        def mean_of(x: tf.Tensor) -> tf.Tensor:
-            return tf.math.divide_no_nan(tf.reduce_sum(x, [0, 1]), count)
+        def mean_of(values: tf.Tensor) -> tf.Tensor:
+            # Faster than a tensor with only the unrolls that count.
+            total = tf.reduce_sum(tf.where(counts, values, tf.zeros([], tf.float64)), [0, 1])
+            return tf.math.divide_no_nan(total, count)
 
-        mean = mean_of(counted)
+        mean = mean_of(x)
         # In two passes, since a difference of mean squares would lose the digits they share.
-        return tf.concat([count[tf.newaxis], mean, mean_of(tf.square(counted - mean))], 0)
+        return tf.concat([count[tf.newaxis], mean, mean_of(tf.square(x - mean))], 0)
 
     def update(self, summaries: tf.Tensor) -> None:
         """Merges observations into the statistics; none leave them as they are.
@@ -150,6 +153,11 @@ class Normalizer(snt.Module):
         assign(self.count, count)
         assign(self.mean, mean)
         assign(self.variance, tf.where(count > 0, variance, old_variance))
+
+
+def _dims(x: tf.Tensor) -> list[int | tf.Tensor]:
+    """Returns T and B of `[T, B, ...]`, as integers where they are known."""
+    return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape[:2])]
 
 
 def assign(variable: tf.Variable, value: tf.Tensor) -> None:
