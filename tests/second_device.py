@@ -148,9 +148,13 @@ def whole_run(folder):
 
 
 def inference_device(folder):
-    """Trains on the CPU with a policy that acts on the device; then tests with it."""
+    """Trains on the CPU with a policy that acts on the device.
+
+    Neither instructions nor test mode: their loops pass lists of tensors, which this stand-in
+    cannot pass on, from the serving loop to what it compiles. A GPU compiles nothing.
+    """
     run = config(
-        folder, level_name='levels:picture', core='lstm', popart=True,
+        folder, level_name='levels:short', core='lstm', popart=True,
         inference_device='/xla_cpu:0',
     )  # fmt: skip
     policies, rows, learned = [], [], set()
@@ -180,8 +184,6 @@ def inference_device(folder):
     BehaviourPolicy.__init__, UnrollSource.answer = noting_policy, noting_rows
     try:
         training.train(run, hooks=[Note()])
-        test = run.replace(mode='test', test_num_episodes=2)
-        returns = evaluation.evaluate(test, print)
     finally:
         BehaviourPolicy.__init__, UnrollSource.answer = init, answer
     return {
@@ -190,7 +192,6 @@ def inference_device(folder):
         'versions': [int(each._version) for each in policies],
         'rows': sorted(set(rows)),
         'learner': sorted(learned),
-        'returns': returns,
     }
 
 

@@ -71,9 +71,8 @@ def test_the_policy_acts_on_a_second_device_and_the_learner_learns_on_the_cpu(fo
     for name in ('weights', 'published', 'rows'):
         assert [device.endswith(DEVICE) for device in run[name]] == [True], name
     assert [device.endswith('CPU:0') and 'XLA' not in device for device in run['learner']] == [True]
-    # Weights of some update came there; those of the test are not published.
-    assert run['versions'][0] > 0 > run['versions'][1]
-    assert run['returns'] == {'levels:picture': [10, 10]}
+    # Weights of some update came there.
+    assert [version > 0 for version in run['versions']] == [True]
 
 
 @pytest.mark.skipif(
