@@ -82,6 +82,31 @@ class Masked(gymnasium.Env):
         return self._mask.astype(np.float32), {'action_mask': self._mask}
 
 
+class MaskedComponents(gymnasium.Env):
+    """Of two components, categories that change are illegal."""
+
+    observation_space = spaces.Box(0.0, 1.0, (7,))
+    action_space = spaces.MultiDiscrete([3, 4])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe()
+
+    def step(self, action):
+        assert all(mask[each] for mask, each in zip(self._masks, action, strict=True))
+        self._steps += 1
+        observation, info = self._observe()
+        return observation, 1.0, False, self._steps == 10, info
+
+    def _observe(self):
+        self._masks = [np.ones(3, np.int8), np.ones(4, np.int8)]
+        for mask in self._masks:
+            mask[self.np_random.integers(len(mask))] = 0
+        observation = np.concatenate(self._masks).astype(np.float32)
+        return observation, {'action_mask': tuple(self._masks)}
+
+
 class MaskedInDict(Masked):
     """As `Masked`, with the mask in the observation."""
 
@@ -258,3 +283,7 @@ def scaled(seed, config):
 
 def choices(seed, config):
     return Sampled(spaces.Tuple([spaces.Discrete(3), spaces.MultiBinary(2)]), spaces.Discrete(2))
+
+
+def masked_components(seed, config):
+    return MaskedComponents()

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 from impala.config import Config, ConfigError
 from impala.networks.agent import AgentConfig, other_observations
 from impala.runs.files import NETWORK_FILE, LogdirError, checkpoint_paths, write_atomically
-from impala.trajectory import EnvironmentSpec
+from impala.trajectory import ACTION_MASK, EnvironmentSpec
 
 # Key of the settings that `check_same_run` compares.
 _COUNTED_BY = 'counted_by'
@@ -32,12 +32,15 @@ _RESOLVED = frozenset(
         'popart',
     }
 )
+# Settings that a run may change when it resumes, although its jobs must agree on them.
+_FREE = frozenset({'has_action_mask'})
 # Settings that are not set by the flag of the same name.
 _FLAGS = {
     'actions': '--level_name, --full_action_set or --clip_actions (actions)',
     'frame_shape': '--level_name, --width, --height or --frame_stack (shape of the frames)',
     'frame_dtype': '--level_name (dtype of the frames)',
     'has_instructions': '--level_name or --observation_keys (whether there are instructions)',
+    'has_action_mask': '--level_name or --info_action_mask (whether actions are masked)',
     'other_observations': '--level_name or --observation_keys (other observations)',
     'parts': '--level_name or --observation_keys (entries of the observation)',
     'popart_levels': '--popart or --level_name (levels whose values are normalized)',
@@ -64,6 +67,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'frame_shape': list(frame.shape),
         'frame_dtype': frame.dtype,
         'has_instructions': 'instruction' in spec.observation,
+        'has_action_mask': ACTION_MASK in spec.observation,
         'other_observations': {
             name: [list(array.shape), array.dtype]
             for name, array in other_observations(spec).items()
@@ -159,7 +163,7 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
         return
     different = [
         f'{flags_of(name)} was {_shown(stored, name)} and is now {_shown(settings, name)}'
-        for name in sorted({*stored, *settings})
+        for name in sorted({*stored, *settings} - _FREE)
         if name not in stored or name not in settings or stored[name] != settings[name]
     ]
     if different:

@@ -7,12 +7,16 @@ Its signatures, for any batch size B:
 * `initial_state(batch_size i32 [])` returns `state_0`, `state_1`, ..., f32 `[B, ...]`: two for an
   LSTM, one for a GRU; or, for an agent without memory, `no_state`, f32 `[B, 0]`.
 * `step(prev_action i32 [B], reward f32 [B], done bool [B], frame [B, ...], state_0, ...)`, with
-  `instruction i32 [B, 32]` if the environment has instructions, and with any other observations by
-  their names, returns `action` i32 `[B]`, sampled, `greedy_action` i32 `[B]`, `policy` f32
-  `[B, A]`, `baseline` f32 `[B]`, and the state after the step. An agent trained with `--popart` has
-  no `baseline`, since its values belong to levels. Give `done=True` with the first observation of
-  an episode. In names, `_` replaces what a name in Python cannot have, and follows a name that is
-  taken.
+  `instruction i32 [B, 32]` if the environment has instructions, `action_mask bool [B, N]` if it
+  masks actions, and any other observations by their names, returns `action` i32 `[B]`, sampled,
+  `greedy_action` i32 `[B]`, `policy` f32 `[B, A]`, `baseline` f32 `[B]`, and the state after the
+  step. An agent trained with `--popart` has no `baseline`, since its values belong to levels. Give
+  `done=True` with the first observation of an episode. In names, `_` replaces what a name in Python
+  cannot have, and follows a name that is taken.
+
+Observations are those that the actors of the run see: with `--normalize_observations`, the model
+normalizes them itself. The mask has True for each category that is allowed, at least one of each
+component; the others are never chosen.
 
 `policy` has the logits of discrete actions. Other actions are `[B, K]`, see
 `impala.trajectory.ActionSpec`: i32, or f32 if some components are continuous. Then
@@ -40,6 +44,7 @@ from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
 from impala.runs.run_settings import popart_levels, stored_settings
 from impala.trajectory import (
+    ACTION_MASK,
     ActionSpec,
     ArraySpec,
     EnvironmentSpec,
@@ -113,6 +118,8 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
         raise LogdirError(
             f"The network.json in {logdir} is damaged: 'actions' is {settings.get('actions')!r}."
         ) from error
+    if value('has_action_mask', bool):
+        observation[ACTION_MASK] = ArraySpec((action.num_logits,), 'bool')
     return network, EnvironmentSpec(observation, action, 1)
 
 

@@ -83,6 +83,18 @@ def test_another_spec_is_another_network(spec):
     )
 
 
+def test_a_run_may_resume_with_an_action_mask_but_jobs_must_agree(tmp_path):
+    network = build.choose_network(config(tmp_path), ('a',), VECTOR)
+    mask = {'action_mask': ArraySpec((2,), 'bool')}
+    masked = dataclasses.replace(VECTOR, observation=VECTOR.observation | mask)
+    stored, now = (run_settings.network_settings(network, spec) for spec in (VECTOR, masked))
+    assert stored != now
+    (tmp_path / 'checkpoints').mkdir()
+    run_settings.store_settings(str(tmp_path), stored, {})
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    run_settings.check_same_network(str(tmp_path), now)
+
+
 def test_another_type_of_frames_is_another_network(tmp_path):
     network = build.choose_network(config(tmp_path), ('a',), VECTOR)
     of_bytes = dataclasses.replace(VECTOR, observation={'frame': ArraySpec((4,), 'uint8')})

@@ -186,6 +186,50 @@ def test_all_observations_are_inputs_of_the_exported_model(tmp_path):
     np.testing.assert_allclose(step(**inputs)['policy'], expected.policy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('level', ['masked', 'masked_components'])
+def test_masked_actions_are_impossible_in_the_exported_model(tmp_path, level):
+    logdir = tmp_path / 'run'
+    run = config(
+        logdir, level_name=f'space_levels:{level}', info_action_mask=True,
+        total_environment_frames=20,
+    )  # fmt: skip
+    training.train(run)
+    assert export.main([str(logdir), f'--output={tmp_path / "model"}']) == 0
+    _, spec = export.spec_of_run(str(logdir))
+    sizes = spec.action.categories
+    assert spec.observation['action_mask'] == ArraySpec((sum(sizes),), 'bool')
+    step = tf.saved_model.load(str(tmp_path / 'model')).signatures['step']
+    random, rows = np.random.default_rng(1), 2000
+    # Of each component, some categories are allowed, and one at least.
+    masks = [random.random((rows, size)) < 0.4 for size in sizes]
+    for mask in masks:
+        mask[range(rows), random.integers(mask.shape[1], size=rows)] = True
+    inputs = {
+        'prev_action': tf.zeros((rows, *spec.action.array.shape), tf.int32),
+        'reward': tf.zeros(rows),
+        'done': tf.ones(rows, tf.bool),
+        'frame': tf.constant(
+            random.normal(size=(rows, *spec.observation['frame'].shape)), tf.float32
+        ),
+    }
+    outputs = step(**inputs, action_mask=tf.constant(np.concatenate(masks, 1)))
+    free = step(**inputs, action_mask=tf.ones((rows, sum(sizes)), tf.bool))
+    for name in ('action', 'greedy_action'):
+        chosen = outputs[name].numpy().reshape(rows, -1)
+        others = free[name].numpy().reshape(rows, -1)
+        for mask, component, other in zip(masks, chosen.T, others.T, strict=True):
+            assert mask[range(rows), component].all()
+            assert not mask[range(rows), other].all()
+            if name == 'action':
+                # Nearly uniform before training, so each category comes where it is allowed.
+                assert set(component) == set(range(mask.shape[1]))
+    allowed = np.concatenate(masks, 1)
+    np.testing.assert_array_equal(
+        outputs['policy'].numpy()[allowed], free['policy'].numpy()[allowed]
+    )
+    assert (outputs['policy'].numpy()[~allowed] < -1e8).all()
+
+
 def test_observations_have_arguments_of_their_own():
     names = ['frame', 'a/b', 'a_b', 'a.b', 'reward', '0', 'b/0', 'grün']
     assert export.arguments_of(names, {'reward', 'done'}) == {
@@ -230,6 +274,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         'frame_shape': [2],
         'frame_dtype': 'float32',
         'has_instructions': False,
+        'has_action_mask': False,
         'other_observations': {},
         'parts': {},
     }
@@ -243,6 +288,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         ({'actions': -2}, "'actions' is -2."),
         ({'actions': {'categories': [2]}}, "'actions' is {'categories': [2]}."),
         ({'has_instructions': 0}, "'has_instructions' is 0."),
+        ({'has_action_mask': 'no'}, "'has_action_mask' is 'no'."),
         ({'frame_shape': 4}, "'frame_shape' is 4."),
         ({'frame_shape': [4, 'x']}, "frames cannot be (4, 'x')."),
         ({'frame_shape': [4, 0]}, 'frames cannot be (4, 0).'),
