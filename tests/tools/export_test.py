@@ -267,6 +267,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
     settings = {
         'torso': 'mlp',
         'core': 'none',
+        'core_size': 256,
         'popart_levels': [],
         'latent_size': 64,
         'normalize_observations': False,
