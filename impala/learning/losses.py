@@ -15,7 +15,7 @@ width, channels.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
@@ -213,6 +213,21 @@ def steps(env_outputs: StepOutput) -> tf.Tensor | None:
     return None if isinstance(is_step, tuple) else is_step[1:]
 
 
+class LossFunction(Protocol):
+    """What `--loss=my_module:my_loss` names; `vtrace_loss` and `appo_loss` are such functions."""
+
+    def __call__(self, inputs: LossInputs, config: LossConfig) -> Loss:
+        """Computes the loss of a batch in a graph.
+
+        Args:
+          inputs: of a batch, `[T+1, B, ...]`; a term may count only what is a step, see `is_step`.
+          config: the settings of the loss.
+
+        Returns:
+          The sum over the T x B steps. No gradient should flow into the targets.
+        """
+
+
 def vtrace_loss(inputs: LossInputs, config: LossConfig) -> Loss:
     """Computes the loss of section 4.2; a target network is not used.
 
@@ -365,7 +380,7 @@ def compute(inputs: LossInputs, config: LossConfig) -> Loss:
     return loss
 
 
-def loss_function(name: str) -> Callable[[LossInputs, LossConfig], Loss]:
+def loss_function(name: str) -> LossFunction:
     """Returns a loss: `'vtrace'`, `'appo'`, or the user's own, `my_module:my_loss`.
 
     The user's own is called as `vtrace_loss` is, and may use it and all functions of this module.

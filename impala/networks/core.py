@@ -3,7 +3,6 @@
 Letters: T steps, B batch size, F features of a step, H outputs of a step.
 """
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import sonnet as snt
@@ -12,8 +11,9 @@ import tensorflow as tf
 from impala.config import CORES
 from impala.networks.gru import GRU
 from impala.networks.lstm import LSTM
+from impala.networks.own_module import OwnModule
 from impala.trajectory import ArraySpec
-from impala.user_code import UserCodeError, describe_failure, is_own, load, place_of
+from impala.user_code import is_own, place_of
 
 # Rows of the batch that a new core of the user's is tried with.
 _ROWS = 2
@@ -101,31 +101,28 @@ class OwnCore(snt.Module):
 
     def __init__(self, name: str, input_size: int):
         super().__init__('own_core')
-        self._flag = f'--core={name}'
-        try:
-            self._core = load(name)()
-        except UserCodeError as error:
-            raise ValueError(f'{self._flag}: {error}.') from error
-        except Exception as error:
-            raise ValueError(f'{self._flag} cannot be made: {describe_failure(error)}.') from error
+        own = OwnModule(f'--core={name}')
+        self._flag = own.flag
+        self._core: Core = own.make()
         if not isinstance(self._core, tf.Module):
             raise ValueError(
-                f'{self._flag} makes {type(self._core).__name__}, and it must be a Sonnet module, '
-                'whose variables can be found.'
+                f'{own.flag} makes {type(self._core).__name__}, and it must be a Sonnet module.'
             )
-        features = f'features of float32 [{_ROWS}, {input_size}]'
-        initial = self._tried(lambda: self._core.initial_state(_ROWS), f'a batch of {_ROWS}')
+        initial = own.call(lambda: self._core.initial_state(_ROWS), f'a batch of {_ROWS}')
         self._check_state(initial)
-        inputs = tf.zeros([_ROWS, input_size])
-        self.output_size = self._check_step(
-            initial, self._tried(lambda: self._core(inputs, initial), features), features
-        )
+        inputs, what = tf.zeros([_ROWS, input_size]), f'features of float32 [{_ROWS}, {input_size}]'
+        result = own.call(lambda: self._core(inputs, initial), what)
+        self.output_size = self._check_step(initial, result, what)
+        own.check_variables(snt.allow_empty_variables(self).variables)
         self.state_spec = tf.nest.map_structure(
             lambda each: ArraySpec(tuple(each.shape[1:]), 'float32'), initial
         )
-        # In debug mode nothing is a graph, and a breakpoint would see tensors without values.
-        if not tf.config.functions_run_eagerly():
-            self._tried(lambda: self._trace(input_size), 'batches of unknown size in a graph')
+        own.trace(
+            self.unroll,
+            tf.TensorSpec([None, None, input_size]),
+            tf.TensorSpec([None, None], tf.bool),
+            tf.nest.map_structure(lambda spec: tf.TensorSpec([None, *spec.shape]), self.state_spec),
+        )
 
     def initial_state(self, batch_size: int | tf.Tensor) -> Any:
         """Returns the state at the start of an episode, a nest of f32 `[B, ...]`."""
@@ -163,23 +160,6 @@ class OwnCore(snt.Module):
             parallel_iterations=1,
         )
         return outputs.stack(), state
-
-    def _tried(self, call: Callable[[], Any], what: str) -> Any:
-        try:
-            return call()
-        except Exception as error:
-            raise ValueError(
-                f'{self._flag} fails with {what}: {describe_failure(error)}.'
-            ) from error
-
-    def _trace(self, input_size: int) -> None:
-        """Builds the graph of `unroll`, so that what fails there fails here."""
-        state = tf.nest.map_structure(
-            lambda spec: tf.TensorSpec([None, *spec.shape]), self.state_spec
-        )
-        tf.function(self.unroll, autograph=False).get_concrete_function(
-            tf.TensorSpec([None, None, input_size]), tf.TensorSpec([None, None], tf.bool), state
-        )
 
     def _check_state(self, initial: Any) -> None:
         if not all(_is_batch(each) for each in tf.nest.flatten(initial)):

@@ -14,14 +14,16 @@ function and saves a pass over the frames, which are far larger than the weights
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import sonnet as snt
 import tensorflow as tf
 
 from impala.config import TORSOS, NetworkConfig
+from impala.networks.own_module import OwnModule
 from impala.trajectory import ArraySpec, Part
-from impala.user_code import UserCodeError, describe_failure, is_own, load
+from impala.user_code import is_own, place_of
 
 LATENT_SIZE = NetworkConfig.latent_size
 
@@ -414,11 +416,24 @@ class EncoderTorso(snt.Module):
         return tf.cast(x, tf.float32)
 
 
-class OwnTorso(snt.Module):
-    """The user's own torso: `my_module:MyTorso`, a Sonnet module or any callable.
+class Torso(Protocol):
+    """What `--torso=my_module:MyTorso` must make; variables have to be in a Sonnet module."""
 
-    `MyTorso()` is called with observations `[N, ...]`, float32; pixels are from 0 to 1. It returns
-    features, f32 `[N, F]`. The first call may make its variables, as it does in Sonnet's layers.
+    def __call__(self, observations: tf.Tensor) -> tf.Tensor:
+        """Encodes observations of one kind. In a graph, N is unknown.
+
+        Args:
+          observations: f32 `[N, ...]`, time and batch merged; pixels from 0 to 1.
+
+        Returns:
+          Features, f32 `[N, F]`, with the same F for every N.
+        """
+
+
+class OwnTorso(snt.Module):
+    """The user's own torso: `my_module:MyTorso`, see `Torso`.
+
+    The first call may make its variables, as it does in Sonnet's layers.
 
     Args:
       name: `my_module:MyTorso`.
@@ -431,22 +446,20 @@ class OwnTorso(snt.Module):
     def __init__(self, name: str, frame: ArraySpec):
         super().__init__('own_torso')
         self._scale = _pixel_scale(frame)
-        try:
-            self._torso = load(name)()
-            features = self(tf.zeros([1, *frame.shape], frame.dtype))
-        except UserCodeError as error:
-            raise ValueError(f'--torso={name}: {error}.') from error
-        except Exception as error:
-            raise ValueError(
-                f'--torso={name} fails with observations of {frame.dtype} {list(frame.shape)}: '
-                f'{describe_failure(error)}.'
-            ) from error
+        own = OwnModule(f'--torso={name}')
+        self._torso: Torso = own.make()
+        features = own.call(
+            lambda: self(tf.zeros([1, *frame.shape], frame.dtype)),
+            f'observations of {frame.dtype} {list(frame.shape)}',
+        )
         shape = getattr(features, 'shape', None)
         if shape is None or len(shape) != 2 or shape[0] != 1:
             raise ValueError(
-                f'--torso={name} returns {"no tensor" if shape is None else list(shape)} for one '
-                'observation, and it must return features [1, F].'
+                f'{own.flag} returns {"no tensor" if shape is None else list(shape)} for one '
+                f'observation, and it must return features [1, F]{place_of(type(self._torso))}.'
             )
+        own.check_variables(snt.allow_empty_variables(self).variables)
+        own.trace(self, tf.TensorSpec([None, *frame.shape], frame.dtype))
         self.output_size = int(shape[1])
 
     def __call__(self, frame: tf.Tensor) -> tf.Tensor:

@@ -40,6 +40,7 @@ with starting_tensorflow():
 
 from impala.config import ConfigError
 from impala.networks.agent import Agent, AgentConfig
+from impala.networks.build import create_agent
 from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
 from impala.runs.run_settings import popart_levels, stored_settings
@@ -154,7 +155,7 @@ def export(logdir: str, output: str, checkpoint: str | None = None) -> str:
       LogdirError: there is no such run or checkpoint, or the folder cannot be written.
     """
     network, spec = spec_of_run(logdir)
-    agent, action = Agent(network, spec), spec.action
+    agent, action = create_agent(network, spec), spec.action
     exported = _Exported(agent)
     checkpointer = Checkpointer(logdir, exported)
     if not checkpointer.restore(checkpoint):

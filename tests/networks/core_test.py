@@ -216,6 +216,18 @@ def own(step, initial_state=lambda batch_size: tf.zeros([batch_size, 2])):
     return Own
 
 
+class KerasCore(snt.Module):
+    def __init__(self):
+        super().__init__()
+        self._layer = tf.keras.layers.Dense(3)
+
+    def initial_state(self, batch_size):
+        return ()
+
+    def __call__(self, inputs, state):
+        return self._layer(inputs), state
+
+
 def _branches(inputs, state):
     if tf.reduce_sum(inputs) > 0:
         return inputs, state
@@ -224,6 +236,7 @@ def _branches(inputs, state):
 
 MISTAKES = {
     'no_module': (lambda: lambda inputs, state: (inputs, state), 'makes function, and it must be'),
+    'keras': (KerasCore, r"has the variable '.*kernel.*' outside of Sonnet modules"),
     'raises': (
         own(lambda inputs, state: (inputs @ inputs, state)),
         r'fails with features of float32 \[2, 5\]: InvalidArgumentError: .* \(core_test.py, line ',

@@ -433,3 +433,37 @@ def test_older_checkpoints_of_shallow_torsos_still_fit(tmp_path):
 def test_an_unknown_torso_is_refused():
     with pytest.raises(ValueError, match="Unknown torso 'wide'.*shallow, deep, nature, mlp"):
         torsos.create_torso('wide', ArraySpec((4,), 'float32'), tf.float32)
+
+
+def keras_torso():
+    return tf.keras.layers.Dense(3)
+
+
+class Transposed(snt.Module):
+    def __call__(self, observations):
+        return tf.transpose(observations)
+
+
+def torso_of_a_known_batch():
+    return lambda observations: tf.reshape(observations, [int(observations.shape[0]), 5])
+
+
+@pytest.mark.parametrize(
+    ('name', 'sentence'),
+    [
+        ('keras_torso', r"has the variable '.*kernel.*' outside of Sonnet modules, so it would be"),
+        (
+            'Transposed',
+            r'returns \[5, 1\] for one observation, and .* \(torsos_test.py, line \d+\)',
+        ),
+        (
+            'torso_of_a_known_batch',
+            r'fails with batches of unknown size in a graph: TypeError: .* \(torsos_test.py, line ',
+        ),
+    ],
+)
+def test_mistakes_in_own_torsos_are_one_sentence(name, sentence):
+    name = f'{__name__}:{name}'
+    with pytest.raises(ValueError, match=f'^--torso={name} {sentence}') as caught:
+        torsos.create_torso(name, ArraySpec((5,), 'float32'), tf.float32)
+    assert '\n' not in str(caught.value)

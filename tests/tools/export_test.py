@@ -313,3 +313,6 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         assert export.main([str(tmp_path)]) == 2
         error = capsys.readouterr().err
         assert 'damaged: ' in error and error.endswith(f'{sentence}\n'), error
+    (tmp_path / 'network.json').write_text(json.dumps(settings | {'core': 'no_such_module:Core'}))
+    assert export.main([str(tmp_path)]) == 2
+    assert "module 'no_such_module' cannot be found.\n" in capsys.readouterr().err
