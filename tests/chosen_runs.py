@@ -15,15 +15,13 @@ def num_frames(choice):
 
 
 def run_of(logdir, choice):
-    # Odd frames with instructions, or vectors.
-    level_name = 'levels:short_truncated'
-    if choice['torso'] == 'autoencoder':
-        has_numbers = choice['normalize_observations']
-        level_name = 'levels:picture_with_numbers' if has_numbers else 'levels:picture_truncated'
     return config(
         logdir,
         **choice,
-        level_name=level_name,
+        # There all settings of spaces have an effect.
+        level_name='space_levels:crowded',
+        width=35,
+        height=33,
         batch_size=2 * num_devices(choice),
         total_environment_frames=num_frames(choice),
     )

@@ -187,8 +187,8 @@ class _Mortal(_Seeded):
 class _Picture(_Level):
     """A white 4x4 square moves right on grey; frames have odd sizes and an instruction."""
 
-    def __init__(self, end: EpisodeEnd = EpisodeEnd.TERMINATED) -> None:
-        super().__init__(end=end)
+    def __init__(self) -> None:
+        super().__init__()
         self.spec = EnvironmentSpec(
             {
                 'frame': ArraySpec((21, 35, 3), 'uint8'),
@@ -205,9 +205,6 @@ class _Picture(_Level):
     def step(self, action: int) -> tuple[float, EpisodeEnd, dict[str, np.ndarray]]:
         reward, end, _ = super().step(action)
         return reward, end, self._observation()
-
-    def make_last_observation(self) -> dict[str, np.ndarray]:
-        return self._observation()
 
     def _observation(self) -> dict[str, np.ndarray]:
         frame = np.full((21, 35, 3), 60, np.uint8)
@@ -253,18 +250,6 @@ class _Timed(_Level):
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {'frame': np.eye(self.length, dtype=np.float32)[self.steps]}
-
-
-class _PictureWithNumbers(_Picture):
-    """As `_Picture`, with the step as a large number."""
-
-    def __init__(self) -> None:
-        super().__init__(EpisodeEnd.TRUNCATED)
-        observation = self.spec.observation | {'vector': ArraySpec((2,), 'float32')}
-        self.spec = EnvironmentSpec(observation, 2, 1)
-
-    def _observation(self) -> dict[str, np.ndarray]:
-        return super()._observation() | {'vector': np.full(2, 1e4 + self.steps, np.float32)}
 
 
 class _Counted(_Level):
@@ -362,11 +347,6 @@ def short(seed: int, config: environments.EnvironmentConfig) -> environments.Env
     return _Level(5)
 
 
-def short_truncated(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
-    """Has episodes of 5 steps, cut off by a time limit."""
-    return _Level(5, EpisodeEnd.TRUNCATED)
-
-
 def long(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has episodes of 20 steps."""
     return _Level(20)
@@ -433,13 +413,6 @@ def picture(seed: int, config: environments.EnvironmentConfig) -> environments.E
     return _Picture()
 
 
-def picture_truncated(
-    seed: int, config: environments.EnvironmentConfig
-) -> environments.Environment:
-    """Has frames and instructions, and episodes of 10 steps, cut off by a time limit."""
-    return _Picture(EpisodeEnd.TRUNCATED)
-
-
 def timeless(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:
     """Has one observation only, and episodes of 10 steps, cut off by a time limit."""
     return _Constant((2,), 'float32', EpisodeEnd.TRUNCATED)
@@ -451,13 +424,6 @@ def timed(seed: int, config: environments.EnvironmentConfig) -> environments.Env
     It does not return the last observation of an episode.
     """
     return _Timed()
-
-
-def picture_with_numbers(
-    seed: int, config: environments.EnvironmentConfig
-) -> environments.Environment:
-    """Has frames, instructions and a vector, and episodes cut off by a time limit."""
-    return _PictureWithNumbers()
 
 
 def counted_numbers(seed: int, config: environments.EnvironmentConfig) -> environments.Environment:

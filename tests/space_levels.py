@@ -107,6 +107,40 @@ class MaskedComponents(gymnasium.Env):
         return observation, {'action_mask': tuple(self._masks)}
 
 
+class Crowded(gymnasium.Env):
+    """Has an image, numbers and a word, actions of both kinds, and an action mask in its info."""
+
+    observation_space = spaces.Dict(
+        picture=spaces.Box(0, 255, (33, 35, 3), np.uint8),
+        numbers=spaces.Box(-1, 1, (3,)),
+        word=spaces.Text(5),
+    )
+    action_space = spaces.Dict(choice=spaces.Discrete(3), stick=BOX)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._steps = 0
+        return self._observe()
+
+    def step(self, action):
+        assert action in self.action_space, (action, self.action_space)
+        self._steps += 1
+        observation, info = self._observe()
+        return observation, 1.0, False, self._steps == 10, info
+
+    def _observe(self):
+        picture = np.full((33, 35, 3), 60, np.uint8)
+        picture[8:12, 3 * self._steps : 3 * self._steps + 4] = 255
+        observation = {
+            'picture': picture,
+            'numbers': self.np_random.uniform(-1, 1, 3).astype(np.float32),
+            'word': 'left' if self._steps % 2 else 'right',
+        }
+        mask = np.ones(3, np.int8)
+        mask[self._steps % 3] = 0
+        return observation, {'action_mask': mask}
+
+
 class MaskedInDict(Masked):
     """As `Masked`, with the mask in the observation."""
 
@@ -247,6 +281,10 @@ def unbounded(seed, config):
 
 def mixture(seed, config):
     return Target(ACTION_SPACES['mixture'])
+
+
+def crowded(seed, config):
+    return Crowded()
 
 
 def masked(seed, config):

@@ -247,9 +247,13 @@ def test_a_run_begins_with_the_weights_of_its_initializer(tmp_path):
     assert np.all(norms['truncated_normal'] > 0.1)
 
 
-# Values to combine of each setting of the learner; the first is the default.
+# Values to combine of settings of spaces, network and learner; the first is the default, or stands
+# for it.
 CHOICES = {
-    'torso': ('auto', 'autoencoder'),
+    'observation_keys': ((), ('picture', 'numbers')),
+    'clip_actions': (False, True),
+    'info_action_mask': (False, True),
+    'torso': ('shallow', 'autoencoder', 'own_parts:Flat'),
     'latent_size': (64, 5),
     'autoencoder_cost': (1.0, 0.0),
     'core': ('none', 'lstm', 'gru', 'own_cores:Stack'),
@@ -259,7 +263,7 @@ CHOICES = {
     'normalize_observations': (False, True),
     'initializer': ('truncated_normal', 'orthogonal'),
     'compute_dtype': ('float32', 'bfloat16'),
-    'loss': ('vtrace', 'appo'),
+    'loss': ('vtrace', 'appo', 'own_parts:renamed_loss'),
     'clip_epsilon': (0.2, 0.1),
     'sample_reuse': (1, 2, 4),
     'reuse_buffer': (1, 3),
@@ -282,7 +286,7 @@ CHOICES = {
 }
 NUM_CANDIDATES = 1200
 # The length of `_pairwise()`, which takes seconds and is not computed when tests are collected.
-NUM_RUNS = 25
+NUM_RUNS = 29
 
 
 def _pairs(choice):
@@ -346,8 +350,8 @@ def test_only_pairs_refused_by_name_never_train():
         )
     }
     refused = {
-        (('torso', 'auto'), ('latent_size', 5)),
-        (('torso', 'auto'), ('autoencoder_cost', 0.0)),
+        (('torso', 'shallow'), ('latent_size', 5)),
+        (('torso', 'shallow'), ('autoencoder_cost', 0.0)),
         (('core', 'none'), ('core_size', 5)),
         (('core', 'own_cores:Stack'), ('core_size', 5)),
         (('popart', True), ('target_update_steps', 2)),
@@ -452,7 +456,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
     updates = _uses(len(new), choice['sample_reuse'], choice['reuse_buffer'])
     assert lines[-1]['updates'] == updates == len(lines)
     # Every episode is recorded once.
-    episode_steps = 10 if choice['torso'] == 'autoencoder' else 5
+    episode_steps = 10
     episodes = (logdir / 'episodes.csv').read_text().splitlines()[1:]
     if choice['bootstrap_truncated']:
         # The action for the last observation counts as an agent step, but not in the episode.
@@ -467,6 +471,7 @@ def test_every_pair_of_settings_trains(tmp_path, request, shard, number):
     assert all(
         line.get('intrinsic_reward') == (0.25 if choice['hooks'] else None) for line in lines
     )
+    assert all(('loss/own' in line) == choice['loss'].startswith('own') for line in lines)
     decodes = choice['torso'] == 'autoencoder' and choice['autoencoder_cost'] > 0
     assert all(('loss/autoencoder' in line) == decodes for line in lines)
     assert (logdir / 'reconstructions.png').exists() == decodes
