@@ -6,7 +6,6 @@ Every mistake becomes a `LevelError`: a sentence that names the level and says w
 import contextlib
 import dataclasses
 import inspect
-import math
 import numbers
 import operator
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from impala.environments.action_spaces import MAX_CATEGORIES
 from impala.environments.environment import DeclarationError, Environment, Observation
 from impala.errors import LevelError
 from impala.trajectory import (
@@ -31,6 +31,8 @@ MAX_OBSERVATIONS = 11
 # What batches and networks support. The only floating-point type is float32: networks compute in
 # it, and only float32 values are checked for being finite.
 DTYPES = ('float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', 'bool')
+# Greater bounds of an action mean none; see `impala.environments.action_spaces`.
+_MAX_BOUND = 1e18
 
 
 def check_callable(level_name: str, make: Any, kwargs: Mapping[str, Any]) -> None:
@@ -217,13 +219,14 @@ class _SpecCheck:
             )
         observation = self._observation(spec.observation)
         self._check_instruction(observation.get('instruction'))
-        self._check_action(spec.action)
-        self._check_mask(observation.get(ACTION_MASK), spec.action)
+        action = self._action(spec.action)
+        self._check_mask(observation.get(ACTION_MASK), action)
         num_action_repeats = self._count('num_action_repeats', spec.num_action_repeats)
         self._check_suite(spec.suite, observation['frame'])
         return dataclasses.replace(
             spec,
             observation=observation,
+            action=action,
             num_action_repeats=num_action_repeats,
         )
 
@@ -290,22 +293,42 @@ class _SpecCheck:
                 'category of the actions'
             )
 
-    def _check_action(self, action: Any) -> None:
+    def _action(self, action: Any) -> ActionSpec:
         if not isinstance(action, ActionSpec):
             raise self._error(
                 f'has action={action!r}, and it must be an impala.trajectory.ActionSpec, or a '
                 'number of discrete actions'
             )
+        for name in ('categories', 'bounds'):
+            if not isinstance(getattr(action, name), tuple | list):
+                raise self._error(f'has {name}={getattr(action, name)!r}, and it must be a tuple')
         if not action.categories and not action.bounds:
             raise self._error('has no actions')
-        for size in action.categories:
-            self._count('categories', size)
-        for bounds in action.bounds:
-            if bounds is not None and not -math.inf < bounds[0] < bounds[1] < math.inf:
-                raise self._error(
-                    f'has the bounds {bounds}, and they must be None or two finite numbers, the '
-                    'second greater than the first'
-                )
+        categories = tuple(self._count('categories', size) for size in action.categories)
+        if max(categories, default=0) > MAX_CATEGORIES:
+            raise self._error(
+                f'has {max(categories):,} categories, and a component may have {MAX_CATEGORIES:,} '
+                'at most'
+            )
+        bounds = tuple(map(self._bounds, action.bounds))
+        if action.is_scalar and (len(categories) != 1 or bounds):
+            raise self._error(
+                'has is_scalar=True, and there must then be one categorical component and no other'
+            )
+        return ActionSpec(categories, bounds, bool(action.is_scalar))
+
+    def _bounds(self, bounds: Any) -> tuple[float, float] | None:
+        if bounds is None:
+            return None
+        with contextlib.suppress(TypeError, ValueError):
+            low, high = map(float, bounds)
+            # The learner computes in float32.
+            if -_MAX_BOUND <= low < high <= _MAX_BOUND:
+                return low, high
+        raise self._error(
+            f'has the bounds {bounds}, and they must be None or two numbers from '
+            f'{-_MAX_BOUND:g} to {_MAX_BOUND:g}, the second greater than the first'
+        )
 
     def _count(self, name: str, value: Any) -> int:
         if not isinstance(value, numbers.Integral) or not 1 <= int(value) < 2**31:

@@ -78,6 +78,16 @@ def spec_of(observation=None, **values):
         (spec_of(action=2.0), 'has action=2.0, and it must be an impala.trajectory.ActionSpec'),
         (spec_of(action=ActionSpec()), 'has no actions'),
         (spec_of(action=ActionSpec((3, 2.5))), 'has categories=2.5'),
+        (spec_of(action=ActionSpec(3)), 'has categories=3, and it must be a tuple'),
+        (spec_of(action=ActionSpec((2**24 + 1,))), 'has 16,777,217 categories, and a component'),
+        (spec_of(action=ActionSpec((3, 2), is_scalar=True)), 'has is_scalar=True, and there'),
+        (spec_of(action=ActionSpec((3,), (None,), is_scalar=True)), 'has is_scalar=True, and'),
+        (spec_of(action=ActionSpec(bounds=(0, 1))), 'has the bounds 0, and they must be None or'),
+        (spec_of(action=ActionSpec(bounds=((0, 1, 2),))), 'has the bounds (0, 1, 2), and'),
+        (spec_of(action=ActionSpec(bounds=(('a', 'b'),))), "has the bounds ('a', 'b'), and"),
+        (spec_of(action=ActionSpec(bounds=((0, 1e308),))), 'has the bounds (0, 1e+308), and'),
+        (spec_of(action=ActionSpec(bounds=((0, np.inf),))), 'has the bounds (0, inf), and'),
+        (spec_of(action=ActionSpec(bounds=((np.nan, 1),))), 'has the bounds (nan, 1), and'),
         (spec_of(action=ActionSpec(bounds=((1, 1),))), 'has the bounds (1, 1), and'),
         (spec_of(num_action_repeats=0), 'has num_action_repeats=0'),
         (spec_of({}), "declares nothing, but no observation 'frame'"),
@@ -216,6 +226,16 @@ def test_numpy_numbers_in_a_spec_become_python_numbers(create):
     assert environment.spec == Own.spec
     assert json.loads(json.dumps(environment.spec.to_json()))['action'] == 2
     environment.check()
+
+
+def test_numpy_numbers_in_an_action_spec_become_python_numbers(create):
+    """They come from Gymnasium's `MultiDiscrete.nvec` and `Box.low`; lists become tuples."""
+    bounds = list(zip(np.float32([0, -1]), np.float32([1, 2]), strict=True))
+    action = ActionSpec(list(np.int64([3, 2])), [*bounds, None])
+    spec = create(returning(spec=spec_of(action=action))).spec.action
+    assert spec == ActionSpec((3, 2), ((0.0, 1.0), (-1.0, 2.0), None))
+    hash(spec)
+    assert ActionSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 def test_a_vector_may_have_parts(create):
