@@ -18,6 +18,7 @@ from impala.environments.environment import DeclarationError, Environment, Obser
 from impala.errors import LevelError
 from impala.trajectory import (
     ACTION_MASK,
+    ACTION_NOISE,
     INSTRUCTION_BUCKETS,
     ActionSpec,
     ArraySpec,
@@ -108,6 +109,8 @@ def check_observation(level_name: str, spec: EnvironmentSpec, observation: Any) 
             )
         if name == 'instruction':
             _check_instruction(level_name, array)
+        if name == ACTION_MASK:
+            _check_mask(level_name, spec.action, array)
 
 
 class _Checked(Environment):
@@ -123,6 +126,7 @@ class _Checked(Environment):
             environment.close()
             raise
         self._speaks = 'instruction' in self.spec.observation
+        self._has_mask = ACTION_MASK in self.spec.observation
 
     @property
     def frames_per_second(self) -> float | None:
@@ -164,6 +168,8 @@ class _Checked(Environment):
         # Shapes and dtypes are checked where observations are copied into the shared segment.
         if self._speaks and isinstance(observation, Mapping):
             _check_instruction(self._level_name, observation.get('instruction'))
+        if self._has_mask and isinstance(observation, Mapping):
+            _check_mask(self._level_name, self.spec.action, observation.get(ACTION_MASK))
         return reward, end, observation
 
     def _number(self, reward: Any) -> float:
@@ -245,6 +251,11 @@ class _SpecCheck:
         if len(declared) > MAX_OBSERVATIONS:
             raise self._error(
                 f'declares {len(declared)} observations, and there may be {MAX_OBSERVATIONS}'
+            )
+        if ACTION_NOISE in declared:
+            raise self._error(
+                f'declares the observation {ACTION_NOISE!r}, a name that test mode uses itself: '
+                'choose another'
             )
         observation = {name: self._array(name, each) for name, each in declared.items()}
         frame = observation['frame']
@@ -358,6 +369,17 @@ def _check_instruction(level_name: str, instruction: Any) -> None:
         raise DeclarationError(
             f"{level_name!r} returned the observation 'instruction' with numbers outside of 0 to "
             f'{INSTRUCTION_BUCKETS - 1}: environments.hash_instruction makes one of a text.'
+        )
+
+
+def _check_mask(level_name: str, action: ActionSpec, mask: Any) -> None:
+    # Other mistakes are reported elsewhere.
+    if not isinstance(mask, np.ndarray) or (mask.shape, mask.dtype) != ((action.num_logits,), bool):
+        return
+    begins = np.cumsum([0, *action.categories[:-1]])
+    if not np.logical_or.reduceat(mask, begins).all():
+        raise DeclarationError(
+            f'{level_name!r} returned an observation {ACTION_MASK!r} that allows no action.'
         )
 
 

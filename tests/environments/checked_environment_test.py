@@ -105,6 +105,7 @@ def spec_of(observation=None, **values):
             spec_of({'frame': FRAME} | {f'more_{i}': FRAME for i in range(11)}),
             'declares 12 observations, and there may be 11',
         ),
+        (spec_of({'frame': FRAME, 'action_noise': FRAME}), "'action_noise', a name that test mode"),
         (spec_of(suite='procgen'), "suite='procgen'"),
         (spec_of(suite='atari'), "'frame' as float32 [2], and it must be uint8"),
     ],
@@ -208,6 +209,21 @@ def test_words_beyond_the_hash_range_are_refused(create, word):
     assert "'instruction' with numbers outside of 0 to 999" in sentence(error)
     with pytest.raises(DeclarationError):
         create(returning(spec=spec, first=good, answer=(*Own.answer[:2], bad))).step(0)
+
+
+def test_masks_must_allow_an_action_of_each_component(create):
+    frame = {'frame': np.zeros(2, np.float32)}
+    mask = ArraySpec((5,), 'bool')
+    spec = spec_of({'frame': FRAME, 'action_mask': mask}, action=ActionSpec((2, 3)))
+    good = frame | {'action_mask': np.array([False, True, False, False, True])}
+    create(returning(spec=spec, first=good, answer=(*Own.answer[:2], good))).check()
+    for wrong in ([False, False, True, True, True], [True, True, False, False, False]):
+        bad = frame | {'action_mask': np.array(wrong)}
+        with pytest.raises(DeclarationError) as error:
+            create(returning(spec=spec, first=bad)).reset()
+        assert "'action_mask' that allows no action" in sentence(error)
+        with pytest.raises(DeclarationError):
+            create(returning(spec=spec, first=good, answer=(*Own.answer[:2], bad))).step(0)
 
 
 @pytest.mark.parametrize(
