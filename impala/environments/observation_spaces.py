@@ -466,7 +466,9 @@ def _bounds(space: Any, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
     )
     # A single bound at 0 tells nothing about the scale.
     scale = np.where(scale == 0, 1, scale)
-    return low - tolerance * scale, high + tolerance * scale
+    # Some environments declare the largest floats.
+    with np.errstate(over='ignore'):
+        return low - tolerance * scale, high + tolerance * scale
 
 
 def _array_text(array: Any) -> str:

@@ -1,5 +1,7 @@
 """Values checked against their spaces; Gymnasium decides about the bounds of floats."""
 
+import warnings
+
 import cv2
 import gymnasium
 import numpy as np
@@ -207,6 +209,15 @@ def test_rounding_beyond_the_range_of_float_images_is_accepted():
         for value in (np.nan, np.inf, -np.inf):
             entry.take(pixels(value, dtype=float), is_first)
             np.testing.assert_array_equal(entry.array, value)
+
+
+def test_the_largest_floats_may_be_bounds():
+    largest = np.finfo(np.float64).max
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        entry = entry_of(Box(-largest, largest, (2,), np.float64))
+        entry.take(np.array([1.0, -2.0]), is_first=True)
+    assert entry.array.tolist() == [1, -2]
 
 
 def test_one_hot_vectors_have_a_single_one():
