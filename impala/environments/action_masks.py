@@ -1,12 +1,15 @@
 """Action masks of Gymnasium environments: which actions are allowed in a state."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from impala.environments.environment import DeclarationError
 from impala.trajectory import ActionSpec
+
+# Those of a Dict or Tuple that have categories, by their keys or indices; None for other spaces.
+_Components: TypeAlias = 'dict[Any, _Components] | None'
 
 
 class ActionMask:
@@ -16,14 +19,16 @@ class ActionMask:
       array: bool `[N]` for N logits of the policy; each `take` overwrites it.
     """
 
-    def __init__(self, spec: ActionSpec, level_name: str, subject: str) -> None:
+    def __init__(self, spec: ActionSpec, space: Any, level_name: str, subject: str) -> None:
         """Prepares the array.
 
         Args:
           spec: of the actions.
+          space: the `gymnasium.Space` of the actions.
           level_name: for error messages.
           subject: in words, where the environment returns the mask.
         """
+        self._components = _components(space)
         self._level_name = level_name
         self._subject = subject
         self._size = spec.num_logits
@@ -36,13 +41,16 @@ class ActionMask:
 
         Args:
           value: true (or 1) for each allowed category. One array for all components, one after
-            the other, or a tuple or dict of arrays in the order of the action space.
+            the other, or a tuple of arrays in the order of the action space, or a dict of them
+            with its keys.
 
         Raises:
           DeclarationError: it is not such a mask, or leaves a component without a category.
         """
         try:
-            flat = np.concatenate([np.ravel(each) for each in _leaves(value)])
+            flat = np.concatenate(
+                [np.ravel(each) for each in self._leaves(value, self._components)]
+            )
         except ValueError:
             flat = np.zeros(0)
         if flat.shape != (self._size,) or flat.dtype.kind not in 'biu' or not _is_binary(flat):
@@ -56,13 +64,38 @@ class ActionMask:
                 f'{self._level_name!r} returned {self._subject} that allows no action.'
             )
 
+    def _leaves(self, value: Any, components: _Components) -> list[Any]:
+        """Returns the arrays of a mask in the order of the action space.
 
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple):
-        return [leaf for each in value for leaf in _leaves(each)]
-    return [value]
+        Gymnasium sorts the keys of a Dict space, so a mask may have them in another order.
+        """
+        if isinstance(value, Mapping):
+            keys = value.keys() if components is None else components.keys()
+            if not keys <= value.keys():
+                raise DeclarationError(
+                    f'{self._level_name!r} returned {self._subject} with the keys '
+                    f'{list(value)}, where its actions have {list(keys)}.'
+                )
+            value = tuple(value[key] for key in keys)
+        if not isinstance(value, tuple):
+            return [value]
+        inner: list[_Components] = [None] * len(value)
+        if components is not None and len(components) == len(value):
+            inner = list(components.values())
+        pairs = zip(value, inner, strict=True)
+        return [leaf for each, part in pairs for leaf in self._leaves(each, part)]
+
+
+def _components(space: Any) -> _Components:
+    from gymnasium import spaces
+
+    if isinstance(space, spaces.Box):
+        return {}
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
+        return None
+    items = space.items() if isinstance(space, spaces.Dict) else enumerate(space)
+    components = {key: _components(each) for key, each in items}
+    return {key: each for key, each in components.items() if each != {}}
 
 
 def _is_binary(values: np.ndarray) -> bool:

@@ -113,10 +113,18 @@ class GymnasiumEnvironment(Environment):
             raise self._without_effect('info_action_mask', reason)
         if config.info_action_mask and not actions.spec.categories:
             raise self._without_effect('info_action_mask', 'whose actions have no categories')
+        if mask_is_observed and not actions.spec.categories:
+            raise LevelError(
+                f'{self._level_name!r} has an {ACTION_MASK!r} in its observation, but its actions '
+                'have no categories.'
+            )
         if mask_is_observed or config.info_action_mask:
             where = 'an observation' if mask_is_observed else 'an info'
             self._mask = ActionMask(
-                actions.spec, self._level_name, f'{where} with an {ACTION_MASK!r}'
+                actions.spec,
+                self._env.action_space,
+                self._level_name,
+                f'{where} with an {ACTION_MASK!r}',
             )
             observation[ACTION_MASK] = ArraySpec(self._mask.array.shape, 'bool')
             self._arrays[ACTION_MASK] = self._mask.array

@@ -386,6 +386,17 @@ def test_gymnasium_environments_without_actions_are_refused(scripted):
         GymnasiumEnvironment('Empty-v0', env, 1, 1, EnvironmentConfig())
 
 
+def test_a_mask_of_actions_without_categories_is_refused():
+    masked = gymnasium.spaces.Dict(x=VECTOR, action_mask=gymnasium.spaces.MultiBinary(2))
+    env = Scripted(masked, [{'x': FINE, 'action_mask': np.ones(2, np.int8)}])
+    env.action_space = VECTOR
+    with pytest.raises(LevelError) as error:
+        GymnasiumEnvironment('Masked-v0', env, 1, 1, EnvironmentConfig())
+    assert str(error.value) == (
+        "'Masked-v0' has an 'action_mask' in its observation, but its actions have no categories."
+    )
+
+
 @pytest.mark.parametrize(
     'space, mission, expected',
     [
