@@ -21,7 +21,10 @@ component; the others are never chosen.
 `policy` has the logits of discrete actions. Other actions are `[B, K]`, see
 `impala.trajectory.ActionSpec`: i32, or f32 if some components are continuous. Then
 `environment_action` and `environment_greedy_action` are what the environment takes, within its
-bounds, while `prev_action` is `action`.
+bounds, while `prev_action` is `action`. A run with `--clip_actions` does not keep the bounds: they
+are then equal to `action`, and you scale -1 and 1 to two bounds and clip to them. All have the
+categories first, counted from 0, then the continuous values; `impala.environments.action_spaces`
+makes an action of a Gymnasium space of them.
 """
 
 import argparse

@@ -7,7 +7,7 @@ import scipy.special
 import scipy.stats
 import tensorflow as tf
 
-from impala.networks.action_distribution import ActionDistribution
+from impala.networks.action_distribution import MAX_LOG_STDDEV, ActionDistribution
 from impala.trajectory import ActionSpec
 
 DISCRETE = ActionSpec.discrete(4)
@@ -75,6 +75,23 @@ def test_log_probabilities_are_those_of_the_definition(spec):
                 assert played[i] == pytest.approx(exact, abs=1e-5)
                 expected += np.log(bounded_density(part, *bounds)(exact))
         assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('log_stddev', 'error'), [(-5.0, 1e-3), (0.0, 1e-3), (1.25, 0.01), (MAX_LOG_STDDEV, 0.1)]
+)
+def test_entropies_are_as_precise_as_documented(log_stddev, error):
+    means = np.linspace(-6, 6, 61)[:, None]
+    deviations = np.linspace(-9, 9, 4001)
+    samples = means + np.exp(log_stddev) * deviations
+    # log(1 - tanh(x)^2) without cancellation.
+    log_slopes = 2 * (np.log(2) - samples - np.logaddexp(0, -2 * samples))
+    weights = scipy.stats.norm.pdf(deviations)
+    expected = scipy.stats.norm.entropy() + log_stddev
+    expected += scipy.integrate.trapezoid(weights * log_slopes, deviations)
+    policy = np.concatenate([means, np.full_like(means, log_stddev)], 1).astype(np.float32)
+    entropies = ActionDistribution(ActionSpec(bounds=((-1.0, 1.0),))).entropy(policy)
+    np.testing.assert_allclose(entropies, expected, atol=error, rtol=0)
 
 
 @pytest.mark.parametrize('bounds', [(-2.0, 2.0), (0.0, 5.0)])
