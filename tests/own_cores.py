@@ -36,3 +36,18 @@ class Stateless(snt.Module):
 
     def __call__(self, inputs, state):
         return inputs[:, :4], state
+
+
+class Fixed(snt.Module):
+    """Random features, which are not trained, and a layer on them, which is."""
+
+    def __init__(self):
+        super().__init__()
+        self._features = tf.Variable(tf.random.normal([1, 8]), trainable=False)
+        self._layer = snt.Linear(4)
+
+    def initial_state(self, batch_size):
+        return ()
+
+    def __call__(self, inputs, state):
+        return self._layer(tf.sin(tf.reduce_sum(inputs, 1, keepdims=True) * self._features)), state

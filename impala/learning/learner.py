@@ -32,7 +32,7 @@ class TrainableAgent(Protocol):
 
     @property
     def acting_variables(self) -> Sequence[tf.Variable]:
-        """All that acting needs: the weights, and the variables of `normalizer`."""
+        """All that acting needs: the weights, and variables that are not trained."""
 
     @property
     def actions(self) -> ActionDistribution:

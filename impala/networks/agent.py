@@ -152,9 +152,15 @@ class Agent(snt.Module):
 
     @property
     def acting_variables(self) -> list[tf.Variable]:
-        """All that acting needs, in a fixed order: weights, and statistics of observations."""
-        statistics = () if self.normalizer is None else self.normalizer.variables
-        return [*self.trainable_variables, *statistics]
+        """All that acting needs, in a fixed order.
+
+        These are the weights, the statistics of observations, and what the user's own torso or core
+        has without training it, such as random features. Acting needs no statistics of values.
+        """
+        of_values = () if self.popart is None else self.popart.non_trainable_variables
+        unused = {id(variable) for variable in of_values}
+        others = [each for each in self.non_trainable_variables if id(each) not in unused]
+        return [*self.trainable_variables, *others]
 
     @property
     def state_spec(self) -> Any:

@@ -590,3 +590,22 @@ def test_several_encoders_are_joined_by_the_core_or_a_layer(spec, number):
     assert is_joined == [number > 1, False]
     # Policy and baseline see its 256 units, or the concatenated features.
     assert (without._policy.w.shape[0] == 256) == (number > 1)
+
+
+@pytest.mark.parametrize('popart_levels', [(), ('a', 'b')])
+def test_acting_variables_are_all_that_the_policy_depends_on(popart_levels):
+    """Those included that a core of one's own has without training them."""
+    spec = make_spec((4,), instruction=False)
+    config = AgentConfig('mlp', core='own_cores:Fixed', popart_levels=popart_levels)
+    learning, acting = Agent(config, spec), Agent(config, spec)
+    prev_action, env_output = make_inputs(spec, 6)
+
+    def policy(agent):
+        return agent.step(prev_action, env_output, ())[0].policy
+
+    assert not np.allclose(policy(acting), policy(learning))
+    for mine, published in zip(acting.acting_variables, learning.acting_variables, strict=True):
+        mine.assign(published)
+    np.testing.assert_allclose(policy(acting), policy(learning), rtol=1e-5, atol=1e-6)
+    # The features, and none of PopArt's statistics.
+    assert len(acting.acting_variables) == len(acting.trainable_variables) + 1
