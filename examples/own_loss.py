@@ -22,7 +22,7 @@ def penalized_loss(inputs, config):
     divergences = inputs.actions.kl_divergence(
         tf.stop_gradient(inputs.agent_outputs.policy[1:]), inputs.learner_outputs.policy[:-1]
     )
-    # With --bootstrap_truncated some transitions are no steps, and must not count.
+    # With --bootstrap_truncated some transitions are not steps, and must not count.
     penalty = inputs.sum_over_steps(divergences)
     return Loss(
         total=loss.total + PENALTY_COST * penalty,

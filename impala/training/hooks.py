@@ -66,7 +66,10 @@ class Hook:
 
     @property
     def module(self) -> tf.Module | None:
-        """Saved in the run's checkpoints, and restored after `at_start`; None for nothing."""
+        """Saved in the run's checkpoints, and restored after `at_start`; None for nothing.
+
+        Of several learners, only the first one saves and restores its hooks' modules.
+        """
         return None
 
     def at_start(self, spec: EnvironmentSpec, config: Config) -> None:
