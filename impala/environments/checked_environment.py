@@ -125,6 +125,7 @@ class _Checked(Environment):
         except LevelError:
             environment.close()
             raise
+        self._was_truncated = False
         self._speaks = 'instruction' in self.spec.observation
         self._has_mask = ACTION_MASK in self.spec.observation
 
@@ -149,6 +150,10 @@ class _Checked(Environment):
         return observation
 
     def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
+        if self._was_truncated:
+            # So that it is missed where the next episode leaves it out; a property has no need.
+            with contextlib.suppress(AttributeError):
+                self._environment.last_observation = None
         result: Any = self._step(action)
         try:
             reward, end, observation = result
@@ -165,6 +170,7 @@ class _Checked(Environment):
                 f'which must be one of {", ".join(map(str, EpisodeEnd.__members__))} of '
                 'impala.trajectory.EpisodeEnd.'
             )
+        self._was_truncated = end == EpisodeEnd.TRUNCATED
         # Shapes and dtypes are checked where observations are copied into the shared segment.
         if self._speaks and isinstance(observation, Mapping):
             _check_instruction(self._level_name, observation.get('instruction'))

@@ -176,6 +176,8 @@ def test_settings(config: Config, num_levels: int, folder: str) -> dict[str, Any
         'inference_batch_size': 0,
         'inference_device': '',
         'test_every_secs': 0.0,
+        # It would wait for further checkpoints and never end.
+        'watch': False,
         # Those of the run may be on another machine, or taken.
         'job_name': 'learner',
         'task': -1,

@@ -302,6 +302,32 @@ def test_the_last_observation_is_passed_through_and_checked(create):
     assert "'frame' as float32 [3], but its spec declares float32 [2]" in sentence(error)
 
 
+def test_the_last_observation_of_an_earlier_episode_is_not_that_of_a_later_one(create):
+    class Once(Own):
+        answer = (1.0, EpisodeEnd.TRUNCATED, Own.first)
+
+        def step(self, action):
+            if action == 1:
+                self.last_observation = self.first
+            return self.answer
+
+    class Always(Once):
+        last_observation = property(lambda self: self.first)
+
+        def step(self, action):
+            return self.answer
+
+    environment = create(lambda seed, config: Once())
+    environment.step(1)
+    assert environment.last_observation is Own.first
+    environment.step(0)
+    assert environment.last_observation is None
+    environment = create(lambda seed, config: Always())
+    environment.step(1)
+    environment.step(1)
+    assert environment.last_observation is Own.first
+
+
 def test_everything_else_is_passed_to_the_environment(create):
     calls = []
     members = {

@@ -113,7 +113,7 @@ def test_a_test_plays_all_levels_with_few_processes(monkeypatch):
         '/nowhere', num_actors=500, inference_batch_size=300, job_name='learner', task=1,
         learner_addresses=('a:1', 'b:1'), test_policy='greedy', test_num_episodes=7,
         learner_devices=('/gpu:0',), replay_fraction=0.5, replay_addresses=('c:1',),
-        test_every_secs=60.0, sticky_actions=0.25, batch_size=4,
+        test_every_secs=60.0, watch=True, sticky_actions=0.25, batch_size=4,
     )  # fmt: skip
     test = run.of(**periodic_tests.test_settings(run, 5, '/folder'))
     assert (test.actors.num_actors, test.actors.num_processes) == (5, 2)
