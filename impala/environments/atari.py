@@ -159,7 +159,8 @@ class AtariEnvironment(Environment):
         reward += act(action)
 
         if ale.game_over():
-            end = EpisodeEnd.TRUNCATED if ale.game_truncated() else EpisodeEnd.TERMINATED
+            is_over = ale.game_over(with_truncation=False)
+            end = EpisodeEnd.TERMINATED if is_over else EpisodeEnd.TRUNCATED
             self.last_action_frames = ale.getEpisodeFrameNumber() - first_frame
             if self._keeps_last_observation and end == EpisodeEnd.TRUNCATED:
                 self._push_screen()

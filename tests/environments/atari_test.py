@@ -159,6 +159,25 @@ def test_the_last_observation_of_a_truncated_game_is_that_of_a_game_without_a_li
         environment.close()
 
 
+def test_a_game_that_ends_at_its_frame_limit_is_terminated():
+    config = EnvironmentConfig(num_action_repeats=1, max_noops=0)
+    whole = AtariEnvironment(AtariGame('breakout'), 4, config)
+    whole.reset()
+    ends = []
+    for action in random_actions(whole, 5000):
+        ends.append(whole.step(action)[1])
+        if ends[-1]:
+            break
+    assert ends[-1] == EpisodeEnd.TERMINATED
+    for limit, end in ((len(ends), EpisodeEnd.TERMINATED), (len(ends) - 1, EpisodeEnd.TRUNCATED)):
+        cut = AtariEnvironment(AtariGame('breakout', max_episode_frames=limit), 4, config)
+        cut.reset()
+        actions = random_actions(whole, 5000)[:limit]
+        assert [cut.step(action)[1] for action in actions][-1] == end
+        cut.close()
+    whole.close()
+
+
 def test_atari_matches_ales_vector_environment(make):
     environment = make('ALE/Pong-v5', max_noops=0)
     truth = ale_py.AtariVectorEnv(
