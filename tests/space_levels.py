@@ -108,7 +108,11 @@ class MaskedComponents(gymnasium.Env):
 
 
 class Crowded(gymnasium.Env):
-    """Has an image, numbers and a word, actions of both kinds, and an action mask in its info."""
+    """Has an image, numbers and a word, actions of both kinds, and an action mask in its info.
+
+    Args:
+      strict: whether a choice that the mask excludes is an error.
+    """
 
     observation_space = spaces.Dict(
         picture=spaces.Box(0, 255, (33, 35, 3), np.uint8),
@@ -117,6 +121,9 @@ class Crowded(gymnasium.Env):
     )
     action_space = spaces.Dict(choice=spaces.Discrete(3), stick=BOX)
 
+    def __init__(self, strict):
+        self._strict = strict
+
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self._steps = 0
@@ -124,6 +131,7 @@ class Crowded(gymnasium.Env):
 
     def step(self, action):
         assert action in self.action_space, (action, self.action_space)
+        assert self._mask[action['choice']] or not self._strict, (action, self._mask)
         self._steps += 1
         observation, info = self._observe()
         return observation, 1.0, False, self._steps == 10, info
@@ -136,9 +144,9 @@ class Crowded(gymnasium.Env):
             'numbers': self.np_random.uniform(-1, 1, 3).astype(np.float32),
             'word': 'left' if self._steps % 2 else 'right',
         }
-        mask = np.ones(3, np.int8)
-        mask[self._steps % 3] = 0
-        return observation, {'action_mask': mask}
+        self._mask = np.ones(3, np.int8)
+        self._mask[self._steps % 3] = 0
+        return observation, {'action_mask': self._mask}
 
 
 class MaskedInDict(Masked):
@@ -283,8 +291,8 @@ def mixture(seed, config):
     return Target(ACTION_SPACES['mixture'])
 
 
-def crowded(seed, config):
-    return Crowded()
+def crowded(seed, config, strict=False):
+    return Crowded(strict)
 
 
 def masked(seed, config):

@@ -643,6 +643,48 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
     np.testing.assert_allclose(outputs['baseline'], [10.0], atol=0.5)
 
 
+def test_observations_and_actions_of_all_kinds_pass_between_jobs(tmp_path):
+    """An image, numbers and a word; a choice, whose categories are masked in turn, and a number."""
+    ports = [f'localhost:{port}' for port in free_ports(3)]
+    shared = f'--learner_addresses={",".join(ports[:2])}'
+    logdir = tmp_path / 'run'
+    level = '--level_name=space_levels:crowded', '--env_kwargs={"strict": true}'
+    spaces = *level, '--info_action_mask', '--width=35', '--height=33'
+    with contextlib.ExitStack() as stack:
+        shard = stack.enter_context(job(tmp_path / 'job', 0, ports[2:]))
+        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
+        runs = [
+            stack.enter_context(
+                learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
+                        '--trusted_network', '--total_environment_frames=3000', *spaces,
+                        '--torso=shallow', '--core=gru', '--core_size=32', '--popart',
+                        '--normalize_observations', '--bootstrap_truncated')
+            )
+            for task in range(2)
+        ] + [
+            stack.enter_context(
+                WarmRun(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
+                        '--envs_per_actor=4', '--envs_per_process=4')
+            )
+            for task in range(2)
+        ]  # fmt: skip
+        for run in runs:
+            assert run.wait() == 0, run.stderr
+            assert 'Traceback' not in run.stderr
+        shard.send(signal.SIGTERM)
+        assert shard.wait() == 0
+    last = metrics(logdir)[-1]
+    assert last['replayed_fraction'] > 0
+    assert last['updates_skipped'] == 0
+    assert [row['rejected'] for row in last['actors']] == [0, 0]
+    # All episodes have 10 rewards of 1, of which none is lost.
+    assert last['episode_return/space_levels:crowded'] == 10
+    flags = '--mode=test', f'--logdir={logdir}', '--test_num_episodes=2'
+    with WarmRun(tmp_path / 'test', *flags) as test:
+        assert test.wait() == 0, test.stderr
+    assert 'Traceback' not in test.stderr
+
+
 def test_unrolls_that_do_not_fit_are_refused_or_replace_the_others(tmp_path, addresses):
     one, other = [addresses[0]], [addresses[1]]
     with (
