@@ -15,6 +15,7 @@ any leading dimensions.
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -28,6 +29,27 @@ _NUM_QUADRATURE_NODES = 32
 # The logit of a category that must not be chosen: its probability is exactly 0, and unlike minus
 # infinity it gives a finite entropy.
 _MASKED_LOGIT = -1e9
+
+
+@tf.custom_gradient
+def bounded_log_stddev(log_stddev: tf.Tensor) -> Any:
+    """Clips logarithms of standard deviations to `MIN_LOG_STDDEV` and `MAX_LOG_STDDEV`.
+
+    A gradient that would move a value further out is zero, as with any clipping. One that moves it
+    back passes, so that no value is stuck beyond its bound.
+
+    Args:
+      log_stddev: f32 of any shape.
+    """
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        # Descent moves against the gradient.
+        moves_out = ((log_stddev > MAX_LOG_STDDEV) & (upstream < 0)) | (
+            (log_stddev < MIN_LOG_STDDEV) & (upstream > 0)
+        )
+        return tf.where(moves_out, tf.zeros_like(upstream), upstream)
+
+    return tf.clip_by_value(log_stddev, MIN_LOG_STDDEV, MAX_LOG_STDDEV), gradient
 
 
 class ActionDistribution:

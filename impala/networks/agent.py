@@ -15,9 +15,8 @@ from impala.config import NetworkConfig
 from impala.networks import core as cores
 from impala.networks import torsos
 from impala.networks.action_distribution import (
-    MAX_LOG_STDDEV,
-    MIN_LOG_STDDEV,
     ActionDistribution,
+    bounded_log_stddev,
 )
 from impala.networks.lstm import LSTM
 from impala.networks.normalizer import Normalizer
@@ -275,7 +274,7 @@ class Agent(snt.Module):
         """Returns policy f32 `[N, P]` and baseline f32 `[N]`, or `[N, V]` with PopArt."""
         policy = self._policy(x)
         if self.actions.spec.bounds:
-            log_stddev = tf.clip_by_value(self._log_stddev, MIN_LOG_STDDEV, MAX_LOG_STDDEV)
+            log_stddev = bounded_log_stddev(tf.convert_to_tensor(self._log_stddev))
             log_stddev = tf.broadcast_to(log_stddev, [tf.shape(policy)[0], *log_stddev.shape])
             policy = tf.concat([policy, log_stddev], -1)
         if ACTION_MASK in observation:

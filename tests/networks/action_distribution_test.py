@@ -7,7 +7,12 @@ import scipy.special
 import scipy.stats
 import tensorflow as tf
 
-from impala.networks.action_distribution import MAX_LOG_STDDEV, ActionDistribution
+from impala.networks.action_distribution import (
+    MAX_LOG_STDDEV,
+    MIN_LOG_STDDEV,
+    ActionDistribution,
+    bounded_log_stddev,
+)
 from impala.trajectory import ActionSpec
 
 DISCRETE = ActionSpec.discrete(4)
@@ -315,3 +320,25 @@ def test_masked_categories_are_never_chosen_and_do_not_count(spec):
     assert np.isfinite(total)
     assert np.isfinite(gradient).all()
     assert (gradient[:, ~mask] == 0).all()
+
+
+@pytest.mark.parametrize(('start', 'target'), [(9.0, 0.5), (-9.0, -2.0), (0.0, 1.5)])
+def test_a_standard_deviation_returns_from_beyond_its_bounds(start, target):
+    """By gradient descent on the squared distance to a target within the bounds."""
+    log_stddev = tf.Variable(start)
+    for _ in range(400):
+        with tf.GradientTape() as tape:
+            clipped = bounded_log_stddev(tf.convert_to_tensor(log_stddev))
+            loss = tf.square(clipped - target)
+        assert MIN_LOG_STDDEV <= clipped <= MAX_LOG_STDDEV
+        log_stddev.assign_sub(0.05 * tape.gradient(loss, log_stddev))
+    np.testing.assert_allclose(log_stddev, target, atol=0.01)
+
+
+def test_a_standard_deviation_moves_no_further_beyond_its_bounds():
+    log_stddev = tf.constant([2.5, 2.5, -5.5, -5.5, 1.0])
+    with tf.GradientTape() as tape:
+        tape.watch(log_stddev)
+        # Gradient descent would increase those with a factor below 0.
+        loss = tf.reduce_sum(bounded_log_stddev(log_stddev) * [-3.0, 3.0, -3.0, 3.0, -3.0])
+    np.testing.assert_array_equal(tape.gradient(loss, log_stddev), [0.0, 3.0, -3.0, 0.0, -3.0])
