@@ -9,17 +9,26 @@ between as many processes.
 
 `--weight_clients=1,10,100` measures how long reading the deep network's weights takes when that
 many clients do nothing else, `--connected_clients=200` memory and threads of the learner.
+
+    python -m benchmarks.ingest --rounds=5 --actors=4 --seconds=5 --frame=84x84x4 --unroll_length=20
+
+compares, in turns and with nothing else, the sessions of actor jobs with calls of registered
+functions (`benchmarks/registered_calls.py`), which no job uses.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Found whether this runs as a module or as a file.
@@ -31,6 +40,7 @@ import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
+from benchmarks.registered_calls import RegisteredConnection, RegisteredServer
 from impala.cluster.exchange import UnrollInbox, WeightsBoard
 from impala.cluster.transport import LearnerConnection, LearnerServer
 from impala.networks.agent import Agent, AgentConfig
@@ -39,6 +49,8 @@ from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, UnrollArra
 FRAME = (72, 96, 3)
 NUM_ACTIONS = 9
 MB = 2**20
+# What actor jobs use, and the alternative.
+TRANSPORTS = ('sessions', 'registered calls')
 
 SEND_BYTES = """
 import socket, sys
@@ -49,8 +61,8 @@ with socket.create_connection(('localhost', int(sys.argv[1]))) as connection:
 """
 
 
-def components(unroll_length: int) -> list[UnrollArray]:
-    """Returns the arrays of an unroll of the deep network in DeepMind Lab."""
+def components(unroll_length: int, frame: Sequence[int] = FRAME) -> list[UnrollArray]:
+    """Returns the arrays of an unroll of the deep network, by default in DeepMind Lab."""
     rows = (unroll_length + 1,)
     return [
         UnrollArray((), 'int64', 'policy_version', time_major=False, low=0),
@@ -62,18 +74,18 @@ def components(unroll_length: int) -> list[UnrollArray]:
         UnrollArray(rows, 'int32', 'episode_step', low=0),
         UnrollArray(rows, 'int32', 'episode_frames', low=0),
         UnrollArray(rows, 'uint8', 'end', high=3),
-        UnrollArray((*rows, *FRAME), 'uint8', 'frame'),
+        UnrollArray((*rows, *frame), 'uint8', 'frame'),
         UnrollArray(rows, 'int32', 'action', low=0, high=NUM_ACTIONS - 1),
         UnrollArray((*rows, NUM_ACTIONS), 'float32', 'policy'),
         UnrollArray(rows, 'float32', 'baseline'),
     ]
 
 
-def make_unroll(unroll_length: int) -> list[np.ndarray]:
+def make_unroll(unroll_length: int, frame: Sequence[int] = FRAME) -> list[np.ndarray]:
     """Returns the arrays of one unroll, with TensorFlow's memory layout."""
     return [
         np.asarray(tf.zeros(component.shape, component.dtype))
-        for component in components(unroll_length)
+        for component in components(unroll_length, frame)
     ]
 
 
@@ -100,6 +112,34 @@ def send(address: str, actor: int, unroll_length: int) -> None:
     while True:
         sequence += 1
         connection.put(unroll, actor, 'benchmark', sequence)
+
+
+def send_in_turns(
+    addresses: dict[str, str], actor: int, unroll_length: int, frame: Sequence[int]
+) -> None:
+    """Sends one unroll repeatedly over the transport that a line on stdin names, until the next.
+
+    An empty line ends the turn. Prints a line when the first unroll of a turn is in the inbox, and
+    one when the turn has ended.
+    """
+    sessions, registered = TRANSPORTS
+    connections: dict[str, LearnerConnection | RegisteredConnection] = {
+        sessions: LearnerConnection(addresses[sessions], components(unroll_length, frame)),
+        registered: RegisteredConnection(addresses[registered]),
+    }
+    unroll = make_unroll(unroll_length, frame)
+    sequence = 0
+    for line in sys.stdin:
+        connection = connections[line.rstrip()]
+        for turn in itertools.count():
+            sequence += 1
+            connection.put(unroll, actor, 'benchmark', sequence)
+            if turn == 0:
+                print('sending', flush=True)
+            elif select.select([sys.stdin], [], [], 0)[0]:
+                break
+        sys.stdin.readline()
+        print('idle', flush=True)
 
 
 def read_weights(address: str, clients: int, seconds: float) -> None:
@@ -222,6 +262,135 @@ def measure(address: str, args: argparse.Namespace) -> tuple[float, list[list]]:
     return observations / elapsed, table
 
 
+@contextlib.contextmanager
+def consumed(queue: UnrollInbox, batch_size: int, frame: int) -> Iterator[None]:
+    """Takes batches from the inbox and touches them during the block, then closes it.
+
+    Args:
+      queue: the inbox.
+      batch_size: unrolls in a batch.
+      frame: index of the frames among the components.
+    """
+
+    def consume() -> None:
+        with contextlib.suppress(tf.errors.CancelledError):
+            while True:
+                touch(queue.take(batch_size).components[frame]).numpy()
+
+    thread = threading.Thread(target=consume)
+    thread.start()
+    try:
+        yield
+    finally:
+        queue.close()
+        thread.join()
+
+
+class Turn(NamedTuple):
+    """What one transport did in one round.
+
+    Attributes:
+      observations: observations per second.
+      processor: processor time of learner and actors per 1,000 observations, seconds.
+    """
+
+    observations: float
+    processor: float
+
+
+def measure_turn(
+    transport: str,
+    actors: Sequence[Any],
+    queue: UnrollInbox,
+    unroll_length: int,
+    seconds: float,
+) -> Turn:
+    """Lets all actors, processes that run `send_in_turns`, send over one transport and measures."""
+
+    def tell(line: str) -> None:
+        for actor in actors:
+            actor.stdin.write(f'{line}\n')
+            actor.stdin.flush()
+        for actor in actors:
+            if not actor.stdout.readline():
+                raise RuntimeError(f'an actor has died: {transport}')
+
+    def count() -> np.ndarray:
+        accepted = sum(actor.accepted for actor in queue.statistics().actors.values())
+        cpu = cpu_seconds([os.getpid(), *(actor.pid for actor in actors)]).sum()
+        return np.array([time.perf_counter(), accepted * unroll_length, cpu])
+
+    tell(transport)
+    before = count()
+    time.sleep(seconds)
+    elapsed, observations, cpu = count() - before
+    tell('')
+    return Turn(observations / elapsed, cpu / observations * 1000)
+
+
+def compare(address: str, args: argparse.Namespace) -> dict[str, list[Turn]]:
+    """Returns what each transport did in each round; within a round they take turns."""
+    layout = components(args.unroll_length, args.frame)
+    queue = UnrollInbox(args.capacity, layout, 'policy_version')
+    frame = [component.name for component in layout].index('frame')
+    registered = RegisteredServer(queue, layout)
+    addresses = dict(zip(TRANSPORTS, (address, f'localhost:{registered.port}'), strict=True))
+    turns: dict[str, list[Turn]] = {transport: [] for transport in TRANSPORTS}
+    shape = 'x'.join(map(str, args.frame))
+    with (
+        consumed(queue, args.batch_size, frame),
+        subprocesses(
+            args.actors,
+            __file__,
+            '--role=turns',
+            json.dumps(addresses),
+            args.unroll_length,
+            shape,
+        ) as actors,
+    ):
+        # The first turns include what happens only once, such as connecting.
+        for transport in TRANSPORTS:
+            measure_turn(transport, actors, queue, args.unroll_length, 0.5)
+        for number in range(args.rounds):
+            stages.begin(f'round {number + 1} of {args.rounds}')
+            for transport in TRANSPORTS:
+                turns[transport].append(
+                    measure_turn(transport, actors, queue, args.unroll_length, args.seconds)
+                )
+    return turns
+
+
+def print_comparison(turns: dict[str, list[Turn]]) -> None:
+    """Prints medians over rounds, and ratios to sessions within rounds."""
+    sessions = np.array(turns[TRANSPORTS[0]])
+    rows = []
+    for transport, measured in turns.items():
+        values = np.array(measured)
+        observations, processor = (values / sessions).T
+        median = np.median(values, axis=0)
+        rows.append(
+            [
+                transport,
+                f'{median[0]:,.0f}',
+                f'{np.median(observations):.2f}',
+                f'{observations.min():.2f} to {observations.max():.2f}',
+                f'{median[1]:.3f}',
+                f'{np.median(processor):.2f}',
+            ]
+        )
+    headers = ['', 'observations/s', 'ratio', 'in rounds', 'processor s per 1,000', 'ratio']
+    print(tabulate.tabulate(rows, headers, 'github', disable_numparse=True))
+    medians = {
+        name: round(np.median([turn.observations for turn in turns[name]])) for name in turns
+    }
+    print(json.dumps({'observations_per_second': medians}))
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Returns the dimensions of `84x84x4`."""
+    return tuple(map(int, text.split('x')))
+
+
 def measure_limit(args: argparse.Namespace, seconds: float) -> float:
     """Returns observations per second of bare sockets."""
     size = sum(array.nbytes for array in make_unroll(args.unroll_length))
@@ -306,6 +475,8 @@ def main() -> None:
         role, rest = sys.argv[1].removeprefix('--role='), sys.argv[2:]
         if role == 'send':
             send(rest[0], int(rest[2]), int(rest[1]))
+        elif role == 'turns':
+            send_in_turns(json.loads(rest[0]), int(rest[3]), int(rest[1]), parse_shape(rest[2]))
         elif role == 'read':
             read_weights(rest[0], int(rest[1]), float(rest[2]))
         elif role == 'connect':
@@ -321,9 +492,18 @@ def main() -> None:
     parser.add_argument('--weight_clients', default='1,10', help='numbers of clients; may be empty')
     parser.add_argument('--weight_seconds', type=float, default=5)
     parser.add_argument('--connected_clients', type=int, default=20, help='0: not measured')
+    parser.add_argument('--rounds', type=int, help='compare transports in this many rounds')
+    parser.add_argument('--frame', type=parse_shape, default=FRAME, help='with --rounds')
     args = parser.parse_args()
     server = LearnerServer('localhost:0')
     address = f'localhost:{server.port}'
+    if args.rounds:
+        WeightsBoard('{}').publish([], 0)
+        turns = compare(address, args)
+        print(machine.describe())
+        print(f'`python -m benchmarks.ingest {" ".join(sys.argv[1:])}`')
+        print_comparison(turns)
+        return
     board = WeightsBoard('{}')
     weights = deep_network()
     board.publish(weights, 0)
