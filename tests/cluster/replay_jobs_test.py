@@ -600,36 +600,43 @@ def test_an_unexpected_error_is_reported_and_the_shard_used_again(tmp_path, addr
     assert faults == ['take', 'put']
 
 
-def test_learners_and_actor_jobs_share_the_shards(tmp_path):
-    """A time limit ends the episodes of 10 rewards of 1, and the returns continue."""
+def train_on_two_learners(folder, logdir, *flags):
+    """Trains with two learners, two actor jobs and a replay job; returns what that prints."""
     ports = [f'localhost:{port}' for port in free_ports(3)]
     shared = f'--learner_addresses={",".join(ports[:2])}'
-    logdir = tmp_path / 'run'
     with contextlib.ExitStack() as stack:
-        shard = stack.enter_context(job(tmp_path / 'job', 0, ports[2:]))
+        shard = stack.enter_context(job(folder / 'job', 0, ports[2:]))
         shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         runs = [
             stack.enter_context(
-                learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
-                        '--trusted_network', '--total_environment_frames=12000',
-                        '--level_name=levels:timeless', '--bootstrap_truncated',
-                        '--discounting=0.9', '--sample_reuse=4', '--optimizer=adam',
-                        '--epsilon=0.1', '--learning_rate=0.01', '--final_learning_rate=0.01',
-                        '--entropy_cost=0')
+                learner(folder / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
+                        '--trusted_network', *flags)
             )
             for task in range(2)
         ] + [
             stack.enter_context(
-                WarmRun(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
+                WarmRun(folder / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
                         '--envs_per_actor=4', '--envs_per_process=4')
             )
             for task in range(2)
         ]  # fmt: skip
         for run in runs:
             assert run.wait() == 0, run.stderr
+            assert 'Traceback' not in run.stderr
         shard.send(signal.SIGTERM)
         assert shard.wait() == 0
-    held = int(re.search(r'the (\d+) trajectories held here', shard.stdout).group(1))
+    return shard.stdout
+
+
+def test_learners_and_actor_jobs_share_the_shards(tmp_path):
+    """A time limit ends the episodes of 10 rewards of 1, and the returns continue."""
+    logdir = tmp_path / 'run'
+    printed = train_on_two_learners(
+        tmp_path, logdir, '--total_environment_frames=12000', '--level_name=levels:timeless',
+        '--bootstrap_truncated', '--discounting=0.9', '--sample_reuse=4', '--optimizer=adam',
+        '--epsilon=0.1', '--learning_rate=0.01', '--final_learning_rate=0.01', '--entropy_cost=0',
+    )  # fmt: skip
+    held = int(re.search(r'the (\d+) trajectories held here', printed).group(1))
     # What both have sent, except what was on its way at the end.
     assert abs(held - metrics(logdir)[-1]['frames'] / 20) < 40
     assert metrics(logdir)[-1]['replayed_fraction'] > 0
@@ -645,34 +652,13 @@ def test_learners_and_actor_jobs_share_the_shards(tmp_path):
 
 def test_observations_and_actions_of_all_kinds_pass_between_jobs(tmp_path):
     """An image, numbers and a word; a choice, whose categories are masked in turn, and a number."""
-    ports = [f'localhost:{port}' for port in free_ports(3)]
-    shared = f'--learner_addresses={",".join(ports[:2])}'
     logdir = tmp_path / 'run'
-    level = '--level_name=space_levels:crowded', '--env_kwargs={"strict": true}'
-    spaces = *level, '--info_action_mask', '--width=35', '--height=33'
-    with contextlib.ExitStack() as stack:
-        shard = stack.enter_context(job(tmp_path / 'job', 0, ports[2:]))
-        shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
-        runs = [
-            stack.enter_context(
-                learner(tmp_path / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
-                        '--trusted_network', '--total_environment_frames=3000', *spaces,
-                        '--torso=shallow', '--core=gru', '--core_size=32', '--popart',
-                        '--normalize_observations', '--bootstrap_truncated')
-            )
-            for task in range(2)
-        ] + [
-            stack.enter_context(
-                WarmRun(tmp_path / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
-                        '--envs_per_actor=4', '--envs_per_process=4')
-            )
-            for task in range(2)
-        ]  # fmt: skip
-        for run in runs:
-            assert run.wait() == 0, run.stderr
-            assert 'Traceback' not in run.stderr
-        shard.send(signal.SIGTERM)
-        assert shard.wait() == 0
+    train_on_two_learners(
+        tmp_path, logdir, '--total_environment_frames=3000', '--level_name=space_levels:crowded',
+        '--env_kwargs={"strict": true}', '--info_action_mask', '--width=35', '--height=33',
+        '--torso=shallow', '--core=gru', '--core_size=32', '--popart', '--normalize_observations',
+        '--bootstrap_truncated',
+    )  # fmt: skip
     last = metrics(logdir)[-1]
     assert last['replayed_fraction'] > 0
     assert last['updates_skipped'] == 0
