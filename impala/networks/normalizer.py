@@ -113,10 +113,10 @@ class Normalizer(snt.Module):
         Returns:
           f64 `[1 + 2 * D]`: number of rows, then mean and variance of each number.
         """
+        first = observation[self._vectors[0].name]
         flat = [
-            tf.reshape(x, [*_dims(x), size])
+            tf.reshape(observation[vector.name], tf.concat([tf.shape(first)[:2], [size]], 0))
             for vector, size in zip(self._vectors, self._sizes, strict=True)
-            for x in [observation[vector.name]]
         ]
         x = tf.cast(tf.concat(flat, -1), tf.float64)
         counts = is_counted[:, tf.newaxis]
@@ -153,11 +153,6 @@ class Normalizer(snt.Module):
         assign(self.count, count)
         assign(self.mean, mean)
         assign(self.variance, tf.where(count > 0, variance, old_variance))
-
-
-def _dims(x: tf.Tensor) -> list[int | tf.Tensor]:
-    """Returns T and B of `[T, B, ...]`, as integers where they are known."""
-    return [tf.shape(x)[axis] if size is None else size for axis, size in enumerate(x.shape[:2])]
 
 
 def assign(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -165,6 +165,8 @@ def _learn(
 ) -> None:
     """The learner of Figure 1: trains until the frames are done or the actors are closed."""
     step = _TrainStep(run, learner, log)
+    # Finding them in the agent's modules takes a large part of a millisecond.
+    weights = learner.weights
     frames = run.frames(learner)
     stops: list[bool] = []
     while frames < run.config.run.last_frames and not stops:
@@ -182,7 +184,7 @@ def _learn(
         if metrics is None:
             return
         with timer('learner/publish'):
-            source.actors.publish(learner.weights, learner.version)
+            source.actors.publish(weights, learner.version)
         with timer('learner/log'):
             updates, agent_steps = learner.counts()
             frames = agent_steps * run.spec.num_action_repeats
