@@ -13,7 +13,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ACTOR_CLIENT = 'dynamic_batching._actor_client'
-CLIENT_SOURCES = ['dynamic_batching/cc/actor_client.cc']
+CLIENT_SOURCES = [
+    f'dynamic_batching/cc/{name}.cc' for name in ('actor_client', 'group_client', 'row_batcher')
+]
 OP_SOURCES = {
     'dynamic_batching._ops': sorted(set(glob.glob('dynamic_batching/cc/*.cc')) - {*CLIENT_SOURCES}),
     'impala.cluster._ops': sorted(glob.glob('impala/cluster/cc/*.cc')),

@@ -1,14 +1,27 @@
 """The actor's client of the shared-memory batcher, for processes that never load TensorFlow."""
 
 import ctypes
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-# Returned by the library's `send` and `wait` for calls out of order; -1 means a closed batcher.
-_OUT_OF_ORDER = -2
+from dynamic_batching.client_library import (
+    F32,
+    F64,
+    HANDLE,
+    I32,
+    INT,
+    OUT_OF_ORDER,
+    U32,
+    U32_POINTER,
+    U64,
+    ClosedError,
+    Signature,
+    load_functions,
+)
+
+__all__ = ['ActorClient', 'ArraySpec', 'ClosedError']
 
 
 class ArraySpec(Protocol):
@@ -23,45 +36,25 @@ class ArraySpec(Protocol):
         """Name of the dtype, for instance `'float32'`."""
 
 
-class ClosedError(Exception):
-    """The batcher is closed and gives no more actions."""
-
-
-def _load_library() -> ctypes.CDLL:
-    spec = importlib.util.find_spec('dynamic_batching._actor_client')
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            'The actor client of dynamic_batching is not compiled; run `make install` or '
-            '`pip install --no-build-isolation -e .` in the project folder.'
-        )
-    library = ctypes.CDLL(spec.origin)
-    handle, u32, u64 = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint64
-    for name, result, arguments in (
-        ('connect', handle, (ctypes.c_int, u32)),
-        ('disconnect', None, (handle,)),
-        ('num_unrolls', u32, (handle,)),
-        ('rows', u32, (handle,)),
-        ('unroll_bytes', u64, (handle,)),
-        ('num_observations', u32, (handle,)),
-        ('observation_bytes', u64, (handle, u32)),
-        ('observation', handle, (handle, u32)),
-        ('action_bytes', u64, (handle,)),
-        ('action', handle, (handle,)),
-        ('is_idle', ctypes.c_int, (handle,)),
-        ('position', ctypes.POINTER(u32), (handle,)),
-        ('check_observation', None, (handle, u32)),
-        ('non_finite_value', ctypes.c_float, (handle, u32)),
-        (
-            'send',
-            ctypes.c_int32,
-            (handle, ctypes.c_double, ctypes.c_int, ctypes.c_int, ctypes.c_int),
-        ),
-        ('finish', None, (handle,)),
-        ('wait', ctypes.c_int32, (handle,)),
-    ):
-        function = getattr(library, f'actor_client_{name}')
-        function.restype, function.argtypes = result, arguments
-    return library
+_SIGNATURES = [
+    Signature('connect', HANDLE, (INT, U32)),
+    Signature('disconnect', None, (HANDLE,)),
+    Signature('num_unrolls', U32, (HANDLE,)),
+    Signature('rows', U32, (HANDLE,)),
+    Signature('unroll_bytes', U64, (HANDLE,)),
+    Signature('num_observations', U32, (HANDLE,)),
+    Signature('observation_bytes', U64, (HANDLE, U32)),
+    Signature('observation', HANDLE, (HANDLE, U32)),
+    Signature('action_bytes', U64, (HANDLE,)),
+    Signature('action', HANDLE, (HANDLE,)),
+    Signature('is_idle', INT, (HANDLE,)),
+    Signature('position', U32_POINTER, (HANDLE,)),
+    Signature('check_observation', None, (HANDLE, U32)),
+    Signature('non_finite_value', F32, (HANDLE, U32)),
+    Signature('send', I32, (HANDLE, F64, INT, INT, INT)),
+    Signature('finish', None, (HANDLE,)),
+    Signature('wait', I32, (HANDLE,)),
+]
 
 
 class ActorClient:
@@ -93,7 +86,7 @@ class ActorClient:
           ValueError: the segment belongs to another build of this project, has no such actor, or
             was made for other observations or actions.
         """
-        library = _load_library()
+        library = load_functions('actor_client', _SIGNATURES)
         self._disconnect = library.actor_client_disconnect
         self._send_row = library.actor_client_send
         self._wait = library.actor_client_wait
@@ -269,7 +262,7 @@ class ActorClient:
 
 
 def _raise(failure: int, rule: str) -> None:
-    if failure == _OUT_OF_ORDER:
+    if failure == OUT_OF_ORDER:
         raise RuntimeError(rule)
     raise ClosedError('the batcher is closed')
 

@@ -6,13 +6,13 @@ and hands over full unrolls, first in, first out. `dynamic_batching/cc/shared_se
 which side writes what; actors use `dynamic_batching.actor_client.ActorClient`.
 """
 
-import enum
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from dynamic_batching.activity import Activity, ActorState
 from dynamic_batching.actor_client import ArraySpec
 from dynamic_batching.op_library import load_ops
 
@@ -81,35 +81,11 @@ class Statistics(NamedTuple):
     non_finite: tuple[int, int, float] | None
 
 
-class ActorState(enum.IntEnum):
-    """The state of an actor: `RequestState` of `dynamic_batching/cc/shared_segment.h`."""
-
-    IDLE = 0  # No row was sent since the batcher was made or the actor was reset.
-    REQUESTED = 1  # A row waits for its action.
-    SLEEPING = 2  # As REQUESTED, and the process sleeps until the action arrives.
-    ANSWERED = 3  # The action has arrived, but the actor has not taken it yet.
-    ACTING = 4  # The environment executes the action.
-
-
-class Activity(NamedTuple):
-    """The present activity of all actors.
-
-    Attributes:
-      states: state of each actor.
-      progress: for each actor, a number that changes with each row sent and each action taken.
-      closed: whether the batcher is closed.
-    """
-
-    states: list[ActorState]
-    progress: list[int]
-    closed: bool
-
-
 class UnrollBatcher:
     """Batches the requests of actor processes and records their unrolls.
 
-    All methods are thread-safe. All but `reset_actor`, `statistics`, `activity` and `close` also
-    work inside a `tf.function`.
+    All methods are thread-safe. All but those on single actors, `statistics`, `activity` and
+    `close` also work inside a `tf.function`.
     """
 
     def __init__(
@@ -238,6 +214,24 @@ class UnrollBatcher:
     def reset_actor(self, actor: int) -> None:
         """Discards the unfinished unroll of an actor, whose process must have ended."""
         _ops.unroll_batcher_reset_actor(self._handle, actor)
+
+    def assign_actor(self, actor: int, level_id: int) -> None:
+        """Resets an actor that a `GroupClient` serves, for another environment or for none.
+
+        No batch waits for the actor until its next row.
+
+        Args:
+          actor: its index.
+          level_id: of its unrolls from now on.
+        """
+        _ops.unroll_batcher_assign_actor(self._handle, actor, level_id)
+
+    def policy_versions(self) -> list[int]:
+        """Returns, for each actor, the version of the weights that began its last full unroll.
+
+        It is -1 if there is none since the actor was reset.
+        """
+        return _ops.unroll_batcher_policy_versions(self._handle).numpy().tolist()
 
     def statistics(self) -> Statistics:
         """Returns counts and times so far."""

@@ -1,25 +1,11 @@
 // The actor's client of the shared-memory batcher: a plain C library for `actor_client.py`. Uses
 // neither TensorFlow nor Python's headers, which a machine that only runs Python does not have.
 
-#include <sys/mman.h>
-#include <sys/stat.h>
-
-#include <cmath>
-#include <cstring>
-
-#include "shared_segment.h"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
+#include "segment_client.h"
 
 using namespace dynamic_batching;  // NOLINT: this file defines the library's interface.
 
 namespace {
-
-// Interval at which sleeping actors check whether the segment was closed without waking them.
-constexpr uint64_t kCheckClosedNanoseconds = 1000000000;
-
-// Returned instead of an action.
-constexpr int32_t kClosed = -1, kOutOfOrder = -2;
 
 struct Client {
   void* segment;
@@ -35,32 +21,6 @@ struct Client {
   uint64_t requested_at;  // When that row was sent.
   uint64_t returned_at;   // When the last action was returned; 0 before the first.
 };
-
-// Needs no atomic addition, since only the actor writes its timers.
-void AddNanoseconds(std::atomic<uint64_t>* timer, uint64_t nanoseconds) {
-  timer->store(timer->load(std::memory_order_relaxed) + nanoseconds, std::memory_order_relaxed);
-}
-
-// Replaces non-finite values by 0. Returns whether there were any; `value` is then the first one.
-bool ReplaceNonFinite(float* values, size_t size, float* value) {
-  constexpr uint32_t kExponent = 0x7f800000;
-  uint32_t any = 0;
-  // Works on bits and without branches, so that compilers vectorize it.
-  for (size_t i = 0; i < size; ++i) {
-    uint32_t bits;
-    memcpy(&bits, &values[i], sizeof(bits));
-    any |= (bits & kExponent) == kExponent;
-  }
-  if (!any) return false;
-  bool is_first = true;
-  for (size_t i = 0; i < size; ++i) {
-    if (std::isfinite(values[i])) continue;
-    if (is_first) *value = values[i];
-    is_first = false;
-    values[i] = 0;
-  }
-  return true;
-}
 
 void WaitForAnswer(Client* client) {
   ActorBlock* block = client->block;
@@ -79,21 +39,13 @@ void WaitForAnswer(Client* client) {
 
 // Returns null if `fd` is not a segment of this build or has no such actor.
 EXPORT void* actor_client_connect(int fd, uint32_t actor) {
-  struct stat status;
-  if (fstat(fd, &status) != 0 || status.st_size < static_cast<off_t>(sizeof(SegmentHeader))) {
+  SegmentHeader* header = MapSegment(fd);
+  if (header == nullptr) return nullptr;
+  if (actor >= header->num_actors) {
+    munmap(header, header->segment_bytes);
     return nullptr;
   }
-  void* segment =
-      mmap(nullptr, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, /*offset=*/0);
-  if (segment == MAP_FAILED) return nullptr;
-  auto* header = static_cast<SegmentHeader*>(segment);
-  if (header->magic != kSegmentMagic ||
-      header->segment_bytes != static_cast<uint64_t>(status.st_size) ||
-      actor >= header->num_actors) {
-    munmap(segment, status.st_size);
-    return nullptr;
-  }
-  return new Client{segment, header, GetActorBlock(segment, actor), actor};
+  return new Client{header, header, GetActorBlock(header, actor), actor};
 }
 
 EXPORT void actor_client_disconnect(void* handle) {
@@ -218,10 +170,7 @@ EXPORT int32_t actor_client_send(void* handle, double reward, int frames, int en
     AddNanoseconds(&block->environment_nanoseconds, client->requested_at - client->returned_at);
   }
   block->state.store(kRequested);
-  const uint32_t request = header->doorbell.fetch_add(1) + 1;
-  // Wake the batcher if this request or an earlier one reached `wake_at`. The batcher moves
-  // `wake_at` out of reach as soon as it is awake.
-  if (static_cast<int32_t>(request - header->wake_at.load()) >= 0) FutexWake(&header->doorbell);
+  RingDoorbell(header, 1);
   return non_finite;
 }
 

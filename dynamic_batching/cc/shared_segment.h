@@ -89,7 +89,8 @@ struct alignas(128) ActorBlock {
   // Written by the actor, read for the stage timers; a stale value does no harm.
   std::atomic<uint64_t> environment_nanoseconds;
   std::atomic<uint64_t> waiting_nanoseconds;
-  std::atomic<uint32_t> finished;  // The actor will not ask for another action.
+  // No batch waits for the actor: it will not ask for another action, or not soon.
+  std::atomic<uint32_t> finished;
   // For the requested row, written by the actor before `state`: which parts were not finite (bit 0
   // the reward, bit i + 1 observation i), and the first non-finite value.
   uint32_t non_finite;

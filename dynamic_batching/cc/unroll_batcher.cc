@@ -91,7 +91,7 @@ absl::Status UnrollBatcher::Create(int fd, UnrollSpec spec, const UnrollBatcherO
   memcpy(static_cast<void*>(shared_header), &header, offsetof(SegmentHeader, doorbell));
   shared_header->wake_at.store(kNever);
   try {
-    batcher->reset(new UnrollBatcher(segment, std::move(spec), options, std::move(level_ids)));
+    batcher->reset(new UnrollBatcher(segment, std::move(spec), options, level_ids));
   } catch (const std::bad_alloc&) {
     munmap(segment, header.segment_bytes);
     return absl::ResourceExhaustedError(
@@ -107,13 +107,12 @@ absl::Status UnrollBatcher::Create(int fd, UnrollSpec spec, const UnrollBatcherO
 }
 
 UnrollBatcher::UnrollBatcher(void* segment, UnrollSpec spec, const UnrollBatcherOptions& options,
-                             std::vector<int32_t> level_ids)
+                             const std::vector<int32_t>& level_ids)
     : segment_(segment),
       header_(static_cast<SegmentHeader*>(segment)),
       spec_(std::move(spec)),
       options_(options),
-      level_ids_(std::move(level_ids)),
-      actors_(level_ids_.size()),
+      actors_(level_ids.size()),
       unrolls_(options.num_unrolls) {
   for (size_t i = 0; i < spec_.output_types.size(); ++i) {
     output_bytes_.push_back(RowBytes(spec_.output_types[i], spec_.output_shapes[i]));
@@ -127,8 +126,10 @@ UnrollBatcher::UnrollBatcher(void* segment, UnrollSpec spec, const UnrollBatcher
   }
   for (int i = 0; i < actors_.size(); ++i) {
     actors_[i].unroll = i;
+    actors_[i].level_id = level_ids[i];
     for (size_t bytes : state_bytes_) actors_[i].states.emplace_back(bytes, '\0');
     unrolls_[i].actor = i;
+    unrolls_[i].level_id = level_ids[i];
     ActorBlock* block = GetActorBlock(segment_, i);
     block->unroll = i;
     block->row = 0;
@@ -292,11 +293,13 @@ void UnrollBatcher::StartNextUnroll(int actor_id) {
            output_bytes_[i]);
   }
   unrolls_[next].actor = actor_id;
+  unrolls_[next].level_id = actor.level_id;
   // Row 0 of the next unroll is the last row of the full one.
   unrolls_[next].is_spoiled = GetActorBlock(segment_, actor_id)->non_finite != 0;
   actor.unroll = next;
   actor.row = 0;
   ++actor.completed_unrolls;
+  actor.policy_version = unrolls_[full].policy_version;
   if (is_discarded) {
     ++counts_.discarded;
     // While the queue is full, good unrolls wait and only spoiled ones get here: do not count them.
@@ -569,7 +572,7 @@ void UnrollBatcher::CopyUnroll(int index, int column, const Waiter& waiter,
                                std::vector<Tensor>* batch) {
   const Unroll& unroll = unrolls_[index];
   auto tensor = batch->begin();
-  (tensor++)->flat<int32_t>()(column) = level_ids_[unroll.actor];
+  (tensor++)->flat<int32_t>()(column) = unroll.level_id;
   (tensor++)->flat<int32_t>()(column) = unroll.actor;
   (tensor++)->flat<int64_t>()(column) = unroll.policy_version;
   for (size_t i = 0; i < state_bytes_.size(); ++i) {
@@ -594,16 +597,40 @@ absl::Status UnrollBatcher::ResetActor(int id) {
     return absl::InvalidArgumentError(absl::StrCat("there is no actor ", id));
   }
   std::lock_guard<std::mutex> lock(mutex_);
+  ResetLocked(id);
+  return absl::OkStatus();
+}
+
+absl::Status UnrollBatcher::AssignActor(int id, int32_t level_id) {
+  if (id < 0 || id >= actors_.size()) {
+    return absl::InvalidArgumentError(absl::StrCat("there is no actor ", id));
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    actors_[id].level_id = level_id;
+    ResetLocked(id);
+    GetActorBlock(segment_, id)->finished.store(1);
+  }
+  // The next batch may have been waiting for it.
+  header_->doorbell.fetch_add(1);
+  FutexWake(&header_->doorbell);
+  return absl::OkStatus();
+}
+
+void UnrollBatcher::ResetLocked(int id) {
   Actor& actor = actors_[id];
   ++actor.epoch;
   actor.row = 0;
   actor.in_batch = false;
   actor.arrival = 0;
   actor.completed_unrolls = 0;
-  unrolls_[actor.unroll].is_spoiled = false;
+  actor.policy_version = -1;
+  Unroll& unroll = unrolls_[actor.unroll];
+  unroll.level_id = actor.level_id;
+  unroll.is_spoiled = false;
   for (std::string& state : actor.states) std::fill(state.begin(), state.end(), '\0');
   for (size_t i = 0; i < output_bytes_.size(); ++i) {
-    std::fill_n(unrolls_[actor.unroll].outputs[i].begin(), output_bytes_[i], '\0');
+    std::fill_n(unroll.outputs[i].begin(), output_bytes_[i], '\0');
   }
   ActorBlock* block = GetActorBlock(segment_, id);
   block->unroll = actor.unroll;
@@ -611,7 +638,6 @@ absl::Status UnrollBatcher::ResetActor(int id) {
   block->finished.store(0);
   block->non_finite = 0;
   block->state.store(kIdle);
-  return absl::OkStatus();
 }
 
 void UnrollBatcher::Close() {
@@ -630,6 +656,13 @@ std::vector<int64_t> UnrollBatcher::CompletedUnrolls() {
   std::vector<int64_t> completed;
   for (const Actor& actor : actors_) completed.push_back(actor.completed_unrolls);
   return completed;
+}
+
+std::vector<int64_t> UnrollBatcher::PolicyVersions() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<int64_t> versions;
+  for (const Actor& actor : actors_) versions.push_back(actor.policy_version);
+  return versions;
 }
 
 std::vector<UnrollBatcher::Activity> UnrollBatcher::Activities() const {

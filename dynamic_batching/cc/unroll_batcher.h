@@ -77,6 +77,9 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
 
   // Discards the unfinished unroll of an actor whose process has ended; a new one may connect.
   absl::Status ResetActor(int actor);
+  // The same, and the actor's unrolls from now on have this level. No batch waits for the actor
+  // until its next row.
+  absl::Status AssignActor(int actor, int32_t level_id);
 
   // Fails all waiting calls, here and in the actor processes. May be called at any time and
   // repeatedly.
@@ -84,6 +87,9 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
 
   // For each actor, full unrolls since its last reset, including discarded ones.
   std::vector<int64_t> CompletedUnrolls();
+  // For each actor, the version of the policy that began its last completed unroll; -1 if there is
+  // none since its last reset.
+  std::vector<int64_t> PolicyVersions();
 
   // The state of an actor. `progress` changes with each row sent and each action taken.
   struct Activity {
@@ -109,13 +115,16 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
     int64_t epoch = 0;  // Increases when the process is replaced.
     bool in_batch = false;
     uint64_t arrival = 0;  // Sequence number of its request; 0 if there is none.
+    int32_t level_id = 0;
     int64_t completed_unrolls = 0;
+    int64_t policy_version = -1;  // Of the last completed unroll; -1 if there is none.
     std::vector<std::string> states;  // For each state, its bytes before `row`.
   };
 
   // The part of an unroll that actor processes never see.
   struct Unroll {
     int actor = 0;
+    int32_t level_id = 0;
     bool is_spoiled = false;  // Some row had non-finite values.
     int64_t policy_version = 0;
     std::vector<std::string> outputs;  // For each output, the bytes of all rows.
@@ -141,7 +150,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   };
 
   UnrollBatcher(void* segment, UnrollSpec spec, const UnrollBatcherOptions& options,
-                std::vector<int32_t> level_ids);
+                const std::vector<int32_t>& level_ids);
 
   void GatherLoop();
   void DequeueLoop();
@@ -157,6 +166,7 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   std::vector<Ticket> SelectActors(bool timed_out, int* num_missing);
   bool IsReady(int actor) const;
   void LookForNonFinite(int actor);
+  void ResetLocked(int actor);
   // Returns whether too many unrolls were discarded in a row.
   bool IsHopeless();
   void StartNextUnroll(int actor);
@@ -169,7 +179,6 @@ class UnrollBatcher : public std::enable_shared_from_this<UnrollBatcher> {
   SegmentHeader* const header_;
   const UnrollSpec spec_;
   const UnrollBatcherOptions options_;
-  const std::vector<int32_t> level_ids_;
   std::vector<size_t> output_bytes_, state_bytes_;  // Per row.
 
   // Guards everything down to the timers. Held while actors are selected and results are written

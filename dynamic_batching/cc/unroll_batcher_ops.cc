@@ -146,6 +146,17 @@ class UnrollBatcherResetActorOp : public OpKernel {
   }
 };
 
+class UnrollBatcherAssignActorOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    std::shared_ptr<UnrollBatcher> batcher;
+    OP_REQUIRES_OK(context, LookupBatcher(context, &batcher));
+    OP_REQUIRES_OK(context, batcher->AssignActor(context->input(1).scalar<int32_t>()(),
+                                                 context->input(2).scalar<int32_t>()()));
+  }
+};
+
 class UnrollBatcherCloseOp : public OpKernel {
  public:
   using OpKernel::OpKernel;
@@ -192,6 +203,20 @@ class UnrollBatcherStatisticsOp : public OpKernel {
     non_finite->flat<int32_t>()(0) = counts.non_finite_actor;
     non_finite->flat<int32_t>()(1) = counts.non_finite;
     value->scalar<float>()() = counts.non_finite_value;
+  }
+};
+
+class UnrollBatcherPolicyVersionsOp : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(OpKernelContext* context) override {
+    std::shared_ptr<UnrollBatcher> batcher;
+    OP_REQUIRES_OK(context, LookupBatcher(context, &batcher));
+    const std::vector<int64_t> versions = batcher->PolicyVersions();
+    Tensor* output;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, {static_cast<int64_t>(versions.size())}, &output));
+    std::copy(versions.begin(), versions.end(), output->flat<int64_t>().data());
   }
 };
 
@@ -331,6 +356,13 @@ REGISTER_OP("UnrollBatcherResetActor")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::NoOutputs);
 
+REGISTER_OP("UnrollBatcherAssignActor")
+    .Input("handle: resource")
+    .Input("actor: int32")
+    .Input("level_id: int32")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
+
 REGISTER_OP("UnrollBatcherClose")
     .Input("handle: resource")
     .SetIsStateful()
@@ -352,6 +384,15 @@ REGISTER_OP("UnrollBatcherStatistics")
       for (int i : {3, 4, 7}) c->set_output(i, c->Scalar());
       c->set_output(5, c->Vector(3));
       c->set_output(6, c->Vector(2));
+      return absl::OkStatus();
+    });
+
+REGISTER_OP("UnrollBatcherPolicyVersions")
+    .Input("handle: resource")
+    .Output("policy_versions: int64")
+    .SetIsStateful()
+    .SetShapeFn([](InferenceContext* c) {
+      c->set_output(0, c->UnknownShapeOfRank(1));
       return absl::OkStatus();
     });
 
@@ -377,10 +418,14 @@ REGISTER_KERNEL_BUILDER(Name("UnrollBatcherDequeue").Device(tensorflow::DEVICE_C
                         UnrollBatcherDequeueOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcherResetActor").Device(tensorflow::DEVICE_CPU),
                         UnrollBatcherResetActorOp);
+REGISTER_KERNEL_BUILDER(Name("UnrollBatcherAssignActor").Device(tensorflow::DEVICE_CPU),
+                        UnrollBatcherAssignActorOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcherClose").Device(tensorflow::DEVICE_CPU),
                         UnrollBatcherCloseOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcherStatistics").Device(tensorflow::DEVICE_CPU),
                         UnrollBatcherStatisticsOp);
+REGISTER_KERNEL_BUILDER(Name("UnrollBatcherPolicyVersions").Device(tensorflow::DEVICE_CPU),
+                        UnrollBatcherPolicyVersionsOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollBatcherActivity").Device(tensorflow::DEVICE_CPU),
                         UnrollBatcherActivityOp);
 
