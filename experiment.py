@@ -143,8 +143,7 @@ def _start_tensorflow(config: Config) -> None:
         if config.run.mode == 'test':
             # A test only acts: idle threads that look for work would slow the environments.
             tf.config.threading.set_inter_op_parallelism_threads(1)
-        job, device = config.cluster.job_name, config.cluster.actor_device
-        if job == 'replay' or (job == 'actor' and device == 'cpu'):
+        if config.cluster.job_name == 'actor' and config.cluster.actor_device == 'cpu':
             tf.config.set_visible_devices([], 'GPU')
         chooses_devices = bool(config.learner.learner_devices)
         if not (config.is_learner and (chooses_devices or config.cluster.has_several_learners)):
@@ -203,14 +202,13 @@ def _test(config: Config) -> int:
 
 
 def _serve_replay(config: Config) -> int:
-    """Serves a part of the experience replay, without environments and network."""
-    _start_tensorflow(config)
-    from impala.cluster import replay_job, transport
+    """Serves a part of the experience replay, without environments, network and TensorFlow."""
+    from impala.cluster import channel, replay_job
 
     try:
         print(replay_job.run(config, lambda text: print(text, file=sys.stderr)))
         return 0
-    except transport.ServerError as error:
+    except channel.ServerError as error:
         return _fail(str(error), exit_codes.BAD_INPUT)
     except replay_job.ReplayJobError as error:
         return _fail(str(error), exit_codes.FAILURE)

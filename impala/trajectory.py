@@ -193,6 +193,24 @@ class UnrollArray(ArraySpec):
             int(limits.max) if self.high is None else self.high,
         )
 
+    def accepts(self, values: np.ndarray) -> bool:
+        """Returns whether all values are valid: finite, within `bounds`, or false or true.
+
+        Args:
+          values: of this dtype.
+        """
+        dtype = np.dtype(self.dtype)
+        if np.issubdtype(dtype, np.floating):
+            return bool(np.isfinite(values).all())
+        if dtype == np.bool_:
+            # Bytes from elsewhere may be neither.
+            return bool(values.view(np.uint8).max(initial=0) <= 1)
+        (low, high), limits = self.bounds, np.iinfo(dtype)
+        return bool(
+            (low <= limits.min or low <= values.min(initial=limits.max))
+            and (limits.max <= high or values.max(initial=limits.min) <= high)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class ActionSpec:

@@ -85,7 +85,8 @@ class Server:
         Args:
           address: `host:port`. The name or address of the loopback interface makes it listen there
             only, any other host on all interfaces; port 0 selects a free port.
-          functions: name -> function.
+          functions: name -> function. A function may be replaced at any time, for instance by the
+            same one for longer bodies.
           kind: kind of this job, for instance `'learner'`; at most 16 bytes.
           secret: the secret that callers must have; None to serve any caller.
           report: takes a line when a stranger was refused, and one when a function has failed.
@@ -94,7 +95,7 @@ class Server:
           ServerError: the address is in use or invalid.
         """
         _keep_memory()
-        self._functions = dict(functions)
+        self._functions = functions
         self._kind = kind
         self._secret = secret
         self._report = report

@@ -7,38 +7,19 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
-import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from impala.cluster.replay_job import (
-    BOARD,
-    PROTOCOL,
-    REQUEST_COMPONENTS,
-    REQUESTS,
-    Answer,
-    Layout,
-    Request,
-    RequestKind,
-)
-from impala.cluster.transport import (
-    AnyConnection,
-    Connection,
-    Disconnected,
-    Rejected,
-    RemoteError,
-    ReplayConnection,
-    WrongPeer,
-)
+from impala.cluster.calls import Client
+from impala.cluster.channel import Rejected, RemoteError, WrongPeer, WrongSecret
+from impala.cluster.replay_job import KIND, MAX_ADDED, layout
 from impala.config import ConfigError
-from impala.experience.replay import Packing
+from impala.experience.replay import Packing, aligned
 from impala.trajectory import UnrollArray
 
 # The learner waits at most this many seconds per batch, for all shards together.
@@ -48,28 +29,26 @@ _PATIENCE_SECONDS = 1.0
 # `_PATIENCE_SHARE` of the time. A shard that misses its deadline is skipped until it delivers.
 _PROMPT_SECONDS = 0.05
 _PATIENCE_SHARE = 0.1
-# Interval at which an idle shard is polled.
+# A shard with which there is nothing to exchange is called this often.
 _POLL_SECONDS = 2.0
 _FIRST_BACK_OFF_SECONDS, _MAX_BACK_OFF_SECONDS = 0.25, 5.0
-# How often a shard's lease is renewed within its duration.
-_RENEWALS_PER_LEASE = 4
-_LEAVE_SECONDS = 2.0
-_DEADLINE_SECONDS = 10.0
+_LEAVE_SECONDS = 5.0
 
 
 class RemoteReplay:
     """Replay over shards, with the interface of `impala.experience.replay.Replay`.
 
-    A context manager. Each shard has two threads here: one sends it unrolls, in turn with the other
-    shards, and reconnects when the shard is lost; one prefetches a few sampled unrolls. Shards
-    sample uniformly from what they hold, and each unroll comes from shard i with a probability
+    A context manager. Each shard has a thread and a connection here, which send it unrolls, in turn
+    with the other shards, prefetch sampled ones, and call it again when it was lost. Shards sample
+    uniformly from what they hold, and each unroll comes from shard i with a probability
     proportional to the number that shard i holds. So all unrolls are sampled equally often, even if
     a shard that came back holds fewer than the others.
 
     The memory is bounded: at most twice the replayed unrolls of a batch, rounded up for each shard,
-    plus those in transit; and two batches of unrolls to be sent. Unrolls that a shard does not
-    take, because it is too slow or lost, are dropped. The learner never waits longer than a second
-    for the shards, nor repeatedly for a slow one; unrolls that arrive late are used later.
+    plus those in transit; and each shard's part of two batches of unrolls to be sent, which waits
+    while the shard is lost. Unrolls for which no shard has room are dropped. The learner never
+    waits longer than a second for the shards, nor repeatedly for a slow one; unrolls that arrive
+    late are used later.
 
     Attributes:
       components: the arrays of an unroll, as given.
@@ -87,8 +66,9 @@ class RemoteReplay:
         num_replayed: int,
         seed: Any,
         report: Callable[[str], None],
+        secret: bytes | None = None,
     ):
-        """Asks the shards that answer whether the run can acquire them.
+        """Asks the shards that answer whether the run can have them.
 
         Args:
           components: see `Packing`.
@@ -100,39 +80,39 @@ class RemoteReplay:
           num_replayed: maximum number of replayed unrolls per batch.
           seed: seed for the choice of shards; see `numpy.random.default_rng`.
           report: takes lines that say which shards connect and disconnect.
+          secret: see `impala.cluster.calls.Client`.
 
         Raises:
-          ConfigError: a shard cannot hold these unrolls, or belongs to another run that is still
-            active.
-          ServerError: an address is invalid.
+          ConfigError: an address is invalid, what listens there is no replay job of this run, or a
+            replay job cannot hold these unrolls or belongs to another run that has not ended.
         """
         self.components = list(components)
         self._packing = Packing(components, stack)
-        self._layout = Layout(tuple(level_names), tuple(self._packing.packed))
-        self._run_id = run_id
-        self._learner = secrets.randbits(62)
+        self._learner = {'run': run_id, 'learner': secrets.token_hex(8)}
+        self._layout = layout(level_names, self._packing.packed)
         self._batch_size = batch_size
-        self._num_taken = -(-max(1, num_replayed) // len(addresses))
+        self._num_drawn = -(-max(1, num_replayed) // len(addresses))
         self._random = np.random.default_rng(seed)
         self._report = report
-        self._shards = [_Shard(task, address) for task, address in enumerate(addresses)]
+        self._secret = secret
         self._packing_lock = threading.Lock()
         # Guards everything below and the shards.
         self._changed = threading.Condition()
         self._closed = False
-        self._connections: set[Connection] = set()
-        self._drawn: list[list[np.ndarray]] = []
-        self._reserved: list[list[np.ndarray]] = []
+        self._shards = [
+            _Shard(task, Client(address, KIND, secret)) for task, address in enumerate(addresses)
+        ]
+        self._drawn: list[np.ndarray] = []
+        self._reserved: list[np.ndarray] = []
         self._next_shard = 0
         self._num_left_out = 0
         self._num_lost = 0
         self._seconds = {'replay/fetch': 0.0, 'replay/send': 0.0}
         self._threads = [
-            threading.Thread(target=target, args=(shard,), name=f'replay job {shard.task}')
+            threading.Thread(target=self._keep, args=(shard,), name=f'replay job {shard.task}')
             for shard in self._shards
-            for target in (self._keep, self._fetch)
         ]
-        self._for_each(lambda shard: self._request(shard, RequestKind.QUERY))
+        self._for_each(self._ask, self._shards)
 
     def start(self, begins: bool, report: Callable[[str], None]) -> None:
         """Prepares the use of the shards; must precede entering the context.
@@ -146,16 +126,6 @@ class RemoteReplay:
         self._report = report
 
     def __enter__(self) -> 'RemoteReplay':
-        """Acquires the shards that answer.
-
-        Raises:
-          ConfigError: see `__init__`.
-        """
-        try:
-            self._for_each(lambda shard: self._request(shard, shard.request_kind))
-        except ConfigError:
-            self._for_each(self._leave)
-            raise
         for thread in self._threads:
             thread.start()
         return self
@@ -163,11 +133,10 @@ class RemoteReplay:
     def __exit__(self, *error: Any) -> None:
         with self._changed:
             self._closed = True
-            there = [shard for shard in self._shards if shard.connection]
-            connections = list(self._connections)
+            there = [shard for shard in self._shards if shard.is_there]
             self._changed.notify_all()
-        for connection in connections:
-            connection.close()
+        for shard in self._shards:
+            shard.client.close()
         for thread in self._threads:
             thread.join()
         self._for_each(self._leave, there)
@@ -183,38 +152,25 @@ class RemoteReplay:
             return sum(shard.held for shard in self._shards)
 
     def add(self, unrolls: Sequence[np.ndarray]) -> None:
-        """Queues unrolls to be sent to the shards in turn, without waiting.
-
-        Args:
-          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-        """
+        """Queues unrolls to be sent to the shards in turn, without waiting; see `Replay`."""
         for unroll in self._packing.columns(unrolls):
             with self._changed:
                 shard = self._next_with_room()
                 if shard is None:
                     self._num_lost += 1
                     continue
-            packed = self._packing.new()
+            memory = aligned([self._packing.nbytes], np.dtype('uint8'))
             with self._packing_lock:
-                is_packed = self._packing.pack(unroll, packed)
+                is_packed = self._packing.pack(unroll, self._packing.views(memory))
             with self._changed:
-                if not is_packed:
-                    self._num_left_out += 1
-                elif shard.connection is None:
-                    self._num_lost += 1
-                else:
-                    shard.outgoing.append(packed)
+                if is_packed:
+                    shard.outgoing.append(memory)
                     self._changed.notify_all()
+                else:
+                    self._num_left_out += 1
 
     def reserve(self, number: int) -> bool:
-        """Samples unrolls for a call of `sample` that must follow.
-
-        Args:
-          number: number of unrolls.
-
-        Returns:
-          Whether that many are available; if not, none is reserved.
-        """
+        """Reserves unrolls for a call of `sample` if they arrive in time; see `Replay`."""
         with self._changed:
             has_all = self._draw(number, time.monotonic() + _PATIENCE_SECONDS)
             if has_all:
@@ -223,24 +179,19 @@ class RemoteReplay:
             return has_all
 
     def sample(self, unrolls: Sequence[np.ndarray], first_column: int = 0) -> None:
-        """Writes reserved unrolls into columns.
-
-        Args:
-          unrolls: K arrays, `[T+1, N, ...]` where time-major, else `[N, ...]`.
-          first_column: first column to write; all later ones are written, too.
-        """
+        """Writes reserved unrolls into columns; see `Replay`."""
         number = self._packing.num_columns(unrolls) - first_column
         with self._changed:
             drawn, self._reserved = self._reserved[:number], self._reserved[number:]
-        for column, packed in enumerate(drawn, first_column):
-            self._packing.unpack(packed, unrolls, column)
+        for column, memory in enumerate(drawn, first_column):
+            self._packing.unpack(self._packing.views(memory), unrolls, column)
 
     def metrics(self) -> dict[str, float]:
         """Returns metrics for the log, by name."""
         with self._changed:
             values: dict[str, float] = {
                 'replay_unrolls': sum(shard.held for shard in self._shards),
-                'replay_jobs': sum(shard.connection is not None for shard in self._shards),
+                'replay_jobs': self._num_there(),
             }
             if self._num_left_out:
                 values['replay_unrolls_left_out'] = self._num_left_out
@@ -254,12 +205,12 @@ class RemoteReplay:
             return dict(self._seconds)
 
     def _next_with_room(self) -> '_Shard | None':
-        """Returns the next connected shard in turn whose queue has room, or None."""
-        num_there = sum(shard.connection is not None for shard in self._shards)
+        """Returns the next shard in turn that is there and whose queue has room, or None."""
+        num_there = self._num_there()
         for _ in self._shards:
             shard = self._shards[self._next_shard]
             self._next_shard = (self._next_shard + 1) % len(self._shards)
-            if shard.connection is not None:
+            if shard.is_there:
                 most = 2 * -(-self._batch_size // num_there)
                 if len(shard.outgoing) < most:
                     return shard
@@ -295,254 +246,135 @@ class RemoteReplay:
         shard.patience = max(0.0, patience - excess)
         return bool(shard.ready) and not self._closed
 
-    def _for_each(
-        self, call: Callable[['_Shard'], None], shards: Sequence['_Shard'] | None = None
-    ) -> None:
-        """Calls a function with each of the given shards (default: all) concurrently."""
+    def _num_there(self) -> int:
+        return sum(shard.is_there for shard in self._shards)
+
+    def _for_each(self, call: Callable[['_Shard'], None], shards: Sequence['_Shard']) -> None:
+        """Calls a function with each shard concurrently."""
         with concurrent.futures.ThreadPoolExecutor(len(self._shards)) as executor:
-            list(executor.map(call, self._shards if shards is None else shards))
+            list(executor.map(call, shards))
 
-    def _request(self, shard: '_Shard', kind: RequestKind) -> None:
-        """Sends a request to a shard and waits for the answer; marks the shard as lost if it fails.
+    def _begin(self, shard: '_Shard', client: Client, only_asks: bool = False) -> dict[str, Any]:
+        """Asks a shard to hold unrolls of this run, or whether it could; returns the answer.
 
-        Raises:
-          ConfigError: the shard refuses.
+        Raises ConfigError if the shard refuses.
         """
+        request = {'layout': self._layout, 'anew': shard.begins, 'only_asks': only_asks}
         try:
-            with self._control_connection(shard) as control:
-                self._ask(control, kind)
-                shard.begins &= kind is RequestKind.QUERY
-        except ConfigError:
-            raise
-        except Exception as error:
-            self._lose(shard, error)
+            return client.call('begin', self._learner | request)[0]
+        except (WrongPeer, WrongSecret) as error:
+            raise ConfigError(str(error)) from error
+        except Rejected as error:
+            raise ConfigError(f'The replay job at {shard.address} refuses: {error}') from error
+
+    def _ask(self, shard: '_Shard') -> None:
+        """Asks a shard whether it could hold unrolls of this run; raises ConfigError if not."""
+        try:
+            with Client(shard.address, KIND, self._secret) as client:
+                self._begin(shard, client, only_asks=True)
+        except RemoteError as error:
+            self._lose(shard, str(error))
 
     def _leave(self, shard: '_Shard') -> None:
-        """Releases a shard, so that another run need not wait for the lease to end."""
-        with (
-            contextlib.suppress(RemoteError),
-            ReplayConnection(
-                shard.address, REQUEST_COMPONENTS, (), _LEAVE_SECONDS, REQUESTS, BOARD
-            ) as control,
-        ):
-            self._send(control, RequestKind.RELEASE)
+        """Tells a shard that this learner ends, so that another run need not wait."""
+        client = Client(shard.address, KIND, self._secret, _LEAVE_SECONDS)
+        with contextlib.suppress(RemoteError), client:
+            client.call('leave', self._learner)
 
     def _keep(self, shard: '_Shard') -> None:
-        """Connects to a shard, sends it its unrolls, and reconnects when that fails."""
+        """Exchanges unrolls with a shard, and calls it again when that fails."""
         back_off = _FIRST_BACK_OFF_SECONDS
         while True:
             try:
-                with self._control_connection(shard) as control:
-                    held, answer = self._ask(control, shard.request_kind)
-                    shard.begins = False
-                    with self._connected(shard, answer) as connection:
-                        back_off = _FIRST_BACK_OFF_SECONDS
-                        try:
-                            self._use(shard, control, answer, connection, held)
-                        except Exception as error:
-                            # Before the connection closes: otherwise the other thread would report
-                            # the closing as the cause.
-                            self._lose(shard, error)
-            # Any exception: without this thread the shard would be lost forever.
+                key = self._welcome(shard)
+                back_off = _FIRST_BACK_OFF_SECONDS
+                while self._wait_for_work(shard):
+                    is_idle = not self._send(shard, key)
+                    if is_idle or self._has_room(shard):
+                        self._fetch(shard, key)
+            except (RemoteError, ConfigError) as error:
+                self._lose(shard, str(error))
+            # Without this thread the shard would be lost forever.
             except Exception as error:
-                self._lose(shard, error)
+                what = f'{type(error).__name__}: {error}'
+                self._lose(shard, f'The replay job at {shard.address} cannot be used: {what}.')
             with self._changed:
                 if self._changed.wait_for(lambda: self._closed, back_off):
                     return
             back_off = min(2 * back_off, _MAX_BACK_OFF_SECONDS)
 
-    def _use(
-        self,
-        shard: '_Shard',
-        control: Connection,
-        answer: Answer,
-        connection: ReplayConnection,
-        held: int,
-    ) -> None:
-        """Sends unrolls and renews the lease until a call fails or this object is closed."""
-        renewal_seconds = shard.lease_seconds / _RENEWALS_PER_LEASE
-        pause = min(_POLL_SECONDS, renewal_seconds)
-        renewed_at = time.monotonic()
+    def _welcome(self, shard: '_Shard') -> str:
+        """Begins to use a shard; returns the key of what it holds."""
+        answer = self._begin(shard, shard.client)
         with self._changed:
-            shard.connection, shard.held, shard.is_missed = connection, held, False
-            num_there = sum(each.connection is not None for each in self._shards)
+            shard.is_there, shard.held = True, answer['held']
+            shard.begins = shard.is_missed = False
+            num_there = self._num_there()
             self._changed.notify_all()
         self._report(
-            f'Replay job {shard.task} at {shard.address} is there, with {held:,} of at most '
-            f'{shard.capacity:,} trajectories: {num_there} of {len(self._shards)}'
+            f'Replay job {shard.task} at {shard.address} is there, with {answer["held"]:,} of at '
+            f'most {answer["capacity"]:,} trajectories: {num_there} of {len(self._shards)}'
         )
-        for sequence in itertools.count(1):
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._closed or shard.outgoing or not shard.connection, pause
-                )
-                if self._closed or not shard.connection:
-                    return
-            if time.monotonic() - renewed_at >= renewal_seconds:
-                if self._ask(control, RequestKind.ACQUIRE)[1].inbox != answer.inbox:
-                    raise Disconnected(f'The replay job at {shard.address} begins anew.')
-                renewed_at = time.monotonic()
-            with self._changed:
-                unroll = shard.outgoing.popleft() if shard.outgoing else None
-            started = time.perf_counter()
-            try:
-                if unroll is None:
-                    status = connection.status()
-                else:
-                    status = connection.put(unroll, shard.task, '', sequence)
-            except Rejected:
-                with self._changed:
-                    self._num_left_out += 1
-                continue
-            with self._changed:
-                if unroll is not None:
-                    self._seconds['replay/send'] += time.perf_counter() - started
-                if shard.connection:
-                    shard.held = status.version
-                    self._changed.notify_all()
+        return answer['key']
 
-    def _fetch(self, shard: '_Shard') -> None:
-        """Prefetches sampled unrolls of a shard."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._has_room(shard))
-                if self._closed:
-                    return
-                connection = shard.connection
-                assert connection is not None
-            started = time.perf_counter()
-            try:
-                arrays = connection.take()
-            except Exception as error:  # Any exception: see `_keep`.
-                with self._changed:
-                    is_news = shard.connection is connection
-                if is_news:
-                    self._lose(shard, error)
-                # Fails a pending call of the thread that sends, which would wait in vain.
-                connection.close()
-                continue
-            with self._changed:
-                self._seconds['replay/fetch'] += time.perf_counter() - started
-                if shard.connection is connection:
-                    for i in range(self._num_taken):
-                        shard.ready.append([array[i, ...] for array in arrays])
-                    shard.is_late = False
-                    self._changed.notify_all()
+    def _wait_for_work(self, shard: '_Shard') -> bool:
+        """Waits until a call of a shard is due; returns whether this object is still open."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or shard.outgoing or shard.sent or self._has_room(shard),
+                _POLL_SECONDS,
+            )
+            return not self._closed
 
     def _has_room(self, shard: '_Shard') -> bool:
         """Returns whether the shard holds unrolls and there is room to prefetch more."""
-        has_some = shard.connection is not None and shard.held > 0
-        return has_some and len(shard.ready) <= self._num_taken
+        return shard.held > 0 and len(shard.ready) <= self._num_drawn
 
-    def _lose(self, shard: '_Shard', error: Exception) -> None:
+    def _send(self, shard: '_Shard', key: str) -> bool:
+        """Sends unrolls, first those that the shard may not have got; returns if there were any."""
+        with self._changed:
+            if not shard.sent and shard.outgoing:
+                shard.number += 1
+                number = min(MAX_ADDED, len(shard.outgoing))
+                shard.sent = [shard.outgoing.popleft() for _ in range(number)]
+        if not shard.sent:
+            return False
+        started = time.perf_counter()
+        values = self._learner | {'key': key, 'number': shard.number}
+        answer, _ = shard.client.call('add', values, shard.sent)
+        with self._changed:
+            self._seconds['replay/send'] += time.perf_counter() - started
+            self._num_left_out += answer['left_out']
+            shard.held, shard.sent = answer['held'], []
+            self._changed.notify_all()
+        return True
+
+    def _fetch(self, shard: '_Shard', key: str) -> None:
+        """Prefetches sampled unrolls if there is room; otherwise only asks how many are held."""
+        with self._changed:
+            number = self._num_drawn if self._has_room(shard) else 0
+        nbytes = self._packing.nbytes
+        started = time.perf_counter()
+        values = self._learner | {'key': key, 'number': number}
+        answer, body = shard.client.call('draw', values, max_bytes=number * nbytes)
+        with self._changed:
+            self._seconds['replay/fetch'] += time.perf_counter() - started
+            shard.held = answer['held']
+            shard.ready.extend(body.reshape(-1, nbytes))
+            shard.is_late &= number == 0
+            self._changed.notify_all()
+
+    def _lose(self, shard: '_Shard', reason: str) -> None:
         """Marks a shard as lost, and reports that once."""
         with self._changed:
             is_known = shard.is_missed or self._closed
-            shard.is_missed = True
-            self._num_lost += len(shard.outgoing)
-            shard.connection, shard.held, shard.is_late = None, 0, False
+            shard.is_there, shard.is_missed, shard.held, shard.is_late = False, True, 0, False
             shard.ready.clear()
-            shard.outgoing.clear()
-            num_there = sum(each.connection is not None for each in self._shards)
+            num_there = self._num_there()
             self._changed.notify_all()
         if not is_known:
             rest = f'{num_there} of the replay jobs' if num_there else 'no replayed trajectories'
-            if not isinstance(error, RemoteError | ConfigError):
-                what = f'{type(error).__name__}: {error}'
-                error = RemoteError(f'The replay job at {shard.address} cannot be used: {what}.')
-            self._report(f'{error} Continuing with {rest} until it is back')
-
-    @contextlib.contextmanager
-    def _control_connection(self, shard: '_Shard') -> Iterator[Connection]:
-        """Opens a connection for requests to a shard.
-
-        Raises:
-          RemoteError: the shard does not answer.
-          ConfigError: the peer runs another version or is not a replay job.
-        """
-        with self._opened(
-            ReplayConnection(
-                shard.address,
-                REQUEST_COMPONENTS,
-                [tf.TensorSpec([], tf.string)],
-                _DEADLINE_SECONDS,
-                REQUESTS,
-                BOARD,
-            )
-        ) as control:
-            try:
-                settings = json.loads(control.settings())
-            except WrongPeer as error:
-                raise ConfigError(
-                    f'{error} Give the learner the --replay_addresses of its replay jobs.'
-                ) from error
-            if settings['protocol'] != PROTOCOL:
-                raise ConfigError(
-                    f'The replay job at {shard.address} runs another version of this program '
-                    f'(protocol {settings["protocol"]}, here {PROTOCOL}): install the same one.'
-                )
-            shard.capacity = settings['capacity']
-            shard.lease_seconds = settings['lease_seconds']
-            yield control
-
-    def _connected(
-        self, shard: '_Shard', answer: Answer
-    ) -> contextlib.AbstractContextManager[ReplayConnection]:
-        """Opens a connection for unrolls to a shard that this run has acquired."""
-        return self._opened(
-            ReplayConnection(
-                shard.address,
-                self._packing.packed,
-                (),
-                _DEADLINE_SECONDS,
-                answer.inbox,
-                BOARD,
-                outbox=answer.outbox,
-                num_taken=self._num_taken,
-            )
-        )
-
-    def _ask(self, control: Connection, kind: RequestKind) -> tuple[int, Answer]:
-        """Sends a request; returns the number of unrolls that the shard holds, and its answer.
-
-        Raises:
-          RemoteError: there is no answer.
-          ConfigError: the shard refuses.
-        """
-        number = self._send(control, kind)
-        deadline = time.monotonic() + _DEADLINE_SECONDS
-        while True:
-            held, answer = _read(control)
-            refusal = answer.outcomes.get(str(number))
-            if refusal:
-                raise ConfigError(f'The replay job at {control.address} refuses: {refusal}')
-            if refusal is not None and (kind is RequestKind.QUERY or answer.run == self._run_id):
-                return held, answer
-            if time.monotonic() > deadline:
-                raise Disconnected(f'The replay job at {control.address} does not answer.')
-            time.sleep(0.02)
-
-    def _send(self, control: Connection, kind: RequestKind) -> int:
-        """Sends a request and returns its number."""
-        number = secrets.randbits(62)
-        request = Request(number, self._run_id, self._learner, self._layout, kind)
-        # Sequence numbers must grow, as the clock does.
-        control.put([np.int64(0), request.to_array()], 0, '', time.monotonic_ns())
-        return number
-
-    @contextlib.contextmanager
-    def _opened(self, connection: AnyConnection) -> Iterator[AnyConnection]:
-        """Closes a connection at the end of the block, or when this object is closed."""
-        with connection:
-            with self._changed:
-                self._connections.add(connection)
-                if self._closed:
-                    connection.close()
-            try:
-                yield connection
-            finally:
-                with self._changed:
-                    self._connections.remove(connection)
+            self._report(f'{reason} Continuing with {rest} until it is back')
 
 
 @dataclasses.dataclass(eq=False)
@@ -551,14 +383,15 @@ class _Shard:
 
     Attributes:
       task: index of the replay job.
-      address: `host:port`.
-      capacity: last known capacity in unrolls.
-      lease_seconds: last known duration of its lease, in seconds.
+      client: makes the calls.
       begins: the run begins, and the shard must still drop its unrolls.
-      connection: None while the shard is lost.
-      held: last known number of unrolls that it holds; 0 while the shard is lost.
+      is_there: it answers and belongs to this run.
+      held: last known number of unrolls that it holds; 0 while it is not there.
       ready: packed unrolls that it has sampled.
       outgoing: packed unrolls to be sent to it.
+      sent: packed unrolls of the last call of `add` until that is answered. When the shard was
+        lost, it is unknown whether it has stored them, so the same call is made again.
+      number: of that call.
       is_late: the shard missed its last deadline.
       patience: seconds, beyond `_PROMPT_SECONDS`, that the learner would have waited for the shard
         at `patience_at`.
@@ -567,29 +400,20 @@ class _Shard:
     """
 
     task: int
-    address: str
-    capacity: int = 0
-    lease_seconds: float = 0.0
+    client: Client
     begins: bool = False
-    connection: ReplayConnection | None = None
+    is_there: bool = False
     held: int = 0
-    ready: collections.deque[list[np.ndarray]] = dataclasses.field(
-        default_factory=collections.deque
-    )
-    outgoing: collections.deque[list[np.ndarray]] = dataclasses.field(
-        default_factory=collections.deque
-    )
+    ready: collections.deque[np.ndarray] = dataclasses.field(default_factory=collections.deque)
+    outgoing: collections.deque[np.ndarray] = dataclasses.field(default_factory=collections.deque)
+    sent: list[np.ndarray] = dataclasses.field(default_factory=list)
+    number: int = 0
     is_late: bool = False
     patience: float = _PATIENCE_SECONDS
     patience_at: float = 0.0
     is_missed: bool = False
 
     @property
-    def request_kind(self) -> RequestKind:
-        """The request to send once the shard answers."""
-        return RequestKind.RESET if self.begins else RequestKind.ACQUIRE
-
-
-def _read(control: Connection) -> tuple[int, Answer]:
-    held, (text,) = control.weights()
-    return held, Answer.from_text(bytes(text))
+    def address(self) -> str:
+        """`host:port`."""
+        return self.client.address

@@ -1,180 +1,55 @@
 """The replay job: holds a shard of a run's experience replay for its learners.
 
-It knows nothing of levels or networks: the first learner that connects says which arrays an unroll
-consists of. The job then belongs to that learner's run, whose learners renew the lease. Another run
-can acquire it once the owner has released it or has been silent for `LEASE_SECONDS`. Learners
-access it as actor jobs access the learner, by named objects:
-
-- `REQUESTS`, an inbox for the learners' requests, as text.
-- `BOARD`: its settings describe the job, its only "weight" is the current `Answer`, and its version
-  is the number of unrolls held.
-- Two inboxes of unrolls, packed by `impala.experience.replay.Packing`: learners put unrolls into
-  one, and take from the other, which this job keeps filled with a few sampled unrolls.
+It knows nothing of levels or networks: the first learner that calls says which arrays an unroll
+consists of. Learners call the functions of `Shard`. Each may be called again when its answer was
+lost.
 """
 
 import contextlib
 import dataclasses
-import enum
-import itertools
-import json
-import math
+import secrets
 import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
-import tensorflow as tf
 
-from impala.cluster.exchange import UnrollInbox, WeightsBoard
-from impala.cluster.transport import ReplayServer, warn_of_network
+from impala.cluster.calls import Function, Refused, Server
+from impala.cluster.channel import Buffer, Values
 from impala.config import Config
-from impala.experience.replay import Replay, aligned
+from impala.experience.replay import Packing, Replay
 from impala.memory import room_bytes
 from impala.runs.stop_signal import StopSignal
 from impala.trajectory import UnrollArray
 
-# Changes when a learner and a replay job of two versions could misunderstand each other.
-PROTOCOL = 3
-
+KIND = 'replay job'
 # A run that has been silent for this long counts as ended, and its unrolls may be dropped.
 LEASE_SECONDS = 30.0
+# Unrolls in a call of `add`, at most.
+MAX_ADDED = 16
 
-BOARD = 'replay'
-REQUESTS = 'replay requests'
-_TEXT_BYTES = 1 << 17
-REQUEST_COMPONENTS = [
-    UnrollArray((), 'int64', 'version', False),
-    UnrollArray((_TEXT_BYTES,), 'uint8', 'text', False),
-]
-# Capacity of each inbox, in unrolls or requests.
-_NUM_WAITING = 8
-# Number of latest requests whose outcomes are shown.
-_NUM_OUTCOMES = 64
-# The job accepts unrolls of any policy version.
-_ANY_VERSION = 2**62
+Answer: TypeAlias = tuple[Values, Sequence[Buffer]]
 
 
 class ReplayJobError(Exception):
     """The job cannot continue; the text is one sentence."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What a shard holds.
+def layout(level_names: Sequence[str], components: Sequence[UnrollArray]) -> Values:
+    """Returns what a shard needs to know of unrolls, JSON-serializable.
 
-    Attributes:
+    Args:
       level_names: the run's levels; unrolls of other levels must not be mixed with theirs.
       components: the arrays of a packed unroll.
     """
-
-    level_names: tuple[str, ...]
-    components: tuple[UnrollArray, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns what `from_json` reads."""
-        return {
-            'level_names': list(self.level_names),
-            'components': [dataclasses.asdict(component) for component in self.components],
-        }
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> 'Layout':
-        """Reads what `to_json` returned; raises KeyError, TypeError or ValueError if invalid."""
-        return cls(
-            tuple(values['level_names']),
-            tuple(
-                UnrollArray(**component | {'shape': tuple(component['shape'])})
-                for component in values['components']
-            ),
-        )
-
-
-class RequestKind(enum.Enum):
-    """What a learner requests of a replay job for its run."""
-
-    # Asks whether the run could acquire the job; changes nothing.
-    QUERY = 'query'
-    # Acquires the job or renews the lease; unrolls of the same run are kept.
-    ACQUIRE = 'acquire'
-    # Acquires the job and drops all unrolls, because the run begins.
-    RESET = 'reset'
-    # Gives the job up. Its unrolls stay until another run acquires it.
-    RELEASE = 'release'
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A learner's request.
-
-    Attributes:
-      number: random number of the request, by which the learner finds the outcome.
-      run: id of the run, the same for all learners of the run.
-      learner: random number of the learner, the same in all of its requests.
-      layout: layout of the learner's unrolls.
-      kind: what it requests.
-    """
-
-    number: int
-    run: str
-    learner: int
-    layout: Layout
-    kind: RequestKind
-
-    def to_array(self) -> np.ndarray:
-        """Returns the request as the second array of `REQUEST_COMPONENTS`, u8."""
-        values = {
-            'number': self.number,
-            'run': self.run,
-            'learner': self.learner,
-            'layout': self.layout.to_json(),
-            'kind': self.kind.value,
-        }
-        text = json.dumps(values).encode()
-        array = aligned([_TEXT_BYTES], np.dtype('uint8'))
-        array[:] = np.frombuffer(text.ljust(_TEXT_BYTES, b' '), np.uint8)
-        return array
-
-    @classmethod
-    def from_array(cls, array: np.ndarray) -> 'Request':
-        """Reads what `to_array` returned; raises KeyError, TypeError or ValueError if invalid."""
-        values = json.loads(array.tobytes())
-        layout = Layout.from_json(values['layout'])
-        kind = RequestKind(values['kind'])
-        return cls(values['number'], values['run'], values['learner'], layout, kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a replay job shows on its board.
-
-    Attributes:
-      run: id of the run that owns the job; empty while there is none.
-      inbox: name of the `UnrollInbox` to put unrolls into.
-      outbox: name of the `UnrollInbox` to take sampled unrolls from.
-      outcomes: number of a request -> empty, or a sentence that says why it was refused.
-    """
-
-    run: str = ''
-    inbox: str = ''
-    outbox: str = ''
-    outcomes: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def to_text(self) -> str:
-        """Returns what `from_text` reads."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_text(cls, text: bytes | str) -> 'Answer':
-        """Reads what `to_text` returned."""
-        return cls(**json.loads(text))
-
-
-def own_capacity(config: Config) -> int:
-    """Returns the capacity of this replay job in unrolls, an equal share of the total."""
-    return -(-config.learner.replay.replay_capacity // len(config.cluster.replay_addresses))
+    arrays = [
+        [list(each.shape), each.dtype, each.name, each.time_major, each.low, each.high]
+        for each in components
+    ]
+    return {'levels': list(level_names), 'arrays': arrays}
 
 
 def run(config: Config, report: Callable[[str], None]) -> str:
@@ -188,262 +63,216 @@ def run(config: Config, report: Callable[[str], None]) -> str:
       A sentence that says why the job ended.
 
     Raises:
-      ServerError: the address is invalid or in use.
+      ServerError: the address is in use.
       ReplayJobError: storing or sampling has failed.
       KeyboardInterrupt: a signal arrived before the job held anything.
     """
-    task = config.cluster.task
-    errors: list[Exception] = []
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
-        requests = UnrollInbox(_NUM_WAITING, REQUEST_COMPONENTS, 'version', REQUESTS)
-        settings = {
-            'protocol': PROTOCOL,
-            'capacity': own_capacity(config),
-            'lease_seconds': LEASE_SECONDS,
-        }
-        board = WeightsBoard(json.dumps(settings), BOARD)
-        server = ReplayServer(config.cluster.replay_addresses[task])
-        if not config.cluster.trusted_network:
-            warn_of_network(server.port, report)
-
-        def fail(error: Exception) -> None:
-            errors.append(error)
-            requests.close()
-
-        shard = stack.enter_context(_Shard(config, board, report, fail))
-        stop.then(requests.close)
-        report(
-            f'Replay job {task} of {len(config.cluster.replay_addresses)}: holds up to '
-            f'{own_capacity(config):,} trajectories; waiting for a learner on port {server.port}'
-        )
-        with contextlib.suppress(tf.errors.CancelledError):
-            while True:
-                _, (_, text) = requests.take(1)
-                with contextlib.suppress(KeyError, TypeError, ValueError):
-                    shard.answer(Request.from_array(np.asarray(text)[0]))
-        number = shard.close()
-    if errors:
-        report(''.join(traceback.format_exception(errors[0])).rstrip())
-        raise ReplayJobError(
-            f'Replay job {task} cannot continue: {type(errors[0]).__name__}: {errors[0]}; the '
-            f'{number:,} trajectories held here are gone.'
-        ) from errors[0]
-    return f'Stopped; the {number:,} trajectories held here are gone.'
+    task, addresses = config.cluster.task, config.cluster.replay_addresses
+    # An equal share of the total.
+    capacity = -(-config.learner.replay.replay_capacity // len(addresses))
+    ends = threading.Event()
+    with StopSignal() as stop:
+        shard = Shard(capacity, (config.run.seed, task), report, ends.set)
+        with Server(addresses[task], shard.functions, KIND, None, report) as server:
+            stop.then(ends.set)
+            report(
+                f'Replay job {task} of {len(addresses)}: holds up to {capacity:,} trajectories; '
+                f'waiting for a learner on port {server.port}'
+            )
+            ends.wait()
+    gone = f'the {len(shard):,} trajectories held here are gone.'
+    if shard.error is not None:
+        report(''.join(traceback.format_exception(shard.error)).rstrip())
+        what = f'{type(shard.error).__name__}: {shard.error}'
+        raise ReplayJobError(f'Replay job {task} cannot continue: {what}; {gone}') from shard.error
+    return f'Stopped; {gone}'
 
 
-class _Shard:
-    """The job's current owner and replay buffer. A context manager."""
+class Shard:
+    """The unrolls that a job holds, which belong to one run at a time. Any thread may use it.
+
+    Learners call these functions; `->` is followed by what they return:
+
+        begin   run, learner, layout, anew, only_asks -> capacity, held, key
+                makes the run the owner; drops all unrolls if the run begins anew or if those held
+                are of another run or layout; with `only_asks` changes nothing
+        add     key, learner, number; at most `MAX_ADDED` packed unrolls -> held, left_out
+                stores unrolls, except for a number of left out ones, whose values are invalid; does
+                nothing if the number is that of the learner's last call
+        draw    key, learner, number -> held; that many packed unrolls, but no more than are held
+                samples uniformly, with replacement; a repeated call samples again, because that
+                changes nothing
+        leave   run, learner
+                says that the learner has ended
+
+    `run` is the id of a run, and `learner` a random text, the same in all calls of a learner.
+    `layout` is what the function of this name returns. `key` identifies what is held: calls with
+    that of unrolls that were dropped are refused. Another run can have the job once each learner of
+    its owner has left or has been silent for `LEASE_SECONDS`.
+
+    Attributes:
+      functions: name -> function, for `Server`.
+      error: why the job cannot continue; None if it can.
+    """
 
     def __init__(
-        self,
-        config: Config,
-        board: WeightsBoard,
-        report: Callable[[str], None],
-        on_error: Callable[[Exception], None],
+        self, capacity: int, seed: Any, report: Callable[[str], None], on_error: Callable[[], None]
     ):
-        self._on_error = on_error
-        self._task, self._seed = config.cluster.task, config.run.seed
-        self._capacity = own_capacity(config)
-        self._board = board
+        """Begins without an owner.
+
+        Args:
+          capacity: unrolls.
+          seed: of the sampling; see `numpy.random.SeedSequence`.
+          report: takes lines of progress.
+          on_error: called when `error` is set.
+        """
+        self.functions = {
+            'begin': Function(self._begin),
+            'add': Function(self._add),
+            'draw': Function(self._draw),
+            'leave': Function(self._leave),
+        }
+        self.error: Exception | None = None
+        self._capacity = capacity
+        self._seed = np.random.SeedSequence(seed)
         self._report = report
-        self._buffer: _ReplayBuffer | None = None
-        self._owner: Request | None = None
-        # For each learner of the owner, the time of its last request.
-        self._seen_at: dict[int, float] = {}
-        self._numbers = itertools.count()
-        # Guards the answer, which the thread that stores unrolls publishes, too.
+        self._on_error = on_error
         self._lock = threading.Lock()
-        self._answer = Answer()
-        self._show()
+        self._owner: _Owner | None = None
 
-    def __enter__(self) -> '_Shard':
-        return self
+    def __len__(self) -> int:
+        return 0 if self._owner is None else len(self._owner.replay)
 
-    def __exit__(self, *error: Any) -> None:
-        self.close()
-        self._board.close()
-
-    def answer(self, request: Request) -> None:
-        """Fulfils a request if possible, and shows the outcome."""
-        try:
-            self._fulfil(request)
-            outcome = ''
-        except _RefusedError as error:
-            outcome = str(error)
-            self._report(f'WARNING: a learner is refused: {error}')
-        outcomes = self._answer.outcomes | {str(request.number): outcome}
-        latest = dict(list(outcomes.items())[-_NUM_OUTCOMES:])
+    def _begin(self, values: Values, body: np.ndarray) -> Answer:
+        run, layout = values['run'], values['layout']
+        packing = Packing([UnrollArray(tuple(shape), *rest) for shape, *rest in layout['arrays']])
         with self._lock:
-            self._answer = dataclasses.replace(self._answer, outcomes=latest)
-        self._show()
+            owner = self._owner
+            try:
+                self._check_owner_ended(run)
+                if owner is None or (owner.run, owner.layout) != (run, layout):
+                    self._check_room(packing.nbytes)
+                    owner = None
+                if values['only_asks']:
+                    return {}, ()
+                if owner is None or values['anew']:
+                    owner = self._replace_owner(run, layout, packing)
+            except (Refused, MemoryError) as error:
+                self._report(f'WARNING: a learner is refused: {error}')
+                raise Refused(str(error)) from error
+            owner.seen_at[values['learner']] = time.monotonic()
+            return {'capacity': self._capacity, 'held': len(self), 'key': owner.key}, ()
 
-    def close(self) -> int:
-        """Drops all unrolls and returns their number. May be called again."""
-        if self._buffer is None:
-            return 0
-        self._seen_at.clear()
+    def _add(self, values: Values, body: np.ndarray) -> Answer:
         with self._lock:
-            buffer, self._buffer, self._owner = self._buffer, None, None
-            self._answer = dataclasses.replace(self._answer, run='')
-        buffer.close()
-        return len(buffer.replay)
+            owner, learner = self._owner_of(values), values['learner']
+            if body.size % owner.packing.nbytes:
+                raise Refused(f'{body.size:,} bytes are no unrolls of {owner.packing.nbytes:,}.')
+            last, left_out = owner.added.get(learner, (None, 0))
+            if last != values['number']:
+                rows = body.reshape(-1, owner.packing.nbytes)
+                valid = [row for row in rows if owner.packing.accepts(row)]
+                left_out = len(rows) - len(valid)
+                with self._ending_on_error():
+                    for row in valid:
+                        owner.replay.add([row[np.newaxis]])
+                owner.added[learner] = values['number'], left_out
+            return {'held': len(self), 'left_out': left_out}, ()
 
-    def _fulfil(self, request: Request) -> None:
+    def _draw(self, values: Values, body: np.ndarray) -> Answer:
+        with self._lock:
+            owner = self._owner_of(values)
+            # New memory each time: it is being sent while the next call samples.
+            number = min(values['number'], len(self))
+            drawn = np.empty((number, owner.packing.nbytes), np.uint8)
+            if number:
+                with self._ending_on_error():
+                    owner.replay.sample([drawn])
+            return {'held': len(self)}, [drawn]
+
+    def _leave(self, values: Values, body: np.ndarray) -> Answer:
+        with self._lock:
+            if self._owner is not None and self._owner.run == values['run']:
+                self._owner.seen_at.pop(values['learner'], None)
+            return {}, ()
+
+    def _owner_of(self, values: Values) -> '_Owner':
+        """Returns the owner, and notes that its learner calls."""
+        owner, learner = self._owner, values['learner']
+        if owner is None or owner.key != values['key']:
+            raise Refused('The replay job has dropped the trajectories that it held.')
+        if learner in owner.seen_at:
+            owner.seen_at[learner] = time.monotonic()
+        return owner
+
+    def _check_owner_ended(self, run: str) -> None:
         owner = self._owner
-        is_owner = owner is not None and owner.run == request.run
-        if request.kind is RequestKind.RELEASE:
-            if is_owner:
-                self._seen_at.pop(request.learner, None)
+        if owner is None or owner.run == run or not owner.seen_at:
             return
-        silence = time.monotonic() - max(self._seen_at.values(), default=-math.inf)
-        if owner is not None and not is_owner and silence < LEASE_SECONDS:
-            levels = ', '.join(owner.layout.level_names)
-            raise _RefusedError(
+        silence = time.monotonic() - max(owner.seen_at.values())
+        if silence < LEASE_SECONDS:
+            levels = ', '.join(owner.layout['levels'])
+            raise Refused(
                 f'another run, of {textwrap.shorten(levels, 100, placeholder=" ...")}, uses it and '
                 f'was last seen {silence:.0f} seconds ago: set other --replay_addresses, or end '
                 f'that run; a killed run counts as ended after {LEASE_SECONDS:.0f} seconds.'
             )
-        is_there = owner is not None and is_owner and owner.layout == request.layout
-        if not is_there:
-            self._check_room(request.layout)
-        if request.kind is RequestKind.QUERY:
-            return
-        if not is_there or request.kind is RequestKind.RESET:
-            held = self.close()
-            if held:
-                what = 'The run begins anew' if is_owner else 'Another run begins'
-                self._report(f'{what}; the {held:,} earlier trajectories are gone')
-            self._begin(request)
-        self._seen_at[request.learner] = time.monotonic()
 
-    def _check_room(self, layout: Layout) -> None:
-        nbytes = Replay(layout.components, 1, 0).nbytes
+    def _check_room(self, nbytes: int) -> None:
         # The present unrolls are dropped first, so their memory counts as free.
-        replay = None if self._buffer is None else self._buffer.replay
-        held = 0 if replay is None else len(replay) * (replay.nbytes // replay.capacity)
-        room = room_bytes(held)
+        room = room_bytes(0 if self._owner is None else len(self) * self._owner.packing.nbytes)
         if self._capacity * nbytes > room:
-            raise self._no_room(nbytes, room)
-
-    def _no_room(self, nbytes: int, room: int) -> '_RefusedError':
-        return _RefusedError(
-            f'{self._capacity:,} trajectories of {nbytes:,} bytes are more than there '
-            f'is room for in replay job {self._task}: {room / 1e9:.1f} GB, which is most of '
-            'the memory that is free now; start it with a smaller --replay_capacity, or start more '
-            'of them elsewhere.'
-        )
-
-    def _begin(self, request: Request) -> None:
-        layout, number = request.layout, next(self._numbers)
-        capacity = self._capacity
-        nbytes = Replay(layout.components, 1, 0).nbytes
-        try:
-            replay = Replay(layout.components, capacity, (self._seed, self._task, number))
-        except MemoryError as error:
-            raise self._no_room(nbytes, room_bytes()) from error
-        buffer = _ReplayBuffer(replay, number, self._show, self._on_error)
-        self._report(
-            f'Holding trajectories of {nbytes:,} bytes, {capacity * nbytes / 1e9:.2f} GB at most, '
-            f'of {", ".join(layout.level_names[:3])}{" ..." * (len(layout.level_names) > 3)}'
-        )
-        with self._lock:
-            self._buffer, self._owner = buffer, request
-            self._answer = dataclasses.replace(
-                self._answer, run=request.run, inbox=buffer.inbox_name, outbox=buffer.outbox_name
+            raise Refused(
+                f'{self._capacity:,} trajectories of {nbytes:,} bytes are more than there is room '
+                f'for: {room / 1e9:.1f} GB, which is most of the memory that is free now; start it '
+                'with a smaller --replay_capacity, or start more replay jobs elsewhere.'
             )
 
-    def _show(self) -> None:
-        with self._lock:
-            held = 0 if self._buffer is None else len(self._buffer.replay)
-            self._board.publish([tf.constant(self._answer.to_text())], tf.constant(held, tf.int64))
+    def _replace_owner(self, run: str, layout: Values, packing: Packing) -> '_Owner':
+        if len(self):
+            is_owner = self._owner is not None and self._owner.run == run
+            what = 'The run begins anew' if is_owner else 'Another run begins'
+            self._report(f'{what}; the {len(self):,} earlier trajectories are gone')
+        # First, which frees the memory.
+        self._owner = None
+        unroll = UnrollArray((packing.nbytes,), 'uint8', 'unroll', False)
+        replay = Replay([unroll], self._capacity, self._seed.spawn(1)[0])
+        self._owner = _Owner(run, layout, secrets.token_hex(8), packing, replay)
+        self.functions['add'] = Function(self._add, MAX_ADDED * packing.nbytes)
+        levels = layout['levels']
+        self._report(
+            f'Holding trajectories of {packing.nbytes:,} bytes, {replay.nbytes / 1e9:.2f} GB at '
+            f'most, of {", ".join(levels[:3])}{" ..." * (len(levels) > 3)}'
+        )
+        return self._owner
+
+    @contextlib.contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # Otherwise the job would keep answering, but never change what it holds.
+            self.error = error
+            self._on_error()
+            raise
 
 
-class _ReplayBuffer:
-    """A replay buffer for unrolls of one layout, with the threads that store and sample.
+@dataclasses.dataclass
+class _Owner:
+    """The run that owns a job, and its unrolls.
 
     Attributes:
-      replay: the packed unrolls.
-      inbox_name: name of the inbox that learners put into.
-      outbox_name: name of the inbox that they take from.
+      run, layout, key: see `Shard`.
+      packing: format of an unroll.
+      replay: the packed unrolls, u8 `[nbytes]`.
+      seen_at: for each learner that has not left, the time of its last call.
+      added: for each learner, the number of its last `add`, and how many that left out.
     """
 
-    def __init__(
-        self,
-        replay: Replay,
-        number: int,
-        on_stored: Callable[[], None],
-        on_error: Callable[[Exception], None],
-    ):
-        """Opens the inboxes and starts the threads.
-
-        Args:
-          replay: an empty replay.
-          number: unique among the buffers of this process.
-          on_stored: called after each stored unroll.
-          on_error: called by a thread that has failed.
-        """
-        self.replay = replay
-        self.inbox_name, self.outbox_name = f'unrolls {number}', f'drawn {number}'
-        self._on_stored = on_stored
-        self._on_error = on_error
-        self._inbox = self._open(self.inbox_name)
-        self._outbox = self._open(self.outbox_name)
-        self._has_some = threading.Event()
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, args=(work,), name=work.__name__, daemon=True)
-            for work in (self._store, self._sample)
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def close(self) -> None:
-        """Fails all further puts and takes, and ends the threads."""
-        self._closed = True
-        self._inbox.close()
-        self._outbox.close()
-        self._has_some.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _open(self, name: str) -> UnrollInbox:
-        inbox = UnrollInbox(_NUM_WAITING, self.replay.components, 'policy_version', name)
-        inbox.set_latest_version(tf.constant(_ANY_VERSION, tf.int64))
-        return inbox
-
-    def _work(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except tf.errors.CancelledError:
-            pass
-        except Exception as error:
-            # Without this thread the job would keep answering, but never change what it holds.
-            self._on_error(error)
-
-    def _store(self) -> None:
-        while True:
-            self.replay.add(_arrays(self._inbox.take(1).components))
-            self._has_some.set()
-            self._on_stored()
-
-    def _sample(self) -> None:
-        self._has_some.wait()
-        for sequence in itertools.count(1):
-            if self._closed:
-                return
-            # New arrays each time: the outbox keeps references to them.
-            drawn = [
-                aligned((1, *component.shape), np.dtype(component.dtype))
-                for component in self.replay.components
-            ]
-            self.replay.sample(drawn)
-            self._outbox.put([array[0, ...] for array in drawn], 0, 0, sequence)
-
-
-class _RefusedError(Exception):
-    """A request cannot be fulfilled; the text is one sentence."""
-
-
-def _arrays(tensors: Sequence[tf.Tensor]) -> list[np.ndarray]:
-    return [np.asarray(tensor) for tensor in tensors]
+    run: str
+    layout: Values
+    key: str
+    packing: Packing
+    replay: Replay
+    seen_at: dict[str, float] = dataclasses.field(default_factory=dict)
+    added: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)

@@ -1,9 +1,9 @@
-"""How the jobs of a run on several machines communicate.
+"""How the learner and actor jobs on other machines communicate.
 
 The learner runs TensorFlow's own server and each actor job is a client: it sends a graph once, then
-runs it to feed an unroll or to fetch weights. Nothing listens on the actor's machine. A replay job
-also runs a server, of which the learner is the client. Only this module uses sessions and servers;
-the objects that the graphs access in the server's process are in `impala.cluster.exchange`.
+runs it to feed an unroll or to fetch weights. Nothing listens on the actor's machine. Only this
+module uses sessions and servers; the objects that the graphs access in the server's process are in
+`impala.cluster.exchange`.
 
 TensorFlow's server has no authentication and listens on all interfaces: whoever reaches its port
 can run any code in that process.
@@ -109,12 +109,6 @@ class LearnerServer(Server):
     """The learner's server."""
 
     _kind = 'learner'
-
-
-class ReplayServer(Server):
-    """A replay job's server."""
-
-    _kind = 'replay job'
 
 
 class Status(NamedTuple):
@@ -438,47 +432,6 @@ class LearnerConnection(Connection):
 
     def _reservation(self, actor: int, seconds: float) -> dict[tf.Tensor, Any]:
         return {self._actor: actor, self._seconds: seconds}
-
-
-class ReplayConnection(Connection):
-    """A learner's end of its connection to a replay job."""
-
-    _kind = 'replay job'
-
-    def __init__(self, *args: Any, outbox: str = '', num_taken: int = 1, **kwargs: Any):
-        """Builds the graphs that the replay job will run.
-
-        Args:
-          *args: see `Connection`.
-          outbox: name of the job's `UnrollInbox` from which unrolls are taken; `take` needs it.
-          num_taken: N, the number of unrolls taken at once.
-          **kwargs: see `Connection`.
-
-        Raises:
-          ServerError: the address is invalid.
-        """
-        self._outbox = outbox
-        self._num_taken = num_taken
-        super().__init__(*args, **kwargs)
-
-    def take(self) -> list[np.ndarray]:
-        """Waits for N unrolls; returns their arrays, `[N, ...]`, or time-major `[T+1, N, ...]`.
-
-        Raises:
-          Disconnected: see there; also raised if fewer than N arrive before the deadline.
-          Closed: see there.
-        """
-        return self._run(self._taken)
-
-    def _build(self) -> None:
-        if self._outbox:
-            self._taken = _ops.unroll_inbox_take(
-                object=self._outbox,
-                batch_size=self._num_taken,
-                types=[tf.as_dtype(component.dtype) for component in self._components],
-                shapes=[list(component.shape) for component in self._components],
-                time_major=[component.time_major for component in self._components],
-            ).components
 
 
 class _DeadlineExceeded(Disconnected):

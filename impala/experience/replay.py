@@ -6,6 +6,7 @@ Letters: T unroll length, C frames of a stack, K components of an unroll.
 """
 
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Sequence
@@ -62,22 +63,39 @@ class Packing:
             num_bytes = math.prod(frame) * size - 1
             self._is_old = np.arange(num_bytes) % size != size - 1
             self._differs = np.empty((rows - 1, num_bytes), bool)
+        self._ends = list(itertools.accumulate(each.nbytes for each in self.packed))
 
     @property
     def nbytes(self) -> int:
         """Bytes of a packed unroll."""
-        return sum(math.prod(each.shape) * np.dtype(each.dtype).itemsize for each in self.packed)
+        return self._ends[-1]
 
-    def new(self) -> list[np.ndarray]:
-        """Returns uninitialized arrays for a packed unroll."""
-        return [aligned(each.shape, np.dtype(each.dtype)) for each in self.packed]
+    def views(self, memory: np.ndarray) -> list[np.ndarray]:
+        """Returns the arrays of a packed unroll, which lie in memory one after the other.
+
+        Args:
+          memory: u8 `[nbytes]`.
+        """
+        return [
+            memory[start:end].view(each.dtype).reshape(each.shape)
+            for start, end, each in zip([0, *self._ends], self._ends, self.packed, strict=False)
+        ]
+
+    def accepts(self, memory: np.ndarray) -> bool:
+        """Returns whether all values of a packed unroll are valid.
+
+        Args:
+          memory: see `views`.
+        """
+        views = zip(self.packed, self.views(memory), strict=True)
+        return all(component.accepts(array) for component, array in views)
 
     def pack(self, unroll: Sequence[np.ndarray], packed: Sequence[np.ndarray]) -> bool:
         """Packs an unroll.
 
         Args:
           unroll: K arrays.
-          packed: from `new`, written to.
+          packed: the arrays that `packed` describes, written to.
 
         Returns:
           Whether that was possible; nothing is written otherwise.

@@ -4,7 +4,6 @@ import asyncio
 import collections
 import contextlib
 import functools
-import itertools
 import os
 import re
 import signal
@@ -16,13 +15,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from command_line import CARTPOLE, PACED, PROGRAM, TESTS, Run, WarmRun, assert_one_sentence, metrics
+from network_proxy import Proxy
 from ports import free_ports
 
 from impala.cluster import remote_replay as remote_replay_module
-from impala.cluster import replay_job
-from impala.cluster.exchange import WeightsBoard
+from impala.cluster.calls import Client, Server
+from impala.cluster.channel import Disconnected, Rejected
 from impala.cluster.remote_replay import RemoteReplay
-from impala.cluster.transport import ReplayConnection, ReplayServer
+from impala.cluster.replay_job import KIND, layout
 from impala.config import ConfigError
 from impala.tools.export import export
 from impala.trajectory import UnrollArray
@@ -61,12 +61,7 @@ def changed_job(folder, task, addresses, change):
     program = folder / 'program.py'
     program.parent.mkdir(parents=True)
     program.write_text(
-        'import runpy\n'
-        'from impala.runs.tensorflow_start import starting_tensorflow\n'
-        'with starting_tensorflow():\n'
-        '    import impala.cluster.replay_job\n'
-        f'{change}\n'
-        f'runpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
+        f'import runpy\n{change}\nrunpy.run_path({str(PROGRAM)!r}, run_name="__main__")\n'
     )
     return job(folder, task, addresses, program=program, pythonpath=[TESTS.parent])
 
@@ -480,7 +475,7 @@ def test_shards_outlive_their_learner(tmp_path, addresses):
     imported = set(re.findall(r'\| +([\w.]+)$', shard.stderr, re.MULTILINE))
     assert 'impala.cluster.replay_job' in imported
     unneeded = {'environments', 'impala.environments', 'gymnasium', 'ale_py'}
-    assert not (unneeded | {'sonnet', 'impala.networks.agent'}) & imported
+    assert not (unneeded | {'tensorflow', 'sonnet', 'impala.networks.agent'}) & imported
 
 
 def test_a_shard_belongs_to_one_run_at_a_time(tmp_path, addresses, monkeypatch):
@@ -559,24 +554,17 @@ def test_a_job_that_cannot_store_or_draw_ends(tmp_path, addresses, method):
 
 def test_an_unexpected_error_is_reported_and_the_shard_used_again(tmp_path, addresses, monkeypatch):
     reports, faults = [], []
+    call = Client.call
 
-    def fails_once(function, number):
-        calls = itertools.count()
+    def fails_once(client, name, *arguments, **options):
+        if name in faulty:
+            faulty.remove(name)
+            faults.append(name)
+            raise ZeroDivisionError(f'by {name}')
+        return call(client, name, *arguments, **options)
 
-        def call(*arguments):
-            if next(calls) == number:
-                faults.append(function.__name__)
-                raise ZeroDivisionError(f'by {function.__name__}')
-            return function(*arguments)
-
-        return call
-
-    def close_slowly(connection, *error):
-        connection.close()
-        time.sleep(0.3)
-
-    # Meanwhile the other thread finds it closed, which must not be what is reported.
-    monkeypatch.setattr(ReplayConnection, '__exit__', close_slowly)
+    faulty = set()
+    monkeypatch.setattr(Client, 'call', fails_once)
     with job(tmp_path / 'job', 0, addresses[:1]) as shard:
         shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         with remote_replay(addresses[:1]) as replay:
@@ -590,14 +578,77 @@ def test_an_unexpected_error_is_reported_and_the_shard_used_again(tmp_path, addr
                 return text in ' '.join(reports)
 
             # One after the other: nothing more is reported of a job that is missing.
-            for name, number in (('take', 2), ('put', 40)):
-                function = getattr(ReplayConnection, name)
-                monkeypatch.setattr(ReplayConnection, name, fails_once(function, number))
+            for name in ('draw', 'add'):
+                faulty.add(name)
                 text = f'{addresses[0]} cannot be used: ZeroDivisionError: by {name}. Continuing'
                 wait_until(lambda text=text: is_reported_when_used(text))
                 wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
             draw_many(replay, 500)
-    assert faults == ['take', 'put']
+    assert faults == ['draw', 'add']
+
+
+def test_a_repeated_call_changes_nothing(tmp_path, addresses):
+    component = UnrollArray((4,), 'uint8', 'bytes', False)
+    learner = {'run': 'a run', 'learner': 'a'}
+    begin = learner | {'layout': layout(['a'], [component]), 'anew': False, 'only_asks': False}
+    unrolls = np.arange(24, dtype=np.uint8)
+
+    def held(client, name, values, *buffers):
+        return client.call(name, values, buffers)[0]['held']
+
+    with job(tmp_path, 0, addresses[:1], '--replay_capacity=100') as only:
+        only.wait_until(lambda: 'waiting for a learner on port' in only.stderr)
+        with Client(addresses[0], KIND) as client, Client(addresses[0], KIND) as again:
+            key = client.call('begin', begin)[0]['key']
+            learner |= {'key': key}
+            assert held(client, 'add', learner | {'number': 1}, unrolls) == 6
+            # Perhaps the first connection is gone.
+            assert held(again, 'add', learner | {'number': 1}, unrolls) == 6
+            assert held(again, 'add', learner | {'number': 2}, unrolls[:4], unrolls[4:8]) == 8
+            assert held(again, 'add', learner | {'learner': 'b', 'number': 2}, unrolls[:4]) == 9
+            assert again.call('begin', begin)[0] == {'held': 9, 'capacity': 100, 'key': key}
+            for _ in range(5):
+                answer, body = client.call('draw', learner | {'number': 5}, max_bytes=20)
+                assert answer == {'held': 9}
+                assert len(body) == 20 and body.max() < 24
+            with pytest.raises(Rejected, match='5 bytes are no unrolls of 4'):
+                client.call('add', learner | {'number': 3}, [unrolls[:5]])
+            # Longer than any call: the memory for it is not even allocated.
+            with pytest.raises(Disconnected):
+                client.call('add', learner | {'number': 3}, [bytes(1 << 20)])
+            new = again.call('begin', begin | {'anew': True})[0]
+            assert new['held'] == 0
+            for name in ('add', 'draw'):
+                with pytest.raises(Rejected, match='has dropped the trajectories that it held'):
+                    client.call(name, learner | {'number': 4})
+            # It does not look for the number of an earlier call among other unrolls.
+            assert held(client, 'add', learner | {'key': new['key'], 'number': 2}, unrolls) == 6
+
+
+def test_no_unroll_is_lost_or_stored_twice_when_the_network_fails(tmp_path, addresses):
+    with job(tmp_path, 0, addresses[:1], '--replay_capacity=3000') as only:
+        only.wait_until(lambda: 'waiting for a learner on port' in only.stderr)
+        network, reports = Proxy(int(addresses[0].partition(':')[2])), []
+        try:
+            with remote_replay([network.address], reports.append) as replay:
+
+                def wait_until_there(times):
+                    wait_until(lambda: sum('is there' in text for text in reports) == times)
+
+                for i in range(10):
+                    wait_until_there(i + 1)
+                    # The call does not arrive, or arrives and its answer does not.
+                    network.hold('up' if i % 2 else 'down')
+                    replay.add(batch_of(range(10 * i, 10 * i + 10)))
+                    time.sleep(0.1)
+                    network.cut()
+                    network.hold()
+                wait_until_there(11)
+                wait_until(lambda: len(replay) == 100)
+                assert_uniform(draw_many(replay, 1_000), range(100))
+                assert replay.metrics() == {'replay_unrolls': 100, 'replay_jobs': 1}
+        finally:
+            network.close()
 
 
 def train_on_two_learners(folder, logdir, *flags):
@@ -696,19 +747,12 @@ def test_unrolls_that_do_not_fit_are_refused_or_replace_the_others(tmp_path, add
             assert each.wait() == 0
 
 
-def test_a_job_of_another_kind_or_version_is_refused():
-    server = ReplayServer('localhost:0')
-    with pytest.raises(
-        ConfigError, match='is not a replay job of this program. Give the learner the'
+def test_a_job_of_another_kind_is_refused():
+    with (
+        Server('localhost:0', {}, 'learner', None, print) as server,
+        pytest.raises(ConfigError, match='is not a replay job of this version of the program'),
     ):
         remote_replay([f'localhost:{server.port}'])
-    board = WeightsBoard(f'{{"protocol": {replay_job.PROTOCOL + 1}}}', replay_job.BOARD)
-    board.publish([tf.constant('')], 0)
-    try:
-        with pytest.raises(ConfigError, match='runs another version of this program'):
-            remote_replay([f'localhost:{server.port}'])
-    finally:
-        board.close()
 
 
 def test_a_replay_job_whose_port_is_in_use_prints_one_sentence(tmp_path, addresses):

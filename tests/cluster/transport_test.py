@@ -30,7 +30,6 @@ from impala.cluster.transport import (
     LearnerConnection,
     LearnerServer,
     Rejected,
-    ReplayConnection,
     ServerError,
     WrongPeer,
     _sentence,
@@ -99,15 +98,12 @@ def test_a_job_keeps_its_number_until_it_ends(learner):
     assert second.reserve(0, 600).is_own
 
 
-@pytest.mark.parametrize(
-    ('kind', 'name'), [(LearnerConnection, 'learner'), (ReplayConnection, 'replay job')]
-)
-def test_jobs_of_another_kind_are_wrong_peers(server, kind, name):
+def test_jobs_of_another_kind_are_wrong_peers(server):
     address = f'localhost:{server.port}'
     with (
-        kind(address, board='of another kind') as connection,
+        LearnerConnection(address, board='of another kind') as connection,
         pytest.raises(
-            WrongPeer, match=f'^What listens at {address} is not a {name} of this program'
+            WrongPeer, match=f'^What listens at {address} is not a learner of this program'
         ),
     ):
         connection.settings()

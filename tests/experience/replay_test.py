@@ -16,7 +16,7 @@ from impala.experience.batch import (
     unroll_components,
 )
 from impala.experience.mixture import ReplayMixer
-from impala.experience.replay import Replay, unroll_nbytes
+from impala.experience.replay import Packing, Replay, unroll_nbytes
 from impala.trajectory import ArraySpec, EnvironmentSpec, EpisodeEnd, UnrollArray
 
 T = 20
@@ -234,6 +234,42 @@ def test_non_finite_unrolls_are_left_out(value):
     assert (len(replay), replay.left_out) == (4, 1)
     assert replay.metrics() == {'replay_unrolls': 4, 'replay_unrolls_left_out': 1}
     assert set(drawn(replay, 200)) == {0, 1, 2, 4}
+
+
+MIXED = [
+    UnrollArray((), 'uint8', 'byte', False),
+    UnrollArray((3,), 'float64', 'floats', False),
+    UnrollArray((2,), 'int32', 'level', False, -1, 5),
+    UnrollArray((2, 2), 'bool', 'flags', False),
+]
+
+
+def test_a_packed_unroll_lies_in_memory_array_after_array():
+    packing = Packing(MIXED)
+    assert packing.nbytes == 1 + 24 + 8 + 4
+    arrays = [
+        np.uint8(255),
+        np.array([0.5, -1.0, 2.0]),
+        np.array([-1, 5], np.int32),
+        np.array([[True, False], [False, True]]),
+    ]
+    memory = np.full(packing.nbytes, 9, np.uint8)
+    assert packing.pack(arrays, packing.views(memory))
+    assert memory.tobytes() == b''.join(array.tobytes() for array in arrays)
+    assert packing.accepts(memory)
+
+
+@pytest.mark.parametrize(
+    ('index', 'value'),
+    [(1, np.nan), (1, np.inf), (1, -np.inf), (2, 6), (2, -2), (3, 2), (3, 255)],
+)
+def test_bytes_that_are_no_valid_unroll_are_not_accepted(index, value):
+    packing = Packing(MIXED)
+    memory = np.zeros(packing.nbytes, np.uint8)
+    assert packing.accepts(memory)
+    array = packing.views(memory)[index]
+    array.view(np.uint8 if index == 3 else array.dtype).flat[1] = value
+    assert not packing.accepts(memory)
 
 
 def components_of(shape, num_actions=6, **observation):
