@@ -46,8 +46,8 @@ def main(unused_argv: list[str]) -> int:
     from impala.acting.actor_pool import UnrollsLostError
     from impala.acting.actor_processes import ActorError
     from impala.cluster.actor_job import ActorJobError, LearnerLost
+    from impala.cluster.channel import ServerError
     from impala.cluster.learner_group import LearnerGroupError
-    from impala.cluster.transport import ServerError
     from impala.environments import LevelError
     from impala.training import TrainingError
 

@@ -2,18 +2,16 @@
 
     python -m benchmarks.ingest --actors=2 --seconds=20
 
-Real: TensorFlow's server and sessions on loopback, the inbox with its checks, batches of 32 x 101
-rows that a learner step touches. Not real: actors send one ready-made unroll of 72x96x3 frames
-again and again, as fast as the learner takes it. As a limit, as many bytes through bare sockets
-between as many processes.
+Real: the learner's server and actor jobs' connections on loopback, the inbox with its checks,
+batches of 32 x 101 rows that a learner step touches. Not real: actors send one ready-made unroll of
+72x96x3 frames again and again, as fast as the learner takes it. As a limit, as many bytes through
+bare sockets between as many processes, without copies into batches.
 
+    python -m benchmarks.ingest --frame=84x84x4 --stacked --unroll_length=20
+
+sends unrolls of Atari, each frame of a stack once. `--secret` authenticates all messages.
 `--weight_clients=1,10,100` measures how long reading the deep network's weights takes when that
 many clients do nothing else, `--connected_clients=200` memory and threads of the learner.
-
-    python -m benchmarks.ingest --rounds=5 --actors=4 --seconds=5 --frame=84x84x4 --unroll_length=20
-
-compares, in turns and with nothing else, the sessions of actor jobs with calls of registered
-functions (`benchmarks/registered_calls.py`), which no job uses.
 """
 
 import argparse
@@ -21,14 +19,13 @@ import contextlib
 import itertools
 import json
 import os
-import select
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Found whether this runs as a module or as a file.
@@ -40,17 +37,16 @@ import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
-from benchmarks.registered_calls import RegisteredConnection, RegisteredServer
-from impala.cluster.exchange import UnrollInbox, WeightsBoard
-from impala.cluster.transport import LearnerConnection, LearnerServer
+from impala.cluster.exchange import UnrollInbox
+from impala.cluster.learner_service import LearnerConnection, LearnerService
+from impala.cluster.unroll_format import UnrollFormat
 from impala.networks.agent import Agent, AgentConfig
 from impala.trajectory import ActionSpec, ArraySpec, EnvironmentSpec, UnrollArray
 
 FRAME = (72, 96, 3)
 NUM_ACTIONS = 9
 MB = 2**20
-# What actor jobs use, and the alternative.
-TRANSPORTS = ('sessions', 'registered calls')
+SECRET = b'known to all processes of this benchmark'
 
 SEND_BYTES = """
 import socket, sys
@@ -104,49 +100,71 @@ def touch(frames):
     return tf.reduce_sum(tf.cast(frames[:, :, 0], tf.int32))
 
 
-def send(address: str, actor: int, unroll_length: int) -> None:
+class Unrolls(NamedTuple):
+    """What the actors send.
+
+    Attributes:
+      unroll_length: agent steps.
+      frame: shape of a frame.
+      stack: name of the array that is a stack of frames, None if none is.
+      secret: of the run, None without one.
+    """
+
+    unroll_length: int
+    frame: tuple[int, ...]
+    stack: str | None
+    secret: bytes | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> 'Unrolls':
+        """Returns what the command line says."""
+        return cls(
+            args.unroll_length,
+            args.frame,
+            'frame' if args.stacked else None,
+            SECRET if args.secret else None,
+        )
+
+    @property
+    def components(self) -> list[UnrollArray]:
+        """The arrays of an unroll."""
+        return components(self.unroll_length, self.frame)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an unroll on the network."""
+        return UnrollFormat(self.components, self.stack).packed_nbytes
+
+    def make(self) -> list[np.ndarray]:
+        """Returns the arrays of one unroll."""
+        return make_unroll(self.unroll_length, self.frame)
+
+    def connect(self, address: str, **kwargs) -> LearnerConnection:
+        """Returns a connection of an actor job."""
+        return LearnerConnection(
+            address,
+            self.components,
+            stack=self.stack,
+            secret=self.secret,
+            # Ready-made unrolls would shrink unlike those of an environment.
+            compression='none',
+            **kwargs,
+        )
+
+
+def send(address: str, unrolls: Unrolls, actor: int) -> None:
     """Sends one unroll repeatedly until the learner is gone."""
-    connection = LearnerConnection(address, components(unroll_length))
-    unroll = make_unroll(unroll_length)
-    sequence = 0
-    while True:
-        sequence += 1
+    connection = unrolls.connect(address)
+    unroll = unrolls.make()
+    for sequence in itertools.count(1):
         connection.put(unroll, actor, 'benchmark', sequence)
 
 
-def send_in_turns(
-    addresses: dict[str, str], actor: int, unroll_length: int, frame: Sequence[int]
-) -> None:
-    """Sends one unroll repeatedly over the transport that a line on stdin names, until the next.
-
-    An empty line ends the turn. Prints a line when the first unroll of a turn is in the inbox, and
-    one when the turn has ended.
-    """
-    sessions, registered = TRANSPORTS
-    connections: dict[str, LearnerConnection | RegisteredConnection] = {
-        sessions: LearnerConnection(addresses[sessions], components(unroll_length, frame)),
-        registered: RegisteredConnection(addresses[registered]),
-    }
-    unroll = make_unroll(unroll_length, frame)
-    sequence = 0
-    for line in sys.stdin:
-        connection = connections[line.rstrip()]
-        for turn in itertools.count():
-            sequence += 1
-            connection.put(unroll, actor, 'benchmark', sequence)
-            if turn == 0:
-                print('sending', flush=True)
-            elif select.select([sys.stdin], [], [], 0)[0]:
-                break
-        sys.stdin.readline()
-        print('idle', flush=True)
-
-
-def read_weights(address: str, clients: int, seconds: float) -> None:
+def read_weights(address: str, unrolls: Unrolls, clients: int, seconds: float) -> None:
     """Reads weights over several connections at once; prints the milliseconds that each took."""
     specs = [tf.TensorSpec(weight.shape, weight.dtype) for weight in deep_network()]
     connections = [
-        LearnerConnection(address, weights=specs, deadline_seconds=120) for _ in range(clients)
+        unrolls.connect(address, weights=specs, deadline_seconds=120) for _ in range(clients)
     ]
     for connection in connections:
         connection.status()
@@ -168,17 +186,14 @@ def read_weights(address: str, clients: int, seconds: float) -> None:
     print(json.dumps(milliseconds), flush=True)
 
 
-def connect(address: str, clients: int, unroll_length: int) -> None:
+def connect(address: str, unrolls: Unrolls, clients: int) -> None:
     """Connects several clients; each sends an unroll when a line arrives on stdin."""
-    connections = [
-        LearnerConnection(address, components(unroll_length), deadline_seconds=120)
-        for _ in range(clients)
-    ]
+    connections = [unrolls.connect(address, deadline_seconds=120) for _ in range(clients)]
     for connection in connections:
         connection.status()
     print('connected', flush=True)
     sys.stdin.readline()
-    unroll = make_unroll(unroll_length)
+    unroll = unrolls.make()
     for actor, connection in enumerate(connections):
         threading.Thread(
             target=connection.put, args=(unroll, actor, 'benchmark', 1), daemon=True
@@ -209,13 +224,16 @@ def subprocesses(count: int, *args: object):
 
 
 @contextlib.contextmanager
-def inbox(capacity: int, unroll_length: int):
-    """An inbox that exists during the block."""
-    queue = UnrollInbox(capacity, components(unroll_length), 'policy_version')
+def learner(capacity: int, unrolls: Unrolls):
+    """An inbox and the address of its service during the block."""
+    queue = UnrollInbox(capacity, unrolls.components, 'policy_version', stack=unrolls.stack)
+    service = LearnerService('localhost:0', queue, {}, unrolls.secret, print)
+    service.publish(0, [tf.identity(weight) for weight in deep_network()])
     try:
-        yield queue
+        yield queue, f'localhost:{service.port}'
     finally:
         queue.close()
+        service.close()
 
 
 def cpu_seconds(pids: list[int]) -> np.ndarray:
@@ -224,12 +242,13 @@ def cpu_seconds(pids: list[int]) -> np.ndarray:
     return np.array([sum(t.user for t in times), sum(t.system for t in times)])
 
 
-def measure(address: str, args: argparse.Namespace) -> tuple[float, list[list]]:
+def measure(args: argparse.Namespace) -> tuple[float, list[list]]:
     """Returns observations per second and a table of where the time goes."""
-    frame = [component.name for component in components(args.unroll_length)].index('frame')
+    unrolls = Unrolls.of(args)
+    frame = [component.name for component in unrolls.components].index('frame')
     with (
-        inbox(args.capacity, args.unroll_length) as queue,
-        subprocesses(args.actors, __file__, '--role=send', address, args.unroll_length) as actors,
+        learner(args.capacity, unrolls) as (queue, address),
+        subprocesses(args.actors, *role('send', address, args)) as actors,
     ):
         pids = [process.pid for process in actors]
         for _ in range(5):
@@ -262,130 +281,6 @@ def measure(address: str, args: argparse.Namespace) -> tuple[float, list[list]]:
     return observations / elapsed, table
 
 
-@contextlib.contextmanager
-def consumed(queue: UnrollInbox, batch_size: int, frame: int) -> Iterator[None]:
-    """Takes batches from the inbox and touches them during the block, then closes it.
-
-    Args:
-      queue: the inbox.
-      batch_size: unrolls in a batch.
-      frame: index of the frames among the components.
-    """
-
-    def consume() -> None:
-        with contextlib.suppress(tf.errors.CancelledError):
-            while True:
-                touch(queue.take(batch_size).components[frame]).numpy()
-
-    thread = threading.Thread(target=consume)
-    thread.start()
-    try:
-        yield
-    finally:
-        queue.close()
-        thread.join()
-
-
-class Turn(NamedTuple):
-    """What one transport did in one round.
-
-    Attributes:
-      observations: observations per second.
-      processor: processor time of learner and actors per 1,000 observations, seconds.
-    """
-
-    observations: float
-    processor: float
-
-
-def measure_turn(
-    transport: str,
-    actors: Sequence[Any],
-    queue: UnrollInbox,
-    unroll_length: int,
-    seconds: float,
-) -> Turn:
-    """Lets all actors, processes that run `send_in_turns`, send over one transport and measures."""
-
-    def tell(line: str) -> None:
-        for actor in actors:
-            actor.stdin.write(f'{line}\n')
-            actor.stdin.flush()
-        for actor in actors:
-            if not actor.stdout.readline():
-                raise RuntimeError(f'an actor has died: {transport}')
-
-    def count() -> np.ndarray:
-        accepted = sum(actor.accepted for actor in queue.statistics().actors.values())
-        cpu = cpu_seconds([os.getpid(), *(actor.pid for actor in actors)]).sum()
-        return np.array([time.perf_counter(), accepted * unroll_length, cpu])
-
-    tell(transport)
-    before = count()
-    time.sleep(seconds)
-    elapsed, observations, cpu = count() - before
-    tell('')
-    return Turn(observations / elapsed, cpu / observations * 1000)
-
-
-def compare(address: str, args: argparse.Namespace) -> dict[str, list[Turn]]:
-    """Returns what each transport did in each round; within a round they take turns."""
-    layout = components(args.unroll_length, args.frame)
-    queue = UnrollInbox(args.capacity, layout, 'policy_version')
-    frame = [component.name for component in layout].index('frame')
-    registered = RegisteredServer(queue, layout)
-    addresses = dict(zip(TRANSPORTS, (address, f'localhost:{registered.port}'), strict=True))
-    turns: dict[str, list[Turn]] = {transport: [] for transport in TRANSPORTS}
-    shape = 'x'.join(map(str, args.frame))
-    with (
-        consumed(queue, args.batch_size, frame),
-        subprocesses(
-            args.actors,
-            __file__,
-            '--role=turns',
-            json.dumps(addresses),
-            args.unroll_length,
-            shape,
-        ) as actors,
-    ):
-        # The first turns include what happens only once, such as connecting.
-        for transport in TRANSPORTS:
-            measure_turn(transport, actors, queue, args.unroll_length, 0.5)
-        for number in range(args.rounds):
-            stages.begin(f'round {number + 1} of {args.rounds}')
-            for transport in TRANSPORTS:
-                turns[transport].append(
-                    measure_turn(transport, actors, queue, args.unroll_length, args.seconds)
-                )
-    return turns
-
-
-def print_comparison(turns: dict[str, list[Turn]]) -> None:
-    """Prints medians over rounds, and ratios to sessions within rounds."""
-    sessions = np.array(turns[TRANSPORTS[0]])
-    rows = []
-    for transport, measured in turns.items():
-        values = np.array(measured)
-        observations, processor = (values / sessions).T
-        median = np.median(values, axis=0)
-        rows.append(
-            [
-                transport,
-                f'{median[0]:,.0f}',
-                f'{np.median(observations):.2f}',
-                f'{observations.min():.2f} to {observations.max():.2f}',
-                f'{median[1]:.3f}',
-                f'{np.median(processor):.2f}',
-            ]
-        )
-    headers = ['', 'observations/s', 'ratio', 'in rounds', 'processor s per 1,000', 'ratio']
-    print(tabulate.tabulate(rows, headers, 'github', disable_numparse=True))
-    medians = {
-        name: round(np.median([turn.observations for turn in turns[name]])) for name in turns
-    }
-    print(json.dumps({'observations_per_second': medians}))
-
-
 def parse_shape(text: str) -> tuple[int, ...]:
     """Returns the dimensions of `84x84x4`."""
     return tuple(map(int, text.split('x')))
@@ -393,7 +288,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 def measure_limit(args: argparse.Namespace, seconds: float) -> float:
     """Returns observations per second of bare sockets."""
-    size = sum(array.nbytes for array in make_unroll(args.unroll_length))
+    size = Unrolls.of(args).nbytes
     received = [0] * args.actors
 
     def receive(index: int, connection: socket.socket) -> None:
@@ -418,13 +313,14 @@ def measure_limit(args: argparse.Namespace, seconds: float) -> float:
     return rate / size * args.unroll_length
 
 
-def measure_weights(address: str, clients: int, seconds: float) -> list[str]:
+def measure_weights(address: str, clients: int, args: argparse.Namespace) -> list[str]:
     """Returns a row of milliseconds per read: median and 99th percentile."""
     # Spread over few processes: hundreds of them would measure their own memory.
     count = min(clients, 2)
     milliseconds: list[float] = []
+    seconds = args.weight_seconds
     with subprocesses(
-        count, __file__, '--role=read', address, clients // count, seconds
+        count, *role('read', address, args), f'--count={clients // count}'
     ) as readers:
         for process in readers:
             process.stdout.readline()
@@ -441,18 +337,17 @@ def measure_weights(address: str, clients: int, seconds: float) -> list[str]:
     ]
 
 
-def measure_connected(address: str, clients: int, args: argparse.Namespace) -> list[list]:
+def measure_connected(args: argparse.Namespace) -> list[list]:
     """Returns rows of the learner's memory and threads: alone, with clients, with their unrolls."""
-    learner = psutil.Process()
+    process_of_learner, clients = psutil.Process(), args.connected_clients
 
     def row(state: str) -> list:
-        return [state, f'{learner.memory_info().rss / MB:.0f}', learner.num_threads()]
+        rss = process_of_learner.memory_info().rss
+        return [state, f'{rss / MB:.0f}', process_of_learner.num_threads()]
 
-    with inbox(1, args.unroll_length) as queue:
+    with learner(1, Unrolls.of(args)) as (queue, address):
         rows = [row('nobody connected')]
-        with subprocesses(1, __file__, '--role=connect', address, clients, args.unroll_length) as (
-            process,
-        ):
+        with subprocesses(1, *role('connect', address, args), f'--count={clients}') as (process,):
             process.stdout.readline()
             rows.append(row(f'{clients} connected'))
             process.stdin.write('\n')
@@ -469,74 +364,83 @@ def measure_connected(address: str, clients: int, args: argparse.Namespace) -> l
     return rows
 
 
+def role(name: str, address: str, args: argparse.Namespace) -> list[str]:
+    """Returns the command line of a process of this benchmark, without its number."""
+    shape = 'x'.join(map(str, args.frame))
+    flags = [f'--role={name}', f'--address={address}', f'--seconds={args.weight_seconds}']
+    flags += [f'--frame={shape}', f'--unroll_length={args.unroll_length}']
+    flags += [f'--{flag}' for flag in ('stacked', 'secret') if getattr(args, flag)]
+    return [__file__, *flags]
+
+
+def play(args: argparse.Namespace) -> None:
+    """Plays the role of an actor job or of several."""
+    unrolls = Unrolls.of(args)
+    if args.role == 'send':
+        send(args.address, unrolls, args.number)
+    elif args.role == 'read':
+        read_weights(args.address, unrolls, args.count, args.seconds)
+    else:
+        connect(args.address, unrolls, args.count)
+
+
 def main() -> None:
     """Prints tables and a line of JSON."""
-    if len(sys.argv) > 1 and sys.argv[1].startswith('--role='):
-        role, rest = sys.argv[1].removeprefix('--role='), sys.argv[2:]
-        if role == 'send':
-            send(rest[0], int(rest[2]), int(rest[1]))
-        elif role == 'turns':
-            send_in_turns(json.loads(rest[0]), int(rest[3]), int(rest[1]), parse_shape(rest[2]))
-        elif role == 'read':
-            read_weights(rest[0], int(rest[1]), float(rest[2]))
-        elif role == 'connect':
-            connect(rest[0], int(rest[1]), int(rest[2]))
-        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--actors', type=int, default=2)
     parser.add_argument('--seconds', type=float, default=20)
     parser.add_argument('--batch_size', type=int, default=32)
     parser.add_argument('--unroll_length', type=int, default=100)
+    parser.add_argument('--frame', type=parse_shape, default=FRAME)
+    parser.add_argument('--stacked', action='store_true', help='frames are stacks, sent packed')
+    parser.add_argument('--secret', action='store_true', help='messages are authenticated')
     parser.add_argument('--capacity', type=int, default=32, help='of the queue, unrolls')
     parser.add_argument('--limit_seconds', type=float, default=5, help='of bare sockets')
     parser.add_argument('--weight_clients', default='1,10', help='numbers of clients; may be empty')
     parser.add_argument('--weight_seconds', type=float, default=5)
     parser.add_argument('--connected_clients', type=int, default=20, help='0: not measured')
-    parser.add_argument('--rounds', type=int, help='compare transports in this many rounds')
-    parser.add_argument('--frame', type=parse_shape, default=FRAME, help='with --rounds')
+    # Of the processes that this command starts.
+    parser.add_argument('--role', choices=('send', 'read', 'connect'), help=argparse.SUPPRESS)
+    parser.add_argument('--address', help=argparse.SUPPRESS)
+    parser.add_argument('--count', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('number', type=int, nargs='?', help=argparse.SUPPRESS)
     args = parser.parse_args()
-    server = LearnerServer('localhost:0')
-    address = f'localhost:{server.port}'
-    if args.rounds:
-        WeightsBoard('{}').publish([], 0)
-        turns = compare(address, args)
-        print(machine.describe())
-        print(f'`python -m benchmarks.ingest {" ".join(sys.argv[1:])}`')
-        print_comparison(turns)
+    if args.role:
+        play(args)
         return
-    board = WeightsBoard('{}')
-    weights = deep_network()
-    board.publish(weights, 0)
     # First, while the process holds no memory of earlier batches.
     stages.begin('clients that are connected only')
-    connected = (
-        measure_connected(address, args.connected_clients, args) if args.connected_clients else []
-    )
+    connected = measure_connected(args) if args.connected_clients else []
     stages.begin('bare sockets')
     limit = measure_limit(args, args.limit_seconds)
     stages.begin(f'{args.actors} actor jobs send for {args.seconds:g} s')
-    observations_per_second, table = measure(address, args)
+    observations_per_second, table = measure(args)
     print(machine.describe())
     print(f'`python -m benchmarks.ingest {" ".join(sys.argv[1:])}`')
     print(tabulate.tabulate(table, ['', 'seconds per second'], 'github'))
-    unroll_bytes = sum(array.nbytes for array in make_unroll(args.unroll_length))
+    nbytes = Unrolls.of(args).nbytes
     print(
         f'{observations_per_second:,.0f} observations/s, '
-        f'{observations_per_second / args.unroll_length * unroll_bytes / 1e9:.2f} GB/s; '
+        f'{observations_per_second / args.unroll_length * nbytes / 1e9:.2f} GB/s; '
         f'bare sockets: {limit:,.0f} observations/s'
     )
     clients = [int(number) for number in args.weight_clients.split(',') if number]
     if clients:
-        size = sum(weight.numpy().nbytes for weight in weights)
+        size = sum(weight.numpy().nbytes for weight in deep_network())
         print(f'\nReading {size / 1e6:.1f} MB of weights, all clients at once, nothing else:')
         stages.begin('reading weights')
-        rows = [measure_weights(address, number, args.weight_seconds) for number in clients]
+        with learner(1, Unrolls.of(args)) as (_, address):
+            rows = [measure_weights(address, number, args) for number in clients]
         headers = ['clients', 'median ms', '99% ms', 'reads/s']
         print(tabulate.tabulate(rows, headers, 'github', disable_numparse=True))
     if connected:
         print('\nThe learner process:')
         print(tabulate.tabulate(connected, ['', 'MB', 'threads'], 'github'))
-    print(json.dumps({'observations_per_second': round(observations_per_second)}))
+    result = {
+        'observations_per_second': round(observations_per_second),
+        'share_of_bare_sockets': round(observations_per_second / limit, 3),
+    }
+    print(json.dumps(result))
 
 
 if __name__ == '__main__':

@@ -32,11 +32,13 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Found whether this runs as a module or as a file.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+import numpy as np
 import tabulate
 import tensorflow as tf
 
 from benchmarks import machine, stages
 from impala.cluster.exchange import UnrollInbox
+from impala.cluster.unroll_format import UnrollFormat
 from impala.config import LearnerConfig
 from impala.experience.batch import (
     UnrollBatch,
@@ -65,8 +67,10 @@ class Inbox:
 
     def __init__(self, config: LearnerConfig):
         components = unroll_components(SPEC, (), config.unroll_length, num_levels=1)
-        self._inbox = UnrollInbox(config.batch_size, components, 'policy_version', 'loading')
-        self._unroll = [tf.zeros(each.shape, each.dtype) for each in components]
+        self._inbox = UnrollInbox(config.batch_size, components, 'policy_version', 'frame')
+        zeros = [np.zeros(each.shape, each.dtype) for each in components]
+        # An aligned copy, which is not copied again.
+        self._unroll = tf.constant(np.concatenate(UnrollFormat(components).buffers(zeros)))
         self._batch_size = config.batch_size
 
     @contextlib.contextmanager

@@ -44,6 +44,8 @@ CORES = ('lstm', 'gru', 'none')
 GRADIENTS_PORT_OFFSET = 1000
 GROUP_PORT_OFFSET = 2000
 
+MIN_SECRET_BYTES = 16
+
 
 class ConfigError(ValueError):
     """A setting is invalid, or settings do not fit together; the text is one sentence."""
@@ -949,6 +951,28 @@ class ClusterConfig(_Checked):
         on_resume='free',
         only_in='actor',
     )
+    wire_compression: str = setting(
+        'auto',
+        'Compress trajectories on their way to the learner by zstd; auto: if they shrink to a '
+        'quarter or less, as those of Atari do.',
+        choices=('auto', 'zstd', 'none'),
+        on_resume='free',
+        only_in='actor',
+    )
+    bfloat16_weights: bool = setting(
+        False,
+        'Read the weights from the learner as bfloat16: half of the bytes, rounded to 8 '
+        'significant bits.',
+        on_resume='free',
+        only_in='actor',
+    )
+    cluster_secret_file: str = setting(
+        '',
+        'File with a secret of at least 16 bytes, the same for all jobs of the run; they then '
+        'serve nobody else.',
+        on_resume='free',
+        is_path=True,
+    )
     trusted_network: bool = setting(
         False,
         'Only the jobs of the run can reach the ports that they listen on: do not warn about them.',
@@ -980,6 +1004,27 @@ class ClusterConfig(_Checked):
         """The address of this learner, or of the learner that this actor job serves."""
         addresses = self.learner_addresses or (self.learner_address,)
         return addresses[self.task % len(addresses)]
+
+    def secret(self) -> bytes | None:
+        """Returns the secret of the run, without white space around it; None without one.
+
+        Raises:
+          ConfigError: the file cannot be read, or its secret is too short.
+        """
+        path = self.cluster_secret_file
+        if not path:
+            return None
+        try:
+            with open(path, 'rb') as file:
+                secret = file.read().strip()
+        except OSError as error:
+            raise ConfigError(f'--cluster_secret_file={path}: {error.strerror}.') from error
+        if len(secret) < MIN_SECRET_BYTES:
+            raise ConfigError(
+                f'--cluster_secret_file={path}: a secret of {len(secret)} bytes is too short; make '
+                f'one with: openssl rand -hex 32 > {path}'
+            )
+        return secret
 
     def check(self) -> None:
         for address in (self.learner_address, *self.learner_addresses, *self.replay_addresses):

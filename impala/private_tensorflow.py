@@ -4,8 +4,10 @@ A release of TensorFlow may rename or remove them without notice. `dynamic_batch
 its own, has a module of the same name for its own needs.
 """
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context
+from tensorflow.python.framework import ops
 
 
 def abort_collectives(reason: str) -> None:
@@ -27,3 +29,19 @@ def disable_coordination_service() -> None:
     gone. It has no public switch. Call this before making the strategy.
     """
     context.context().configure_coordination_service(service_type='')
+
+
+def shared_tensor(array: np.ndarray) -> tf.Tensor:
+    """Returns an eager tensor on the CPU that shares the memory of an array.
+
+    `tf.convert_to_tensor` copies. `tf.experimental.dlpack` does not, but then whichever thread
+    drops the tensor frees the array, and waits for Python's lock to do so; here Python frees it
+    when it drops its next tensor.
+
+    Args:
+      array: must not be written to while the tensor is in use. It is copied if its address is not a
+        multiple of 64 bytes or it is not contiguous.
+    """
+    context.ensure_initialized()
+    with tf.device('/cpu:0'):
+        return ops.EagerTensor(array, context.context().device_name)

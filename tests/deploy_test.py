@@ -50,7 +50,7 @@ def test_only_actors_reach_the_learner_in_compose():
     flags = {name: read_flags(service['command']) for name, service in services.items()}
     learner = flags.pop('learner')
     assert (learner['job_name'], learner['task']) == ('learner', 0)
-    assert learner['learner_address'] == f'localhost:{PORT}'
+    assert learner['learner_address'] == f'0.0.0.0:{PORT}'
     assert learner['trusted_network']
     assert [each['task'] for each in flags.values()] == list(range(len(flags)))
     for each in flags.values():
@@ -149,6 +149,8 @@ def test_only_actors_reach_the_learner_in_kubernetes():
     assert (learner_flags['job_name'], learner_flags['task']) == ('learner', 0)
     assert (actor_flags['job_name'], actor_flags['task']) == ('actor', 7)
     assert actors['completionMode'] == 'Indexed'
+    # From other machines, too.
+    assert learner_flags['learner_address'] == f'0.0.0.0:{PORT}'
     assert actor_flags['learner_address'] == f'impala-learner:{PORT}'
     assert actor_flags['level_name'] == learner_flags['level_name']
     (port,) = found['Service', 'impala-learner']['ports']

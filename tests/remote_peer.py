@@ -1,7 +1,7 @@
-"""Learner and actor processes for transport_test.py.
+"""Learner and actor processes for learner_service_test.py.
 
 remote_peer.py learner PORT
-remote_peer.py actor ADDRESS NAME FIRST
+remote_peer.py actor ADDRESS FIRST
 """
 
 import json
@@ -13,8 +13,8 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.exchange import UnrollInbox, WeightsBoard
-from impala.cluster.transport import LearnerConnection, LearnerServer
+from impala.cluster.exchange import UnrollInbox
+from impala.cluster.learner_service import LearnerConnection, LearnerService
 from impala.trajectory import UnrollArray
 
 COMPONENTS = [
@@ -38,12 +38,11 @@ def make_unroll(number):
 
 def learn(port):
     """Serves until stdin closes; takes one unroll per line of input."""
-    server = LearnerServer(f'localhost:{port}')
     inbox = UnrollInbox(4, COMPONENTS, 'version')
     inbox.set_latest_version(1000)
-    board = WeightsBoard('{}')
-    board.publish([tf.constant([1.0, 2.0])], 7)
-    print(json.dumps({'port': server.port}), flush=True)
+    service = LearnerService(f'localhost:{port}', inbox, {}, None, print)
+    service.publish(7, [tf.constant([1.0, 2.0])])
+    print(json.dumps({'port': service.port}), flush=True)
     for _ in sys.stdin:
         batch = inbox.take(1)
         number = int(batch.components[1][0])
@@ -55,9 +54,9 @@ def learn(port):
         print(json.dumps(answer), flush=True)
 
 
-def act(address, name, number):
+def act(address, number):
     """Sends unrolls until it is killed."""
-    connection = LearnerConnection(address, COMPONENTS, inbox=name, board=name)
+    connection = LearnerConnection(address, COMPONENTS)
     while True:
         connection.put(make_unroll(number), 0, 'rooms', number + 1)
         number += 1
@@ -67,4 +66,4 @@ if __name__ == '__main__':
     if sys.argv[1] == 'learner':
         learn(int(sys.argv[2]))
     else:
-        act(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+        act(sys.argv[2], int(sys.argv[3]))

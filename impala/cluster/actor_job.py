@@ -1,8 +1,8 @@
 """The actor job: environments, batcher and agent on one machine, with a learner on another."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import math
 import threading
 import time
@@ -15,8 +15,16 @@ from impala import suites
 from impala.acting.actor_processes import ActorHost, require_files
 from impala.acting.local_actors import LocalActors
 from impala.cluster import remote_actors
+from impala.cluster.channel import (
+    Closed,
+    Disconnected,
+    Rejected,
+    RemoteError,
+    WrongPeer,
+    WrongSecret,
+)
 from impala.cluster.exchange import Reservation
-from impala.cluster.transport import Closed, Disconnected, LearnerConnection, Rejected, WrongPeer
+from impala.cluster.learner_service import LearnerConnection, Weights
 from impala.config import ClusterConfig, Config, ConfigError, with_common_actions
 from impala.experience.batch import flatten_unroll, unroll_components
 from impala.learning import memory_needs
@@ -69,9 +77,10 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         job, address = config.cluster, config.cluster.own_address
+        secret = job.secret()
         retry = _Retry(job, report, stop)
-        with _before_play(), LearnerConnection(address) as control:
-            settings = json.loads(retry.call(control.settings))
+        with _before_play(), LearnerConnection(address, secret=secret) as control:
+            settings = retry.call(control.settings)
             version = retry.call(control.status).version
         config, level_names = _agreed(config, given, settings)
         num_actors = config.actors.num_actors
@@ -90,7 +99,17 @@ def run(config: Config, given: Collection[str], report: Callable[[str], None]) -
             spec, agent.state_spec, config.learner.unroll_length, len(settings['level_names'])
         )
         weights = [tf.TensorSpec(each.shape, each.dtype) for each in agent.acting_variables]
-        connection = stack.enter_context(LearnerConnection(address, components, weights))
+        connection = stack.enter_context(
+            LearnerConnection(
+                address,
+                components,
+                weights,
+                stack=memory_needs.stack_of(spec),
+                compression=job.wire_compression,
+                bfloat16_weights=job.bfloat16_weights,
+                secret=secret,
+            )
+        )
         actors = LocalActors(config, level_names, spec, agent, actor_host, report)
         learner = _Learner(connection, actors, retry, job.task, num_actors)
         with _before_play():
@@ -184,7 +203,7 @@ class _Retry:
 
         Raises:
           LearnerLost: the learner has not answered in time.
-          ConfigError: the process at the address is not a learner.
+          ConfigError: the process at the address is not a learner, or has another secret.
           _LostPolicyError: raised by `before_again`.
         """
         away_since = None
@@ -204,6 +223,8 @@ class _Retry:
                 raise ConfigError(
                     f'{error} Give this job the --learner_address of its learner.'
                 ) from error
+            except WrongSecret as error:
+                raise ConfigError(str(error)) from error
             except Disconnected as error:
                 if self._stop.received:
                     raise _Finished from error
@@ -251,9 +272,13 @@ class _Learner:
         self._retry = retry
         self._task = task
         self._num_environments = num_environments
+        # Held while weights are read and given to the actors.
+        self._publishing = threading.Lock()
         self._version = -1
         self._sent_with_it = 0
         self._notes, self._noted_at = '', -math.inf
+        self._reader = concurrent.futures.ThreadPoolExecutor(1, 'weights')
+        self._reading: concurrent.futures.Future[None] | None = None
         self.finished = False
         self.holder: Reservation | None = None
 
@@ -309,20 +334,37 @@ class _Learner:
         Raises:
           ActorJobError: the weights do not fit this job's network.
         """
-        try:
-            version, values = self._retry.call(self._connection.weights)
-        except Rejected as error:
-            raise ActorJobError(
-                f'The learner at {self._connection.address} has another network: {error}.'
-            ) from error
-        self._version = version
-        self._sent_with_it = 0
-        self._actors.publish(
-            [tf.constant(value) for value in values], tf.constant(version, tf.int64)
-        )
+        self._publish(lambda: self._retry.call(self._connection.weights))
+
+    def _publish(self, read: Callable[[], Weights]) -> None:
+        with self._publishing:
+            try:
+                version, values = read()
+            except Rejected as error:
+                raise ActorJobError(
+                    f'The learner at {self._connection.address} has another network: {error}.'
+                ) from error
+            self._version = version
+            self._sent_with_it = 0
+            self._actors.publish(
+                [tf.constant(value) for value in values], tf.constant(version, tf.int64)
+            )
+
+    def _refresh_meanwhile(self) -> None:
+        """Reads newer weights while unrolls are sent; a call that fails leaves the old ones."""
+
+        def read() -> None:
+            with contextlib.suppress(Disconnected, Closed):
+                self._publish(self._connection.weights)
+
+        if self._reading is not None:
+            if not self._reading.done():
+                return
+            self._reading.result()
+        self._reading = self._reader.submit(read)
 
     def send(self, unroll: list[Any], level: str, sequence: int) -> None:
-        """Sends an unroll; refreshes the weights after as many unrolls as there are environments.
+        """Sends an unroll; begins to read newer weights after a round of all environments.
 
         So on average each environment begins each unroll with newer weights, as in the paper.
         Reading them after every unroll of the job would make weights most of the traffic. If a
@@ -331,6 +373,7 @@ class _Learner:
 
         Raises:
           Rejected: the learner rejects the unroll.
+          ActorJobError: the weights do not fit this job's network.
           _Finished: training is complete.
         """
 
@@ -365,8 +408,10 @@ class _Learner:
         self._sent_with_it += 1
         is_newer = status.version > self._version
         is_lost = status.version < self._version
-        if is_lost or (is_newer and self._sent_with_it >= self._num_environments):
+        if is_lost:
             self.refresh()
+        elif is_newer and self._sent_with_it >= self._num_environments:
+            self._refresh_meanwhile()
 
     def _present_notes(self) -> str:
         # Not for each unroll, since it reads files.
@@ -383,7 +428,7 @@ class _Learner:
 
         def watch() -> None:
             while not done.wait(remote_actors.POLL_SECONDS):
-                with contextlib.suppress(Disconnected, Rejected, Closed, WrongPeer):
+                with contextlib.suppress(RemoteError):
                     self.finished = self._connection.status().finished
                     if not self.finished:
                         self._reserve()
@@ -399,6 +444,7 @@ class _Learner:
         finally:
             done.set()
             thread.join()
+            self._reader.shutdown()
 
 
 class _LostPolicyError(Exception):

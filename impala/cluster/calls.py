@@ -24,6 +24,7 @@ from impala.cluster.channel import (
     Rejected,
     RemoteError,
     ServerError,
+    Silent,
     Values,
     WrongPeer,
     WrongSecret,
@@ -33,7 +34,7 @@ from impala.cluster.channel import (
 from impala.config import split_address
 
 # A client of a function that takes longer hears this often that the server is there.
-_BUSY_SECONDS = 2.0
+_BUSY_SECONDS = 1.0
 # The deadline of a server for the rest of a message.
 _DEADLINE_SECONDS = 30.0
 _MAX_CONNECTIONS = 1024
@@ -57,7 +58,7 @@ class Function(NamedTuple):
     Attributes:
       call: takes the values and the body, u8 `[N]`, of a call, and returns those of the answer. It
         may keep the body, and may block: each connection has a thread of its own. May raise
-        `Refused`, or `Disconnected` to end the connection without an answer.
+        `Refused`, or `Disconnected` if the caller should try again later.
       max_bytes: greatest length of the body.
     """
 
@@ -104,7 +105,7 @@ class Server:
         # Guards everything below.
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._newcomers: dict[socket.socket, None] = {}
+        self._newcomers: dict[socket.socket, str] = {}
         self._served: dict[_Served, None] = {}
         self._threads: set[threading.Thread] = set()
         self._warnings: dict[str, _Warning] = {}
@@ -156,12 +157,20 @@ class Server:
                 if not self._closed.wait(0.1):
                     self._warn(f'port {self.port} cannot take a connection: {error.strerror}')
                 continue
+            # IPv4 addresses come with a prefix on a socket of both.
+            peer = peer.removeprefix('::ffff:')
+            oldest = None
             with self._lock:
                 is_full = len(self._served) >= _MAX_CONNECTIONS
                 if len(self._newcomers) >= _MAX_NEWCOMERS:
-                    _shut(next(iter(self._newcomers)))
+                    oldest = next(iter(self._newcomers))
+                    # Its thread ends without a report.
+                    _shut(oldest)
+                    oldest_peer = self._newcomers[oldest]
                 if not is_full:
-                    self._newcomers[connection] = None
+                    self._newcomers[connection] = peer
+            if oldest is not None:
+                self._refuse('it says nothing', oldest_peer)
             if is_full:
                 connection.close()
                 self._refuse(f'there are {_MAX_CONNECTIONS:,} already', peer)
@@ -210,8 +219,8 @@ class Server:
                 answer = {'answer': answer}
             except Refused as error:
                 answer = {'refused': str(error)}
-            except RemoteError:
-                raise
+            except Disconnected as error:
+                answer = {'later': str(error)}
             except Exception as error:
                 # Without an answer, so that the caller tries again later.
                 self._warn(f"call '{name}' failed: {type(error).__name__}: {error}")
@@ -318,7 +327,7 @@ class Client:
           kind: kind of the job that should listen there.
           secret: the secret of the run; None without one.
           deadline_seconds: seconds after which a call fails if nothing arrives, not even the notice
-            that the server is working on it; at least 5.
+            that the server is working on it; more than 2.
 
         Raises:
           ConfigError: the address is invalid.
@@ -362,7 +371,8 @@ class Client:
 
         Raises:
           Rejected: the function rejects the arguments.
-          Disconnected: there is no answer; the function may have been executed or not.
+          Disconnected: there is no answer, and the function may have been executed or not; or the
+            function says that the caller should try again later.
           WrongPeer: what listens at the address is no job of the expected kind.
           WrongSecret: it does not have the same secret.
           Closed: this client is closed.
@@ -381,9 +391,13 @@ class Client:
                     raise Closed(f'The connection to {self._peer.lower()} is closed.') from error
                 if str(error).startswith(('The ', 'What ')):
                     raise
+                if isinstance(error, Silent):
+                    raise Silent(f'{self._peer} does not answer.') from error
                 raise type(error)(f'{self._peer} is not there: {error}.') from error
         if 'refused' in answer:
             raise Rejected(answer['refused'])
+        if 'later' in answer:
+            raise Disconnected(f'{self._peer} is not there: {answer["later"]}.')
         return answer['answer'], body
 
     def close(self) -> None:
@@ -427,9 +441,8 @@ def listen(address: str, kind: str) -> socket.socket:
     """
     host, port = split_address(address)
     host = host.strip('[]')
-    is_loopback = host == 'localhost' or host == '::1' or host.startswith('127.')
     try:
-        if is_loopback:
+        if _is_loopback(host):
             family = socket.AF_INET6 if host == '::1' else socket.AF_INET
             return socket.create_server((host, port), family=family, backlog=256)
         if socket.has_dualstack_ipv6():
@@ -441,6 +454,30 @@ def listen(address: str, kind: str) -> socket.socket:
         in_use = error.errno == errno.EADDRINUSE
         reason = 'another process does' if in_use else (error.strerror or str(error))
         raise ServerError(f'The {kind} cannot listen on {address}: {reason}.') from error
+
+
+def warn_of_strangers(
+    address: str, port: int, secret: bytes | None, report: Callable[[str], None]
+) -> None:
+    """Reports that strangers can take part in the run, if there is no secret and they can connect.
+
+    Args:
+      address: of the server, see `Server`.
+      port: on which it listens.
+      secret: see `Server`.
+      report: takes the warning.
+    """
+    has_network = any(name != 'lo' for _, name in socket.if_nameindex())
+    if secret is None and has_network and not _is_loopback(split_address(address)[0].strip('[]')):
+        report(
+            f'WARNING: whoever reaches port {port} of this machine can take part in the run: give '
+            'all jobs the same --cluster_secret_file, or say --trusted_network if nobody else can; '
+            'see docs/distributed.md.'
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    return host in ('localhost', '::1') or host.startswith('127.')
 
 
 def _shut(connection: socket.socket) -> None:

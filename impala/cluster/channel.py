@@ -59,6 +59,10 @@ class Disconnected(RemoteError):
     """The other end does not answer or has restarted; the call may be repeated."""
 
 
+class Silent(Disconnected):
+    """Nothing has arrived until the deadline."""
+
+
 class Rejected(RemoteError):
     """The other end rejects these arguments."""
 
@@ -132,7 +136,7 @@ class Channel:
           without a copy.
 
         Raises:
-          Disconnected: the connection has ended or is broken, or the deadline has passed.
+          Disconnected: the connection has ended or is broken; `Silent`: the deadline has passed.
           WrongPeer: the message is malformed or too long.
           WrongSecret: the message does not come from the other end, or was changed.
         """
@@ -213,7 +217,7 @@ class Channel:
             except BlockingIOError as error:
                 if waits and len(view) == len(buffer):
                     continue
-                raise Disconnected('it does not answer') from error
+                raise Silent('it does not answer') from error
             except OSError as error:
                 raise Disconnected(_reason(error)) from error
             if not count:
@@ -315,6 +319,8 @@ def connect(address: str, kind: str, secret: bytes | None, deadline_seconds: flo
                 _REPLY.pack(_MAGIC, own_nonce, _NO_CODE if keys is None else _proof(keys[0]))
             )
             verdict = connection.recv(_VERDICT.size, socket.MSG_WAITALL)
+        except BlockingIOError as error:
+            raise Silent(f'{peer} does not answer.') from error
         except OSError as error:
             raise Disconnected(f'{peer} is not there: {_reason(error)}.') from error
         if len(verdict) < _VERDICT.size:
@@ -374,6 +380,4 @@ def _proof(key: bytes) -> bytes:
 
 
 def _reason(error: OSError) -> str:
-    if isinstance(error, BlockingIOError):
-        return 'it does not answer'
     return error.strerror or str(error) or type(error).__name__

@@ -1,12 +1,7 @@
-"""The learner's side of the exchange with actor jobs: an inbox of unrolls, a board of weights.
-
-Both objects belong to the process and have names. Graphs that other machines send to the
-`tf.distribute.Server` of this process look them up by name; `impala.cluster.transport` builds those
-graphs. Tensors pass by reference: an unroll is copied once, into its batch, and weights are not
-copied at all.
-"""
+"""The learner's inbox of unrolls from actor jobs. An unroll is copied once, into its batch."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,12 +9,16 @@ import numpy as np
 import tensorflow as tf
 
 from dynamic_batching.op_library import load_ops
+from impala.cluster.unroll_format import UnrollFormat
+from impala.private_tensorflow import shared_tensor
 from impala.trajectory import UnrollArray
 
 _ops = load_ops('impala.cluster')
 
-INBOX = 'unrolls'
-BOARD = 'weights'
+# Of the tensors that hold an actor's texts, one per actor is in use.
+_NUM_CACHED_TEXTS = 1024
+# The inbox rejects texts of so many characters.
+_TOO_LONG = 4097
 
 
 class Batch(NamedTuple):
@@ -99,11 +98,14 @@ class InboxStatistics:
 
 
 class UnrollInbox:
-    """A bounded FIFO queue of unrolls that other processes fill.
+    """A bounded FIFO queue of unrolls from other processes.
 
-    Only complete and valid unrolls enter: with the right shapes and dtypes, finite floats, integers
+    Only complete and valid unrolls enter: with the right number of bytes, finite floats, integers
     within their bounds, and a policy version that the learner has published. All methods are
     thread-safe; `take` and `set_latest_version` also work inside a `tf.function`.
+
+    Attributes:
+      max_nbytes: bytes of an unroll in the larger of its forms.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class UnrollInbox:
         capacity: int,
         components: Sequence[UnrollArray],
         version_component: str,
-        name: str = INBOX,
+        stack: str | None = None,
     ):
         """Makes the queue.
 
@@ -120,33 +122,35 @@ class UnrollInbox:
           components: the arrays of an unroll.
           version_component: name of the array, an int64 scalar, that holds the policy version; its
             greatest valid value is set by `set_latest_version`, initially 0.
-          name: name by which processes that put unrolls find the inbox.
+          stack: name of the array, uint8 `[T+1, ..., C]`, that may arrive packed; see
+            `UnrollFormat`.
 
         Raises:
-          tf.errors.AlreadyExistsError: an open inbox has this name.
           tf.errors.InvalidArgumentError: the components are invalid.
         """
-        self._name = name
+        self.max_nbytes = UnrollFormat(components, stack).max_nbytes
         self._layout = {
             'types': [tf.as_dtype(component.dtype) for component in components],
             'shapes': [list(component.shape) for component in components],
             'time_major': [component.time_major for component in components],
         }
+        # Making a tensor of strings takes longer than putting an unroll.
+        self._texts = functools.lru_cache(_NUM_CACHED_TEXTS)(_eager_constant)
         names = [component.name for component in components]
         with tf.device('/cpu:0'):
-            _ops.unroll_inbox(
-                object=name,
+            self._inbox = _ops.unroll_inbox(
                 capacity=capacity,
                 names=names,
                 lows=[component.bounds[0] for component in components],
                 highs=[component.bounds[1] for component in components],
                 version_component=names.index(version_component),
+                stack=-1 if stack is None else names.index(stack),
                 **self._layout,
             )
 
     def put(
         self,
-        unroll: Sequence[tf.Tensor],
+        unroll: np.ndarray | tf.Tensor,
         actor: int,
         client: int,
         sequence: int,
@@ -154,10 +158,12 @@ class UnrollInbox:
         level: str = '',
         notes: str = '',
     ) -> tf.Tensor:
-        """Puts an unroll from within this process; waits while the queue is full.
+        """Puts an unroll; waits while the queue is full.
 
         Args:
-          unroll: the arrays.
+          unroll: u8 `[N]`, the joined `UnrollFormat.buffers` of the unroll. A tensor, or an array
+            whose address is a multiple of 64 bytes, is not copied and must not be written to;
+            other arrays are copied.
           actor: the actor's number.
           client: i64, id of the client that counts `sequence`.
           sequence: i64, greater than that of the client's previous unroll; unchanged if the same
@@ -173,10 +179,13 @@ class UnrollInbox:
           tf.errors.InvalidArgumentError: the unroll is invalid; the message says why.
           tf.errors.CancelledError: the inbox is closed.
         """
+        numbers = shared_tensor(np.array([actor, client, sequence], np.int64))
+        if isinstance(unroll, np.ndarray):
+            unroll = shared_tensor(unroll)
+        # Cut, so that what strangers send cannot fill the cache.
+        texts = self._texts((host[:_TOO_LONG], level[:_TOO_LONG], notes[:_TOO_LONG]))
         with tf.device('/cpu:0'):
-            return _ops.unroll_inbox_put(
-                actor, host, level, notes, client, sequence, unroll, object=self._name
-            )
+            return _ops.unroll_inbox_put(self._inbox, texts, numbers, unroll)
 
     def reserve(self, actor: int, client: int, host: str, seconds: float) -> 'Reservation':
         """Reserves an actor number for a client, unless another client holds it.
@@ -197,7 +206,7 @@ class UnrollInbox:
         with tf.device('/cpu:0'):
             return Reservation.of(
                 *_ops.unroll_inbox_reserve(
-                    actor, client, host, tf.constant(seconds, tf.float64), object=self._name
+                    self._inbox, actor, client, host, tf.constant(seconds, tf.float64)
                 )
             )
 
@@ -209,7 +218,7 @@ class UnrollInbox:
         """
         with tf.device('/cpu:0'):
             return Batch(
-                *_ops.unroll_inbox_take(object=self._name, batch_size=batch_size, **self._layout)
+                *_ops.unroll_inbox_take(self._inbox, batch_size=batch_size, **self._layout)
             )
 
     def set_latest_version(self, version: tf.Tensor) -> tf.Operation | None:
@@ -221,12 +230,12 @@ class UnrollInbox:
           version: i64 scalar.
         """
         with tf.device('/cpu:0'):
-            return _ops.unroll_inbox_set_latest_version(version, object=self._name)
+            return _ops.unroll_inbox_set_latest_version(self._inbox, version)
 
     def statistics(self) -> InboxStatistics:
         """Returns what each actor has sent so far, and how full the queue is."""
         numbers, hosts, levels, notes, counts, seconds, rejections, queue, copy_seconds = (
-            output.numpy() for output in _ops.unroll_inbox_statistics(object=self._name)
+            output.numpy() for output in _ops.unroll_inbox_statistics(self._inbox)
         )
         actors = {}
         for i, number in enumerate(numbers.tolist()):
@@ -246,69 +255,11 @@ class UnrollInbox:
         return InboxStatistics(actors, queued, waiting, float(copy_seconds))
 
     def close(self) -> None:
-        """Fails all waiting calls, here and elsewhere, and drops the queue. May be called again."""
-        _ops.unroll_inbox_close(object=self._name)
+        """Fails all waiting calls and drops the queue. May be called again."""
+        _ops.unroll_inbox_close(self._inbox)
 
 
-class WeightsBoard:
-    """Weights that other processes may read at any time.
-
-    All methods are thread-safe; `publish` also works inside a `tf.function`.
-    """
-
-    def __init__(self, settings: str, name: str = BOARD):
-        """Makes the board, without weights.
-
-        Args:
-          settings: text for the readers, such as the settings of the network.
-          name: name by which readers find the board.
-
-        Raises:
-          tf.errors.AlreadyExistsError: an open board has this name.
-        """
-        self._name = name
-        with tf.device('/cpu:0'):
-            _ops.weights_board(settings, object=name)
-
-    def publish(
-        self, weights: Sequence[tf.Tensor | tf.Variable], version: tf.Tensor
-    ) -> tf.Operation | None:
-        """Replaces all weights at once.
-
-        Args:
-          weights: values on the CPU are shared, not copied; a later assignment to a variable
-            allocates new memory for it.
-          version: i64 scalar, learner updates behind the weights.
-        """
-        values = [tf.convert_to_tensor(weight) for weight in weights]
-        with tf.device('/cpu:0'):
-            return _ops.weights_board_publish(version, values, object=self._name)
-
-    def version(self) -> tuple[int, bool]:
-        """Returns the latest version, -1 before the first, and whether it is final."""
-        version, finished = _ops.weights_board_version(object=self._name)
-        return int(version), bool(finished)
-
-    def read(self, specs: Sequence[tf.TensorSpec]) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Returns the latest version, i64 scalar, and its weights.
-
-        Args:
-          specs: specs of the weights.
-
-        Raises:
-          tf.errors.InvalidArgumentError: the weights do not have these shapes and dtypes.
-          tf.errors.NotFoundError: none have been published yet.
-        """
-        return _ops.weights_board_read(
-            object=self._name,
-            types=[spec.dtype for spec in specs],
-            shapes=[spec.shape for spec in specs],
-        )
-
-    def finish(self) -> None:
-        """Tells readers that training is complete."""
-        _ops.weights_board_finish(object=self._name)
-
-    def close(self) -> None:
-        """Fails all further reads and drops the weights. May be called again."""
-        _ops.weights_board_close(object=self._name)
+def _eager_constant(values: tuple[str, ...]) -> tf.Tensor:
+    # Also eager within a function, since it outlives that.
+    with tf.init_scope(), tf.device('/cpu:0'):
+        return tf.constant(values)

@@ -7,6 +7,7 @@ log.
 """
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -18,7 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.transport import ServerError, is_in_use
+from impala.cluster.calls import listen
+from impala.cluster.channel import (
+    Channel,
+    Disconnected,
+    RemoteError,
+    ServerError,
+    Silent,
+    Values,
+    WrongPeer,
+    WrongSecret,
+    accept,
+    connect,
+)
 from impala.config import (
     GRADIENTS_PORT_OFFSET,
     GROUP_PORT_OFFSET,
@@ -42,7 +55,7 @@ _RETRY_SECONDS = 0.5
 # The strategy notices the end of a learner, too, at most this many seconds earlier.
 _EXPLANATION_SECONDS = 5.0
 _FINISH_SECONDS = 60.0
-_LONGEST_MESSAGE = 1 << 20
+KIND = 'learner group'
 _ENDED = 'a learner has ended or was stopped'
 
 
@@ -56,10 +69,12 @@ class Member(NamedTuple):
     Attributes:
       addresses: `host:port` of all learners, to which their actors connect.
       task: index of this learner.
+      secret: the secret of the run; None without one.
     """
 
     addresses: tuple[str, ...]
     task: int
+    secret: bytes | None = None
 
     @property
     def is_first(self) -> bool:
@@ -82,7 +97,7 @@ def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.S
     """
     ports = [split_address(address) for address in addresses]
     workers = [f'{host}:{port + GRADIENTS_PORT_OFFSET}' for host, port in ports]
-    if is_in_use(ports[task][1] + GRADIENTS_PORT_OFFSET):
+    if _is_in_use(ports[task][1] + GRADIENTS_PORT_OFFSET):
         raise ServerError(
             f'The learner cannot listen on {workers[task]}: another process does; learners use '
             f'the port of their address + {GRADIENTS_PORT_OFFSET}.'
@@ -108,7 +123,7 @@ def strategy_of_learners(addresses: Sequence[str], task: int) -> tf.distribute.S
 class LearnerGroup:
     """Connects a learner to the others. A context manager.
 
-    The first learner listens, the others connect to it. Messages are lines of JSON. Until `then` is
+    The first learner listens, the others connect to it. Until `then` is
     called, the end of another learner ends this process at once.
 
     Attributes:
@@ -136,10 +151,11 @@ class LearnerGroup:
         self._settings = json.loads(json.dumps(settings))
         self._report = report
         host, port = split_address(member.addresses[0])
-        self._group_address = host, port + GROUP_PORT_OFFSET
+        self._group_address = f'{host}:{port + GROUP_PORT_OFFSET}'
         # Guards everything below.
         self._changed = threading.Condition()
         self._peers: dict[int, _PeerConnection] = {}
+        self._hosts: dict[int, str] = {}
         self._complete: set[int] = set()
         self._reason: str | None = None
         self._stopped = False
@@ -181,21 +197,14 @@ class LearnerGroup:
             peer.close()
 
     def _await_learners(self) -> None:
-        host, port = self._group_address
+        host, port = split_address(self._group_address)
         with contextlib.suppress(OSError):
-            socket.create_connection(self._group_address, timeout=2.0).close()
+            socket.create_connection((host.strip('[]'), port), timeout=2.0).close()
             raise ConfigError(
                 f'There is another learner with --task=0 at {self._member.addresses[0]}: each '
                 'needs a number of its own.'
             )
-        # Unlike TensorFlow's servers, this one need not listen on all interfaces.
-        interface = host if host in ('localhost', '127.0.0.1') else ''
-        try:
-            self._listener = socket.create_server((interface, port))
-        except OSError as error:
-            raise ServerError(
-                f'The first learner cannot listen on port {port} for the others: {error.strerror}.'
-            ) from error
+        self._listener = listen(self._group_address, 'first learner')
         threading.Thread(target=self._accept, name='learner handshake', daemon=True).start()
         everybody = set(range(1, len(self._member.addresses)))
         reported: set[int] = set()
@@ -220,7 +229,11 @@ class LearnerGroup:
 
     def _serve(self, connection: socket.socket) -> None:
         """The first learner's end of a connection to another one."""
-        with contextlib.suppress(OSError), _PeerConnection(connection) as peer:
+        address = connection.getpeername()[0]
+        with (
+            contextlib.suppress(RemoteError),
+            _PeerConnection(accept(connection, KIND, self._member.secret)) as peer,
+        ):
             hello = peer.receive() or {}
             task, host = hello.get('task'), hello.get('host')
             if not isinstance(task, int):
@@ -230,7 +243,7 @@ class LearnerGroup:
                     return  # The learner retries until a new group forms.
                 refusal = self._refusal(task, hello)
                 if refusal is None:
-                    self._peers[task] = peer
+                    self._peers[task], self._hosts[task] = peer, address
                     self._changed.notify_all()
             if refusal is not None:
                 self._report(f'Learner {task} on {host} is refused: {refusal}')
@@ -246,7 +259,7 @@ class LearnerGroup:
             )
         if task in self._peers:
             return (
-                f'There is another learner with --task={task} at {self._peers[task].address}: each '
+                f'There is another learner with --task={task} at {self._hosts[task]}: each '
                 'needs a number of its own.'
             )
         theirs = hello.get('settings', {})
@@ -259,8 +272,7 @@ class LearnerGroup:
         return None
 
     def _join(self) -> None:
-        host, port = self._group_address
-        self._report(f'Waiting for the first learner at {host}, port {port}')
+        self._report(f'Waiting for the first learner at {self._group_address}')
         hello = {
             'task': self._member.task,
             'host': socket.gethostname(),
@@ -268,8 +280,8 @@ class LearnerGroup:
             'settings': self._settings,
         }
         while True:
-            with contextlib.suppress(OSError):
-                peer = _PeerConnection(socket.create_connection(self._group_address, timeout=5.0))
+            with contextlib.suppress(Disconnected):
+                peer = _PeerConnection(self._connect())
                 peer.send(hello)
                 with self._changed:
                     self._peers[0] = peer
@@ -285,6 +297,12 @@ class LearnerGroup:
                         return
                 peer.close()
             time.sleep(_RETRY_SECONDS)
+
+    def _connect(self) -> Channel:
+        try:
+            return connect(self._group_address, KIND, self._member.secret, _SILENCE_SECONDS)
+        except (WrongPeer, WrongSecret) as error:
+            raise ConfigError(str(error)) from error
 
     def _beat(self) -> None:
         while not self._closed.wait(_HEARTBEAT_SECONDS):
@@ -334,7 +352,7 @@ class LearnerGroup:
         with self._changed:
             peers = list(self._peers.values())
         for peer in peers:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Disconnected):
                 peer.send(message)
 
     def then(self, stop: Callable[[], Any]) -> None:
@@ -414,6 +432,36 @@ class LearnerGroup:
                 np.array(frames, np.int32),
                 np.array(ends, np.uint8),
             )
+
+
+def warn_of_gradients(member: Member, report: Callable[[str], None]) -> None:
+    """Reports that strangers can run code in this process, unless there is no network.
+
+    TensorFlow's server, over which learners exchange gradients, has no authentication, listens on
+    all interfaces and runs any graph that it receives.
+
+    Args:
+      member: this learner.
+      report: takes the warning.
+    """
+    port = split_address(member.addresses[member.task])[1] + GRADIENTS_PORT_OFFSET
+    if any(name != 'lo' for _, name in socket.if_nameindex()):
+        report(
+            f'WARNING: whoever reaches port {port} of this machine, over which learners exchange '
+            'gradients, can run code in this process: see docs/distributed.md, then say '
+            '--trusted_network.'
+        )
+
+
+def _is_in_use(port: int) -> bool:
+    """Returns whether a process on this machine listens on a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(('', port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
 
 
 class FollowerLog(Log):
@@ -498,17 +546,14 @@ class _PeerConnection:
     """A connection between two learners. A context manager; any thread may send.
 
     Attributes:
-      address: network address of the other end.
       is_silent: whether `receive` has returned None because no message arrived in time.
     """
 
-    def __init__(self, connection: socket.socket):
-        connection.settimeout(_SILENCE_SECONDS)
-        self._connection = connection
-        self._reader = connection.makefile('rb')
+    def __init__(self, channel: Channel):
+        channel.set_deadline(_SILENCE_SECONDS)
+        self._channel = channel
         self._sending = threading.Lock()
         self.is_silent = False
-        self.address = connection.getpeername()[0]
 
     def __enter__(self) -> '_PeerConnection':
         return self
@@ -516,28 +561,23 @@ class _PeerConnection:
     def __exit__(self, *unused: Any) -> None:
         self.close()
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Values) -> None:
         """Sends a message.
 
         Raises:
-          OSError: the connection is broken.
+          Disconnected: the connection is broken.
         """
         with self._sending:
-            self._connection.sendall(json.dumps(message).encode() + b'\n')
+            self._channel.send(message)
 
-    def receive(self) -> dict[str, Any] | None:
+    def receive(self) -> Values | None:
         """Returns the next message; None if the other end is gone, silent or not a learner."""
         try:
-            message = json.loads(self._reader.readline(_LONGEST_MESSAGE))
-        except TimeoutError:
-            self.is_silent = True
+            return self._channel.receive(lambda _: 0)[0]
+        except RemoteError as error:
+            self.is_silent = isinstance(error, Silent)
             return None
-        except (OSError, ValueError):
-            return None
-        return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        """Closes the connection; `receive` returns None at both ends."""
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-        self._connection.close()
+        """Ends the connection; `receive` returns None at both ends."""
+        self._channel.shut()

@@ -10,8 +10,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from impala.cluster.exchange import ActorStatistics, UnrollInbox, WeightsBoard
-from impala.cluster.transport import LearnerServer
+from impala.cluster.calls import warn_of_strangers
+from impala.cluster.exchange import ActorStatistics, UnrollInbox
+from impala.cluster.learner_service import LearnerService
 from impala.config import Config
 from impala.experience.batch import (
     Mix,
@@ -20,12 +21,13 @@ from impala.experience.batch import (
     compiled,
     unroll_components,
 )
+from impala.learning import memory_needs
 from impala.networks.agent import Agent
 from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 10
+PROTOCOL = 11
 
 WATCH_SECONDS = 5.0
 # An actor that has been silent for this many seconds does not count as connected.
@@ -94,18 +96,26 @@ class RemoteActors:
           report: takes lines that say which actors connect and disconnect.
 
         Raises:
+          ConfigError: the file of the secret cannot be used.
           ServerError: the address is invalid or in use.
         """
+        cluster, secret = config.cluster, config.cluster.secret()
         self._observation_names = list(spec.observation)
         self._state_structure = agent.state_spec
         self._report = report
         components = unroll_components(
             spec, agent.state_spec, config.learner.unroll_length, len(level_names)
         )
-        self._inbox = UnrollInbox(config.actors.queue_capacity, components, 'policy_version')
-        self._board = WeightsBoard(json.dumps(settings))
-        self._server = LearnerServer(config.cluster.own_address)
-        self.port = self._server.port
+        self._inbox = UnrollInbox(
+            config.actors.queue_capacity,
+            components,
+            'policy_version',
+            stack=memory_needs.stack_of(spec),
+        )
+        self._service = LearnerService(cluster.own_address, self._inbox, settings, secret, report)
+        self.port = self._service.port
+        if not cluster.trusted_network:
+            warn_of_strangers(cluster.own_address, self.port, secret, report)
         self._rows: list[dict[str, Any]] = []
         self._known: dict[int, ActorStatistics] = {}
         self._looked_at = time.monotonic()
@@ -121,14 +131,13 @@ class RemoteActors:
         self._closed.set()
         self._watcher.join()
         self.close()
-        self._board.close()
+        self._service.close()
 
-    @tf.function(autograph=False)
     def publish(self, weights: Sequence[tf.Variable], version: tf.Tensor) -> None:
         """Publishes weights for the actor jobs."""
         # Set the version first: a fast actor may return an unroll of these weights at once.
-        with tf.control_dependencies([self._inbox.set_latest_version(version)]):
-            self._board.publish([tf.identity(weight) for weight in weights], version)
+        self._inbox.set_latest_version(version)
+        self._service.publish(int(version), _in_memory(weights))
 
     def assembler(self, batch_size: int, mix: Mix | None = None) -> Callable[[], UnrollBatch]:
         """Returns a function that assembles the next batch, for `Loading`.
@@ -152,7 +161,7 @@ class RemoteActors:
 
         Takes `2 * POLL_SECONDS` if there are any.
         """
-        self._board.finish()
+        self._service.finish()
         has_actors = bool(self._inbox.statistics().actors)
         self._inbox.close()
         if has_actors:
@@ -186,7 +195,7 @@ class RemoteActors:
     def _look(self) -> None:
         """Counts unrolls, and reports which actors connect, disconnect or are rejected."""
         actors = self._inbox.statistics().actors
-        version, _ = self._board.version()
+        version = self._service.status().version
         now = time.monotonic()
         rows: list[dict[str, Any]] = []
         for task, actor in sorted(actors.items()):
@@ -216,6 +225,13 @@ class RemoteActors:
             for each in sorted(tasks):
                 self._report(f'Actor {each} ({actors[each].host}) {what}: {len(connected)} in all')
         self._rows, self._known, self._looked_at = rows, actors, now
+
+
+@tf.function(autograph=False)
+def _in_memory(weights: Sequence[tf.Variable]) -> list[tf.Tensor]:
+    """Returns the values of variables, which later assignments do not change."""
+    with tf.device('/cpu:0'):
+        return [tf.identity(weight) for weight in weights]
 
 
 def job_settings(

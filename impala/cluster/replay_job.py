@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from impala.cluster.calls import Function, Refused, Server
+from impala.cluster.calls import Function, Refused, Server, warn_of_strangers
 from impala.cluster.channel import Buffer, Values
 from impala.config import Config
 from impala.experience.replay import Packing, Replay
@@ -63,6 +63,7 @@ def run(config: Config, report: Callable[[str], None]) -> str:
       A sentence that says why the job ended.
 
     Raises:
+      ConfigError: the file of the secret cannot be used.
       ServerError: the address is in use.
       ReplayJobError: storing or sampling has failed.
       KeyboardInterrupt: a signal arrived before the job held anything.
@@ -71,10 +72,13 @@ def run(config: Config, report: Callable[[str], None]) -> str:
     # An equal share of the total.
     capacity = -(-config.learner.replay.replay_capacity // len(addresses))
     ends = threading.Event()
+    secret = config.cluster.secret()
     with StopSignal() as stop:
         shard = Shard(capacity, (config.run.seed, task), report, ends.set)
-        with Server(addresses[task], shard.functions, KIND, None, report) as server:
+        with Server(addresses[task], shard.functions, KIND, secret, report) as server:
             stop.then(ends.set)
+            if not config.cluster.trusted_network:
+                warn_of_strangers(addresses[task], server.port, secret, report)
             report(
                 f'Replay job {task} of {len(addresses)}: holds up to {capacity:,} trajectories; '
                 f'waiting for a learner on port {server.port}'

@@ -17,7 +17,7 @@ import numpy as np
 from impala.trajectory import UnrollArray
 
 # TensorFlow uses an array without a copy if its address is a multiple of this, in bytes.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 
 
 class Packing:
@@ -33,7 +33,9 @@ class Packing:
 
     Attributes:
       components: of an unroll, as given.
-      packed: components of a packed unroll, none of them time-major.
+      packed: components of a packed unroll, none of them time-major. A stack's frames take its
+        place; which rows begin an episode, bool `[T+1]`, comes last.
+      stack: index of the component that is a stack of frames, None if none is.
     """
 
     def __init__(self, components: Sequence[UnrollArray], stack: str | None = None):
@@ -50,12 +52,12 @@ class Packing:
             for i, component in enumerate(components)
             if np.issubdtype(np.dtype(component.dtype), np.floating)
         ]
-        self._stack = None
+        self.stack: int | None = None
         if stack is not None:
-            self._stack = [component.name for component in components].index(stack)
-            rows, *frame, size = components[self._stack].shape
-            self.packed[self._stack] = dataclasses.replace(
-                self.packed[self._stack], shape=(rows + size - 1, *frame)
+            self.stack = [component.name for component in components].index(stack)
+            rows, *frame, size = components[self.stack].shape
+            self.packed[self.stack] = dataclasses.replace(
+                self.packed[self.stack], shape=(rows + size - 1, *frame)
             )
             self.packed.append(UnrollArray((rows,), 'bool', f'{stack}_begins', False))
             # A row is the previous one shifted by a frame if its bytes are those of the previous
@@ -102,19 +104,33 @@ class Packing:
         """
         if not all(np.isfinite(unroll[i]).all() for i in self._floats):
             return False
-        if self._stack is not None:
-            stacks = unroll[self._stack]
-            begins = self._rows_that_begin(stacks)
-            if begins is None:
-                return False
-            num_old = stacks.shape[-1] - 1
-            frames = packed[self._stack]
-            frames[:num_old] = np.moveaxis(stacks[0, ..., :num_old], -1, 0)
-            frames[num_old:] = stacks[..., num_old]
-            packed[-1][...] = begins
+        if self.stack is not None and not self.pack_stack(
+            unroll[self.stack], packed[self.stack], packed[-1]
+        ):
+            return False
         for i, array in enumerate(unroll):
-            if i != self._stack:
+            if i != self.stack:
                 packed[i][...] = array
+        return True
+
+    def pack_stack(self, stacks: np.ndarray, frames: np.ndarray, begins: np.ndarray) -> bool:
+        """Packs only the component that stacks frames; see `pack`.
+
+        Args:
+          stacks: u8 `[T+1, H, W, C]`.
+          frames: u8 `[T+C, H, W]`, written to.
+          begins: bool `[T+1]`, whether an episode begins with the row; written to.
+
+        Returns:
+          Whether that was possible; nothing is written otherwise.
+        """
+        rows_that_begin = self._rows_that_begin(stacks)
+        if rows_that_begin is None:
+            return False
+        num_old = stacks.shape[-1] - 1
+        frames[:num_old] = np.moveaxis(stacks[0, ..., :num_old], -1, 0)
+        frames[num_old:] = stacks[..., num_old]
+        begins[...] = rows_that_begin
         return True
 
     def unpack(
@@ -128,7 +144,7 @@ class Packing:
           column: of `unrolls`, from 0 to N-1; written to.
         """
         for i, (component, array) in enumerate(zip(self.components, unrolls, strict=True)):
-            if i == self._stack:
+            if i == self.stack:
                 begins = np.flatnonzero(packed[-1])
                 _rebuild_stacks(packed[i], begins.tolist(), array[:, column])
             elif component.time_major:
@@ -279,8 +295,8 @@ def unroll_nbytes(components: Sequence[UnrollArray], stack: str | None = None) -
 def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """Returns an uninitialized array that TensorFlow can use without a copy."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
+    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
     return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 

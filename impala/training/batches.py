@@ -66,6 +66,7 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
             batch_size=settings.batch_size,
             num_replayed=num_devices * math.ceil(fraction * part_size),
             seed=seed,
+            secret=config.cluster.secret(),
             report=report_to_stderr,
         )
         return ReplayMixer(shards, fraction, part_size)
@@ -117,14 +118,10 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
             return InProcessActors(playing, level_names, spec, acting_agent, host, report, device)
         return LocalActors(playing, level_names, spec, acting_agent, host, report, device=device)
     from impala.cluster.remote_actors import RemoteActors, job_settings
-    from impala.cluster.transport import warn_of_network
 
     shape = network_settings(run.network, spec)
     settings = job_settings(config, level_names, shape, spec.num_action_repeats)
-    actors = RemoteActors(config, level_names, spec, agent, settings, log.message)
-    if not config.cluster.trusted_network:
-        warn_of_network(actors.port, log.message)
-    return actors
+    return RemoteActors(config, level_names, spec, agent, settings, log.message)
 
 
 class BatchSource:

@@ -118,11 +118,13 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
             run_id = run_files.run_id(config.run.logdir)
         learners: Learners = OnlyLearner(run_id)
         if cluster.has_several_learners:
-            from impala.cluster.learner_group import LearnerGroup, Member
+            from impala.cluster.learner_group import LearnerGroup, Member, warn_of_gradients
 
-            member = Member(cluster.learner_addresses, cluster.task)
+            member = Member(cluster.learner_addresses, cluster.task, cluster.secret())
             settings = shared_settings(config, spec, network)
             learners = stack.enter_context(LearnerGroup(member, settings, report_to_stderr, run_id))
+            if not cluster.trusted_network:
+                warn_of_gradients(member, report_to_stderr)
         yield Run(config, suite, actor_host, spec, network, learners, stop)
 
 

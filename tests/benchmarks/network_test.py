@@ -68,7 +68,7 @@ def test_training_survives_a_bad_network_and_its_outage(tmp_path, make_network, 
     logdir = tmp_path / 'run'
     learner_host, *actor_hosts = network.hosts
     with contextlib.ExitStack() as stack:
-        # Both have the level on the command line; the learner has no address.
+        # Both have the level on the command line.
         level = '--level_name=benchmarks.numbered_level:cart_pole'
         learner = stack.enter_context(
             Run(
@@ -77,6 +77,7 @@ def test_training_survives_a_bad_network_and_its_outage(tmp_path, make_network, 
                 level,
                 '--task=0',
                 f'--logdir={logdir}',
+                f'--learner_address=0.0.0.0:{LEARNER_PORT}',
                 ENDLESS,
                 prefix=learner_host.prefix,
             )  # fmt: skip
@@ -123,6 +124,52 @@ def test_training_survives_a_bad_network_and_its_outage(tmp_path, make_network, 
     account = numbered_level.account(episodes(logdir), str(numbers))
     assert account.episodes * 20 >= lines[-1]['frames'] - 8 * 20
     assert (account.duplicates, account.gaps) == (0, {})
+
+
+def test_strangers_do_not_disturb_a_run(tmp_path, make_network):
+    learner_host, actor_host, stranger_host = make_network(3).hosts
+    key, logdir = 'a secret of at least 16 bytes', tmp_path / 'run'
+    (tmp_path / 'secret').write_text(key)
+    secret = f'--cluster_secret_file={tmp_path / "secret"}'
+    address = f'--learner_address={learner_host.address}:{LEARNER_PORT}'
+    with (
+        Run(tmp_path / 'learner', *CARTPOLE, '--task=0', f'--logdir={logdir}', ENDLESS, address,
+            secret, prefix=learner_host.prefix) as learner,
+        Run(tmp_path / 'actor', '--job_name=actor', '--task=0', '--envs_per_actor=4', address,
+            secret, prefix=actor_host.prefix) as actor,
+    ):  # fmt: skip
+        learner.wait_until(lambda: frames(logdir) > 1000)
+        waited = actor.stderr.count('Waiting for it')
+        recording = tmp_path / 'recorded'
+        attack = (
+            'import pathlib, sys; from benchmarks import strangers; '
+            'address = (sys.argv[1], strangers.PORT); path = pathlib.Path(sys.argv[2]); '
+        )
+        genuine = 'path.write_bytes(strangers.record(address, sys.argv[3].encode()))'
+        actor_host.run(
+            sys.executable, '-c', attack + genuine, learner_host.address, str(recording), key
+        )
+        twice = 'print([strangers.attack(address, path.read_bytes(), i == 0) for i in range(2)])'
+        outcome = stranger_host.run(
+            sys.executable, '-c', attack + twice, learner_host.address, str(recording)
+        )
+        # No graph of a TensorFlow session has run.
+        assert outcome.splitlines()[-1] == '[False, False]'
+        reached = frames(logdir)
+        learner.wait_until(lambda: frames(logdir) > reached + 3000)
+        # Each reason once, and only the stranger's address.
+        warnings = re.findall('WARNING: .*', learner.stderr)
+        reasons = ('it is no job of this program', 'it says nothing', 'does not have the secret')
+        for reason in reasons:
+            assert sum(reason in warning for warning in warnings) == 1, warnings
+        assert len(warnings) == len(reasons)
+        assert all(f'(from {stranger_host.address})' in warning for warning in warnings)
+        assert actor.stderr.count('Waiting for it') == waited
+        for run in (learner, actor):
+            run.send(signal.SIGINT)
+        for run in (learner, actor):
+            assert run.wait() == 0
+            assert 'Traceback' not in run.stderr
 
 
 @pytest.fixture(scope='module')

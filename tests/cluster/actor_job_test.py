@@ -15,18 +15,12 @@ from other_settings import differing
 from configs import STACK, VECTOR, config
 from impala.cluster import actor_job
 from impala.cluster.actor_job import _agreed, _Learner, _Retry
-from impala.cluster.exchange import WeightsBoard
+from impala.cluster.channel import Rejected
 from impala.cluster.remote_actors import job_settings
-from impala.cluster.transport import LearnerServer, Rejected
 from impala.config import ClusterConfig, Config, ConfigError, EnvironmentConfig, all_settings
 from impala.networks.build import choose_network
 from impala.runs.run_settings import network_settings
 from impala.runs.stop_signal import StopSignal
-
-
-@pytest.fixture(scope='module')
-def server():
-    return LearnerServer('localhost:0')
 
 
 class Publications(list):
@@ -134,8 +128,8 @@ def test_exactly_the_marked_settings_are_the_learners(name):
         assert agree_on_a_level(learner, own, ()).value(name) == learner.value(name)
 
 
-def test_an_inference_batch_larger_than_the_job_is_refused(server):
-    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
+def test_an_inference_batch_larger_than_the_job_is_refused():
+    with contextlib.closing(Learner(capacity=1)) as learner:
         own = config(
             '/nowhere',
             inference_batch_size=5,
@@ -145,8 +139,8 @@ def test_an_inference_batch_larger_than_the_job_is_refused(server):
             learner_address=learner.address,
         )
         settings = job_settings(own, ('levels:short',), NETWORK, 1)
-        board = WeightsBoard(json.dumps(settings))
-        with contextlib.closing(board), pytest.raises(ConfigError) as error:
+        learner.service._settings = settings
+        with pytest.raises(ConfigError) as error:
             actor_job.run(own, (), print)
     assert str(error.value) == (
         '--inference_batch_size=5 is more than this job has environments (--envs_per_actor=4).'
@@ -158,10 +152,10 @@ def make_job(connection, publications, reconnect_timeout=600.0, **kwargs):
     return _Learner(connection, publications, _Retry(cluster, print, StopSignal()), **kwargs)
 
 
-def test_a_job_replaces_a_dead_one_and_gives_way_to_a_live_one(server, monkeypatch):
+def test_a_job_replaces_a_dead_one_and_gives_way_to_a_live_one(monkeypatch):
     """The other job dies after the first try, or keeps renewing its reservation."""
     monkeypatch.setattr(actor_job, '_RESERVING_AGAIN_SECONDS', 0.1)
-    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
+    with contextlib.closing(Learner(capacity=1)) as learner:
         other, connection = learner.connect(), learner.connect()
         job = make_job(connection, Publications(), task=3, num_environments=1)
         reports = []
@@ -185,49 +179,51 @@ def test_a_job_replaces_a_dead_one_and_gives_way_to_a_live_one(server, monkeypat
             job.reserve(live)
 
 
-def test_a_job_that_starts_after_training_ends_at_once(server):
-    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=1)) as learner:
-        learner.board.finish()
+def test_a_job_that_starts_after_training_ends_at_once():
+    with contextlib.closing(Learner(capacity=1)) as learner:
+        learner.service.finish()
         learner.inbox.close()
         job = make_job(learner.connect(), Publications(), 1.0, task=0, num_environments=1)
         job.reserve(print)
         assert job.finished and job.holder is None
 
 
-def test_weights_are_read_once_per_round_of_environments(server):
-    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
+def test_weights_are_read_once_per_round_of_environments():
+    with contextlib.closing(Learner(capacity=100)) as learner:
         connection = learner.connect(weights=[tf.TensorSpec([1])])
         publications = Publications()
         job = make_job(connection, publications, task=0, num_environments=3)
 
         def send(number):
             job.send(remote_peer.make_unroll(number), '', number)
+            if job._reading is not None:
+                job._reading.result(60)
 
-        learner.board.publish([tf.zeros([1])], 100)
+        learner.service.publish(100, [tf.zeros([1])])
         job.refresh()
         for number in range(1, 10):
             # An update between any two unrolls.
-            learner.board.publish([tf.zeros([1])], 100 + number)
+            learner.service.publish(100 + number, [tf.zeros([1])])
             send(number)
         assert publications == [100, 103, 106, 109]
         for number in range(10, 20):
             send(number)
         assert publications == [100, 103, 106, 109], 'there were no newer ones'
-        learner.board.publish([tf.zeros([1])], 200)
+        learner.service.publish(200, [tf.zeros([1])])
         send(20)
         assert publications[-1] == 200, 'each environment has sent several with the old ones'
 
 
 @pytest.mark.parametrize('is_known', [True, False])
-def test_lost_weights_are_replaced_at_once(server, is_known):
+def test_lost_weights_are_replaced_at_once(is_known):
     """The learner has resumed from a checkpoint, unnoticed by the job."""
-    with contextlib.closing(Learner(f'localhost:{server.port}', capacity=100)) as learner:
+    with contextlib.closing(Learner(capacity=100)) as learner:
         connection = learner.connect(weights=[tf.TensorSpec([1])])
         publications = Publications()
         job = make_job(connection, publications, task=0, num_environments=100)
-        learner.board.publish([tf.zeros([1])], 10)
+        learner.service.publish(10, [tf.zeros([1])])
         job.refresh()
-        learner.board.publish([tf.zeros([1])], 7)
+        learner.service.publish(7, [tf.zeros([1])])
         if is_known:
             job.send(remote_peer.make_unroll(5), '', 1)
         else:

@@ -4,9 +4,12 @@ A call that waits forever shows as a time-out.
 """
 
 import contextlib
+import gc
 import itertools
+import math
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -14,8 +17,9 @@ import tensorflow as tf
 from tensorflow.python.eager import cancellation
 from threads import start
 
-from impala.cluster.exchange import UnrollInbox, WeightsBoard
-from impala.learning.optimizers.rmsprop import RMSProp
+from impala.cluster.exchange import UnrollInbox
+from impala.cluster.unroll_format import UnrollFormat
+from impala.experience.replay import aligned
 from impala.trajectory import UnrollArray
 
 TIMEOUT = 30  # Seconds; reached only by a deadlock.
@@ -30,15 +34,14 @@ COMPONENTS = [
     UnrollArray((T + 1, 2), 'float16', 'half'),
     UnrollArray((T + 1,), 'bool', 'done'),
 ]
-NAMES = [component.name for component in COMPONENTS]
-_names = (f'inbox {number}' for number in itertools.count())
+FORMAT = UnrollFormat(COMPONENTS)
 _sequences = itertools.count(1)
 
 
 @contextlib.contextmanager
-def make_inbox(capacity=4, components=COMPONENTS, latest_version=1000):
-    """An inbox with a unique name, which is closed when the block ends."""
-    inbox = UnrollInbox(capacity, components, 'policy_version', next(_names))
+def make_inbox(capacity=4, components=COMPONENTS, latest_version=1000, stack=None):
+    """An inbox, which is closed when the block ends."""
+    inbox = UnrollInbox(capacity, components, 'policy_version', stack)
     inbox.set_latest_version(latest_version)
     try:
         yield inbox
@@ -59,11 +62,23 @@ def make_unroll(seed, **replaced):
         'half': random.normal(size=(T + 1, 2)).astype('float16'),
         'done': random.integers(2, size=T + 1).astype('bool'),
     }
-    return [tf.constant(array) for array in (unroll | replaced).values()]
+    return list((unroll | replaced).values())
+
+
+def joined(unroll, unroll_format=FORMAT):
+    return np.concatenate(unroll_format.buffers(unroll))
 
 
 def put(inbox, unroll, actor=0, client=0, sequence=None):
-    return inbox.put(unroll, actor, client, next(_sequences) if sequence is None else sequence)
+    """Puts arrays or their bytes."""
+    buffer = unroll if isinstance(unroll, np.ndarray) else joined(unroll)
+    return inbox.put(buffer, actor, client, next(_sequences) if sequence is None else sequence)
+
+
+def put_function(inbox, buffer, client, sequence):
+    """Returns a function of TensorFlow, which can be cancelled, that puts an unroll."""
+    function = tf.function(lambda: inbox.put(buffer, client, client, sequence), autograph=False)
+    return function.get_concrete_function()
 
 
 def wait_until(condition):
@@ -77,11 +92,11 @@ def versions(batch):
     return batch.components[0].numpy().tolist()
 
 
-def assert_is_batch_of(batch, unrolls):
+def assert_is_batch_of(batch, unrolls, components=COMPONENTS):
     """Compares a batch with NumPy's stack of the unrolls."""
-    for i, component in enumerate(COMPONENTS):
+    for i, component in enumerate(components):
         axis = 1 if component.time_major else 0
-        expected = np.stack([unroll[i].numpy() for unroll in unrolls], axis)
+        expected = np.stack([unroll[i] for unroll in unrolls], axis)
         actual = batch.components[i].numpy()
         assert actual.dtype == expected.dtype
         np.testing.assert_array_equal(actual, expected, component.name)
@@ -132,7 +147,7 @@ def test_a_reservation_expires():
 @pytest.mark.parametrize(
     ('arguments', 'error'),
     [
-        ((-1, 1, '', 1), 'is not negative'),
+        ((-1, 1, '', 1), 'an actor cannot have the number -1'),
         ((0, 1, 'x' * 300, 1), 'too long'),
         ((0, 1, '', 3601), 'for so long'),
         ((0, 1, '', float('nan')), 'for so long'),
@@ -164,13 +179,16 @@ def test_take_in_a_function_knows_its_shapes():
 def test_batches_of_large_unrolls_from_many_threads():
     rows, size = 21, 40_000
     components = [COMPONENTS[0], UnrollArray((rows, size), 'uint8', 'frame')]
+    unroll_format = UnrollFormat(components)
     num_threads, each, batch_size = 4, 8, 4
     with make_inbox(3, components) as inbox:
 
         def send(actor):
+            # A format is for one thread, and this one has nothing but constants.
             for i in range(each):
-                frame = tf.fill([rows, size], tf.cast(actor * each + i, tf.uint8))
-                put(inbox, [tf.constant(actor * each + i, tf.int64), frame], actor, client=actor)
+                number = np.int64(actor * each + i)
+                frame = np.full((rows, size), number, np.uint8)
+                put(inbox, joined([number, frame], unroll_format), actor, client=actor)
 
         # Sequence numbers grow within each thread, because they all come from one counter.
         threads = [start(send, actor) for actor in range(num_threads)]
@@ -215,11 +233,9 @@ def test_put_waits_while_the_queue_is_full():
         ),
         ('policy_version', np.int64(-1), "'policy_version' holds -1"),
         ('level_id', np.int32(3), "'level_id' holds 3, which is not in [0, 2]"),
-        ('level_id', np.int64(1), "'level_id' is int64[], not int32[]"),
         ('state', np.full(6, np.nan, 'float32'), "'state' holds a value that is not finite"),
         ('reward', np.array([0, 1, 2, -np.inf], 'float32'), "'reward' holds a value that is not"),
         ('half', np.full((T + 1, 2), np.inf, 'float16'), "'half' holds a value that is not finite"),
-        ('frame', np.zeros((T, H, W), 'uint8'), "'frame' is uint8[3,4,5], not uint8[4,4,5]"),
         ('end', np.array([0, 0, 4, 0], 'uint8'), "'end' holds 4, which is not in [0, 3]"),
     ],
 )
@@ -262,9 +278,64 @@ def test_version_becomes_valid_when_it_is_published():
         put(inbox, make_unroll(6))
 
 
-def test_wrong_number_of_components_is_refused():
-    with make_inbox() as inbox, pytest.raises(tf.errors.InvalidArgumentError, match='7 components'):
-        put(inbox, make_unroll(1)[:-1])
+def test_bytes_that_are_neither_true_nor_false_are_refused():
+    buffer = joined(make_unroll(1))
+    buffer[-1] = 2
+    with make_inbox() as inbox, pytest.raises(tf.errors.InvalidArgumentError) as error:
+        put(inbox, buffer)
+    assert "'done' holds neither true nor false" in str(error.value)
+
+
+@pytest.mark.parametrize('size', [0, 1, 64, FORMAT.nbytes - 1, FORMAT.nbytes + 1])
+def test_wrong_number_of_bytes_is_refused(size):
+    with make_inbox() as inbox, pytest.raises(tf.errors.InvalidArgumentError) as error:
+        put(inbox, np.zeros(size, np.uint8), actor=5)
+    assert f'actor 5 refused: it has {size} bytes, not {FORMAT.nbytes}' in str(error.value)
+
+
+@pytest.mark.parametrize('number', [-1, 2**31, 2**63 - 1])
+def test_numbers_that_no_actor_has_are_refused(number):
+    with make_inbox() as inbox:
+        with pytest.raises(tf.errors.InvalidArgumentError, match=f'have the number {number}'):
+            put(inbox, make_unroll(1), actor=number)
+        assert not inbox.statistics().actors
+
+
+@pytest.mark.parametrize('form', [1, 255])
+def test_unknown_forms_are_refused(form):
+    buffer = joined(make_unroll(1))
+    buffer[0] = form
+    with make_inbox() as inbox, pytest.raises(tf.errors.InvalidArgumentError) as error:
+        put(inbox, buffer)
+    assert f'it is of form {form}, which is not in [0, 0]' in str(error.value)
+
+
+def test_aligned_arrays_are_not_copied():
+    """What is written to such an array appears in the batch; a copy keeps its values."""
+    with make_inbox() as inbox:
+        bytes_of_unroll = joined(make_unroll(1))
+        buffer = aligned([FORMAT.nbytes + 1], np.dtype('uint8'))
+        for begin, expected in ((0, 2), (1, 1)):
+            part = buffer[begin : begin + FORMAT.nbytes]
+            part[:] = bytes_of_unroll
+            put(inbox, part)
+            part[:] = joined(make_unroll(2))
+            assert versions(inbox.take(1)) == [expected]
+
+
+def test_arrays_are_freed_after_they_are_taken():
+    with make_inbox() as inbox:
+        buffer = aligned([FORMAT.nbytes], np.dtype('uint8'))
+        buffer[:] = joined(make_unroll(1))
+        memory = weakref.ref(buffer.base)
+        put(inbox, buffer)
+        del buffer
+        gc.collect()
+        assert memory() is not None
+        inbox.take(1)
+        # Python frees it with the next tensor.
+        tf.constant(0)
+        assert memory() is None
 
 
 def test_unroll_that_arrives_twice_enters_once():
@@ -293,8 +364,8 @@ def test_cancelled_put_leaves_nothing_behind():
     with make_inbox(capacity=1) as inbox:
         put(inbox, make_unroll(0))
         manager = cancellation.CancellationManager()
-        function = tf.function(lambda: put(inbox, make_unroll(1), 0, 8, 1))
-        cancelled = start(manager.get_cancelable_function(function.get_concrete_function()))
+        function = put_function(inbox, joined(make_unroll(1)), 8, 1)
+        cancelled = start(manager.get_cancelable_function(function))
         wait_until(lambda: inbox.statistics().waiting == 1)
         manager.start_cancel()
         with pytest.raises(tf.errors.CancelledError):
@@ -308,30 +379,24 @@ def test_cancelled_put_leaves_nothing_behind():
 
 def test_unrolls_enter_once_whenever_their_puts_are_cancelled():
     num_clients, each = 4, 30
-    with make_inbox(2, [COMPONENTS[0], UnrollArray((T + 1, 50), 'uint8', 'frame')]) as inbox:
-        unroll = [tf.TensorSpec([], tf.int64), tf.TensorSpec([T + 1, 50], tf.uint8)]
-        scalar = tf.TensorSpec([], tf.int64)
-
-        @tf.function(input_signature=[unroll, scalar, scalar])
-        def put_from(unroll, client, sequence):
-            return inbox.put(unroll, tf.cast(client, tf.int32), client, sequence)
-
-        concrete = put_from.get_concrete_function()
+    components = [COMPONENTS[0], UnrollArray((T + 1, 50), 'uint8', 'frame')]
+    unroll_format = UnrollFormat(components)
+    with make_inbox(2, components) as inbox:
         num_cancelled = []
 
         def send(client):
             random = np.random.default_rng(client)
             for i in range(each):
-                number = tf.constant(client * each + i, tf.int64)
-                frame = tf.fill([T + 1, 50], tf.cast(number, tf.uint8))
+                number = np.int64(client * each + i)
+                frame = np.full((T + 1, 50), number, np.uint8)
+                unroll = joined([number, frame], unroll_format)
+                concrete = put_function(inbox, unroll, client, i)
                 while True:
                     manager = cancellation.CancellationManager()
                     timer = threading.Timer(random.uniform(0, 0.004), manager.start_cancel)
                     timer.start()
                     try:
-                        manager.get_cancelable_function(concrete)(
-                            number, frame, tf.constant(client, tf.int64), tf.constant(i, tf.int64)
-                        )
+                        manager.get_cancelable_function(concrete)()
                         break
                     except tf.errors.CancelledError:
                         num_cancelled.append(number)
@@ -390,31 +455,21 @@ def test_close_wakes_waiting_puts_and_takes():
             full.take(1)
 
 
-def test_name_is_taken_until_its_inbox_is_closed():
-    name = next(_names)
-    inbox = UnrollInbox(1, COMPONENTS, 'policy_version', name)
-    with pytest.raises(tf.errors.AlreadyExistsError, match=name):
-        UnrollInbox(1, COMPONENTS, 'policy_version', name)
-    inbox.close()
-    again = UnrollInbox(1, COMPONENTS, 'policy_version', name)
-    put(again, make_unroll(0))
-    assert versions(again.take(1)) == [0]
-    again.close()
-
-
 def test_inconsistent_components_are_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match='int64 scalar'):
-        UnrollInbox(1, COMPONENTS, 'level_id', next(_names))
+        UnrollInbox(1, COMPONENTS, 'level_id')
     scalar = UnrollArray((), 'float32', 'reward', time_major=True)
     with pytest.raises(tf.errors.InvalidArgumentError, match='no dimension for time'):
-        UnrollInbox(1, [COMPONENTS[0], scalar], 'policy_version', next(_names))
+        UnrollInbox(1, [COMPONENTS[0], scalar], 'policy_version')
+    with pytest.raises(tf.errors.InvalidArgumentError, match='a stack of frames must be uint8'):
+        UnrollInbox(1, COMPONENTS, 'policy_version', 'half')
 
 
 def test_statistics_of_actors():
     with make_inbox() as inbox:
-        inbox.put(make_unroll(1), 4, 1, 1, 'far', 'rooms')
-        inbox.put(make_unroll(9), 4, 1, 2, 'far', 'tunnels', 'well')
-        inbox.put(make_unroll(2), 0, 2, 1, 'near', 'rooms')
+        inbox.put(joined(make_unroll(1)), 4, 1, 1, 'far', 'rooms')
+        inbox.put(joined(make_unroll(9)), 4, 1, 2, 'far', 'tunnels', 'well')
+        inbox.put(joined(make_unroll(2)), 0, 2, 1, 'near', 'rooms')
         statistics = inbox.statistics()
         assert statistics.queued == 3
         assert list(statistics.actors) == [0, 4]
@@ -423,113 +478,157 @@ def test_statistics_of_actors():
         assert (far.notes, statistics.actors[0].notes) == ('well', '')
         assert 0 <= far.seconds_since_seen < TIMEOUT
         with pytest.raises(tf.errors.InvalidArgumentError, match='notes of an actor are too long'):
-            inbox.put(make_unroll(3), 4, 1, 3, 'far', 'rooms', 'x' * 4097)
+            inbox.put(joined(make_unroll(3)), 4, 1, 3, 'far', 'rooms', 'x' * 4097)
 
 
-@pytest.fixture
-def board():
-    board = WeightsBoard('the settings', next(_names))
-    yield board
-    board.close()
+def stack_components(shape):
+    return [
+        COMPONENTS[0],
+        UnrollArray(shape, 'uint8', 'frame'),
+        UnrollArray(shape[:1], 'float32', 'reward'),
+    ]
 
 
-def specs(*tensors):
-    return [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in tensors]
+def stacked_unroll(shape, begins, seed):
+    """Returns an unroll of an environment that stacks its last frames as a queue.
+
+    Args:
+      shape: `(T+1, H, W, C)`.
+      begins: rows with which an episode begins: the queue is filled with the first frame.
+      seed: of the frames; the policy version.
+    """
+    rows, height, width, size = shape
+    random = np.random.default_rng(seed)
+
+    def render():
+        return random.integers(256, size=(height, width), dtype=np.uint8)
+
+    queue = [render() for _ in range(size)]
+    stacks = []
+    for row in range(rows):
+        frame = render()
+        queue = [frame] * size if row in begins else [*queue[1:], frame]
+        stacks.append(np.stack(queue, -1))
+    rewards = random.normal(size=rows).astype('float32')
+    return [np.int64(seed), np.stack(stacks), rewards]
 
 
-def test_board_shows_the_latest_weights(board):
-    assert board.version() == (-1, False)
-    weights = [tf.constant([1.0, 2.0]), tf.constant([[3]], tf.int32)]
-    with pytest.raises(tf.errors.NotFoundError, match='no weights'):
-        board.read(specs(*weights))
-    board.publish(weights, 3)
-    board.publish([2 * weight for weight in weights], 4)
-    assert board.version() == (4, False)
-    version, values = board.read(specs(*weights))
-    assert int(version) == 4
-    np.testing.assert_array_equal(values[0], [2.0, 4.0])
-    np.testing.assert_array_equal(values[1], [[6]])
-    board.finish()
-    assert board.version() == (4, True)
+@pytest.mark.parametrize('size', [1, 2, 3, 4, 5])
+@pytest.mark.parametrize('frame', [(1, 1), (3, 5), (84, 84)])
+def test_packed_stacks_come_out_unchanged(frame, size):
+    shape = (7, *frame, size)
+    components = stack_components(shape)
+    unroll_format = UnrollFormat(components, 'frame')
+    cases = [(), (0,), (6,), (3,), (0, 6), (2, 3), (1, 3, 5), range(7)]
+    unrolls = [stacked_unroll(shape, begins, i) for i, begins in enumerate(cases)]
+    with make_inbox(len(cases), components, stack='frame') as inbox:
+        for unroll in unrolls:
+            buffer = joined(unroll, unroll_format)
+            assert buffer[0] == 1
+            assert buffer.size == unroll_format.packed_nbytes
+            put(inbox, buffer)
+        assert_is_batch_of(inbox.take(len(cases)), unrolls, components)
 
 
-def test_board_refuses_other_networks(board):
-    board.publish([tf.zeros([2, 3])], 0)
-    with pytest.raises(tf.errors.InvalidArgumentError, match=r'float\[2,3\], not float\[3,2\]'):
-        board.read([tf.TensorSpec([3, 2], tf.float32)])
-    with pytest.raises(tf.errors.InvalidArgumentError, match='1 weights, not 0'):
-        board.read([])
+@pytest.mark.parametrize('size', [1, 2, 4, 5])
+def test_packed_stacks_are_those_of_their_definition(size):
+    """Row t is frames t to t+C-1, but none before the first one of an episode that has begun."""
+    rows, height, width = shape = (9, 2, 3)
+    components = stack_components((*shape, size))
+    random = np.random.default_rng(0)
+    unrolls = []
+    with make_inbox(20, components, stack='frame') as inbox:
+        for number in range(20):
+            frames = random.integers(256, size=(rows + size - 1, height, width), dtype=np.uint8)
+            begins = random.random(rows) < number / 19
+            rewards = np.zeros(rows, 'float32')
+            buffer = np.array([1], np.uint8)
+            for array in (np.int64(number), frames, rewards, begins):
+                zeros = np.zeros(-buffer.size % 64, np.uint8)
+                values = np.frombuffer(array.tobytes(), np.uint8)
+                buffer = np.concatenate([buffer, zeros, values])
+            put(inbox, buffer)
+            stacks = np.empty((*shape, size), np.uint8)
+            first = 0
+            for row in range(rows):
+                if begins[row]:
+                    first = row + size - 1
+                for place in range(size):
+                    stacks[row, ..., place] = frames[max(row + place, first)]
+            unrolls.append([np.int64(number), stacks, rewards])
+        assert_is_batch_of(inbox.take(20), unrolls, components)
 
 
-def _assign(variable):
-    return lambda: variable.assign(tf.fill(variable.shape, -1.0))
+def test_stacks_that_cannot_be_packed_come_out_unchanged():
+    shape = (5, 6, 7, 4)
+    components = stack_components(shape)
+    unroll_format = UnrollFormat(components, 'frame')
+    unrolls = [stacked_unroll(shape, (2,), i) for i in range(3)]
+    unrolls[1][1][3, 2, 2, 1] ^= 1
+    buffers = [joined(unroll, unroll_format) for unroll in unrolls]
+    assert [buffer[0] for buffer in buffers] == [1, 0, 1]
+    assert buffers[1].size == unroll_format.nbytes
+    with make_inbox(3, components, stack='frame') as inbox:
+        for buffer in buffers:
+            put(inbox, buffer)
+        # Both forms in one batch.
+        assert_is_batch_of(inbox.take(3), unrolls, components)
 
 
-def _assign_sub(variable):
-    return lambda: variable.assign_sub(tf.ones(variable.shape))
+def test_invalid_packed_unrolls_are_refused():
+    shape = (5, 6, 7, 4)
+    components = stack_components(shape)
+    unroll_format = UnrollFormat(components, 'frame')
+    unroll = stacked_unroll(shape, (2,), 1)
+    good = joined(unroll, unroll_format)
+    unroll[2][4] = np.inf
+    bad_begins = good.copy()
+    # The array that says where episodes begin is the last.
+    assert bad_begins[-5:].tolist() == [0, 0, 1, 0, 0]
+    bad_begins[-1] = 3
+    plain = good.copy()
+    plain[0] = 0
+    other_form = good.copy()
+    other_form[0] = 2
+    with make_inbox(1, components, stack='frame') as inbox:
+        for buffer, reason in (
+            (joined(unroll, unroll_format), "'reward' holds a value that is not finite"),
+            (bad_begins, "'frame_begins' holds neither true nor false"),
+            (good[:-1], f'it has {good.size - 1} bytes, not {good.size}'),
+            (plain, f'it has {good.size} bytes, not {unroll_format.nbytes}'),
+            (other_form, 'it is of form 2, which is not in [0, 1]'),
+        ):
+            with pytest.raises(tf.errors.InvalidArgumentError) as error:
+                put(inbox, buffer)
+            assert reason in str(error.value)
+        assert put(inbox, good)
 
 
-def _scatter(variable):
-    return lambda: variable.scatter_nd_update([[0]], [[-1.0] * variable.shape[1]])
+def test_packed_unrolls_from_several_threads():
+    shape, num_threads, each, batch_size = (21, 84, 84, 4), 2, 12, 4
+    components = stack_components(shape)
+    unrolls = [
+        stacked_unroll(shape, np.random.default_rng(i).integers(21, size=i % 4), i)
+        for i in range(num_threads * each)
+    ]
+    # One that is sent plain.
+    unrolls[5][1][:] = 7 * np.arange(math.prod(shape)).reshape(shape)
+    with make_inbox(3, components, stack='frame') as inbox:
+        take = tf.function(lambda: inbox.take(batch_size)).get_concrete_function()
 
+        def send(thread):
+            unroll_format = UnrollFormat(components, 'frame')
+            for unroll in unrolls[thread::num_threads]:
+                buffer = joined(unroll, unroll_format)
+                assert (buffer[0] == 0) == (unroll[0] == 5)
+                put(inbox, buffer, thread, client=thread)
 
-def _rmsprop(variable):
-    optimizer = RMSProp([variable])
-    return lambda: optimizer.apply([tf.ones(variable.shape)], [variable], 0.1)
-
-
-def _sparse_rmsprop(variable):
-    optimizer = RMSProp([variable])
-    row = tf.IndexedSlices(tf.ones([1, variable.shape[1]]), tf.constant([2]))
-    return lambda: optimizer.apply([row], [variable], 0.1)
-
-
-@pytest.mark.parametrize('mode', ['eager', 'same_function', 'function', 'compiled'])
-@pytest.mark.parametrize('make_update', [_assign, _assign_sub, _scatter, _rmsprop, _sparse_rmsprop])
-def test_updates_of_a_variable_do_not_reach_published_weights(board, make_update, mode):
-    before = np.arange(6000, dtype='float32').reshape(60, 100)
-    variable = tf.Variable(before)
-    update = make_update(variable)
-
-    def publish():
-        board.publish([variable], tf.constant(1, tf.int64))
-
-    if mode == 'same_function':
-
-        @tf.function
-        def publish_and_update():
-            publish()
-            update()
-
-        publish_and_update()
-    else:
-        publish()
-        # XLA supports neither sparse updates nor our own ops.
-        compiled = mode == 'compiled' and make_update not in (_rmsprop, _sparse_rmsprop)
-        (update if mode == 'eager' else tf.function(update, jit_compile=compiled))()
-    _, (published,) = board.read(specs(variable))
-    np.testing.assert_array_equal(published, before)
-    assert (variable.numpy() != before).any()
-
-
-def test_publishing_does_not_copy(board):
-    def address(tensor):
-        # `numpy` would copy.
-        return np.asarray(memoryview(tensor)).__array_interface__['data'][0]
-
-    weight = tf.Variable(np.arange(1000, dtype='float32'))
-    before = weight.read_value()
-    board.publish([weight], 1)
-    _, (published,) = board.read(specs(weight))
-    assert address(published) == address(before)
-    weight.assign_add(tf.ones([1000]))
-    assert address(weight.read_value()) != address(published)
-
-
-def test_closed_board_refuses_calls(board):
-    board.publish([tf.zeros([2])], 1)
-    board.close()
-    with pytest.raises(tf.errors.CancelledError, match='closed'):
-        board.version()
-    with pytest.raises(tf.errors.CancelledError, match='closed'):
-        board.read([tf.TensorSpec([2], tf.float32)])
+        threads = [start(send, thread) for thread in range(num_threads)]
+        seen = []
+        for _ in range(num_threads * each // batch_size):
+            batch = start(take).result(TIMEOUT)
+            seen += (numbers := versions(batch))
+            assert_is_batch_of(batch, [unrolls[number] for number in numbers], components)
+        for thread in threads:
+            thread.result(TIMEOUT)
+        assert sorted(seen) == list(range(num_threads * each))

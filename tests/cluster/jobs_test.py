@@ -1,7 +1,6 @@
 """Learner and actor jobs as real commands on this machine, killed and restarted."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -21,9 +20,8 @@ from command_line import (
 
 from benchmarks import numbered_level
 from impala.cluster import remote_actors
-from impala.cluster.exchange import WeightsBoard
+from impala.cluster.calls import Function, Server
 from impala.cluster.remote_actors import PROTOCOL
-from impala.cluster.transport import LearnerServer
 from impala.config import Config
 from impala.networks.agent import AgentConfig
 from impala.runs.run_settings import network_settings
@@ -59,10 +57,17 @@ def tasks(logdir):
     return {row['task'] for row in lines[-1]['actors']} if lines else set()
 
 
+def write_secret(path, text='a secret of at least 16 bytes\n'):
+    """Writes a file with a secret; returns the flag that names it."""
+    path.write_text(text)
+    return f'--cluster_secret_file={path}'
+
+
 def test_training_continues_while_jobs_come_and_go(tmp_path, address, monkeypatch):
     numbers = tmp_path / 'numbers'
     numbers.mkdir()
     monkeypatch.setenv(numbered_level.FOLDER_VARIABLE, str(numbers))
+    secret = write_secret(tmp_path / 'secret')
     level = f'--level_name={NUMBERED}'
     logdir = tmp_path / 'run'
     endless = '--total_environment_frames=1000000000'
@@ -74,14 +79,14 @@ def test_training_continues_while_jobs_come_and_go(tmp_path, address, monkeypatc
         # With this many environments, the next learner would refuse the job too often to survive
         # if the job sent it the unrolls begun with the killed one.
         actor(
-            tmp_path / 'early', 0, address, '--envs_per_actor=12', '--envs_per_process=12'
+            tmp_path / 'early', 0, address, '--envs_per_actor=12', '--envs_per_process=12', secret
         ) as early,
-        learner(tmp_path / 'first', logdir, address, endless, level) as first,
+        learner(tmp_path / 'first', logdir, address, endless, level, secret) as first,
     ):
         # A learner without actors waits and says so.
         first.wait_until(lambda: re.search(r'Waiting for actors on port \d+', first.stderr))
         first.wait_until(lambda: tasks(logdir) == {0})
-        with actor(tmp_path / 'killed', 1, address) as killed:
+        with actor(tmp_path / 'killed', 1, address, secret, '--wire_compression=zstd') as killed:
             first.wait_until(lambda: tasks(logdir) == {0, 1})
             row = metrics(logdir)[-1]['actors'][1]
             assert row['level'] == NUMBERED
@@ -93,7 +98,7 @@ def test_training_continues_while_jobs_come_and_go(tmp_path, address, monkeypatc
         reached = frames(logdir)
         first.wait_until(lambda: frames(logdir) > reached + 2000)
 
-        with actor(tmp_path / 'late', 1, address) as late:
+        with actor(tmp_path / 'late', 1, address, secret, '--bfloat16_weights') as late:
             first.wait_until(lambda: frames(logdir) > reached + 4000)
             last = checkpoints(logdir)[-1]
             first.wait_until(lambda: checkpoints(logdir)[-1] > last)
@@ -109,7 +114,7 @@ def test_training_continues_while_jobs_come_and_go(tmp_path, address, monkeypatc
             for each, before in zip((early, late), waited, strict=True):
                 each.wait_until(lambda each=each, n=before: each.stderr.count('Waiting for it') > n)
             enough = f'--total_environment_frames={reached + 20_000}'
-            with learner(tmp_path / 'third', logdir, address, enough, level) as third:
+            with learner(tmp_path / 'third', logdir, address, enough, level, secret) as third:
                 assert third.wait() == 0
                 assert 'Resuming from' in third.stderr
             for each in (early, late):
@@ -172,18 +177,16 @@ def test_actors_learn_of_the_end_of_a_short_run(tmp_path, address):
     assert 'Training is complete.' in only.stdout
 
 
-@pytest.fixture(scope='module')
-def server():
-    """TensorFlow's server in this process, without a learner; tests publish settings."""
-    return LearnerServer('localhost:0')
+class Show:
+    """Publishes settings as a learner does; a call returns the address."""
 
+    def __init__(self):
+        self._servers = []
 
-@pytest.fixture
-def show(server):
-    """Publishes settings as a learner does; returns the address."""
-    boards = []
+    def __call__(self, **changes):
+        return self.with_secret(None, **changes)
 
-    def show(**changes):
+    def with_secret(self, secret, **changes):
         spec = EnvironmentSpec({'frame': ArraySpec((4,), 'float32')}, 2, 1)
         agreed = Config.of(unroll_length=20).agreed('jobs')
         del agreed['level_name']
@@ -195,12 +198,22 @@ def show(server):
             'num_action_repeats': 1,
         }
         assert changes.keys() <= settings.keys()
-        boards.append(WeightsBoard(json.dumps(settings | changes)))
-        return f'localhost:{server.port}'
+        functions = {
+            'settings': Function(lambda values, body: (settings | changes, ())),
+            'status': Function(lambda values, body: ({'version': 0, 'finished': False}, ())),
+        }
+        self._servers.append(Server('localhost:0', functions, 'learner', secret, print))
+        return f'localhost:{self._servers[-1].port}'
 
-    yield show
-    for board in boards:
-        board.close()
+    def close(self):
+        for server in self._servers:
+            server.close()
+
+
+@pytest.fixture
+def show():
+    with contextlib.closing(Show()) as show:
+        yield show
 
 
 def test_statistics_of_level_caches_reach_the_learner(tmp_path, address):
@@ -251,6 +264,17 @@ def test_an_actor_of_another_version_is_refused(tmp_path, show):
         assert_one_sentence(
             run, 2, rf'^The learner at {address} runs another version .* install the same one\.$'
         )
+
+
+def test_actors_without_the_secret_are_refused(tmp_path, show):
+    address = show.with_secret(b'a secret of at least 16 bytes')
+    with actor(tmp_path / 'none', 0, address) as run:
+        assert_one_sentence(
+            run, 2, f'^The learner at {address} has a secret, and this job has none: give all jobs '
+        )
+    other = write_secret(tmp_path / 'other', 'another secret of many bytes')
+    with actor(tmp_path / 'wrong', 0, address, other) as run:
+        assert_one_sentence(run, 2, f'^The learner at {address} has another secret: give all jobs')
 
 
 def test_an_actor_with_flags_of_another_run_is_refused(tmp_path, show):

@@ -11,7 +11,8 @@ from other_settings import differing
 from ports import free_ports
 
 from configs import STACK, VECTOR
-from impala.cluster.learner_group import PROTOCOL, FollowerLog, LearnerGroup, Member
+from impala.cluster.channel import connect
+from impala.cluster.learner_group import KIND, PROTOCOL, FollowerLog, LearnerGroup, Member
 from impala.config import GROUP_PORT_OFFSET, Config, ConfigError, all_settings
 from impala.networks.build import choose_network
 from impala.training.run import shared_settings
@@ -114,12 +115,18 @@ def test_intruders_are_refused_and_the_group_continues(addresses, threads):
         member(1, settings=SETTINGS | {'batch_size': 4})
     host, port = addresses[0].split(':')
     group_address = host, int(port) + GROUP_PORT_OFFSET
-    for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'[]\n', b'{"task": "x"}\n', b'\xff\n'):
+    for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'\xff' * 100):
         with socket.create_connection(group_address) as intruder:
             intruder.sendall(junk)
-    with socket.create_connection(group_address) as older, older.makefile() as answers:
-        older.sendall(b'{"task": 1, "protocol": 0}\n')
-        assert any('runs another version of this program' in answer for answer in answers)
+    for hello, answer in (
+        ({'task': 'x'}, None),
+        ({'task': 1, 'protocol': 0}, 'runs another version of this program'),
+    ):
+        channel = connect(f'{host}:{group_address[1]}', KIND, None, 10)
+        channel.send(hello)
+        if answer:
+            assert answer in channel.receive(lambda _: 0)[0]['refused']
+        channel.close()
     with pytest.raises(ConfigError, match='another learner with --task=0 at localhost'):
         member(0)
     second = threads.submit(member, 1)

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "absl/strings/str_cat.h"
 #include "dynamic_batching/cc/clock.h"
 #include "dynamic_batching/cc/recycling_allocator.h"
 #include "tensorflow/core/framework/types.h"
@@ -26,10 +27,18 @@ constexpr size_t kLongestName = 256;
 constexpr size_t kLongestNotes = 4096;
 // A longer reservation would, in effect, block its actor number forever if the client dies.
 constexpr double kLongestReservationSeconds = 3600;
+// Each array of an unroll begins at a multiple of these bytes.
+constexpr int64_t kAlignment = 64;
 // Rough cost of copying a byte, in the cycles that tensorflow::Shard() uses.
 constexpr double kCyclesPerByte = 0.25;
 
 absl::Status CancelledStatus() { return absl::CancelledError("the caller was cancelled"); }
+absl::Status ClosedStatus() { return absl::CancelledError("the inbox is closed"); }
+
+absl::Status CheckActor(int64_t number) {
+  if (number >= 0 && number <= std::numeric_limits<int32_t>::max()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("an actor cannot have the number ", number));
+}
 
 TensorShape BatchShape(const UnrollArray& component, int batch_size) {
   TensorShape shape = component.shape;
@@ -37,24 +46,89 @@ TensorShape BatchShape(const UnrollArray& component, int batch_size) {
   return shape;
 }
 
+int64_t NumBytes(const UnrollArray& array) {
+  return array.shape.num_elements() * tensorflow::DataTypeSize(array.type);
+}
+
+UnrollForm FormOf(std::vector<UnrollArray> arrays) {
+  UnrollForm form;
+  // After the number of the form.
+  int64_t end = 1;
+  for (const UnrollArray& array : arrays) {
+    const int64_t offset = (end + kAlignment - 1) / kAlignment * kAlignment;
+    form.offsets.push_back(offset);
+    end = offset + NumBytes(array);
+  }
+  form.arrays = std::move(arrays);
+  form.num_bytes = end;
+  return form;
+}
+
+// Returns the arrays of an unroll whose component `stack`, [T+1, ..., C], is packed: as frames
+// [T+C, ...], and last of all, for each row, whether an episode begins with it.
+std::vector<UnrollArray> Packed(std::vector<UnrollArray> arrays, int stack) {
+  TensorShape& shape = arrays[stack].shape;
+  const int64_t rows = shape.dim_size(0);
+  const int64_t size = shape.dim_size(shape.dims() - 1);
+  shape.RemoveLastDims(1);
+  shape.set_dim(0, rows + size - 1);
+  arrays.push_back({absl::StrCat(arrays[stack].name, "_begins"), tensorflow::DT_BOOL,
+                    TensorShape({rows}), /*time_major=*/false, /*low=*/0, /*high=*/0});
+  return arrays;
+}
+
+// Writes frames, each of `length` bytes, into a row of stacks [length, size].
+template <int size>
+void Interleave(const uint8_t* const* frames, int64_t length, uint8_t* __restrict row) {
+  const uint8_t* sources[size];
+  std::copy_n(frames, size, sources);
+  for (int64_t i = 0; i < length; ++i) {
+    for (int k = 0; k < size; ++k) row[i * size + k] = sources[k][i];
+  }
+}
+
+void Interleave(const uint8_t* const* frames, int size, int64_t length, uint8_t* __restrict row) {
+  // Compilers vectorize this one; Atari has such stacks.
+  if (size == 4) return Interleave<4>(frames, length, row);
+  for (int k = 0; k < size; ++k) {
+    for (int64_t i = 0; i < length; ++i) row[i * size + k] = frames[k][i];
+  }
+}
+
+// Rebuilds stacks of `shape`, [T+1, ..., C], from frames [T+C, ...]. Row t is in `stacks` from byte
+// t * stride. `begins` says with which rows an episode begins.
+void RebuildStacks(const uint8_t* frames, const bool* begins, const TensorShape& shape,
+                   int64_t stride, uint8_t* stacks) {
+  const int64_t rows = shape.dim_size(0);
+  const int64_t size = shape.dim_size(shape.dims() - 1);
+  const int64_t length = shape.num_elements() / rows / size;
+  std::vector<const uint8_t*> sources(size);
+  int64_t first = 0;  // Older frames do not belong to the row's episode.
+  for (int64_t row = 0; row < rows; ++row) {
+    if (begins[row]) first = row + size - 1;
+    for (int64_t k = 0; k < size; ++k) sources[k] = frames + std::max(row + k, first) * length;
+    Interleave(sources.data(), size, length, stacks + row * stride);
+  }
+}
+
 // Returns whether all exponents differ from `exponent`, that of infinities and NaNs. Works on bits,
 // because compilers vectorize that loop.
 template <typename Bits>
-bool AllFinite(const Tensor& tensor, Bits exponent) {
-  const Bits* values = static_cast<const Bits*>(tensor.data());
-  const int64_t size = tensor.NumElements();
+bool AllFinite(const void* array, int64_t size, Bits exponent) {
+  const Bits* values = static_cast<const Bits*>(array);
   Bits found = 0;
   for (int64_t i = 0; i < size; ++i) found |= (values[i] & exponent) == exponent;
   return found == 0;
 }
 
 template <typename T>
-absl::Status CheckRange(const UnrollArray& component, const Tensor& tensor, int64_t high) {
+absl::Status CheckRange(const UnrollArray& component, const void* array, int64_t size,
+                        int64_t high) {
   if (component.low <= std::numeric_limits<T>::min() && high >= std::numeric_limits<T>::max()) {
     return absl::OkStatus();
   }
-  const T* values = static_cast<const T*>(tensor.data());
-  for (int64_t i = 0; i < tensor.NumElements(); ++i) {
+  const T* values = static_cast<const T*>(array);
+  for (int64_t i = 0; i < size; ++i) {
     const int64_t value = values[i];
     if (value < component.low || value > high) {
       return absl::InvalidArgumentError(absl::StrCat("component '", component.name, "' holds ",
@@ -66,39 +140,40 @@ absl::Status CheckRange(const UnrollArray& component, const Tensor& tensor, int6
 }
 
 // Checks the values of an array; `high` replaces the upper bound of its spec.
-absl::Status CheckValues(const UnrollArray& component, const Tensor& tensor, int64_t high) {
+absl::Status CheckValues(const UnrollArray& component, const void* array, int64_t high) {
+  const int64_t size = component.shape.num_elements();
   bool is_finite = true;
   switch (component.type) {
     case tensorflow::DT_FLOAT:
-      is_finite = AllFinite<uint32_t>(tensor, 0x7f800000);
+      is_finite = AllFinite<uint32_t>(array, size, 0x7f800000);
       break;
     case tensorflow::DT_DOUBLE:
-      is_finite = AllFinite<uint64_t>(tensor, 0x7ff0000000000000);
+      is_finite = AllFinite<uint64_t>(array, size, 0x7ff0000000000000);
       break;
     case tensorflow::DT_HALF:
-      is_finite = AllFinite<uint16_t>(tensor, 0x7c00);
+      is_finite = AllFinite<uint16_t>(array, size, 0x7c00);
       break;
     case tensorflow::DT_BFLOAT16:
-      is_finite = AllFinite<uint16_t>(tensor, 0x7f80);
+      is_finite = AllFinite<uint16_t>(array, size, 0x7f80);
       break;
     case tensorflow::DT_INT8:
-      return CheckRange<int8_t>(component, tensor, high);
+      return CheckRange<int8_t>(component, array, size, high);
     case tensorflow::DT_UINT8:
-      return CheckRange<uint8_t>(component, tensor, high);
+      return CheckRange<uint8_t>(component, array, size, high);
     case tensorflow::DT_INT16:
-      return CheckRange<int16_t>(component, tensor, high);
+      return CheckRange<int16_t>(component, array, size, high);
     case tensorflow::DT_UINT16:
-      return CheckRange<uint16_t>(component, tensor, high);
+      return CheckRange<uint16_t>(component, array, size, high);
     case tensorflow::DT_INT32:
-      return CheckRange<int32_t>(component, tensor, high);
+      return CheckRange<int32_t>(component, array, size, high);
     case tensorflow::DT_UINT32:
-      return CheckRange<uint32_t>(component, tensor, high);
+      return CheckRange<uint32_t>(component, array, size, high);
     case tensorflow::DT_INT64:
-      return CheckRange<int64_t>(component, tensor, high);
+      return CheckRange<int64_t>(component, array, size, high);
     case tensorflow::DT_BOOL: {
       // A byte from the network may be neither, which is undefined behaviour for its users.
-      const uint8_t* values = static_cast<const uint8_t*>(tensor.data());
-      for (int64_t i = 0; i < tensor.NumElements(); ++i) {
+      const uint8_t* values = static_cast<const uint8_t*>(array);
+      for (int64_t i = 0; i < size; ++i) {
         if (values[i] > 1) {
           return absl::InvalidArgumentError(
               absl::StrCat("component '", component.name, "' holds neither true nor false"));
@@ -118,48 +193,60 @@ absl::Status CheckValues(const UnrollArray& component, const Tensor& tensor, int
 
 }  // namespace
 
-UnrollInbox::UnrollInbox(std::string name, int capacity, std::vector<UnrollArray> components,
-                         int version_component)
-    : name_(std::move(name)),
-      capacity_(capacity),
+UnrollInbox::UnrollInbox(int capacity, std::vector<UnrollArray> components, int version_component,
+                         int stack)
+    : capacity_(capacity),
       components_(std::move(components)),
-      version_component_(version_component) {}
-
-absl::Status UnrollInbox::ClosedStatus() const {
-  return absl::CancelledError(absl::StrCat("the inbox '", name_, "' is closed"));
+      version_component_(version_component),
+      stack_(stack) {
+  forms_.push_back(FormOf(components_));
+  if (stack_ >= 0) forms_.push_back(FormOf(Packed(components_, stack_)));
 }
 
-absl::Status UnrollInbox::Check(const Sender& sender, const std::vector<Tensor>& unroll) const {
-  if (sender.actor < 0) return absl::InvalidArgumentError("the number of an actor is not negative");
+absl::Status UnrollInbox::Check(const Sender& sender) {
+  TF_RETURN_IF_ERROR(CheckActor(sender.actor));
   if (sender.host.size() > kLongestName || sender.level.size() > kLongestName) {
     return absl::InvalidArgumentError("the name of a host or level is too long");
   }
   if (sender.notes.size() > kLongestNotes) {
     return absl::InvalidArgumentError("the notes of an actor are too long");
   }
-  if (unroll.size() != components_.size()) {
-    return absl::InvalidArgumentError(absl::StrCat("it has ", unroll.size(), " components, not ",
-                                                   components_.size()));
+  return absl::OkStatus();
+}
+
+absl::Status UnrollInbox::FindForm(Unroll* unroll) const {
+  const int64_t size = unroll->buffer.NumElements();
+  const int number = size == 0 ? 0 : *static_cast<const uint8_t*>(unroll->buffer.data());
+  if (number >= forms_.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("it is of form ", number, ", which is not in [0, ", forms_.size() - 1, "]"));
   }
-  for (size_t i = 0; i < components_.size(); ++i) {
-    const UnrollArray& component = components_[i];
-    if (unroll[i].dtype() != component.type || unroll[i].shape() != component.shape) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "component '", component.name, "' is ", DataTypeString(unroll[i].dtype()),
-          unroll[i].shape().DebugString(), ", not ", DataTypeString(component.type),
-          component.shape.DebugString()));
-    }
-    TF_RETURN_IF_ERROR(CheckValues(
-        component, unroll[i], i == version_component_ ? latest_version_.load() : component.high));
+  unroll->form = &forms_[number];
+  if (size != unroll->form->num_bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("it has ", size, " bytes, not ", unroll->form->num_bytes));
   }
   return absl::OkStatus();
 }
 
-void UnrollInbox::Put(OpKernelContext* context, Sender sender, std::vector<Tensor> unroll,
-                      Done done) {
-  if (absl::Status status = Check(sender, unroll); !status.ok()) {
-    // No statistics for a negative number, which no actor has.
-    if (sender.actor >= 0) {
+absl::Status UnrollInbox::Check(const Unroll& unroll) const {
+  const std::vector<UnrollArray>& arrays = unroll.form->arrays;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    TF_RETURN_IF_ERROR(
+        CheckValues(arrays[i], unroll.array(i),
+                    i == version_component_ ? latest_version_.load() : arrays[i].high));
+  }
+  return absl::OkStatus();
+}
+
+void UnrollInbox::Put(OpKernelContext* context, Sender sender, Tensor buffer, Done done) {
+  Unroll unroll{static_cast<int32_t>(sender.actor), nullptr, std::move(buffer)};
+  absl::Status status = Check(sender);
+  if (status.ok()) status = FindForm(&unroll);
+  if (status.ok()) status = Check(unroll);
+  if (!status.ok()) {
+    // No statistics for numbers that no actor has.
+    if (CheckActor(sender.actor).ok()) {
       std::lock_guard<std::mutex> lock(mutex_);
       ActorStatistics& actor = actors_[sender.actor];
       if (actor.host.empty()) actor.host = sender.host.substr(0, kLongestName);
@@ -175,8 +262,8 @@ void UnrollInbox::Put(OpKernelContext* context, Sender sender, std::vector<Tenso
   auto put = std::make_shared<PendingPut>();
   put->context = context;
   put->done = std::move(done);
-  put->version = unroll[version_component_].scalar<int64_t>()();
-  put->unroll = {sender.actor, std::move(unroll)};
+  put->version = *static_cast<const int64_t*>(unroll.array(version_component_));
+  put->unroll = std::move(unroll);
   put->sender = std::move(sender);
   Enter(std::move(put), &puts_);
 }
@@ -186,10 +273,9 @@ void UnrollInbox::Take(OpKernelContext* context, int batch_size, Done done) {
   take->context = context;
   take->done = std::move(done);
   take->batch_size = batch_size;
-  const absl::Status status =
-      context->num_outputs() == components_.size() + 1
-          ? Allocate(take.get())
-          : absl::InvalidArgumentError(absl::StrCat("'", name_, "' has other components"));
+  const absl::Status status = context->num_outputs() == components_.size() + 1
+                                  ? Allocate(take.get())
+                                  : absl::InvalidArgumentError("the inbox has other components");
   if (!status.ok()) {
     Finish(take.get(), status);
     return;
@@ -320,19 +406,17 @@ void UnrollInbox::Move() {
   if (claims.size() == 1) {
     CopyUnroll(claims[0]);
   } else {
-    int64_t bytes = 0;
-    for (const Tensor& component : claims[0].unroll.components) bytes += component.TotalBytes();
-    tensorflow::Shard(pool->NumThreads(), pool, claims.size(), bytes * kCyclesPerByte,
+    tensorflow::Shard(pool->NumThreads(), pool, claims.size(), forms_[0].num_bytes * kCyclesPerByte,
                       [&](int64_t begin, int64_t end) {
                         for (int64_t i = begin; i < end; ++i) {
                           CopyUnroll(claims[i]);
-                          claims[i].unroll.components.clear();
+                          claims[i].unroll.buffer = Tensor();
                         }
                       });
   }
   copy_nanoseconds_ += NowNanoseconds() - started_at;
   for (Claim& claim : claims) {
-    claim.unroll.components.clear();
+    claim.unroll.buffer = Tensor();
     PendingTake& take = *claim.take;
     // The thread that copies the last column finishes the batch. A cancelled batch never fills up.
     if (take.num_copied.fetch_add(1) + 1 < take.batch_size) continue;
@@ -350,22 +434,28 @@ void UnrollInbox::Move() {
 void UnrollInbox::CopyUnroll(const Claim& claim) const {
   PendingTake& take = *claim.take;
   take.actors.flat<int32_t>()(claim.column) = claim.unroll.actor;
-  for (size_t i = 0; i < components_.size(); ++i) {
-    const Tensor& source = claim.unroll.components[i];
-    const int64_t rows = components_[i].time_major ? components_[i].shape.dim_size(0) : 1;
-    if (source.NumElements() == 0) continue;
-    const size_t bytes = source.TotalBytes() / rows;
-    const char* from = static_cast<const char*>(source.data());
+  const bool is_packed = claim.unroll.form != &forms_[0];
+  for (int i = 0; i < components_.size(); ++i) {
+    const UnrollArray& component = components_[i];
+    const int64_t rows = component.time_major ? component.shape.dim_size(0) : 1;
+    const int64_t bytes = NumBytes(component) / rows;
+    if (bytes == 0) continue;
+    const char* from = static_cast<const char*>(claim.unroll.array(i));
     char* to = static_cast<char*>(take.components[i].data()) + claim.column * bytes;
-    for (int64_t row = 0; row < rows; ++row) {
-      memcpy(to + row * take.batch_size * bytes, from + row * bytes, bytes);
+    const int64_t stride = take.batch_size * bytes;
+    if (is_packed && i == stack_) {
+      const void* begins = claim.unroll.array(components_.size());
+      RebuildStacks(reinterpret_cast<const uint8_t*>(from), static_cast<const bool*>(begins),
+                    component.shape, stride, reinterpret_cast<uint8_t*>(to));
+      continue;
     }
+    for (int64_t row = 0; row < rows; ++row) memcpy(to + row * stride, from + row * bytes, bytes);
   }
 }
 
 absl::Status UnrollInbox::Reserve(int32_t actor, int64_t client, std::string host, double seconds,
                                   Reservation* holder) {
-  if (actor < 0) return absl::InvalidArgumentError("the number of an actor is not negative");
+  TF_RETURN_IF_ERROR(CheckActor(actor));
   if (host.size() > kLongestName) {
     return absl::InvalidArgumentError("the name of a host is too long");
   }
@@ -377,8 +467,7 @@ absl::Status UnrollInbox::Reserve(int32_t actor, int64_t client, std::string hos
   std::lock_guard<std::mutex> lock(mutex_);
   if (closed_) return ClosedStatus();
   const auto found = reservations_.find(actor);
-  if (found != reservations_.end() && found->second.client != client &&
-      now < found->second.until) {
+  if (found != reservations_.end() && found->second.client != client && now < found->second.until) {
     *holder = found->second;
   } else if (seconds > 0) {
     reservations_[actor] = *holder;
@@ -408,55 +497,6 @@ void UnrollInbox::Close() {
   }
   for (const auto& put : puts) Finish(put.get(), ClosedStatus());
   for (const auto& take : takes) Finish(take.get(), ClosedStatus());
-}
-
-bool UnrollInbox::IsClosed() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return closed_;
-}
-
-void WeightsBoard::Publish(int64_t version, std::vector<Tensor> weights) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return;
-  version_ = version;
-  // The caller's vector frees the old weights after the lock is released.
-  weights_.swap(weights);
-}
-
-void WeightsBoard::Finish() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  finished_ = true;
-}
-
-absl::Status WeightsBoard::ReadVersion(int64_t* version, bool* finished) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return absl::CancelledError(absl::StrCat("the board '", name_, "' is closed"));
-  *version = version_;
-  *finished = finished_;
-  return absl::OkStatus();
-}
-
-absl::Status WeightsBoard::ReadWeights(int64_t* version, std::vector<Tensor>* weights) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (closed_) return absl::CancelledError(absl::StrCat("the board '", name_, "' is closed"));
-  if (version_ < 0) {
-    return absl::NotFoundError(absl::StrCat("there are no weights on the board '", name_, "' yet"));
-  }
-  *version = version_;
-  *weights = weights_;
-  return absl::OkStatus();
-}
-
-void WeightsBoard::Close() {
-  std::vector<Tensor> weights;
-  std::lock_guard<std::mutex> lock(mutex_);
-  closed_ = true;
-  weights_.swap(weights);
-}
-
-bool WeightsBoard::IsClosed() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return closed_;
 }
 
 }  // namespace impala

@@ -1,9 +1,4 @@
-// Connects the learner's eager runtime with the sessions of actor jobs on other machines.
-//
-// TensorFlow's server runs its clients' graphs in the learner's process, but with separate
-// resources: they cannot access anything that the eager runtime made. The two objects below belong
-// to the process instead, and both sides look them up by name. Tensors pass through them by
-// reference.
+// The learner's inbox of unrolls from actor jobs. An unroll is copied once, into its batch.
 
 #ifndef IMPALA_CLUSTER_CC_EXCHANGE_H_
 #define IMPALA_CLUSTER_CC_EXCHANGE_H_
@@ -19,7 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace impala {
@@ -35,10 +29,23 @@ struct UnrollArray {
 
 // The actor and client that put an unroll, and the unroll's sequence number.
 struct Sender {
-  int32_t actor;
   std::string host, level;
   std::string notes;  // Further information; stored without being interpreted.
-  int64_t client, sequence;
+  int64_t actor, client, sequence;
+};
+
+// How the arrays of an unroll lie in its buffer; see impala/cluster/unroll_format.py.
+struct UnrollForm {
+  std::vector<UnrollArray> arrays;
+  std::vector<int64_t> offsets;  // Of each array, in bytes.
+  int64_t num_bytes;             // Of the buffer.
+};
+
+// How the arrays of an unroll lie in its buffer; see impala/cluster/unroll_format.py.
+struct UnrollForm {
+  std::vector<UnrollArray> arrays;
+  std::vector<int64_t> offsets;  // Of each array, in bytes.
+  int64_t num_bytes;             // Of the buffer.
 };
 
 // Reserves an actor number for one client.
@@ -67,14 +74,15 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
  public:
   using Done = std::function<void()>;
 
-  UnrollInbox(std::string name, int capacity, std::vector<UnrollArray> components,
-              int version_component);
+  // `stack` is the component that stacks frames, uint8 [T+1, ..., C]; -1 if none does.
+  UnrollInbox(int capacity, std::vector<UnrollArray> components, int version_component, int stack);
 
-  // Puts one unroll. `done` is called as soon as the unroll is in the queue, or is found to be a
-  // duplicate: the client has already put one with this sequence number or a later one. Output 0 of
-  // `context` is false for duplicates. An invalid unroll fails with InvalidArgument.
-  void Put(tensorflow::OpKernelContext* context, Sender sender,
-           std::vector<tensorflow::Tensor> unroll, Done done);
+  // Puts one unroll, uint8 [N], and keeps a reference to it. `done` is called as soon as the unroll
+  // is in the queue, or is found to be a duplicate: the client has already put one with this
+  // sequence number or a later one. Output 0 of `context` is false for duplicates. An invalid
+  // unroll fails with InvalidArgument.
+  void Put(tensorflow::OpKernelContext* context, Sender sender, tensorflow::Tensor buffer,
+           Done done);
 
   // Takes the next `batch_size` unrolls. The outputs of `context` are the actors, then the
   // components. A cancelled call loses the unrolls that it has already taken.
@@ -93,12 +101,16 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
 
   // Fails all waiting calls. May be called at any time, repeatedly.
   void Close();
-  bool IsClosed();
 
  private:
   struct Unroll {
     int32_t actor;
-    std::vector<tensorflow::Tensor> components;
+    const UnrollForm* form;
+    tensorflow::Tensor buffer;
+
+    const void* array(int i) const {
+      return static_cast<const char*>(buffer.data()) + form->offsets[i];
+    }
   };
 
   // A pending op, which ends with `done`. The inbox's mutex guards `cancelled`.
@@ -131,7 +143,10 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
     Unroll unroll;
   };
 
-  absl::Status Check(const Sender& sender, const std::vector<tensorflow::Tensor>& unroll) const;
+  static absl::Status Check(const Sender& sender);
+  // Sets the form of an unroll by its buffer, which may be anything.
+  absl::Status FindForm(Unroll* unroll) const;
+  absl::Status Check(const Unroll& unroll) const;
   absl::Status Allocate(PendingTake* take) const;
   void CopyUnroll(const Claim& claim) const;
 
@@ -141,12 +156,11 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   static void Finish(Waiter* waiter, const absl::Status& status);
   // Moves unrolls from waiting puts into the queue, and from the queue into batches.
   void Move();
-  absl::Status ClosedStatus() const;
 
-  const std::string name_;
   const int capacity_;
   const std::vector<UnrollArray> components_;
-  const int version_component_;
+  const int version_component_, stack_;
+  std::vector<UnrollForm> forms_;  // Plain and, if there is a stack, packed.
   std::atomic<int64_t> latest_version_{0};
   std::atomic<uint64_t> copy_nanoseconds_{0};
 
@@ -155,73 +169,10 @@ class UnrollInbox : public std::enable_shared_from_this<UnrollInbox> {
   bool closed_ = false;
   std::deque<Unroll> queue_;
   std::deque<std::shared_ptr<PendingPut>> puts_;
-  std::deque<std::shared_ptr<PendingTake>> takes_;  // Those with columns without unrolls.
+  std::deque<std::shared_ptr<PendingTake>> takes_;      // Those with columns without unrolls.
   std::unordered_map<int64_t, int64_t> last_sequence_;  // Last accepted, by client.
   std::map<int32_t, ActorStatistics> actors_;
   std::unordered_map<int32_t, Reservation> reservations_;
-};
-
-// What the learner publishes for actors: fixed settings and the latest weights.
-class WeightsBoard {
- public:
-  WeightsBoard(std::string name, std::string settings)
-      : name_(std::move(name)), settings_(std::move(settings)) {}
-
-  // Keeps references to the weights. Their owner must not write to shared buffers; TensorFlow's
-  // variables do not.
-  void Publish(int64_t version, std::vector<tensorflow::Tensor> weights);
-  // Tells readers that the present version is final.
-  void Finish();
-  // Returns the latest version, -1 before the first.
-  absl::Status ReadVersion(int64_t* version, bool* finished);
-  absl::Status ReadWeights(int64_t* version, std::vector<tensorflow::Tensor>* weights);
-  const std::string& settings() const { return settings_; }
-
-  void Close();
-  bool IsClosed();
-
- private:
-  const std::string name_, settings_;
-
-  std::mutex mutex_;
-  bool closed_ = false, finished_ = false;
-  int64_t version_ = -1;
-  std::vector<tensorflow::Tensor> weights_;
-};
-
-// The objects of this process by name. A closed object stays until a new one takes its name, so
-// that callers learn that it is closed.
-template <typename T>
-class Registry {
- public:
-  static Registry* Get() {
-    static auto* registry = new Registry();
-    return registry;
-  }
-
-  absl::Status Add(const std::string& name, std::shared_ptr<T> object) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    std::shared_ptr<T>& place = objects_[name];
-    if (place != nullptr && !place->IsClosed()) {
-      return absl::AlreadyExistsError(absl::StrCat("'", name, "' exists already"));
-    }
-    place = std::move(object);
-    return absl::OkStatus();
-  }
-
-  absl::Status Find(const std::string& name, std::shared_ptr<T>* object) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = objects_.find(name);
-    if (found == objects_.end()) {
-      return absl::NotFoundError(absl::StrCat("'", name, "' does not exist"));
-    }
-    *object = found->second;
-    return absl::OkStatus();
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<std::string, std::shared_ptr<T>> objects_;
 };
 
 }  // namespace impala

@@ -1,16 +1,18 @@
-// TensorFlow ops of the unroll inbox and the weights board; see exchange.h.
+// TensorFlow ops of the unroll inbox; see exchange.h.
 
-#include <algorithm>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "dynamic_batching/cc/clock.h"
 #include "exchange.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/resource_handle.h"
+#include "tensorflow/core/framework/resource_mgr.h"
 #include "tensorflow/core/framework/shape_inference.h"
 
 namespace impala {
@@ -18,39 +20,36 @@ namespace {
 
 using dynamic_batching::NowNanoseconds;
 using tensorflow::AsyncOpKernel;
-using tensorflow::OpInputList;
 using tensorflow::OpKernel;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
+using tensorflow::ResourceHandle;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::tstring;
 using tensorflow::shape_inference::InferenceContext;
 using tensorflow::shape_inference::ShapeHandle;
 
-// Looks its object up in each call, since a new object may have taken the name.
-template <typename T, typename Base>
-class NamedOp : public Base {
+// The inbox behind a handle. Waiting calls and cancellations share the inbox itself.
+class InboxResource : public tensorflow::ResourceBase {
  public:
-  explicit NamedOp(OpKernelConstruction* context) : Base(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("object", &object_));
-  }
-
- protected:
-  absl::Status Find(std::shared_ptr<T>* object) const {
-    return Registry<T>::Get()->Find(object_, object);
-  }
-  const std::string& object_name() const { return object_; }
+  explicit InboxResource(std::shared_ptr<UnrollInbox> inbox) : inbox_(std::move(inbox)) {}
+  ~InboxResource() override { inbox_->Close(); }
+  std::string DebugString() const override { return "UnrollInbox"; }
+  const std::shared_ptr<UnrollInbox>& inbox() const { return inbox_; }
 
  private:
-  std::string object_;
+  const std::shared_ptr<UnrollInbox> inbox_;
 };
 
-using InboxOp = NamedOp<UnrollInbox, OpKernel>;
-using AsyncInboxOp = NamedOp<UnrollInbox, AsyncOpKernel>;
-using BoardOp = NamedOp<WeightsBoard, OpKernel>;
+// Returns the inbox of the handle in input 0 of `context`.
+absl::StatusOr<std::shared_ptr<UnrollInbox>> FindInbox(OpKernelContext* context) {
+  absl::StatusOr<InboxResource*> resource =
+      tensorflow::HandleFromInput(context, 0).GetResource<InboxResource>();
+  if (!resource.ok()) return resource.status();
+  return (*resource)->inbox();
+}
 
-// The inputs come from other machines, so their shapes must be checked.
 absl::Status RequireScalars(OpKernelContext* context, int num_inputs) {
   for (int i = 0; i < num_inputs; ++i) {
     if (context->input(i).dims() != 0) {
@@ -60,9 +59,9 @@ absl::Status RequireScalars(OpKernelContext* context, int num_inputs) {
   return absl::OkStatus();
 }
 
-class UnrollInboxOp : public InboxOp {
+class UnrollInboxOp : public OpKernel {
  public:
-  explicit UnrollInboxOp(OpKernelConstruction* context) : InboxOp(context) {
+  explicit UnrollInboxOp(OpKernelConstruction* context) : OpKernel(context) {
     std::vector<std::string> names;
     std::vector<tensorflow::DataType> types;
     std::vector<TensorShape> shapes;
@@ -75,6 +74,7 @@ class UnrollInboxOp : public InboxOp {
     OP_REQUIRES_OK(context, context->GetAttr("lows", &lows));
     OP_REQUIRES_OK(context, context->GetAttr("highs", &highs));
     OP_REQUIRES_OK(context, context->GetAttr("version_component", &version_component_));
+    OP_REQUIRES_OK(context, context->GetAttr("stack", &stack_));
     OP_REQUIRES_OK(context, context->GetAttr("capacity", &capacity_));
     const size_t size = names.size();
     OP_REQUIRES(context,
@@ -96,70 +96,74 @@ class UnrollInboxOp : public InboxOp {
                     types[version_component_] == tensorflow::DT_INT64 &&
                     shapes[version_component_].dims() == 0,
                 absl::InvalidArgumentError("the policy version must be an int64 scalar"));
+    OP_REQUIRES(context,
+                stack_ == -1 || (stack_ >= 0 && stack_ < size &&
+                                 types[stack_] == tensorflow::DT_UINT8 && time_major[stack_] &&
+                                 shapes[stack_].dims() > 1 && shapes[stack_].num_elements() > 0),
+                absl::InvalidArgumentError("a stack of frames must be uint8 [T+1, ..., C]"));
   }
 
   void Compute(OpKernelContext* context) override {
-    OP_REQUIRES_OK(context, Registry<UnrollInbox>::Get()->Add(
-                                object_name(),
-                                std::make_shared<UnrollInbox>(object_name(), capacity_, components_,
-                                                              version_component_)));
+    Tensor* handle;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &handle));
+    handle->scalar<ResourceHandle>()() = ResourceHandle::MakeRefCountingHandle(
+        new InboxResource(
+            std::make_shared<UnrollInbox>(capacity_, components_, version_component_, stack_)),
+        context->device()->name());
   }
 
  private:
   std::vector<UnrollArray> components_;
-  int capacity_, version_component_;
+  int capacity_, version_component_, stack_;
 };
 
-class UnrollInboxPutOp : public AsyncInboxOp {
+class UnrollInboxPutOp : public AsyncOpKernel {
  public:
-  using AsyncInboxOp::AsyncInboxOp;
+  using AsyncOpKernel::AsyncOpKernel;
 
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
-    std::shared_ptr<UnrollInbox> inbox;
-    OP_REQUIRES_OK_ASYNC(context, Find(&inbox), done);
-    OP_REQUIRES_OK_ASYNC(context, RequireScalars(context, 6), done);
-    OpInputList components;
-    OP_REQUIRES_OK_ASYNC(context, context->input_list("unroll", &components), done);
-    Sender sender;
-    sender.actor = context->input(0).scalar<int32_t>()();
-    sender.host = context->input(1).scalar<tstring>()();
-    sender.level = context->input(2).scalar<tstring>()();
-    sender.notes = context->input(3).scalar<tstring>()();
-    sender.client = context->input(4).scalar<int64_t>()();
-    sender.sequence = context->input(5).scalar<int64_t>()();
-    inbox->Put(context, std::move(sender), {components.begin(), components.end()},
-               std::move(done));
+    const auto inbox = FindInbox(context);
+    OP_REQUIRES_OK_ASYNC(context, inbox.status(), done);
+    const Tensor& texts = context->input(1);
+    const Tensor& numbers = context->input(2);
+    OP_REQUIRES_ASYNC(context, texts.NumElements() == 3 && numbers.NumElements() == 3,
+                      absl::InvalidArgumentError("there must be three texts and three numbers"),
+                      done);
+    const auto text = texts.flat<tstring>();
+    const auto number = numbers.flat<int64_t>();
+    (*inbox)->Put(context, {text(0), text(1), text(2), number(0), number(1), number(2)},
+                  context->input(3), std::move(done));
   }
 };
 
-class UnrollInboxTakeOp : public AsyncInboxOp {
+class UnrollInboxTakeOp : public AsyncOpKernel {
  public:
-  explicit UnrollInboxTakeOp(OpKernelConstruction* context) : AsyncInboxOp(context) {
+  explicit UnrollInboxTakeOp(OpKernelConstruction* context) : AsyncOpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("batch_size", &batch_size_));
   }
 
   void ComputeAsync(OpKernelContext* context, DoneCallback done) override {
-    std::shared_ptr<UnrollInbox> inbox;
-    OP_REQUIRES_OK_ASYNC(context, Find(&inbox), done);
-    inbox->Take(context, batch_size_, std::move(done));
+    const auto inbox = FindInbox(context);
+    OP_REQUIRES_OK_ASYNC(context, inbox.status(), done);
+    (*inbox)->Take(context, batch_size_, std::move(done));
   }
 
  private:
   int batch_size_;
 };
 
-class UnrollInboxReserveOp : public InboxOp {
+class UnrollInboxReserveOp : public OpKernel {
  public:
-  using InboxOp::InboxOp;
+  using OpKernel::OpKernel;
   void Compute(OpKernelContext* context) override {
-    std::shared_ptr<UnrollInbox> inbox;
-    OP_REQUIRES_OK(context, Find(&inbox));
-    OP_REQUIRES_OK(context, RequireScalars(context, 4));
-    const int64_t client = context->input(1).scalar<int64_t>()();
+    const auto inbox = FindInbox(context);
+    OP_REQUIRES_OK(context, inbox.status());
+    OP_REQUIRES_OK(context, RequireScalars(context, 5));
+    const int64_t client = context->input(2).scalar<int64_t>()();
     Reservation holder;
-    OP_REQUIRES_OK(context, inbox->Reserve(context->input(0).scalar<int32_t>()(), client,
-                                           context->input(2).scalar<tstring>()(),
-                                           context->input(3).scalar<double>()(), &holder));
+    OP_REQUIRES_OK(context, (*inbox)->Reserve(context->input(1).scalar<int32_t>()(), client,
+                                              context->input(3).scalar<tstring>()(),
+                                              context->input(4).scalar<double>()(), &holder));
     Tensor *is_own, *host, *seconds;
     OP_REQUIRES_OK(context, context->allocate_output(0, {}, &is_own));
     OP_REQUIRES_OK(context, context->allocate_output(1, {}, &host));
@@ -171,25 +175,25 @@ class UnrollInboxReserveOp : public InboxOp {
   }
 };
 
-class UnrollInboxSetLatestVersionOp : public InboxOp {
+class UnrollInboxSetLatestVersionOp : public OpKernel {
  public:
-  using InboxOp::InboxOp;
+  using OpKernel::OpKernel;
   void Compute(OpKernelContext* context) override {
-    std::shared_ptr<UnrollInbox> inbox;
-    OP_REQUIRES_OK(context, Find(&inbox));
-    OP_REQUIRES_OK(context, RequireScalars(context, 1));
-    inbox->SetLatestVersion(context->input(0).scalar<int64_t>()());
+    const auto inbox = FindInbox(context);
+    OP_REQUIRES_OK(context, inbox.status());
+    OP_REQUIRES_OK(context, RequireScalars(context, 2));
+    (*inbox)->SetLatestVersion(context->input(1).scalar<int64_t>()());
   }
 };
 
-class UnrollInboxStatisticsOp : public InboxOp {
+class UnrollInboxStatisticsOp : public OpKernel {
  public:
-  using InboxOp::InboxOp;
+  using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* context) override {
-    std::shared_ptr<UnrollInbox> inbox;
-    OP_REQUIRES_OK(context, Find(&inbox));
-    const InboxStatistics statistics = inbox->GetStatistics();
+    const auto inbox = FindInbox(context);
+    OP_REQUIRES_OK(context, inbox.status());
+    const InboxStatistics statistics = (*inbox)->GetStatistics();
     const uint64_t now = NowNanoseconds();
     const int64_t size = statistics.actors.size();
     Tensor *actors, *hosts, *levels, *notes, *counts, *seconds, *rejections, *queue, *copy_seconds;
@@ -224,119 +228,14 @@ class UnrollInboxStatisticsOp : public InboxOp {
   }
 };
 
-class UnrollInboxCloseOp : public InboxOp {
+class UnrollInboxCloseOp : public OpKernel {
  public:
-  using InboxOp::InboxOp;
+  using OpKernel::OpKernel;
   void Compute(OpKernelContext* context) override {
-    std::shared_ptr<UnrollInbox> inbox;
-    OP_REQUIRES_OK(context, Find(&inbox));
-    inbox->Close();
+    const auto inbox = FindInbox(context);
+    OP_REQUIRES_OK(context, inbox.status());
+    (*inbox)->Close();
   }
-};
-
-class WeightsBoardOp : public BoardOp {
- public:
-  using BoardOp::BoardOp;
-  void Compute(OpKernelContext* context) override {
-    OP_REQUIRES_OK(context, RequireScalars(context, 1));
-    OP_REQUIRES_OK(context, Registry<WeightsBoard>::Get()->Add(
-                                object_name(),
-                                std::make_shared<WeightsBoard>(
-                                    object_name(), context->input(0).scalar<tstring>()())));
-  }
-};
-
-class WeightsBoardPublishOp : public BoardOp {
- public:
-  using BoardOp::BoardOp;
-  void Compute(OpKernelContext* context) override {
-    std::shared_ptr<WeightsBoard> board;
-    OP_REQUIRES_OK(context, Find(&board));
-    OP_REQUIRES_OK(context, RequireScalars(context, 1));
-    OpInputList weights;
-    OP_REQUIRES_OK(context, context->input_list("weights", &weights));
-    board->Publish(context->input(0).scalar<int64_t>()(), {weights.begin(), weights.end()});
-  }
-};
-
-class WeightsBoardFinishOp : public BoardOp {
- public:
-  using BoardOp::BoardOp;
-  void Compute(OpKernelContext* context) override {
-    std::shared_ptr<WeightsBoard> board;
-    OP_REQUIRES_OK(context, Find(&board));
-    board->Finish();
-  }
-};
-
-class WeightsBoardCloseOp : public BoardOp {
- public:
-  using BoardOp::BoardOp;
-  void Compute(OpKernelContext* context) override {
-    std::shared_ptr<WeightsBoard> board;
-    OP_REQUIRES_OK(context, Find(&board));
-    board->Close();
-  }
-};
-
-class WeightsBoardSettingsOp : public BoardOp {
- public:
-  using BoardOp::BoardOp;
-  void Compute(OpKernelContext* context) override {
-    std::shared_ptr<WeightsBoard> board;
-    OP_REQUIRES_OK(context, Find(&board));
-    Tensor* settings;
-    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &settings));
-    settings->scalar<tstring>()() = board->settings();
-  }
-};
-
-class WeightsBoardVersionOp : public BoardOp {
- public:
-  using BoardOp::BoardOp;
-  void Compute(OpKernelContext* context) override {
-    std::shared_ptr<WeightsBoard> board;
-    OP_REQUIRES_OK(context, Find(&board));
-    Tensor *version, *finished;
-    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &version));
-    OP_REQUIRES_OK(context, context->allocate_output(1, {}, &finished));
-    OP_REQUIRES_OK(context, board->ReadVersion(&version->scalar<int64_t>()(),
-                                               &finished->scalar<bool>()()));
-  }
-};
-
-class WeightsBoardReadOp : public BoardOp {
- public:
-  explicit WeightsBoardReadOp(OpKernelConstruction* context) : BoardOp(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("types", &types_));
-    OP_REQUIRES_OK(context, context->GetAttr("shapes", &shapes_));
-    OP_REQUIRES(context, types_.size() == shapes_.size(),
-                absl::InvalidArgumentError("the lists must be of the same length"));
-  }
-
-  void Compute(OpKernelContext* context) override {
-    std::shared_ptr<WeightsBoard> board;
-    OP_REQUIRES_OK(context, Find(&board));
-    Tensor* version;
-    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &version));
-    std::vector<Tensor> weights;
-    OP_REQUIRES_OK(context, board->ReadWeights(&version->scalar<int64_t>()(), &weights));
-    OP_REQUIRES(context, weights.size() == types_.size(),
-                absl::InvalidArgumentError(absl::StrCat("the network has ", weights.size(),
-                                                        " weights, not ", types_.size())));
-    for (size_t i = 0; i < weights.size(); ++i) {
-      OP_REQUIRES(context, weights[i].dtype() == types_[i] && weights[i].shape() == shapes_[i],
-                  absl::InvalidArgumentError(absl::StrCat(
-                      "weight ", i, " of the network is ", DataTypeString(weights[i].dtype()),
-                      weights[i].shape().DebugString(), ", not ", DataTypeString(types_[i]),
-                      shapes_[i].DebugString())));
-      context->set_output(i + 1, weights[i]);
-    }
-  }
-
- private:
-  std::vector<tensorflow::DataType> types_;
-  std::vector<TensorShape> shapes_;
 };
 
 absl::Status TakeShapes(InferenceContext* context) {
@@ -363,21 +262,6 @@ absl::Status TakeShapes(InferenceContext* context) {
   return absl::OkStatus();
 }
 
-absl::Status ReadShapes(InferenceContext* context) {
-  std::vector<tensorflow::PartialTensorShape> shapes;
-  TF_RETURN_IF_ERROR(context->GetAttr("shapes", &shapes));
-  if (shapes.size() + 1 != context->num_outputs()) {
-    return absl::InvalidArgumentError("the lists must be of the same length");
-  }
-  context->set_output(0, context->Scalar());
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    ShapeHandle shape;
-    TF_RETURN_IF_ERROR(context->MakeShapeFromPartialTensorShape(shapes[i], &shape));
-    context->set_output(i + 1, shape);
-  }
-  return absl::OkStatus();
-}
-
 absl::Status StatisticsShapes(InferenceContext* context) {
   for (int i : {0, 1, 2, 3, 5, 6}) context->set_output(i, context->UnknownShapeOfRank(1));
   context->set_output(4, context->Matrix(InferenceContext::kUnknownDim, 4));
@@ -387,7 +271,7 @@ absl::Status StatisticsShapes(InferenceContext* context) {
 }
 
 REGISTER_OP("UnrollInbox")
-    .Attr("object: string")
+    .Output("inbox: resource")
     .Attr("capacity: int >= 1")
     .Attr("names: list(string) >= 1")
     .Attr("types: list(type) >= 1")
@@ -396,27 +280,27 @@ REGISTER_OP("UnrollInbox")
     .Attr("lows: list(int) >= 1")
     .Attr("highs: list(int) >= 1")
     .Attr("version_component: int")
-    .SetIsStateful()
-    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
-
-REGISTER_OP("UnrollInboxPut")
-    .Input("actor: int32")
-    .Input("host: string")
-    .Input("level: string")
-    .Input("notes: string")
-    .Input("client: int64")
-    .Input("sequence: int64")
-    .Input("unroll: types")
-    .Output("accepted: bool")
-    .Attr("object: string")
-    .Attr("types: list(type) >= 1")
+    .Attr("stack: int")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::ScalarShape);
 
+REGISTER_OP("UnrollInboxPut")
+    .Input("inbox: resource")
+    .Input("texts: string")
+    .Input("numbers: int64")
+    .Input("unroll: uint8")
+    .Output("accepted: bool")
+    .SetIsStateful()
+    .SetShapeFn(tensorflow::shape_inference::ScalarShape)
+    .Doc(R"doc(
+`texts` are host, level and notes, `numbers` are actor, client and sequence: few inputs, because each
+takes Python as long as the rest of the call.
+)doc");
+
 REGISTER_OP("UnrollInboxTake")
+    .Input("inbox: resource")
     .Output("actors: int32")
     .Output("components: types")
-    .Attr("object: string")
     .Attr("batch_size: int >= 1")
     .Attr("types: list(type) >= 1")
     .Attr("shapes: list(shape) >= 1")
@@ -425,6 +309,7 @@ REGISTER_OP("UnrollInboxTake")
     .SetShapeFn(TakeShapes);
 
 REGISTER_OP("UnrollInboxReserve")
+    .Input("inbox: resource")
     .Input("actor: int32")
     .Input("client: int64")
     .Input("host: string")
@@ -432,7 +317,6 @@ REGISTER_OP("UnrollInboxReserve")
     .Output("is_own: bool")
     .Output("holder: string")
     .Output("seconds_since_seen: float64")
-    .Attr("object: string")
     .SetIsStateful()
     .SetShapeFn([](InferenceContext* context) {
       for (int i = 0; i < 3; ++i) context->set_output(i, context->Scalar());
@@ -440,12 +324,13 @@ REGISTER_OP("UnrollInboxReserve")
     });
 
 REGISTER_OP("UnrollInboxSetLatestVersion")
+    .Input("inbox: resource")
     .Input("version: int64")
-    .Attr("object: string")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::NoOutputs);
 
 REGISTER_OP("UnrollInboxStatistics")
+    .Input("inbox: resource")
     .Output("actors: int32")
     .Output("hosts: string")
     .Output("levels: string")
@@ -455,7 +340,6 @@ REGISTER_OP("UnrollInboxStatistics")
     .Output("last_rejections: string")
     .Output("queue: int64")
     .Output("copy_seconds: float64")
-    .Attr("object: string")
     .SetIsStateful()
     .SetShapeFn(StatisticsShapes)
     .Doc(R"doc(
@@ -464,59 +348,9 @@ number of unrolls in the queue and before it.
 )doc");
 
 REGISTER_OP("UnrollInboxClose")
-    .Attr("object: string")
+    .Input("inbox: resource")
     .SetIsStateful()
     .SetShapeFn(tensorflow::shape_inference::NoOutputs);
-
-REGISTER_OP("WeightsBoard")
-    .Input("settings: string")
-    .Attr("object: string")
-    .SetIsStateful()
-    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
-
-REGISTER_OP("WeightsBoardPublish")
-    .Input("version: int64")
-    .Input("weights: types")
-    .Attr("object: string")
-    .Attr("types: list(type) >= 0")
-    .SetIsStateful()
-    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
-
-REGISTER_OP("WeightsBoardFinish")
-    .Attr("object: string")
-    .SetIsStateful()
-    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
-
-REGISTER_OP("WeightsBoardClose")
-    .Attr("object: string")
-    .SetIsStateful()
-    .SetShapeFn(tensorflow::shape_inference::NoOutputs);
-
-REGISTER_OP("WeightsBoardSettings")
-    .Output("settings: string")
-    .Attr("object: string")
-    .SetIsStateful()
-    .SetShapeFn(tensorflow::shape_inference::ScalarShape);
-
-REGISTER_OP("WeightsBoardVersion")
-    .Output("version: int64")
-    .Output("finished: bool")
-    .Attr("object: string")
-    .SetIsStateful()
-    .SetShapeFn([](InferenceContext* context) {
-      context->set_output(0, context->Scalar());
-      context->set_output(1, context->Scalar());
-      return absl::OkStatus();
-    });
-
-REGISTER_OP("WeightsBoardRead")
-    .Output("version: int64")
-    .Output("weights: types")
-    .Attr("object: string")
-    .Attr("types: list(type) >= 0")
-    .Attr("shapes: list(shape) >= 0")
-    .SetIsStateful()
-    .SetShapeFn(ReadShapes);
 
 REGISTER_KERNEL_BUILDER(Name("UnrollInbox").Device(tensorflow::DEVICE_CPU), UnrollInboxOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollInboxPut").Device(tensorflow::DEVICE_CPU), UnrollInboxPutOp);
@@ -529,19 +363,6 @@ REGISTER_KERNEL_BUILDER(Name("UnrollInboxStatistics").Device(tensorflow::DEVICE_
                         UnrollInboxStatisticsOp);
 REGISTER_KERNEL_BUILDER(Name("UnrollInboxClose").Device(tensorflow::DEVICE_CPU),
                         UnrollInboxCloseOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoard").Device(tensorflow::DEVICE_CPU), WeightsBoardOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoardPublish").Device(tensorflow::DEVICE_CPU),
-                        WeightsBoardPublishOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoardFinish").Device(tensorflow::DEVICE_CPU),
-                        WeightsBoardFinishOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoardClose").Device(tensorflow::DEVICE_CPU),
-                        WeightsBoardCloseOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoardSettings").Device(tensorflow::DEVICE_CPU),
-                        WeightsBoardSettingsOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoardVersion").Device(tensorflow::DEVICE_CPU),
-                        WeightsBoardVersionOp);
-REGISTER_KERNEL_BUILDER(Name("WeightsBoardRead").Device(tensorflow::DEVICE_CPU),
-                        WeightsBoardReadOp);
 
 }  // namespace
 }  // namespace impala
