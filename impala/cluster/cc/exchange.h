@@ -41,13 +41,6 @@ struct UnrollForm {
   int64_t num_bytes;             // Of the buffer.
 };
 
-// How the arrays of an unroll lie in its buffer; see impala/cluster/unroll_format.py.
-struct UnrollForm {
-  std::vector<UnrollArray> arrays;
-  std::vector<int64_t> offsets;  // Of each array, in bytes.
-  int64_t num_bytes;             // Of the buffer.
-};
-
 // Reserves an actor number for one client.
 struct Reservation {
   int64_t client;
