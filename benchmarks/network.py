@@ -68,6 +68,7 @@ def train(args: argparse.Namespace, delay_ms: float, loss: float, keep: str) -> 
             jobs.append(process)
 
         start(learner_host, '--task=0', f'--logdir={logdir}', '--trusted_network',
+              '--learner_address=0.0.0.0:8000',
               f'--batch_size={args.batch_size}', '--log_secs=5')  # fmt: skip
         for task, host in enumerate(actor_hosts):
             start(host, '--job_name=actor', f'--task={task}',

@@ -234,3 +234,26 @@ def test_importing_config_imports_no_large_packages():
         'sys.exit(bool({"tensorflow", "numpy", "absl"} & sys.modules.keys()))'
     )
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ('text', 'words'),
+    [
+        (None, 'No such file or directory'),
+        ('short\n', 'a secret of 5 bytes is too short; make one with: openssl rand -hex 32 > '),
+    ],
+)
+def test_secrets_that_cannot_be_used(tmp_path, text, words):
+    path = tmp_path / 'secret'
+    if text is not None:
+        path.write_text(text)
+    config = Config.of(cluster_secret_file=str(path))
+    with pytest.raises(ConfigError, match=f'^--cluster_secret_file={path}: {words}'):
+        config.cluster.secret()
+
+
+def test_a_secret_is_the_text_of_its_file(tmp_path):
+    assert Config.of().cluster.secret() is None
+    (tmp_path / 'secret').write_text('  0123456789abcdef\n')
+    config = Config.of(cluster_secret_file=str(tmp_path / 'secret'))
+    assert config.cluster.secret() == b'0123456789abcdef'

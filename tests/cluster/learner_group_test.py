@@ -1,6 +1,7 @@
 """Tests of impala/cluster/learner_group.py within one process, without strategies."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import socket
@@ -137,6 +138,28 @@ def test_intruders_are_refused_and_the_group_continues(addresses, threads):
         member(1)
     third = threads.submit(member, 2)
     for each in (first, second, third):
+        each.result(PATIENCE_SECONDS)
+
+
+def test_a_learner_without_the_secret_is_refused(addresses, threads):
+    secret = b'a secret of at least 16 bytes'
+
+    def member(task, own_secret):
+        with LearnerGroup(Member(addresses[:2], task, own_secret), SETTINGS, print) as it:
+            it.finish()
+
+    first = threads.submit(member, 0, secret)
+    for other, words in ((None, 'has a secret, and this job has none'), (b'x' * 16, 'another')):
+        while True:
+            # Until the first one listens, this one would wait for it.
+            with contextlib.suppress(ConnectionRefusedError):
+                host, port = addresses[0].split(':')
+                socket.create_connection((host, int(port) + GROUP_PORT_OFFSET)).close()
+                break
+        with pytest.raises(ConfigError, match=words):
+            member(1, other)
+    second = threads.submit(member, 1, secret)
+    for each in (first, second):
         each.result(PATIENCE_SECONDS)
 
 

@@ -652,22 +652,27 @@ def test_no_unroll_is_lost_or_stored_twice_when_the_network_fails(tmp_path, addr
 
 
 def train_on_two_learners(folder, logdir, *flags):
-    """Trains with two learners, two actor jobs and a replay job; returns what that prints."""
+    """Trains with two learners, two actor jobs and a replay job; returns what that prints.
+
+    All share a secret.
+    """
+    (folder / 'secret').write_text('a secret of at least 16 bytes')
+    secret = f'--cluster_secret_file={folder / "secret"}'
     ports = [f'localhost:{port}' for port in free_ports(3)]
     shared = f'--learner_addresses={",".join(ports[:2])}'
     with contextlib.ExitStack() as stack:
-        shard = stack.enter_context(job(folder / 'job', 0, ports[2:]))
+        shard = stack.enter_context(job(folder / 'job', 0, ports[2:], secret))
         shard.wait_until(lambda: 'waiting for a learner on port' in shard.stderr)
         runs = [
             stack.enter_context(
                 learner(folder / f'learner{task}', logdir, ports[2:], shared, f'--task={task}',
-                        '--trusted_network', *flags)
+                        '--trusted_network', secret, *flags)
             )
             for task in range(2)
         ] + [
             stack.enter_context(
                 WarmRun(folder / f'actor{task}', '--job_name=actor', f'--task={task}', shared,
-                        '--envs_per_actor=4', '--envs_per_process=4')
+                        secret, '--envs_per_actor=4', '--envs_per_process=4')
             )
             for task in range(2)
         ]  # fmt: skip
