@@ -133,13 +133,12 @@ class RemoteReplay:
     def __exit__(self, *error: Any) -> None:
         with self._changed:
             self._closed = True
-            there = [shard for shard in self._shards if shard.is_there]
             self._changed.notify_all()
         for shard in self._shards:
             shard.client.close()
         for thread in self._threads:
             thread.join()
-        self._for_each(self._leave, there)
+        self._for_each(self._leave, [shard for shard in self._shards if not shard.is_missed])
 
     @property
     def description(self) -> str:
@@ -367,7 +366,9 @@ class RemoteReplay:
     def _lose(self, shard: '_Shard', reason: str) -> None:
         """Marks a shard as lost, and reports that once."""
         with self._changed:
-            is_known = shard.is_missed or self._closed
+            if self._closed:
+                return
+            is_known = shard.is_missed
             shard.is_there, shard.is_missed, shard.held, shard.is_late = False, True, 0, False
             shard.ready.clear()
             num_there = self._num_there()
