@@ -208,7 +208,7 @@ def _serve_replay(config: Config) -> int:
     try:
         print(replay_job.run(config, lambda text: print(text, file=sys.stderr)))
         return 0
-    except channel.ServerError as error:
+    except (ConfigError, channel.ServerError) as error:
         return _fail(str(error), exit_codes.BAD_INPUT)
     except replay_job.ReplayJobError as error:
         return _fail(str(error), exit_codes.FAILURE)

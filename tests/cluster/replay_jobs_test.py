@@ -760,6 +760,20 @@ def test_a_job_of_another_kind_is_refused():
         remote_replay([f'localhost:{server.port}'])
 
 
+def test_a_learner_with_another_secret_is_refused(tmp_path, addresses):
+    file = tmp_path / 'secret'
+    file.write_text('a secret of at least 16 bytes\n')
+    with job(tmp_path / 'job', 0, addresses[:1], f'--cluster_secret_file={file}') as only:
+        only.wait_until(lambda: 'waiting for a learner on port' in only.stderr)
+        with remote_replay(addresses[:1], secret=b'a secret of at least 16 bytes') as replay:
+            wait_until(lambda: replay.metrics()['replay_jobs'] == 1)
+            replay.add(batch_of(range(10)))
+            wait_until(lambda: set(draw(replay)) == set(range(10)))
+        for secret, what in ((b'another of at least 16 bytes', 'another'), (None, 'a')):
+            with pytest.raises(ConfigError, match=f'^The replay job at .* has {what} secret'):
+                remote_replay(addresses[:1], secret=secret)
+
+
 def test_a_replay_job_whose_port_is_in_use_prints_one_sentence(tmp_path, addresses):
     with (
         socket.create_server(('', int(addresses[1].partition(':')[2]))),
@@ -791,6 +805,10 @@ def test_a_replay_job_whose_port_is_in_use_prints_one_sentence(tmp_path, address
         (
             ['--job_name=actor', '--task=0', '--replay_addresses=a:1'],
             '^--replay_addresses is for the learner and for replay jobs',
+        ),
+        (
+            ['--job_name=replay', '--task=0', '--replay_addresses=a:1', '--cluster_secret_file=no'],
+            '--cluster_secret_file=.*no: No such file or directory',
         ),
         (
             [*CARTPOLE, '--replay_addresses=a:1'],
