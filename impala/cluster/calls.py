@@ -8,11 +8,12 @@ Neither this module nor `channel` uses TensorFlow.
 import contextlib
 import ctypes
 import errno
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from impala.cluster.channel import (
     WrongSecret,
     accept,
     connect,
+    printable,
 )
 from impala.config import split_address
 
@@ -46,6 +48,8 @@ _MAX_WARNINGS = 100
 _JOIN_SECONDS = 10.0
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+T = TypeVar('T')
 
 
 class Refused(Exception):
@@ -96,6 +100,7 @@ class Server:
           ServerError: the address is in use or invalid.
         """
         _keep_memory()
+        self._max_connections = _max_connections()
         self._functions = functions
         self._kind = kind
         self._secret = secret
@@ -136,6 +141,8 @@ class Server:
                 thread.join(max(0.0, ends_at - time.monotonic()))
 
     def _start(self, target: Callable[..., None], *args: Any) -> None:
+        """Starts a thread; raises RuntimeError if the system has no more."""
+
         def run() -> None:
             try:
                 target(*args)
@@ -146,7 +153,12 @@ class Server:
         thread = threading.Thread(target=run, name=f'{self._kind} server', daemon=True)
         with self._lock:
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._lock:
+                self._threads.discard(thread)
+            raise
 
     def _accept(self) -> None:
         while not self._closed.is_set():
@@ -161,21 +173,27 @@ class Server:
             peer = peer.removeprefix('::ffff:')
             oldest = None
             with self._lock:
-                is_full = len(self._served) >= _MAX_CONNECTIONS
+                is_full = len(self._served) >= self._max_connections
                 if len(self._newcomers) >= _MAX_NEWCOMERS:
                     oldest = next(iter(self._newcomers))
                     # Its thread ends without a report.
                     _shut(oldest)
-                    oldest_peer = self._newcomers[oldest]
+                    oldest_peer = self._newcomers.pop(oldest)
                 if not is_full:
                     self._newcomers[connection] = peer
             if oldest is not None:
                 self._refuse('it says nothing', oldest_peer)
             if is_full:
                 connection.close()
-                self._refuse(f'there are {_MAX_CONNECTIONS:,} already', peer)
+                self._refuse(f'there are {self._max_connections:,} already', peer)
                 continue
-            self._start(self._serve, connection, peer)
+            try:
+                self._start(self._serve, connection, peer)
+            except RuntimeError:
+                with self._lock:
+                    self._newcomers.pop(connection, None)
+                connection.close()
+                self._refuse('there is no room for another thread', peer)
 
     def _serve(self, connection: socket.socket, peer: str) -> None:
         """Greets a caller and answers its calls until one end closes the connection."""
@@ -184,7 +202,7 @@ class Server:
                 channel = accept(connection, self._kind, self._secret)
             finally:
                 with self._lock:
-                    del self._newcomers[connection]
+                    self._newcomers.pop(connection, None)
             served = _Served(channel)
             with self._lock:
                 if self._closed.is_set():
@@ -198,11 +216,16 @@ class Server:
             finally:
                 with self._lock:
                     del self._served[served]
-                channel.close()
+                served.close()
         except (WrongPeer, WrongSecret) as error:
             self._refuse(str(error), peer)
         except (Disconnected, OSError):
             pass
+        # For instance, there is no memory for a message.
+        except Exception as error:
+            self._warn(
+                f'a connection to port {self.port} failed: {type(error).__name__}: {error}', peer
+            )
 
     def _answer(self, served: '_Served') -> None:
         """Answers a call.
@@ -218,7 +241,7 @@ class Server:
                 answer, buffers = self._functions[name].call(values, body)
                 answer = {'answer': answer}
             except Refused as error:
-                answer = {'refused': str(error)}
+                answer = {'refused': printable(str(error))}
             except Disconnected as error:
                 answer = {'later': str(error)}
             except Exception as error:
@@ -250,7 +273,8 @@ class Server:
 
     def _warn(self, text: str, peer: str = '') -> None:
         """Reports a warning: the first time at once, then a count now and then."""
-        now = time.monotonic()
+        # It may hold what a stranger has sent.
+        text, now = printable(text), time.monotonic()
         with self._lock:
             if text not in self._warnings and len(self._warnings) >= _MAX_WARNINGS:
                 return
@@ -260,7 +284,9 @@ class Server:
                 return
             count, warning.count, warning.next_report = warning.count, 0, now + _REPORT_SECONDS
         times = f' ({count:,} times since the last report)' if count > 1 else ''
-        self._report(f'WARNING: {text}{f" (from {peer})" if peer else ""}{times}')
+        # Where nothing can be reported, the server must go on.
+        with contextlib.suppress(Exception):
+            self._report(f'WARNING: {text}{f" (from {peer})" if peer else ""}{times}')
 
 
 class _Warning:
@@ -304,10 +330,19 @@ class _Served:
         if self.sending.acquire(blocking=False):
             try:
                 # The call may have ended meanwhile; clients skip the message.
-                with contextlib.suppress(Disconnected, OSError):
-                    self.channel.send_now({'busy': True})
+                self.channel.send_now({'busy': True})
+            except (Disconnected, OSError):
+                # An answer must not follow a part of the message.
+                self.channel.shut()
             finally:
                 self.sending.release()
+
+    def close(self) -> None:
+        """Ends the connection and frees it."""
+        self.channel.shut()
+        # Not while a notice is being sent, which could reach the next owner of the file descriptor.
+        with self.sending:
+            self.channel.close()
 
 
 class Client:
@@ -385,19 +420,27 @@ class Client:
                     answer, body = channel.receive(lambda _: max_bytes)
                     if 'busy' not in answer:
                         break
-            except RemoteError as error:
+                if not isinstance(answer.get('answer', {}), dict):
+                    raise WrongPeer('an answer is not a JSON object')
+            except BaseException as error:
+                # What is left of this answer must not be taken for the next one.
                 self._drop()
+                if not isinstance(error, RemoteError):
+                    raise
                 if self._closed:
                     raise Closed(f'The connection to {self._peer.lower()} is closed.') from error
                 if str(error).startswith(('The ', 'What ')):
                     raise
                 if isinstance(error, Silent):
                     raise Silent(f'{self._peer} does not answer.') from error
-                raise type(error)(f'{self._peer} is not there: {error}.') from error
+                # Both ends have proved that they have the secret, so the network is at fault.
+                kind = Disconnected if isinstance(error, WrongSecret) else type(error)
+                raise kind(f'{self._peer} is not there: {error}.') from error
         if 'refused' in answer:
-            raise Rejected(answer['refused'])
-        if 'later' in answer:
-            raise Disconnected(f'{self._peer} is not there: {answer["later"]}.')
+            raise Rejected(printable(str(answer['refused'])))
+        if 'answer' not in answer:
+            later = printable(str(answer.get('later')))
+            raise Disconnected(f'{self._peer} is not there: {later}.')
         return answer['answer'], body
 
     def close(self) -> None:
@@ -431,6 +474,28 @@ class Client:
             if self._channel is not None:
                 self._channel.close()
             self._channel = None
+
+
+def argument(values: Values, name: str, kind: type[T]) -> T:
+    """Returns an argument of a call, which may come from a stranger.
+
+    Args:
+      values: the arguments.
+      name: of the argument.
+      kind: its type. A bool is no int here; an int is a float, too.
+
+    Raises:
+      Refused: it is missing, of another type, or an integer of more than 64 bits.
+    """
+    value = values.get(name)
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value)
+    is_long = type(value) is int and not -(1 << 63) <= value < 1 << 63
+    if type(value) is not kind or is_long:
+        what = 'an int of 64 bits' if kind is int else f'a {kind.__name__}'
+        raise Refused(f"the argument '{name}' is not {what}")
+    return value
 
 
 def listen(address: str, kind: str) -> socket.socket:
@@ -483,6 +548,19 @@ def _is_loopback(host: str) -> bool:
 def _shut(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _max_connections() -> int:
+    """Returns the maximum number of connections, at which the process can still open files.
+
+    Raises the limit of open files as far as the system lets it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = 2 * _MAX_CONNECTIONS
+    if soft != resource.RLIM_INFINITY and soft < most:
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return _MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else min(_MAX_CONNECTIONS, soft // 2)
 
 
 def _keep_memory() -> None:

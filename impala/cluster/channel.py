@@ -49,6 +49,8 @@ _GREETING_SECONDS = 5.0
 _MAX_VALUES_BYTES = 1 << 20
 # Linux accepts 1,024 buffers per call.
 _MAX_BUFFERS = 1000
+# Longest text of another job in a message to the user.
+_MAX_TEXT = 500
 
 
 class RemoteError(Exception):
@@ -117,7 +119,11 @@ class Channel:
         self._send(_parts(values, buffers), 0)
 
     def send_now(self, values: Values) -> None:
-        """Sends a short message if the connection has room for it; else the other end is busy."""
+        """Sends a short message if the connection has room for it; else the other end is busy.
+
+        Raises:
+          Disconnected: the connection is broken, or had room for a part only.
+        """
         with contextlib.suppress(BlockingIOError):
             self._send(_parts(values, ()), socket.MSG_DONTWAIT)
 
@@ -193,8 +199,7 @@ class Channel:
         try:
             while parts:
                 sent = self._connection.sendmsg(parts[:_MAX_BUFFERS], (), flags)
-                # The rest of a message must follow.
-                has_begun, flags = True, 0
+                has_begun = True
                 while parts and sent >= len(parts[0]):
                     sent -= len(parts[0])
                     parts = parts[1:]
@@ -335,6 +340,12 @@ def connect(address: str, kind: str, secret: bytes | None, deadline_seconds: flo
         channel.set_deadline(deadline_seconds)
         stack.pop_all()
     return channel
+
+
+def printable(text: str) -> str:
+    """Returns a text from elsewhere as one line without control characters, cut if it is long."""
+    text = text if len(text) <= _MAX_TEXT else f'{text[:_MAX_TEXT]} ...'
+    return ''.join(each if each.isprintable() else ' ' for each in text)
 
 
 def _parts(values: Values, buffers: Sequence[Buffer]) -> list[Buffer]:

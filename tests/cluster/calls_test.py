@@ -1,6 +1,8 @@
 """Tests of impala/cluster/calls.py, with real servers and clients on loopback."""
 
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from impala.cluster.calls import (
     ServerError,
     WrongPeer,
     WrongSecret,
+    argument,
 )
 from impala.config import ConfigError
 
@@ -70,7 +73,7 @@ def make_server(reports, gate):
             'fail': Function(fail),
             'postpone': Function(postpone),
             'wait': Function(wait),
-        }
+        } | functions
         servers.append(Server(address, table, 'learner', secret, reports.append))
         return servers[-1]
 
@@ -272,6 +275,182 @@ def test_too_many_connections_are_refused(make_server, client_of, reports, monke
     clients[0].close()
     wait_until(lambda: len(server._served) == 1)
     assert clients[2].call('echo')[0] == {'echo': {}}
+
+
+def test_what_strangers_send_is_one_short_line_of_the_log(make_server, client_of, reports):
+    def complain(values, body):
+        raise KeyError(values['text'])
+
+    server = make_server(complain=Function(complain))
+    text = 'two\nlines\x1b[31m\ud800' + 'x' * 100_000
+    with pytest.raises(Disconnected):
+        client_of(server).call('complain', {'text': text})
+    assert len(reports) == 1
+    assert reports[0].isprintable() and len(reports[0]) < 1000
+    # Escaped, the text has more bytes than a message may have.
+    with pytest.raises(Rejected, match=r'^ää'):
+        client_of(server).call('refuse', {'what': 'ä' * 170_000})
+
+
+def test_a_message_without_memory_for_it_ends_its_connection_only(
+    make_server, client_of, reports, monkeypatch
+):
+    tracebacks = []
+    monkeypatch.setattr(threading, 'excepthook', tracebacks.append)
+    client = client_of(make_server(huge=Function(echo, 1 << 62)))
+    client.call('echo')
+    text = b'{"call":"huge"}'
+    client._channel._connection.sendall(struct.pack('<IQ', len(text), 1 << 61) + text)
+    with pytest.raises(Disconnected):
+        client.call('echo')
+    wait_until(lambda: reports)
+    assert 'failed: ' in reports[0] and 'from 127.0.0.1' in reports[0]
+    assert client.call('echo')[0] == {'echo': {}}
+    assert not tracebacks
+
+
+def test_a_report_that_fails_does_not_end_the_server(client_of):
+    def report(text):
+        raise ValueError('I/O operation on closed file')
+
+    functions = {'echo': Function(echo)}
+    with Server('localhost:0', functions, 'learner', SECRET, report) as server:
+        # The accepting thread itself reports some refusals, such as that of the oldest newcomer.
+        strangers = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(70)]
+        with pytest.raises(WrongSecret):
+            client_of(server, b'not the secret of this run').call('echo')
+        assert client_of(server, SECRET).call('echo')[0] == {'echo': {}}
+        for stranger in strangers:
+            stranger.close()
+
+
+def test_an_interrupted_call_does_not_leave_its_answer_to_the_next(make_server, client_of, gate):
+    client = client_of(make_server())
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            client.call('wait')
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    gate.set()
+    assert client.call('echo')[0] == {'echo': {}}
+
+
+def test_a_message_that_the_network_has_changed_is_sent_again(make_server):
+    server = make_server(SECRET)
+    between = socket.create_server(('127.0.0.1', 0))
+
+    def pump():
+        near, _ = between.accept()
+        with near, socket.create_connection(('127.0.0.1', server.port)) as far:
+            near.sendall(far.recv(41, socket.MSG_WAITALL))
+            far.sendall(near.recv(56, socket.MSG_WAITALL))
+            near.sendall(far.recv(33, socket.MSG_WAITALL))
+            far.sendall(near.recv(1 << 16))
+            answer = bytearray(far.recv(1 << 16))
+            answer[-1] ^= 1
+            near.sendall(answer)
+
+    pumped = start(pump)
+    address = f'127.0.0.1:{between.getsockname()[1]}'
+    with between, Client(address, 'learner', SECRET, 5) as client:
+        # Not WrongSecret, which would end a job for good.
+        with pytest.raises(Disconnected, match='does not have the code of its sender'):
+            client.call('echo')
+        pumped.result(10)
+
+
+@pytest.mark.parametrize(
+    ('value', 'kind', 'words'),
+    [
+        (True, int, 'an int of 64 bits'),
+        (1.0, int, 'an int of 64 bits'),
+        (1 << 63, int, 'an int of 64 bits'),
+        ('1', int, 'an int of 64 bits'),
+        (None, int, 'an int of 64 bits'),
+        (10**400, float, 'a float'),
+        (True, float, 'a float'),
+        (1, bool, 'a bool'),
+        (['a'], str, 'a str'),
+    ],
+)
+def test_arguments_of_other_types_are_refused(value, kind, words):
+    with pytest.raises(Refused, match=f"^the argument 'a' is not {words}$"):
+        argument({'a': value}, 'a', kind)
+    with pytest.raises(Refused):
+        argument({}, 'a', kind)
+
+
+def test_arguments():
+    values = {'a': -(1 << 63), 'b': 2, 'c': 'text', 'd': False}
+    assert argument(values, 'a', int) == -(1 << 63)
+    assert argument(values, 'b', float) == 2.0
+    assert argument(values, 'c', str) == 'text'
+    assert argument(values, 'd', bool) is False
+
+
+LIMITED = """
+import resource, socket, threading, time
+from impala.cluster.calls import Client, Function, Server
+reports = []
+functions = {'echo': Function(lambda values, body: (values, ()))}
+def call(server):
+    with Client(f'localhost:{server.port}', 'learner') as client:
+        return client.call('echo', {'a': 1})[0]['a']
+"""
+
+
+def run_limited(code):
+    """Runs code in a process of its own, which limits itself; returns its output."""
+    command = [sys.executable, '-c', LIMITED + code]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stderr) == (0, '')
+    return process.stdout
+
+
+def test_without_another_thread_a_connection_is_refused_and_the_server_goes_on():
+    out = run_limited(
+        """
+threading.stack_size(256 << 20)
+with Server('localhost:0', functions, 'learner', None, reports.append) as server:
+    call(server)
+    used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+    # Room for two stacks.
+    resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20),) * 2)
+    strangers = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(6)]
+    while not reports:
+        time.sleep(0.01)
+    for stranger in strangers:
+        stranger.close()
+    while threading.active_count() > 3:
+        time.sleep(0.01)
+    print(call(server), reports[0])
+"""
+    )
+    assert out.startswith('1 WARNING') and 'no room for another thread' in out
+
+
+def test_connections_leave_files_for_the_rest_of_the_process():
+    out = run_limited(
+        """
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 100))
+with Server('localhost:0', functions, 'learner', None, reports.append) as server:
+    clients = [Client(f'localhost:{server.port}', 'learner') for _ in range(30)]
+    for client in clients:
+        client.call('echo')
+    # There is room for the server's ends and, in this process, for those of its clients.
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE), server._max_connections, *reports)
+    for client in clients:
+        client.close()
+"""
+    )
+    assert out.split() == ['100', '100', '50']
 
 
 def test_localhost_is_not_reached_from_the_network(make_server):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import socket
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -281,6 +282,20 @@ def test_an_end_that_reads_nothing_is_noticed(listener):
         caller.set_deadline(0.2)
         with pytest.raises(Disconnected, match='takes no more'):
             caller.send({}, [bytes(100 << 20)])
+
+
+@pytest.mark.parametrize('size', [100_000, 1000])
+def test_a_notice_does_not_wait_for_an_end_that_reads_nothing(listener, size):
+    with ends(listener, SECRET) as (listening, _):
+        listening.set_deadline(30)
+        started = time.monotonic()
+        num_sent = -1
+        # Until there is no room, or for a part only.
+        with contextlib.suppress(Disconnected):
+            while num_sent < listening._num_sent:
+                num_sent = listening._num_sent
+                listening.send_now({'busy': 'x' * size})
+        assert time.monotonic() - started < 20
 
 
 @pytest.mark.parametrize('address', ['127.0.0.1:1', '..:8000'])
