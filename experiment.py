@@ -42,10 +42,11 @@ def main(unused_argv: list[str]) -> int:
         return _fail(str(error), exit_codes.BAD_INPUT)
     if config.cluster.job_name == 'replay':
         return _serve_replay(config)
+    if config.cluster.job_name == 'actor':
+        return _act(config)
     _start_tensorflow(config)
     from impala.acting.actor_pool import UnrollsLostError
     from impala.acting.actor_processes import ActorError
-    from impala.cluster.actor_job import ActorJobError, LearnerLost
     from impala.cluster.channel import ServerError
     from impala.cluster.learner_group import LearnerGroupError
     from impala.environments import LevelError
@@ -55,17 +56,13 @@ def main(unused_argv: list[str]) -> int:
         # The debugger may stop in a module that is being imported, and handles SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if config.cluster.job_name == 'actor':
-            return _act(config)
         if config.run.mode == 'test':
             return _test(config)
         return _train(config)
     except (ConfigError, LevelError, ServerError, files.LogdirError) as error:
         return _fail(str(error), exit_codes.BAD_INPUT)
-    except (ActorError, ActorJobError, LearnerGroupError, TrainingError) as error:
+    except (ActorError, LearnerGroupError, TrainingError) as error:
         return _fail(str(error), exit_codes.FAILURE)
-    except LearnerLost as error:
-        return _fail(str(error), exit_codes.LEARNER_LOST)
     except UnrollsLostError as error:
         if error.checkpoint is not None:
             _print_end(config, error.checkpoint)
@@ -182,9 +179,35 @@ def _print_end(config: Config, path: str) -> None:
 
 
 def _act(config: Config) -> int:
-    from impala.cluster import actor_job
+    from impala.acting.actor_pool import UnrollsLostError
+    from impala.acting.actor_processes import ActorError
+    from impala.cluster import job_start
+    from impala.environments import LevelError
 
-    print(actor_job.run(config, flags.given(), lambda text: print(text, file=sys.stderr)))
+    try:
+        with job_start.started(
+            config, flags.given(), lambda text: print(text, file=sys.stderr)
+        ) as start:
+            if start.config.actors.inference == 'learner':
+                from impala.cluster import environment_job
+
+                sentence = environment_job.run(start)
+            else:
+                _start_tensorflow(config)
+                from impala.cluster import actor_job
+
+                sentence = actor_job.run(start)
+    except (ConfigError, LevelError) as error:
+        return _fail(str(error), exit_codes.BAD_INPUT)
+    except (ActorError, job_start.ActorJobError) as error:
+        return _fail(str(error), exit_codes.FAILURE)
+    except job_start.LearnerLost as error:
+        return _fail(str(error), exit_codes.LEARNER_LOST)
+    except UnrollsLostError as error:
+        return _fail(str(error), exit_codes.UNROLLS_LOST)
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, exit_codes.INTERRUPTED)
+    print(sentence)
     return 0
 
 

@@ -90,8 +90,9 @@ class RowBatcher:
 
         Args:
           minimum: rows that must wait; proportionally fewer suffice while some actors have not
-            started or have finished.
-          timeout_ms: milliseconds after which fewer rows suffice.
+            started, have finished or are late.
+          timeout_ms: milliseconds after which one row suffices. The actors that still act are then
+            late, until their next rows.
 
         Returns:
           u8 `[N, row_bytes]`, valid until the next call.

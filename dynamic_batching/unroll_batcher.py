@@ -233,6 +233,14 @@ class UnrollBatcher:
         """
         return _ops.unroll_batcher_policy_versions(self._handle).numpy().tolist()
 
+    def segment_of(self, actor: int) -> tuple[int, int]:
+        """Returns what an actor's client needs: the segment's file descriptor, and its index."""
+        return self.fd, actor
+
+    def completed_unrolls(self) -> list[int]:
+        """Returns, for each actor, the full unrolls since its last reset."""
+        return self.statistics().completed_unrolls
+
     def statistics(self) -> Statistics:
         """Returns counts and times so far."""
         names, seconds, completed, batches, rows, unrolls, non_finite, value = (

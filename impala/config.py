@@ -67,7 +67,8 @@ class Setting:
       only_with: `(name, value)` of another setting; this one has an effect only with that value.
       only_in: the only mode or kind of job in which it has an effect; `''` for more than one.
         `'train'`: learners; `'test'`: test mode; `'tests'`: test mode and tests during training;
-        `'local'`: training and test mode on one machine; `'actor'`: actor jobs.
+        `'local'`: where the policy acts for this process's own environments or, with
+        `--inference=learner`, for those of actor jobs; `'actor'`: actor jobs.
       is_path: whether it names a file or folder of this machine.
     """
 
@@ -490,9 +491,18 @@ class ActorsConfig(_Checked):
     )
     inference_batch_size: int = setting(
         0,
-        'Requests that make an inference batch; 0: half the actors.',
+        'Requests that make an inference batch; 0: half the actors, or with --inference=learner '
+        'whatever waits.',
         low=0,
         high=10_000,
+    )
+    inference: str = setting(
+        'actor',
+        'Where the policy of actor jobs acts: in each job, or on the learner, which then provides '
+        'for --num_actors environments of all jobs together.',
+        choices=('actor', 'learner'),
+        on_resume='free',
+        agreement='jobs',
     )
     inference_device: str = setting(
         '',
@@ -1164,6 +1174,11 @@ class Config(_Checked):
         """Whether the process trains."""
         return self.run.mode == 'train' and self.cluster.job_name == 'learner'
 
+    @property
+    def policy_acts(self) -> bool:
+        """Whether the policy acts in this learner or test, and not in actor jobs."""
+        return not self.cluster.is_distributed or self.actors.inference == 'learner'
+
     def check(self) -> None:
         self._check_unused()
         self._check_debug()
@@ -1237,7 +1252,7 @@ class Config(_Checked):
                 raise ConfigError(
                     '--learner_addresses needs the number of this learner, --task=0 or more.'
                 )
-            if cluster.task < 0 and self.actors.inference_batch_size > self.actors.num_actors:
+            if self.policy_acts and self.actors.inference_batch_size > self.actors.num_actors:
                 raise ConfigError(
                     f'--inference_batch_size={self.actors.inference_batch_size} is more than there '
                     f'are actors (--num_actors={self.actors.num_actors}).'

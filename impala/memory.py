@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 # of the free memory, and at most this many bytes.
 _SHARE_LEFT = 0.2
 _MOST_LEFT = 10 * 10**9
+# Private memory of an actor process on CartPole is 22 MB; most environments take far more.
+ACTOR_PROCESS_BYTES = 20_000_000
 # A need below this share of the total is not mentioned.
 _SHARE_TO_TELL = 0.1
 
@@ -29,6 +31,22 @@ class Need:
     nbytes: int
     flags: Mapping[str, int]
     nbytes_each: float
+
+
+def of_processes(num_environments: int, envs_per_process: int, flag: str) -> Need:
+    """Returns what the actor processes of a machine need.
+
+    Args:
+      num_environments: environments on this machine.
+      envs_per_process: environments that share a process.
+      flag: name of the flag that has set their number.
+    """
+    return Need(
+        'actor processes',
+        -(-num_environments // envs_per_process) * ACTOR_PROCESS_BYTES,
+        {flag: num_environments, 'envs_per_process': envs_per_process},
+        ACTOR_PROCESS_BYTES / envs_per_process,
+    )
 
 
 def shortage(needs: Sequence[Need], room: int | None = None) -> str:

@@ -22,6 +22,7 @@ constexpr uint32_t kNever = 1u << 30;
 struct Actor {
   bool is_fresh = true;     // No row was collected since its process started.
   bool is_sent = false;     // Its row was collected and is not answered.
+  bool is_late = false;     // Others were collected without waiting longer for its row.
   int64_t num_answered = 0;  // Rows, since its process started.
 };
 
@@ -63,8 +64,8 @@ void CopyRow(const RowBatcher& batcher, uint32_t actor, uint8_t* wire) {
 }
 
 // Copies the rows of all waiting actors if there are at least `minimum`, proportionally fewer while
-// some have not started or have finished. Returns how many; otherwise 0, and in `num_missing` for
-// how many requests to wait.
+// some have not started, have finished or are late. Returns how many; otherwise 0, and in
+// `num_missing` for how many requests to wait.
 int32_t Collect(RowBatcher* batcher, uint32_t minimum, bool timed_out, uint8_t* rows,
                 uint32_t* num_missing) {
   std::lock_guard<std::mutex> lock(batcher->mutex);
@@ -72,12 +73,21 @@ int32_t Collect(RowBatcher* batcher, uint32_t minimum, bool timed_out, uint8_t* 
   uint64_t num_active = 0;
   for (uint32_t i = 0; i < batcher->actors.size(); ++i) {
     const ActorBlock* block = GetActorBlock(batcher->header, i);
-    num_active += block->state.load() != kIdle && block->finished.load() == 0;
-    if (IsRequested(block) && !batcher->actors[i].is_sent) waiting.push_back(i);
+    Actor& actor = batcher->actors[i];
+    if (IsRequested(block) && !actor.is_sent) {
+      waiting.push_back(i);
+      actor.is_late = false;
+    }
+    num_active += block->state.load() != kIdle && block->finished.load() == 0 && !actor.is_late;
   }
   const uint64_t needed = std::max<uint64_t>(1, minimum * num_active / batcher->actors.size());
   *num_missing = timed_out ? 1 : needed - std::min<uint64_t>(needed, waiting.size());
   if (waiting.size() < needed && (waiting.empty() || !timed_out)) return 0;
+  for (uint32_t i = 0; timed_out && i < batcher->actors.size(); ++i) {
+    // One time-out for each slow step is enough.
+    const ActorBlock* block = GetActorBlock(batcher->header, i);
+    if (block->state.load() == kActing) batcher->actors[i].is_late = true;
+  }
   for (uint32_t actor : waiting) {
     CopyRow(*batcher, actor, rows);
     rows += batcher->row_bytes;

@@ -312,17 +312,18 @@ def main(settings: dict[str, Any]) -> int:
     """Runs actors, or describes levels; returns the exit code."""
     _exit_with_parent(settings['lifeline'])
     faulthandler.register(STACK_SIGNAL, all_threads=False)
-    for name in ('lifeline', 'spec_pipe', 'segment', 'warnings', 'results'):
-        if name in settings:
-            # Processes that an environment starts must not keep these open.
-            os.set_inheritable(settings[name], False)
+    inherited = ('lifeline', 'spec_pipe', 'warnings', 'results')
+    names = [name for name in inherited if name in settings]
+    for descriptor in (*[settings[name] for name in names], *settings.get('segments', ())):
+        # Processes that an environment starts must not keep these open.
+        os.set_inheritable(descriptor, False)
     if 'process_groups' in settings:
         # If the parent is killed, a shell finds the groups to kill by these files.
         with open(os.path.join(settings['process_groups'], str(os.getpid())), 'w'):
             pass
     os.nice(NICENESS)
     config = environments.EnvironmentConfig.of(**settings['environment'])
-    if 'segment' not in settings:
+    if 'segments' not in settings:
         # On a separate descriptor, because environments may print to stdout.
         with os.fdopen(settings['spec_pipe'], 'w') as pipe:
             for level_name in settings['level_names']:
@@ -359,12 +360,11 @@ def main(settings: dict[str, Any]) -> int:
                     made,
                     [
                         ActorClient(
-                            settings['segment'],
-                            actor,
-                            list(spec.observation.values()),
-                            spec.action.array,
+                            segment, actor, list(spec.observation.values()), spec.action.array
                         )
-                        for actor in settings['actors']
+                        for segment, actor in zip(
+                            settings['segments'], settings['actors'], strict=True
+                        )
                     ],
                     settings['level_names'],
                     # No one learns from a test.

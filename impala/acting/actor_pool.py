@@ -12,9 +12,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from dynamic_batching.unroll_batcher import Activity, ActorState, UnrollBatcher
+from dynamic_batching.activity import Activity, ActorState
 from impala.acting import actor_processes
 from impala.acting.actor import BAD_INPUT_EXIT_CODE, STACK_SIGNAL, sentence_of
 from impala.acting.actor_processes import ActorError, ActorHost, LinePipe
@@ -42,6 +42,25 @@ class UnrollsLostError(Exception):
     checkpoint: str | None = None
 
 
+class Batcher(Protocol):
+    """What actors connect to: `UnrollBatcher`, or what passes their rows on to another machine."""
+
+    def segment_of(self, actor: int) -> tuple[int, int]:
+        """Returns the file descriptor of an actor's segment, and the actor's index in it."""
+
+    def activity(self) -> Activity:
+        """Returns the present activity of all actors."""
+
+    def completed_unrolls(self) -> list[int]:
+        """Returns, for each actor, the full unrolls since its last reset."""
+
+    def reset_actor(self, actor: int) -> None:
+        """Forgets what an actor has begun, whose process must have ended."""
+
+    def close(self) -> None:
+        """Ends all actors' waits for actions."""
+
+
 @dataclasses.dataclass
 class _ActorProcess:
     actors: Sequence[int]
@@ -60,7 +79,7 @@ class ActorPool:
     def __init__(
         self,
         actor_host: ActorHost,
-        batcher: UnrollBatcher,
+        batcher: Batcher,
         level_names: Sequence[str],
         seed: int,
         max_restarts: int,
@@ -167,7 +186,7 @@ class ActorPool:
           UnrollsLostError: processes died more than once, and more unrolls were lost than
             completed.
         """
-        completed = self._unrolls_completed + sum(self._batcher.statistics().completed_unrolls)
+        completed = self._unrolls_completed + sum(self._batcher.completed_unrolls())
         if self.restarts > 1 and completed < self._unrolls_lost:
             raise UnrollsLostError(
                 f'Actors kept dying: {completed:,} unrolls were completed, and '
@@ -177,13 +196,14 @@ class ActorPool:
 
     def _start(self, index: int, restarts_in_a_row: int) -> None:
         actors = self._groups[index]
+        segments = [self._batcher.segment_of(actor) for actor in actors]
         settings: dict[str, Any] = {
             'level_names': [self._level_names[actor] for actor in actors],
-            'segment': self._batcher.fd,
-            'actors': list(actors),
+            'segments': [descriptor for descriptor, _ in segments],
+            'actors': [position for _, position in segments],
             'warnings': self._warnings.write_end,
         }
-        descriptors = [self._batcher.fd, self._warnings.write_end]
+        descriptors = [*{*settings['segments']}, self._warnings.write_end]
         episodes = self._episodes(index)
         if self._schedule is None:
             # The same seed might lead to the same crash.
@@ -339,7 +359,7 @@ class ActorPool:
         if code == BAD_INPUT_EXIT_CODE and sentence is not None:
             raise LevelError(sentence)
         text = sentence or actor_processes.tail(ended.errors)
-        completed = self._batcher.statistics().completed_unrolls
+        completed = self._batcher.completed_unrolls()
         num_completed = sum(completed[actor] for actor in ended.actors)
         if self._schedule is None:
             has_worked = num_completed > 0

@@ -217,6 +217,10 @@ class BehaviourPolicy(tf.Module):
 
         self._lock.execute(assign)
 
+    def published_version(self) -> int:
+        """Returns the version of the weights that were published last; -1 before the first."""
+        return int(self._published_version.numpy())
+
     def _refresh(self) -> tf.Tensor:
         def assign() -> tf.Tensor:
             assigned = [

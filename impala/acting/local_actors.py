@@ -89,7 +89,7 @@ class LocalActors:
                 level_ids,
                 config.learner.unroll_length,
                 config.actors.queue_capacity,
-                config.actors.inference_batch_size or max(1, config.actors.num_actors // 2),
+                config.actors.inference_batch_size or self._default_batch_size(config),
                 config.actors.inference_timeout_ms,
                 self._max_discarded,
             )
@@ -107,6 +107,10 @@ class LocalActors:
         self._stack = contextlib.ExitStack()
         self._reported_restarts = 0
         self._reported_discarded = 0
+
+    def _default_batch_size(self, config: Config) -> int:
+        """Returns how many requests make an inference batch."""
+        return max(1, config.actors.num_actors // 2)
 
     def _make_pool(
         self,

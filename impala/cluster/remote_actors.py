@@ -5,13 +5,14 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from impala.cluster.calls import warn_of_strangers
 from impala.cluster.exchange import ActorStatistics, UnrollInbox
+from impala.cluster.job_start import POLL_SECONDS, PROTOCOL
 from impala.cluster.learner_service import LearnerService
 from impala.config import Config
 from impala.experience.batch import (
@@ -26,28 +27,11 @@ from impala.networks.agent import Agent
 from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
 
-# Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 11
-
 WATCH_SECONDS = 5.0
 # An actor that has been silent for this many seconds does not count as connected.
 CONNECTED_SECONDS = 60.0
-# Actors poll this often whether training is complete; the learner waits twice as long before it
-# exits.
-POLL_SECONDS = 3.0
-# An actor job keeps its number for this many seconds after its last message.
-RESERVED_SECONDS = 10.0
 # What a job reports on its level cache, counted since its start.
 _CACHE_NAMES = ('hits', 'misses', 'seconds_saved')
-
-
-def notes_of_job(level_cache: Mapping[str, float]) -> str:
-    """Returns the notes that an actor job sends with each unroll.
-
-    Args:
-      level_cache: see `LocalActors.level_cache`.
-    """
-    return json.dumps({'level_cache': dict(level_cache)}) if level_cache else ''
 
 
 def level_cache_of_jobs(notes: Iterable[str]) -> dict[str, float]:

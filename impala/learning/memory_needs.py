@@ -3,7 +3,6 @@
 All figures are lower bounds: a run that is rejected could not have worked.
 """
 
-import math
 from typing import Any
 
 import tensorflow as tf
@@ -18,8 +17,6 @@ from impala.networks import torsos
 from impala.networks.agent import AgentConfig, other_observations, other_torso
 from impala.trajectory import EnvironmentSpec
 
-# Private memory of an actor process on CartPole is 22 MB; most environments take far more.
-ACTOR_PROCESS_BYTES = 20_000_000
 # Of each weight: the learner's, its gradient, the optimizer's slot, the published one, and the
 # behaviour policy's.
 _COPIES_OF_WEIGHTS = 5
@@ -43,7 +40,21 @@ def of_actors(
     network: AgentConfig,
     flag: str = 'num_actors',
 ) -> list[Need]:
-    """Returns what actors on this machine need: shared memory and processes.
+    """Returns what actors on this machine need: shared memory and processes. See `of_unrolls`."""
+    actors = config.actors
+    return [
+        of_unrolls(config, spec, network, flag),
+        memory.of_processes(actors.num_actors, actors.envs_per_process, flag),
+    ]
+
+
+def of_unrolls(
+    config: Config,
+    spec: EnvironmentSpec,
+    network: AgentConfig,
+    flag: str = 'num_actors',
+) -> Need:
+    """Returns what the unrolls of actors need, where the policy acts.
 
     Args:
       config: of the run, or with the number of actors of a test or an actor job.
@@ -55,16 +66,7 @@ def of_actors(
     unrolls = {flag: config.actors.num_actors, 'queue_capacity': config.actors.queue_capacity}
     flags = dict(sorted(unrolls.items(), key=lambda flag: -flag[1]))
     flags['unroll_length'] = config.learner.unroll_length
-    processes = math.ceil(config.actors.num_actors / config.actors.envs_per_process)
-    return [
-        Need('unrolls in shared memory', sum(unrolls.values()) * unroll, flags, unroll),
-        Need(
-            'actor processes',
-            processes * ACTOR_PROCESS_BYTES,
-            {flag: config.actors.num_actors, 'envs_per_process': config.actors.envs_per_process},
-            ACTOR_PROCESS_BYTES / config.actors.envs_per_process,
-        ),
-    ]
+    return Need('unrolls in shared memory', sum(unrolls.values()) * unroll, flags, unroll)
 
 
 def of_learner(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> list[Need]:

@@ -189,7 +189,12 @@ def refuse_unused(config: Config, arguments: Sequence[str]) -> None:
         if known.only_in == 'actor' and job != 'actor':
             raise ConfigError(f'{text} is for actor jobs (--job_name=actor): leave it out here.')
         if known.only_in == 'local' and mode == 'train' and config.cluster.is_job:
-            raise ConfigError(f'{text} is for runs on one machine: leave it out of its jobs.')
+            if config.is_learner and config.policy_acts:
+                continue
+            raise ConfigError(
+                f'{text} is for runs on one machine and for learners with --inference=learner: '
+                'leave it out.'
+            )
     if mode == 'train' and config.cluster.task < 0:
         for name in {'learner_address', 'learner_addresses'} & changed.keys():
             raise ConfigError(

@@ -81,7 +81,9 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
 
 
 class Actors(Protocol):
-    """The source of unrolls, to which weights are published: `LocalActors` or `RemoteActors`.
+    """The source of unrolls, to which weights are published.
+
+    `LocalActors`, `RemoteActors` or `RemoteInference`.
 
     A context manager: the actors play while its block runs.
     """
@@ -104,12 +106,13 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
       ConfigError, ServerError: one sentence for the user.
     """
     config, spec, level_names = run.config, run.spec, run.suite.level_names
-    if not config.cluster.is_distributed:
+    if config.policy_acts:
         # The work per row, not matrix products, limits acting: bfloat16 would not help.
         network = dataclasses.replace(run.network, compute_dtype='float32')
         device = devices.inference_device(config.actors.inference_device)
         with devices.placed_on(device):
             acting_agent = Agent(network, spec)
+    if not config.cluster.is_distributed:
         # A resumed run must not repeat its earlier episodes.
         seed = derived_seed(config.run.seed, learner.counts()[0])
         playing = config.replace(seed=seed)
@@ -118,10 +121,23 @@ def create_actors(run: Run, agent: Agent, learner: Learner, log: Log) -> Actors:
             return InProcessActors(playing, level_names, spec, acting_agent, host, report, device)
         return LocalActors(playing, level_names, spec, acting_agent, host, report, device=device)
     from impala.cluster.remote_actors import RemoteActors, job_settings
+    from impala.cluster.remote_inference import RemoteInference
 
     shape = network_settings(run.network, spec)
     settings = job_settings(config, level_names, shape, spec.num_action_repeats)
-    return RemoteActors(config, level_names, spec, agent, settings, log.message)
+    if not config.policy_acts:
+        return RemoteActors(config, level_names, spec, agent, settings, log.message)
+    return RemoteInference(
+        config,
+        level_names,
+        spec,
+        run.network,
+        acting_agent,
+        run.actor_host,
+        settings,
+        log.message,
+        device,
+    )
 
 
 class BatchSource:

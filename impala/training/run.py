@@ -112,6 +112,8 @@ def started(config: Config, suite: Suite) -> Iterator[Run]:
         needs = memory_needs.of_learner(config, spec, network)
         if not cluster.is_distributed:
             needs += memory_needs.of_actors(config, spec, network)
+        elif config.policy_acts:
+            needs.append(memory_needs.of_unrolls(config, spec, network))
         memory_needs.check(needs)
         run_id = ''
         if cluster.is_first and cluster.replay_addresses:
@@ -245,7 +247,7 @@ def announce(
     )
     if replay is not None:
         log.message(replay.replay.description)
-    if is_distributed and config.actors.inference_batch_size:
+    if not config.policy_acts and config.actors.inference_batch_size:
         log.message(
             f'WARNING: --inference_batch_size={config.actors.inference_batch_size} has no effect '
             'on a learner that does not act itself: give it to the actor jobs'

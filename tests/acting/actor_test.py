@@ -190,7 +190,7 @@ def lifeline():
 
 
 def test_a_level_that_cannot_be_played_prints_one_sentence(lifeline):
-    result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], segment=lifeline[0], actors=[0])
+    result = run(lifeline, level_names=['ALE/NoSuchGame-v5'], segments=[lifeline[0]], actors=[0])
     assert result.returncode == actor.BAD_INPUT_EXIT_CODE
     assert 'NoSuchGame' in result.stderr and 'Traceback' not in result.stderr
 
@@ -211,7 +211,7 @@ def test_non_finite_values_are_warned_of_once(caplog):
 
 
 def test_a_wrong_segment_fails_with_a_traceback(lifeline):
-    result = run(lifeline, level_names=['CartPole-v1'], segment=lifeline[0], actors=[0])
+    result = run(lifeline, level_names=['CartPole-v1'], segments=[lifeline[0]], actors=[0])
     assert result.returncode == 1
     assert 'Traceback' in result.stderr and 'not a segment' in result.stderr
 

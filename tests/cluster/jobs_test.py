@@ -21,7 +21,7 @@ from command_line import (
 from benchmarks import numbered_level
 from impala.cluster import remote_actors
 from impala.cluster.calls import Function, Server
-from impala.cluster.remote_actors import PROTOCOL
+from impala.cluster.job_start import PROTOCOL, notes_of_job
 from impala.config import Config
 from impala.networks.agent import AgentConfig
 from impala.runs.run_settings import network_settings
@@ -246,9 +246,9 @@ def test_statistics_of_level_caches_reach_the_learner(tmp_path, address):
         (['[' * 100_000], {}),
         (
             [
-                remote_actors.notes_of_job({'hits': 1, 'misses': 2, 'seconds_saved': 0.5}),
+                notes_of_job({'hits': 1, 'misses': 2, 'seconds_saved': 0.5}),
                 'else',
-                remote_actors.notes_of_job({'hits': 10, 'misses': 20, 'seconds_saved': 5.0}),
+                notes_of_job({'hits': 10, 'misses': 20, 'seconds_saved': 5.0}),
             ],
             {'hits': 11, 'misses': 22, 'seconds_saved': 5.5},
         ),

@@ -125,6 +125,46 @@ def test_fewer_rows_suffice_after_the_time_out(make):
     assert headers(rows)['actor'].tolist() == [1]
 
 
+def test_a_late_actor_is_waited_for_once(make):
+    batcher = make(2)
+    clients = [first(batcher, actor) for actor in range(2)]
+    wait_for_states(batcher, *[ActorState.SLEEPING] * 2)
+
+    def answer(rows):
+        batcher.answer(rows, headers(rows)['actor'].astype(np.int32))
+
+    answer(collect(batcher, minimum=2))
+    fast, slow = (client for client, _ in clients)
+    wait_for_states(batcher, *[ActorState.ACTING] * 2)
+
+    def send(client):
+        return start(client.step, 0.0, EpisodeEnd.NOT_ENDED, (np.zeros(1, np.uint8),))
+
+    action = send(fast)
+    rows = collect(batcher, minimum=2, timeout_ms=20)
+    for _ in range(3):
+        assert headers(rows)['actor'].tolist() == [0]
+        answer(rows)
+        action.result(TIMEOUT)
+        action = send(fast)
+        rows = collect(batcher, minimum=2)
+    # It is waited for again after its next row.
+    late = send(slow)
+    wait_for_states(batcher, *[ActorState.SLEEPING] * 2)
+    answer(rows)
+    action.result(TIMEOUT)
+    action = send(fast)
+    answer(collect(batcher, minimum=2))
+    late.result(TIMEOUT)
+    action.result(TIMEOUT)
+    action = send(fast)
+    waiting = start(batcher.collect, 2, FOREVER_MS)
+    time.sleep(0.05)
+    assert not waiting.done()
+    late = send(slow)
+    assert sorted(headers(waiting.result(TIMEOUT))['actor']) == [0, 1]
+
+
 def test_answers_that_do_not_fit_are_rejected(make):
     batcher = make(1)
     first(batcher, 0)

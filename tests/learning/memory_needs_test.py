@@ -37,10 +37,10 @@ def test_unrolls_are_counted_as_the_batcher_allocates_them(tmp_path):
     own = (run.learner.unroll_length + 1) * 4 * (2 + IMAGE.num_actions) + 2 * 256 * 4 + 12
     assert unrolls.nbytes == pytest.approx(made + 7 * own, rel=0.01)
     assert list(unrolls.flags.items())[0] == ('queue_capacity', 4)
-    assert processes.nbytes == 3 * memory_needs.ACTOR_PROCESS_BYTES
+    assert processes.nbytes == 3 * memory.ACTOR_PROCESS_BYTES
     shared = run.replace(envs_per_process=2)
     _, processes = memory_needs.of_actors(shared, IMAGE, network, 'envs_per_actor')
-    assert processes.nbytes == 2 * memory_needs.ACTOR_PROCESS_BYTES
+    assert processes.nbytes == 2 * memory.ACTOR_PROCESS_BYTES
     assert processes.flags == {'envs_per_actor': 3, 'envs_per_process': 2}
 
 

@@ -142,7 +142,8 @@ def test_invalid_arguments_give_one_sentence_with_their_place(argument, sentence
         *(
             (
                 ['--inference_device=/cpu:0', '--task=0', *job],
-                '--inference_device=/cpu:0 is for runs on one machine: leave it out of its jobs.',
+                '--inference_device=/cpu:0 is for runs on one machine and for learners with '
+                '--inference=learner: leave it out.',
             )
             for job in ([], ['--job_name=actor'])
         ),
