@@ -4,7 +4,7 @@
 
 A learner, an actor job and a stranger are on hosts of their own (Linux network namespaces). In
 turns, the stranger does nothing, and everything at once without pause: it scans ports, sends random
-bytes and HTTP, opens 200 connections without a word, calls with a wrong secret, replays the
+bytes and HTTP, opens 300 connections without a word, calls with a wrong secret, replays the
 recorded bytes of a genuine call, and sends graphs with a TensorFlow session. The ratio of agent
 steps per second within a round says what that costs. All hosts share this machine's cores, so the
 processor time of the stranger itself is most of it; it runs at the lowest priority. Needs root.
@@ -38,7 +38,7 @@ from impala.runs.files import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PORT = 8000
-NUM_SILENT = 200
+NUM_SILENT = 300
 # A TensorFlow session connects for this long before it gives up.
 SESSION_SECONDS = 5
 

@@ -41,7 +41,7 @@ _BUSY_SECONDS = 1.0
 _DEADLINE_SECONDS = 30.0
 _MAX_CONNECTIONS = 1024
 # Callers that have not greeted yet; one more replaces the oldest.
-_MAX_NEWCOMERS = 64
+_MAX_NEWCOMERS = 256
 # Strangers are reported at once, then no more often than this.
 _REPORT_SECONDS = 600.0
 _MAX_WARNINGS = 100
