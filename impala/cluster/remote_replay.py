@@ -17,7 +17,7 @@ import numpy as np
 
 from impala.cluster.calls import Client
 from impala.cluster.channel import Rejected, RemoteError, WrongPeer, WrongSecret
-from impala.cluster.replay_job import KIND, MAX_ADDED, layout
+from impala.cluster.replay_job import KIND, MAX_ADDED, MAX_DRAWN, layout
 from impala.config import ConfigError
 from impala.experience.replay import Packing, aligned
 from impala.trajectory import UnrollArray
@@ -351,7 +351,7 @@ class RemoteReplay:
     def _fetch(self, shard: '_Shard', key: str) -> None:
         """Prefetches sampled unrolls if there is room; otherwise only asks how many are held."""
         with self._changed:
-            number = self._num_drawn if self._has_room(shard) else 0
+            number = min(self._num_drawn, MAX_DRAWN) if self._has_room(shard) else 0
         nbytes = self._packing.nbytes
         started = time.perf_counter()
         values = self._learner | {'key': key, 'number': number}

@@ -7,6 +7,7 @@ lost.
 
 import contextlib
 import dataclasses
+import math
 import secrets
 import textwrap
 import threading
@@ -17,8 +18,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from impala.cluster.calls import Function, Refused, Server, warn_of_strangers
-from impala.cluster.channel import Buffer, Values
+from impala.cluster.calls import Function, Refused, Server, argument, warn_of_strangers
+from impala.cluster.channel import Buffer, Values, printable
 from impala.config import Config
 from impala.experience.replay import Packing, Replay
 from impala.memory import room_bytes
@@ -28,8 +29,11 @@ from impala.trajectory import UnrollArray
 KIND = 'replay job'
 # A run that has been silent for this long counts as ended, and its unrolls may be dropped.
 LEASE_SECONDS = 30.0
-# Unrolls in a call of `add`, at most.
+# Unrolls in a call of `add` and of `draw`, at most.
 MAX_ADDED = 16
+MAX_DRAWN = 64
+# Longest unroll.
+_MAX_UNROLL_BYTES = 1 << 40
 
 Answer: TypeAlias = tuple[Values, Sequence[Buffer]]
 
@@ -103,7 +107,8 @@ class Shard:
         add     key, learner, number; at most `MAX_ADDED` packed unrolls -> held, left_out
                 stores unrolls, except for a number of left out ones, whose values are invalid; does
                 nothing if the number is that of the learner's last call
-        draw    key, learner, number -> held; that many packed unrolls, but no more than are held
+        draw    key, learner, number -> held; that many packed unrolls, but no more than are held or
+                `MAX_DRAWN`
                 samples uniformly, with replacement; a repeated call samples again, because that
                 changes nothing
         leave   run, learner
@@ -148,8 +153,10 @@ class Shard:
         return 0 if self._owner is None else len(self._owner.replay)
 
     def _begin(self, values: Values, body: np.ndarray) -> Answer:
-        run, layout = values['run'], values['layout']
-        packing = Packing([UnrollArray(tuple(shape), *rest) for shape, *rest in layout['arrays']])
+        run, learner = argument(values, 'run', str), argument(values, 'learner', str)
+        anew, only_asks = argument(values, 'anew', bool), argument(values, 'only_asks', bool)
+        layout = argument(values, 'layout', dict)
+        packing = _packing_of(layout)
         with self._lock:
             owner = self._owner
             try:
@@ -157,37 +164,38 @@ class Shard:
                 if owner is None or (owner.run, owner.layout) != (run, layout):
                     self._check_room(packing.nbytes)
                     owner = None
-                if values['only_asks']:
+                if only_asks:
                     return {}, ()
-                if owner is None or values['anew']:
+                if owner is None or anew:
                     owner = self._replace_owner(run, layout, packing)
             except (Refused, MemoryError) as error:
-                self._report(f'WARNING: a learner is refused: {error}')
+                self._report(f'WARNING: a learner is refused: {printable(str(error))}')
                 raise Refused(str(error)) from error
-            owner.seen_at[values['learner']] = time.monotonic()
+            owner.seen_at[learner] = time.monotonic()
             return {'capacity': self._capacity, 'held': len(self), 'key': owner.key}, ()
 
     def _add(self, values: Values, body: np.ndarray) -> Answer:
         with self._lock:
             owner, learner = self._owner_of(values), values['learner']
+            call_number = argument(values, 'number', int)
             if body.size % owner.packing.nbytes:
                 raise Refused(f'{body.size:,} bytes are no unrolls of {owner.packing.nbytes:,}.')
             last, left_out = owner.added.get(learner, (None, 0))
-            if last != values['number']:
+            if last != call_number:
                 rows = body.reshape(-1, owner.packing.nbytes)
                 valid = [row for row in rows if owner.packing.accepts(row)]
                 left_out = len(rows) - len(valid)
                 with self._ending_on_error():
                     for row in valid:
                         owner.replay.add([row[np.newaxis]])
-                owner.added[learner] = values['number'], left_out
+                owner.added[learner] = call_number, left_out
             return {'held': len(self), 'left_out': left_out}, ()
 
     def _draw(self, values: Values, body: np.ndarray) -> Answer:
         with self._lock:
             owner = self._owner_of(values)
             # New memory each time: it is being sent while the next call samples.
-            number = min(values['number'], len(self))
+            number = max(0, min(argument(values, 'number', int), len(self), MAX_DRAWN))
             drawn = np.empty((number, owner.packing.nbytes), np.uint8)
             if number:
                 with self._ending_on_error():
@@ -196,14 +204,14 @@ class Shard:
 
     def _leave(self, values: Values, body: np.ndarray) -> Answer:
         with self._lock:
-            if self._owner is not None and self._owner.run == values['run']:
-                self._owner.seen_at.pop(values['learner'], None)
+            if self._owner is not None and self._owner.run == values.get('run'):
+                self._owner.seen_at.pop(argument(values, 'learner', str), None)
             return {}, ()
 
     def _owner_of(self, values: Values) -> '_Owner':
         """Returns the owner, and notes that its learner calls."""
-        owner, learner = self._owner, values['learner']
-        if owner is None or owner.key != values['key']:
+        owner, learner = self._owner, argument(values, 'learner', str)
+        if owner is None or owner.key != values.get('key'):
             raise Refused('The replay job has dropped the trajectories that it held.')
         if learner in owner.seen_at:
             owner.seen_at[learner] = time.monotonic()
@@ -246,7 +254,7 @@ class Shard:
         levels = layout['levels']
         self._report(
             f'Holding trajectories of {packing.nbytes:,} bytes, {replay.nbytes / 1e9:.2f} GB at '
-            f'most, of {", ".join(levels[:3])}{" ..." * (len(levels) > 3)}'
+            f'most, of {printable(", ".join(levels[:3]))}{" ..." * (len(levels) > 3)}'
         )
         return self._owner
 
@@ -259,6 +267,31 @@ class Shard:
             self.error = error
             self._on_error()
             raise
+
+
+def _packing_of(layout: Values) -> Packing:
+    """Returns the format of packed unrolls.
+
+    Args:
+      layout: what the function of this name returns; may come from a stranger.
+
+    Raises:
+      Refused: it is malformed.
+    """
+    try:
+        is_valid = all(isinstance(level, str) for level in layout['levels'])
+        packing = Packing([UnrollArray(tuple(shape), *rest) for shape, *rest in layout['arrays']])
+        for each in packing.packed:
+            sizes_are_valid = all(type(size) is int and size >= 0 for size in each.shape)
+            is_short = math.prod(each.shape) <= _MAX_UNROLL_BYTES
+            is_number = np.dtype(each.dtype).kind in 'biuf'
+            is_valid = is_valid and sizes_are_valid and is_short and is_number
+        is_valid = is_valid and 0 < packing.nbytes <= _MAX_UNROLL_BYTES
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise Refused('the layout of the trajectories is malformed.') from error
+    if not is_valid:
+        raise Refused('the layout of the trajectories is malformed.')
+    return packing
 
 
 @dataclasses.dataclass
