@@ -101,6 +101,7 @@ class Server:
         """
         _keep_memory()
         self._max_connections = _max_connections()
+        self._max_newcomers = max(1, min(_MAX_NEWCOMERS, self._max_connections // 4))
         self._functions = functions
         self._kind = kind
         self._secret = secret
@@ -174,7 +175,7 @@ class Server:
             oldest = None
             with self._lock:
                 is_full = len(self._served) >= self._max_connections
-                if len(self._newcomers) >= _MAX_NEWCOMERS:
+                if len(self._newcomers) >= self._max_newcomers:
                     oldest = next(iter(self._newcomers))
                     # Its thread ends without a report.
                     _shut(oldest)

@@ -309,14 +309,16 @@ def test_a_message_without_memory_for_it_ends_its_connection_only(
     assert not tracebacks
 
 
-def test_a_report_that_fails_does_not_end_the_server(client_of):
+def test_a_report_that_fails_does_not_end_the_server(client_of, monkeypatch):
+    monkeypatch.setattr(calls, '_MAX_NEWCOMERS', 4)
+
     def report(text):
         raise ValueError('I/O operation on closed file')
 
     functions = {'echo': Function(echo)}
     with Server('localhost:0', functions, 'learner', SECRET, report) as server:
         # The accepting thread itself reports some refusals, such as that of the oldest newcomer.
-        strangers = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(70)]
+        strangers = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(9)]
         with pytest.raises(WrongSecret):
             client_of(server, b'not the secret of this run').call('echo')
         assert client_of(server, SECRET).call('echo')[0] == {'echo': {}}
