@@ -5,6 +5,7 @@ unroll. All but `put` are answered at once; `put` when the unroll is in the lear
 """
 
 import contextlib
+import re
 import secrets
 import socket
 import threading
@@ -14,8 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from impala.cluster.calls import Client, Function, Refused, Server
-from impala.cluster.channel import Buffer, Disconnected, Rejected, RemoteError, Values
+from impala.cluster.calls import Client, Function, Refused, Server, argument
+from impala.cluster.channel import (
+    Buffer,
+    Disconnected,
+    Rejected,
+    RemoteError,
+    Values,
+    printable,
+)
 from impala.cluster.compression import Compressor, decompress
 from impala.cluster.exchange import Reservation, UnrollInbox
 from impala.cluster.unroll_format import UnrollFormat
@@ -125,46 +133,46 @@ class LearnerService:
         published = self._published
         if published.version < 0:
             raise Disconnected('it has no weights yet')
-        theirs = [f'{dtype}{shape}' for dtype, shape in values['specs']]
+        as_bfloat16 = argument(values, 'bfloat16', bool)
+        theirs = [
+            ''.join(map(str, spec)) if isinstance(spec, list) else str(spec)
+            for spec in argument(values, 'specs', list)
+        ]
         own = [f'{array.dtype}{[*array.shape]}' for array in published.values]
         if len(theirs) != len(own):
             raise Refused(f'the network has {len(own)} weights, not {len(theirs)}')
         for i, (one, other) in enumerate(zip(own, theirs, strict=True)):
             if one != other:
                 raise Refused(f'weight {i} of the network is {one}, not {other}')
-        version, buffers = self._buffers.get(values['bfloat16'], (-1, []))
+        version, buffers = self._buffers.get(as_bfloat16, (-1, []))
         if version != published.version:
             specs = [ArraySpec(array.shape, str(array.dtype)) for array in published.values]
-            buffers = WeightsFormat(specs, values['bfloat16']).buffers(published.values)
-            self._buffers[values['bfloat16']] = published.version, buffers
+            buffers = WeightsFormat(specs, as_bfloat16).buffers(published.values)
+            self._buffers[as_bfloat16] = published.version, buffers
         return {'version': published.version}, buffers
 
     def _reserve(self, values: Values, body: np.ndarray) -> tuple[Values, Sequence[Buffer]]:
+        actor, client, host = _who(values)
+        if not 0 <= actor < 1 << 31:
+            raise Refused(f'an actor cannot have the number {actor}')
         try:
-            holder = self._inbox.reserve(
-                values['actor'], values['client'], values['host'], float(values['seconds'])
-            )
+            holder = self._inbox.reserve(actor, client, host, argument(values, 'seconds', float))
         except tf.errors.InvalidArgumentError as error:
-            raise Refused(error.message) from error
+            raise Refused(_reason(error)) from error
         except tf.errors.CancelledError as error:
             raise Disconnected('it is ending') from error
         return holder._asdict(), ()
 
     def _put(self, values: Values, body: np.ndarray) -> tuple[Values, Sequence[Buffer]]:
+        actor, client, host = _who(values)
+        level, notes = argument(values, 'level', str), argument(values, 'notes', str)
+        sequence = argument(values, 'sequence', int)
         try:
-            if values['is_compressed']:
+            if argument(values, 'is_compressed', bool):
                 body = decompress(body, self._inbox.max_nbytes)
-            self._inbox.put(
-                body,
-                values['actor'],
-                values['client'],
-                values['sequence'],
-                values['host'],
-                values['level'],
-                values['notes'],
-            )
+            self._inbox.put(body, actor, client, sequence, host, printable(level), notes)
         except tf.errors.InvalidArgumentError as error:
-            raise Refused(error.message) from error
+            raise Refused(_reason(error)) from error
         except ValueError as error:
             raise Refused(str(error)) from error
         except tf.errors.CancelledError as error:
@@ -172,6 +180,17 @@ class LearnerService:
             if not self._finished:
                 raise Disconnected('it is ending') from error
         return self.status()._asdict(), ()
+
+
+def _who(values: Values) -> tuple[int, int, str]:
+    """Returns actor, client and host of a call; the names of hosts appear in logs."""
+    host = printable(argument(values, 'host', str))
+    return argument(values, 'actor', int), argument(values, 'client', int), host
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """Returns the message of an op without the names that TensorFlow puts around it."""
+    return re.sub(r'^\{\{.*?\}\} | \[Op:.*', '', error.message)
 
 
 class LearnerConnection:

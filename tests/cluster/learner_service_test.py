@@ -5,6 +5,7 @@ crashes run learner and actor as processes (`remote_peer.py`).
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -19,8 +20,10 @@ from learner_process import DEADLINE, Learner
 from network_proxy import Proxy
 from threads import start
 
+from impala.cluster.calls import Client
 from impala.cluster.channel import Closed, Disconnected, Rejected
 from impala.cluster.learner_service import LearnerConnection
+from impala.cluster.unroll_format import UnrollFormat
 
 TIMEOUT = 60  # Seconds; reached only by a deadlock.
 
@@ -136,6 +139,75 @@ def test_bad_unroll_is_refused_and_the_next_accepted(learner, component, array, 
     # Wrong shapes and dtypes are refused before they reach the learner.
     is_sent = array.shape == unroll_shape and array.dtype == unroll_dtype
     assert learner.inbox.statistics().actors[3].rejected == is_sent
+
+
+PUT = {
+    'actor': 1,
+    'client': 5,
+    'sequence': 1,
+    'host': 'host',
+    'level': 'rooms',
+    'notes': '',
+    'is_compressed': False,
+}
+RESERVE = {'actor': 1, 'client': 5, 'host': 'host', 'seconds': 5.0}
+WEIGHTS = {'specs': [['float32', [2]]], 'bfloat16': False}
+
+
+@pytest.mark.parametrize(
+    ('name', 'values', 'key'),
+    [
+        (name, values, key)
+        for name, values in (('put', PUT), ('reserve', RESERVE), ('weights', WEIGHTS))
+        for key in values
+    ],
+)
+def test_arguments_of_other_types_are_refused_in_one_sentence(learner, name, values, key):
+    learner.service.publish(0, [tf.zeros([2])])
+    unroll = np.concatenate(
+        UnrollFormat(remote_peer.COMPONENTS).buffers(remote_peer.make_unroll(1))
+    )
+    buffers = [unroll] if name == 'put' else []
+    with Client(learner.address, 'learner') as client:
+        for value in (None, [], {}, [[1], [2]], 10**400, math.nan if key != 'seconds' else 'nan'):
+            if isinstance(value, list) and key == 'specs':
+                continue
+            with pytest.raises(Rejected, match=f"^the argument '{key}' is not "):
+                client.call(name, values | {key: value}, buffers, max_bytes=64)
+        without = {each: value for each, value in values.items() if each != key}
+        with pytest.raises(Rejected, match=f"^the argument '{key}' is not "):
+            client.call(name, without, buffers, max_bytes=64)
+        client.call(name, values, buffers, max_bytes=64)
+    assert not learner.reports
+    assert set(learner.service._buffers) <= {False}
+
+
+@pytest.mark.parametrize(
+    'specs', [[], [1], [[]], [['float32', [3]]], [{'a': 1}], ['float32[2]', 1]]
+)
+def test_other_specs_of_weights_are_refused(learner, specs):
+    learner.service.publish(0, [tf.zeros([2])])
+    with Client(learner.address, 'learner') as client, pytest.raises(Rejected):
+        client.call('weights', WEIGHTS | {'specs': specs}, max_bytes=64)
+    assert not learner.reports
+
+
+@pytest.mark.parametrize('actor', [-1, -(1 << 63), 1 << 31, (1 << 32) + 1])
+def test_numbers_that_no_actor_has_are_refused(learner, actor):
+    connection = learner.connect()
+    with pytest.raises(Rejected, match=f'an actor cannot have the number {actor}$'):
+        connection.reserve(actor, 5)
+    with pytest.raises(
+        Rejected,
+        match=f'^unroll of actor {actor} refused: an actor cannot have the number {actor}$',
+    ):
+        connection.put(remote_peer.make_unroll(0), actor, '', 1)
+
+
+def test_names_of_hosts_do_not_break_lines_of_a_log(learner):
+    with Client(learner.address, 'learner') as client:
+        client.call('reserve', RESERVE | {'host': 'a\nb\x1b[31m'})
+    assert learner.connect().reserve(1, 5).host == 'a b [31m'
 
 
 def test_put_waits_for_room_beyond_its_deadline(learner):
