@@ -17,6 +17,8 @@ from impala.cluster.channel import (
     Disconnected,
     Rejected,
     RemoteError,
+    WrongPeer,
+    WrongSecret,
 )
 from impala.cluster.exchange import Reservation
 from impala.cluster.job_start import (
@@ -235,9 +237,9 @@ class _Learner:
             holder = self._connection.reserve(self._task, RESERVED_SECONDS)
         except Disconnected:
             # A learner that has finished accepts no more reservations.
-            self.finished = self._connection.status().finished
-            if not self.finished:
+            if not self._connection.status().finished:
                 raise
+            self.finished = True
             return
         self.holder = None if holder.is_own else holder
 
@@ -267,7 +269,8 @@ class _Learner:
         """Reads newer weights while unrolls are sent; a call that fails leaves the old ones."""
 
         def read() -> None:
-            with contextlib.suppress(Disconnected, Closed):
+            # What answers there may not even be a learner; the next unroll meets the same.
+            with contextlib.suppress(Disconnected, Closed, WrongPeer, WrongSecret):
                 self._publish(self._connection.weights)
 
         if self._reading is not None:
@@ -295,9 +298,11 @@ class _Learner:
             if self._connection.status().version < unroll[1]:
                 raise LostPolicyError
 
+        # Newer weights may arrive at any time. A learner with older ones than these has lost some.
+        known = self._version
         # The unroll began before the learner restarted without these weights. Each environment may
         # have one such unroll.
-        if unroll[1] > self._version:
+        if unroll[1] > known:
             return
         try:
             status = self._retry.call(
@@ -311,7 +316,7 @@ class _Learner:
             return
         except Rejected:
             # The learner may have restarted unnoticed and lost these weights.
-            if self._retry.call(self._connection.status).version >= self._version:
+            if self._retry.call(self._connection.status).version >= known:
                 raise
             self.refresh()
             return
@@ -319,11 +324,9 @@ class _Learner:
             self.finished = True
             raise Finished
         self._sent_with_it += 1
-        is_newer = status.version > self._version
-        is_lost = status.version < self._version
-        if is_lost:
+        if status.version < known:
             self.refresh()
-        elif is_newer and self._sent_with_it >= self._num_environments:
+        elif status.version > self._version and self._sent_with_it >= self._num_environments:
             self._refresh_meanwhile()
 
     def _present_notes(self) -> str:
@@ -342,7 +345,9 @@ class _Learner:
         def watch() -> None:
             while not done.wait(POLL_SECONDS):
                 with contextlib.suppress(RemoteError):
-                    self.finished = self._connection.status().finished
+                    # Set only: the main thread may have just learned of it.
+                    if self._connection.status().finished:
+                        self.finished = True
                     if not self.finished:
                         self._reserve()
                     if self.finished or self.holder is not None:

@@ -11,6 +11,7 @@ from learner_process import Learner
 
 from impala.cluster import actor_job
 from impala.cluster.actor_job import _Learner
+from impala.cluster.calls import Server
 from impala.cluster.channel import Rejected
 from impala.cluster.job_start import Retry
 from impala.config import ClusterConfig, ConfigError
@@ -113,3 +114,42 @@ def test_lost_weights_are_replaced_at_once(is_known):
         with pytest.raises(Rejected):
             # A refusal for another reason is raised.
             job.send(remote_peer.make_unroll(3)[:1] * 4, '', 2)
+
+
+def test_weights_that_arrive_during_a_call_are_not_taken_for_lost_ones():
+    with contextlib.closing(Learner(capacity=100)) as learner:
+        connection = learner.connect(weights=[tf.TensorSpec([1])])
+        publications = Publications()
+        job = make_job(connection, publications, task=0, num_environments=100)
+        learner.service.publish(100, [tf.zeros([1])])
+        job.refresh()
+        put = connection.put
+
+        def put_while_weights_arrive(*args):
+            status = put(*args)
+            learner.service.publish(101, [tf.zeros([1])])
+            job._refresh_meanwhile()
+            job._reading.result(60)
+            return status
+
+        connection.put = put_while_weights_arrive
+        job.send(remote_peer.make_unroll(5), '', 1)
+        assert publications == [100, 101], 'read once'
+
+
+def test_another_job_at_the_address_of_the_learner_is_reported_by_the_next_unroll():
+    with contextlib.closing(Learner(capacity=100)) as learner:
+        connection = learner.connect(weights=[tf.TensorSpec([1])])
+        publications = Publications()
+        job = make_job(connection, publications, task=0, num_environments=1)
+        learner.service.publish(100, [tf.zeros([1])])
+        job.refresh()
+        learner.inbox.close()
+        learner.service.close()
+        with Server(learner.address, {}, 'replay job', None, learner.reports.append):
+            for _ in range(2):
+                job._refresh_meanwhile()
+                assert job._reading.result(60) is None
+            with pytest.raises(ConfigError, match='is not a learner of this version'):
+                job.send(remote_peer.make_unroll(5), '', 1)
+        assert publications == [100]
