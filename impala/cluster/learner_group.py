@@ -31,6 +31,7 @@ from impala.cluster.channel import (
     WrongSecret,
     accept,
     connect,
+    printable,
 )
 from impala.config import (
     GRADIENTS_PORT_OFFSET,
@@ -220,55 +221,59 @@ class LearnerGroup:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = self._listener.accept()
+        while not self._closed.is_set():
+            try:
+                connection, (address, *_) = self._listener.accept()
                 threading.Thread(
-                    target=self._serve, args=(connection,), name='learner', daemon=True
+                    target=self._serve, args=(connection, address), name='learner', daemon=True
                 ).start()
+            # For instance, there are too many open files or threads.
+            except (OSError, RuntimeError):
+                self._closed.wait(_RETRY_SECONDS)
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, connection: socket.socket, address: str) -> None:
         """The first learner's end of a connection to another one."""
-        address = connection.getpeername()[0]
         with (
-            contextlib.suppress(RemoteError),
+            contextlib.suppress(RemoteError, OSError),
             _PeerConnection(accept(connection, KIND, self._member.secret)) as peer,
         ):
             hello = peer.receive() or {}
-            task, host = hello.get('task'), hello.get('host')
-            if not isinstance(task, int):
+            task, settings = hello.get('task'), hello.get('settings', {})
+            if type(task) is not int or not isinstance(settings, dict):
                 return  # Not a learner.
             with self._changed:
                 if self._reason is not None or self._finishing:
                     return  # The learner retries until a new group forms.
-                refusal = self._refusal(task, hello)
+                refusal = self._refusal(task, hello.get('protocol'), settings)
                 if refusal is None:
                     self._peers[task], self._hosts[task] = peer, address
                     self._changed.notify_all()
             if refusal is not None:
-                self._report(f'Learner {task} on {host} is refused: {refusal}')
+                host = printable(str(hello.get('host')))
+                self._report(printable(f'Learner {task} on {host} is refused: {refusal}'))
                 peer.send({'refused': refusal})
                 return
             self._listen(peer, task)
 
-    def _refusal(self, task: int, hello: dict[str, Any]) -> str | None:
-        if hello.get('protocol') != PROTOCOL:
+    def _refusal(self, task: int, protocol: Any, theirs: dict[str, Any]) -> str | None:
+        if protocol != PROTOCOL:
             return (
                 f'The first learner runs another version of this program (protocol {PROTOCOL}, '
-                f'here {hello.get("protocol")}): install the same one.'
+                f'here {protocol}): install the same one.'
             )
         if task in self._peers:
             return (
                 f'There is another learner with --task={task} at {self._hosts[task]}: each '
                 'needs a number of its own.'
             )
-        theirs = hello.get('settings', {})
         for name in sorted({*self._settings, *theirs}):
             if self._settings.get(name) != theirs.get(name):
                 return (
                     f'{flags_of(name)} is {theirs.get(name)} here and {self._settings.get(name)} '
                     'at the first learner: give all learners the same.'
                 )
+        if not 0 < task < len(self._member.addresses):
+            return f'There is no learner with --task={task} among {len(self._member.addresses)}.'
         return None
 
     def _join(self) -> None:

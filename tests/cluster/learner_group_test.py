@@ -5,6 +5,8 @@ import contextlib
 import dataclasses
 import json
 import socket
+import struct
+import threading
 
 import numpy as np
 import pytest
@@ -104,8 +106,9 @@ def test_the_first_learner_collects_from_the_others_until_all_are_done(addresses
     assert log.actors == {1: [{'task': 1}], 2: [{'task': 2}]}
 
 
-def test_intruders_are_refused_and_the_group_continues(addresses, threads):
-    reports = []
+def test_intruders_are_refused_and_the_group_continues(addresses, threads, monkeypatch):
+    reports, tracebacks = [], []
+    monkeypatch.setattr(threading, 'excepthook', tracebacks.append)
 
     def member(task, **kwargs):
         with group(addresses, task, **kwargs) as it:
@@ -119,8 +122,15 @@ def test_intruders_are_refused_and_the_group_continues(addresses, threads):
     for junk in (b'', b'GET / HTTP/1.1\r\n\r\n', b'\xff' * 100):
         with socket.create_connection(group_address) as intruder:
             intruder.sendall(junk)
+            # Closing it resets the connection.
+            intruder.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+    complete = {'protocol': PROTOCOL, 'settings': SETTINGS}
     for hello, answer in (
         ({'task': 'x'}, None),
+        ({'task': True, **complete}, None),
+        ({'task': 1, 'protocol': PROTOCOL, 'settings': 5}, None),
+        ({'task': 9, **complete}, 'no learner with --task=9 among 3'),
+        ({'task': 0, **complete}, 'no learner with --task=0 among 3'),
         ({'task': 1, 'protocol': 0}, 'runs another version of this program'),
     ):
         channel = connect(f'{host}:{group_address[1]}', KIND, None, 10)
@@ -139,6 +149,7 @@ def test_intruders_are_refused_and_the_group_continues(addresses, threads):
     third = threads.submit(member, 2)
     for each in (first, second, third):
         each.result(PATIENCE_SECONDS)
+    assert not tracebacks
 
 
 def test_a_learner_without_the_secret_is_refused(addresses, threads):
