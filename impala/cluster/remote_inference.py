@@ -18,8 +18,8 @@ from dynamic_batching.group_client import CancelledError, GroupClient
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from dynamic_batching.wire_row import HEADER
 from impala.acting.local_actors import LocalActors
-from impala.cluster.calls import Function, Refused, Server, warn_of_strangers
-from impala.cluster.channel import Buffer, Disconnected, Values
+from impala.cluster.calls import Function, Refused, Server, argument, warn_of_strangers
+from impala.cluster.channel import Buffer, Disconnected, Values, printable
 from impala.cluster.job_start import POLL_SECONDS, RESERVED_SECONDS
 from impala.cluster.learner_service import KIND
 from impala.cluster.remote_actors import WATCH_SECONDS, level_cache_of_jobs
@@ -292,7 +292,7 @@ class EnvironmentJobs:
         seat = self._by_owner.get(str(values.get('owner')))
         if seat is not None:
             seat.seen_at = time.monotonic()
-            seat.notes = str(values.get('notes', ''))
+            seat.notes = argument(values, 'notes', str)
         return {
             'version': self._version(),
             'finished': self._finished,
@@ -305,8 +305,9 @@ class EnvironmentJobs:
         The answer has `seat`, or says why there is none: `finished`, `holder` of the number, or too
         few are `free`.
         """
+        task, owner = argument(values, 'task', int), argument(values, 'owner', str)
+        host = printable(argument(values, 'host', str))
         try:
-            task, owner, host = int(values['task']), str(values['owner']), str(values['host'])
             groups = [[str(level) for level in group] for group in values['groups']]
             spec = EnvironmentSpec.from_json(values['spec'])
         except (KeyError, TypeError, ValueError, AttributeError) as error:

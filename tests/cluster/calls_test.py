@@ -1,5 +1,6 @@
 """Tests of impala/cluster/calls.py, with real servers and clients on loopback."""
 
+import contextlib
 import signal
 import socket
 import struct
@@ -253,8 +254,15 @@ def test_strangers_are_reported_once_and_jobs_are_served(make_server, client_of,
 def test_half_open_connections_do_not_keep_jobs_out(make_server, client_of, reports):
     server = make_server()
     strangers = [socket.create_connection(('127.0.0.1', server.port)) for _ in range(500)]
+    client = client_of(server)
+
+    def is_served():
+        # On a busy machine, a greeting may take too long; jobs try again.
+        with contextlib.suppress(Disconnected):
+            return client.call('echo')[0] == {'echo': {}}
+
     try:
-        assert client_of(server).call('echo')[0] == {'echo': {}}
+        wait_until(is_served)
         # Only so many may wait to greet.
         assert threading.active_count() < 400
     finally:

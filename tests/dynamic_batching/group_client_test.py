@@ -156,6 +156,9 @@ def test_malformed_rows_are_rejected():
                 group.check(rows)
         assert group.check(make_rows(1, 0, is_first=(0, 1))) == [0]
         future = step(group, make_rows(0))
+        deadline = time.monotonic() + TIMEOUT
+        while batcher.activity().states[0] is ActorState.IDLE and time.monotonic() < deadline:
+            time.sleep(0.01)
         with pytest.raises(ValueError, match='has not been answered'):
             group.check(make_rows(0))
         answer(batcher)
