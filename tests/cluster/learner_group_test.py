@@ -197,10 +197,9 @@ def test_learners_agree_on_exactly_the_marked_settings(name):
 
     first, second = map(settings, differing(name))
     learner = group(('localhost:1', 'localhost:2'), 0, first)
-    hello = {'protocol': PROTOCOL, 'settings': second}
-    refusal = learner._refusal(1, hello)
+    refusal = learner._refusal(1, PROTOCOL, second)
     if all_settings()[name].setting.agreement == 'none':
         assert refusal is None
     else:
         assert refusal.startswith(f'--{name} is ')
-        assert learner._refusal(1, hello | {'settings': first}) is None
+        assert learner._refusal(1, PROTOCOL, first) is None
