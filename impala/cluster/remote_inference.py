@@ -292,7 +292,8 @@ class EnvironmentJobs:
         seat = self._by_owner.get(str(values.get('owner')))
         if seat is not None:
             seat.seen_at = time.monotonic()
-            seat.notes = argument(values, 'notes', str)
+            if 'notes' in values:
+                seat.notes = argument(values, 'notes', str)
         return {
             'version': self._version(),
             'finished': self._finished,
