@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -47,9 +47,9 @@ class Reservation(NamedTuple):
     seconds_since_seen: float
 
     @classmethod
-    def of(cls, is_own: Any, host: Any, seconds_since_seen: Any) -> 'Reservation':
-        """Converts the outputs of the op: tensors, or values from a session."""
-        name = np.asarray(host).item()
+    def of(cls, is_own: tf.Tensor, host: tf.Tensor, seconds_since_seen: tf.Tensor) -> 'Reservation':
+        """Converts the outputs of the op."""
+        name = host.numpy()
         return cls(bool(is_own), name.decode(errors='replace'), float(seconds_since_seen))
 
 

@@ -60,7 +60,7 @@ class Weights(NamedTuple):
 
 
 class LearnerService:
-    """The learner's end. A context manager.
+    """The learner's end.
 
     Attributes:
       port: port on which the learner listens.
@@ -88,7 +88,7 @@ class LearnerService:
         """
         self._inbox = inbox
         self._settings = settings
-        self._published = Weights(-1, [])
+        self._published: tuple[int, Sequence[tf.Tensor]] = (-1, ())
         # Of the weights that were read last, as bfloat16 or not.
         self._buffers: dict[bool, tuple[int, list[np.ndarray]]] = {}
         self._finished = False
@@ -102,12 +102,6 @@ class LearnerService:
         self._server = Server(address, functions, KIND, secret, report)
         self.port = self._server.port
 
-    def __enter__(self) -> 'LearnerService':
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.close()
-
     def publish(self, version: int, weights: Sequence[tf.Tensor]) -> None:
         """Replaces all weights at once.
 
@@ -115,11 +109,11 @@ class LearnerService:
           version: learner updates behind them.
           weights: values in the memory of the CPU; shared, not copied.
         """
-        self._published = Weights(version, [np.asarray(weight) for weight in weights])
+        self._published = version, weights
 
     def status(self) -> Status:
         """Returns the latest version, and whether it is final."""
-        return Status(self._published.version, self._finished)
+        return Status(self._published[0], self._finished)
 
     def finish(self) -> None:
         """Tells the actor jobs that training is complete."""
@@ -130,26 +124,26 @@ class LearnerService:
         self._server.close()
 
     def _weights(self, values: Values, body: np.ndarray) -> tuple[Values, Sequence[Buffer]]:
-        published = self._published
-        if published.version < 0:
+        version, weights = self._published
+        if version < 0:
             raise Disconnected('it has no weights yet')
         as_bfloat16 = argument(values, 'bfloat16', bool)
         theirs = [
             ''.join(map(str, spec)) if isinstance(spec, list) else str(spec)
             for spec in argument(values, 'specs', list)
         ]
-        own = [f'{array.dtype}{[*array.shape]}' for array in published.values]
+        own = [f'{weight.dtype.name}{[*weight.shape]}' for weight in weights]
         if len(theirs) != len(own):
             raise Refused(f'the network has {len(own)} weights, not {len(theirs)}')
         for i, (one, other) in enumerate(zip(own, theirs, strict=True)):
             if one != other:
                 raise Refused(f'weight {i} of the network is {one}, not {other}')
-        version, buffers = self._buffers.get(as_bfloat16, (-1, []))
-        if version != published.version:
-            specs = [ArraySpec(array.shape, str(array.dtype)) for array in published.values]
-            buffers = WeightsFormat(specs, as_bfloat16).buffers(published.values)
-            self._buffers[as_bfloat16] = published.version, buffers
-        return {'version': published.version}, buffers
+        laid_out, buffers = self._buffers.get(as_bfloat16, (-1, []))
+        if laid_out != version:
+            specs = [ArraySpec(tuple(weight.shape), weight.dtype.name) for weight in weights]
+            buffers = WeightsFormat(specs, as_bfloat16).buffers(weights)
+            self._buffers[as_bfloat16] = version, buffers
+        return {'version': version}, buffers
 
     def _reserve(self, values: Values, body: np.ndarray) -> tuple[Values, Sequence[Buffer]]:
         actor, client, host = _who(values)
