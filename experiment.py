@@ -88,6 +88,8 @@ def _config() -> Config:
     config = flags.config_of()
     flags.refuse_unused(config, sys.argv[1:])
     if config.run.mode == 'train':
+        # A file that cannot be used is refused before anything takes time or is written.
+        config.cluster.secret()
         return config
     path = config.test.checkpoint.removesuffix('.index')
     if path and not FLAGS['logdir'].present:

@@ -277,6 +277,17 @@ def test_actors_without_the_secret_are_refused(tmp_path, show):
         assert_one_sentence(run, 2, f'^The learner at {address} has another secret: give all jobs')
 
 
+@pytest.mark.parametrize('flags', [(), ('--job_name=actor',)])
+def test_a_secret_that_cannot_be_read_leaves_nothing(tmp_path, flags):
+    missing = f'--cluster_secret_file={tmp_path / "nowhere"}'
+    logdir = tmp_path / 'run'
+    with WarmRun(
+        tmp_path / 'job', *CARTPOLE, '--task=0', *flags, missing, f'--logdir={logdir}'
+    ) as run:
+        assert_one_sentence(run, 2, f'^{missing}: No such file or directory')
+    assert not logdir.exists()
+
+
 def test_an_actor_with_flags_of_another_run_is_refused(tmp_path, show):
     address = show()
     with actor(tmp_path / 'misled', 2, address, '--unroll_length=7') as misled:
