@@ -542,6 +542,18 @@ def warn_of_strangers(
         )
 
 
+def port_of(address: str, port: int) -> str:
+    """Returns words for the port of a server, which say if only this machine reaches it.
+
+    Args:
+      address: of the server, see `Server`.
+      port: on which it listens.
+    """
+    if _is_loopback(split_address(address)[0].strip('[]')):
+        return f'port {port}, of this machine only (--learner_address={address})'
+    return f'port {port}'
+
+
 def _is_loopback(host: str) -> bool:
     return host in ('localhost', '::1') or host.startswith('127.')
 

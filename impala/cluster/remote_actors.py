@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from impala.cluster.calls import warn_of_strangers
+from impala.cluster.calls import port_of, warn_of_strangers
 from impala.cluster.exchange import ActorStatistics, UnrollInbox
 from impala.cluster.job_start import POLL_SECONDS, PROTOCOL
 from impala.cluster.learner_service import LearnerService
@@ -97,7 +97,7 @@ class RemoteActors:
             stack=memory_needs.stack_of(spec),
         )
         self._service = LearnerService(cluster.own_address, self._inbox, settings, secret, report)
-        self.port = self._service.port
+        self._address, self.port = cluster.own_address, self._service.port
         if not cluster.trusted_network:
             warn_of_strangers(cluster.own_address, self.port, secret, report)
         self._rows: list[dict[str, Any]] = []
@@ -107,7 +107,7 @@ class RemoteActors:
         self._watcher = threading.Thread(target=self._watch, name='actor watch', daemon=True)
 
     def __enter__(self) -> 'RemoteActors':
-        self._report(f'Waiting for actors on port {self.port}')
+        self._report(f'Waiting for actors on {port_of(self._address, self.port)}')
         self._watcher.start()
         return self
 

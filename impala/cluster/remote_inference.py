@@ -18,7 +18,7 @@ from dynamic_batching.group_client import CancelledError, GroupClient
 from dynamic_batching.unroll_batcher import UnrollBatcher
 from dynamic_batching.wire_row import HEADER
 from impala.acting.local_actors import LocalActors
-from impala.cluster.calls import Function, Refused, Server, argument, warn_of_strangers
+from impala.cluster.calls import Function, Refused, Server, argument, port_of, warn_of_strangers
 from impala.cluster.channel import Buffer, Disconnected, Values, printable
 from impala.cluster.job_start import POLL_SECONDS, RESERVED_SECONDS
 from impala.cluster.learner_service import KIND
@@ -245,12 +245,12 @@ class EnvironmentJobs:
             'act': Function(self._act, batcher.num_actors * self._row_bytes),
         }
         self._server = Server(address, functions, KIND, secret, report)
-        self.port = self._server.port
+        self._address, self.port = address, self._server.port
 
     def __enter__(self) -> 'EnvironmentJobs':
         self._report(
-            f'Waiting for actors on port {self.port}, with up to {self._batcher.num_actors} '
-            'environments (--num_actors)'
+            f'Waiting for actors on {port_of(self._address, self.port)}, with up to '
+            f'{self._batcher.num_actors} environments (--num_actors)'
         )
         self._watcher.start()
         return self

@@ -471,6 +471,13 @@ def test_localhost_is_not_reached_from_the_network(make_server):
     socket.create_connection(('127.0.0.2', open_server.port), 1).close()
 
 
+def test_the_user_is_told_who_reaches_a_port():
+    assert calls.port_of('0.0.0.0:8000', 8000) == 'port 8000'
+    for host in ('localhost', '[::1]', '127.0.0.2'):
+        words = f'port 8000, of this machine only (--learner_address={host}:8000)'
+        assert calls.port_of(f'{host}:8000', 8000) == words
+
+
 def test_a_port_in_use_is_one_sentence(make_server):
     server = make_server()
     with pytest.raises(
