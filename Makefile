@@ -1,5 +1,5 @@
-# `make train` learns Atari Pong, `make test` runs all checks and tests. Each makes the virtual
-# environment it needs the first time.
+# `make train` learns Atari Pong, `make test` runs all checks and tests, `make docs` builds the
+# documentation as a site. Each makes the virtual environment it needs the first time.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,7 +7,7 @@ LOGDIR ?= runs/pong
 INSTALLED = $(VENV)/.installed
 SOURCES = setup.py pyproject.toml $(wildcard */cc/* */*/cc/* */*/*/cc/*)
 
-.PHONY: train test install clean
+.PHONY: train test docs install clean
 
 train: $(INSTALLED)
 	$(VENV)/bin/python experiment.py --flagfile=configs/pong_fast.flags --logdir=$(LOGDIR)
@@ -19,6 +19,10 @@ test: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 # Three processes, a file at a time: many tests wait for processes to start or to end.
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile
+
+docs: $(INSTALLED)
+	$(VENV)/bin/mkdocs build --quiet --strict
+	@echo 'The documentation is in site/index.html'
 
 install: $(INSTALLED)
 
@@ -38,4 +42,4 @@ $(INSTALLED): $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info dynamic_batching/*.so impala/*/*.so impala/*/*/*.so
+	rm -rf $(VENV) build dist site *.egg-info dynamic_batching/*.so impala/*/*.so impala/*/*/*.so

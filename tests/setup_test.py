@@ -90,9 +90,18 @@ def test_only_the_flag_file_of_make_train_is_described_as_such():
     for path in ROOT.glob('configs/*.flags'):
         is_trained = path.name == trained.name
         assert ('what `make train` runs' in path.read_text(encoding='utf-8')) == is_trained
-        (of_readme,) = lines(beginning_with=f'| `{path.name}` |', path='README.md')
-        assert ('what `make train` runs' in of_readme) == is_trained
+        (documented,) = lines(beginning_with=f'| `{path.name}` |', path='docs/training.md')
+        assert ('what `make train` runs' in documented) == is_trained
     assert (ROOT / trained).exists()
+
+
+def test_make_docs_builds_the_site_that_clean_and_git_know():
+    (command,) = lines(beginning_with='$(VENV)/bin/mkdocs', path='Makefile')
+    assert command == 'build --quiet --strict'
+    (site,) = lines(beginning_with='site_dir:', path='mkdocs.yml')
+    (cleaned,) = lines(beginning_with='rm -rf $(VENV)', path='Makefile')
+    assert site in cleaned.split()
+    assert f'/{site}/' in (ROOT / '.gitignore').read_text().splitlines()
 
 
 @pytest.fixture
