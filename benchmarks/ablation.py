@@ -7,7 +7,8 @@ settings: their flags, the number of seeds (a level may have fewer), and their l
 All settings train their first seed before any trains its second. A stopped run is resumed. The
 outcome of a complete run is filed at once, in NAME.json and in a CSV file per level under
 docs/results/, and the run is not repeated unless its flags or its return in the plan change.
-`--report` trains nothing and reports what is filed.
+`--report` trains nothing and reports what is filed. With `"suite": true` the page also has what all
+levels together reach, human-normalized, with intervals.
 """
 
 import argparse
@@ -29,8 +30,12 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import matplotlib
 import numpy as np
 import tabulate
+from matplotlib.figure import Figure
 
 from benchmarks import learning, machine
+from impala import suites
+from impala.suites import aggregates
+from impala.suites.scores import human_normalized
 from impala.tools import plot
 
 RANDOM_EPISODES = 100
@@ -191,6 +196,77 @@ def train(name: str, plan: dict[str, Any], test_episodes: int) -> None:
         write_filed(learning.RESULTS, name, filed)
 
 
+def normalized_scores(plan: dict[str, Any], filed: Filed) -> dict[str, list[list[float]]]:
+    """Returns settings -> human-normalized test scores of the runs of each level, in percent.
+
+    Settings without a run of every level are left out.
+    """
+    scores = {}
+    for setting_name in plan['settings']:
+        levels = [
+            [
+                human_normalized(run.row['tested'][0], suites.known_level(level_name))
+                for run in filed.runs
+                if (run.settings, run.row['level']) == (setting_name, level_name)
+            ]
+            for level_name in plan['levels']
+        ]
+        if all(levels):
+            scores[setting_name] = levels
+    return scores
+
+
+def draw_profiles(scores: dict[str, list[list[float]]]) -> Any:
+    """Returns a figure of the performance profiles of `normalized_scores`, with intervals."""
+    figure = Figure(figsize=(6, 3.6), layout='constrained')
+    axes = figure.subplots()
+    highest = max(max(max(level) for level in levels) for levels in scores.values())
+    thresholds = np.linspace(0, 1.05 * max(highest, 1.0), 200)
+    for setting_name, levels in scores.items():
+        shares, intervals = aggregates.performance_profile(levels, thresholds)
+        (line,) = axes.plot(thresholds, shares, drawstyle='steps-post', label=setting_name)
+        axes.fill_between(thresholds, *intervals.T, step='post', alpha=0.2, color=line.get_color())
+    axes.set(xlabel='human-normalized score, %', ylabel='share of runs above it', ylim=(0, 1))
+    axes.legend()
+    return figure
+
+
+def _suite_section(name: str, plan: dict[str, Any], filed: Filed) -> list[str]:
+    """Returns the page's lines about all levels together; draws the performance profile."""
+    scores = normalized_scores(plan, filed)
+    if not scores:
+        return []
+    statistics = {
+        'interquartile mean': aggregates.interquartile_mean,
+        'median of levels': aggregates.median_of_levels,
+        'mean of levels': aggregates.mean_of_levels,
+    }
+    lines = []
+    for setting_name, levels in scores.items():
+        line = [setting_name, str(sum(map(len, levels)))]
+        for statistic in statistics.values():
+            value, interval = aggregates.with_interval(statistic, levels)
+            line.append(
+                f'{value:.1f}' + (f' ({interval[0]:.1f} to {interval[1]:.1f})' if interval else '')
+            )
+        lines.append(line)
+    with matplotlib.rc_context(plot.STYLE):
+        draw_profiles(scores).savefig(os.path.join(learning.RESULTS, f'{name}_profile.png'))
+    return [
+        '## All levels together',
+        '',
+        'Human-normalized test scores in percent (0: random actions, 100: a human), with 95%',
+        'intervals of a bootstrap that draws runs within each level (Agarwal et al. 2021).',
+        '',
+        tabulate.tabulate(
+            lines, ['settings', 'runs', *statistics], 'github', disable_numparse=True
+        ),
+        '',
+        f'![Share of runs above each score]({name}_profile.png)',
+        '',
+    ]
+
+
 def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> str:
     """Plots the records; returns the page."""
     page = [f'# {plan["title"]}', '']
@@ -244,6 +320,8 @@ def report(name: str, plan: dict[str, Any], test_episodes: int, remark: str) -> 
         page += [learning.comparison(level_name, random, RANDOM_EPISODES), '']
         page += [f'![Learning curves, lowest to highest of the seeds]({stem}.png)', '']
         page += [f'![The same over wall time]({stem}_time.png)', '']
+    if plan.get('suite'):
+        page += _suite_section(name, plan, filed)
     page.append(
         f'Written by `python -m benchmarks.ablation configs/{name}.json`; the curves are in'
     )

@@ -34,7 +34,7 @@ def test_all_first_seeds_precede_all_second_seeds():
     ]
 
 
-@pytest.mark.parametrize('name', ['ablation', 'generality'])
+@pytest.mark.parametrize('name', ['ablation', 'atari5', 'generality'])
 def test_plans_have_separate_folders_and_existing_flag_files(name):
     plan = json.loads((ROOT / 'configs' / f'{name}.json').read_text(encoding='utf-8'))
     runs = list(ablation.plan_runs(plan))
@@ -106,6 +106,40 @@ def test_filed_runs_are_dropped_when_the_plan_changes_their_flags(tmp_path):
     assert kept() == [('ALE/Pong-v5', 'y')]
     plan['frames'] = 200
     assert kept() == []
+
+
+PONG_AND_BREAKOUT = {
+    'levels': {'ALE/Pong-v5': {}, 'ALE/Breakout-v5': {}},
+    'settings': {'x': {}, 'y': {}},
+}
+
+
+def tested(setting, level_name, score):
+    row = {'level': level_name, 'tested': [score]}
+    return ablation.FiledRun(setting, [], row, np.zeros([1, 3]))
+
+
+def test_scores_are_human_normalized_for_settings_with_runs_of_every_level():
+    # Random and human scores of DQN Zoo's table: -20.7 and 14.6, 1.7 and 30.5.
+    runs = [
+        tested('x', 'ALE/Pong-v5', 14.6),
+        tested('x', 'ALE/Breakout-v5', 1.7),
+        tested('x', 'ALE/Pong-v5', -20.7 + 35.3 / 2),
+        tested('y', 'ALE/Pong-v5', 0.0),
+    ]
+    scores = ablation.normalized_scores(PONG_AND_BREAKOUT, ablation.Filed(runs))
+    assert list(scores) == ['x']
+    assert scores['x'][0] == pytest.approx([100, 50]) and scores['x'][1] == pytest.approx([0])
+
+
+def test_profiles_have_a_line_for_each_setting_that_falls_from_one():
+    scores = {'x': [[10.0, 30.0], [50.0, 60.0]], 'y': [[20.0], [5.0]]}
+    (axes,) = ablation.draw_profiles(scores).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['x', 'y']
+    for line in axes.lines:
+        shares = line.get_ydata()
+        assert shares[0] == 1 and (np.diff(shares) <= 0).all()
+        assert shares[-1] == 0
 
 
 def run(*args):
