@@ -225,7 +225,8 @@ def draw_profiles(scores: dict[str, list[list[float]]]) -> Any:
     for setting_name, levels in scores.items():
         shares, intervals = aggregates.performance_profile(levels, thresholds)
         (line,) = axes.plot(thresholds, shares, drawstyle='steps-post', label=setting_name)
-        axes.fill_between(thresholds, *intervals.T, step='post', alpha=0.2, color=line.get_color())
+        low, high = intervals.T
+        axes.fill_between(thresholds, low, high, step='post', alpha=0.2, color=line.get_color())
     axes.set(xlabel='human-normalized score, %', ylabel='share of runs above it', ylim=(0, 1))
     axes.legend()
     return figure

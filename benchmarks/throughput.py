@@ -1,22 +1,23 @@
-"""Agent steps a second of full training, and where both cores' time goes.
+"""Agent steps a second of training, as a share of what its parts allow.
 
-    python -m benchmarks.throughput --level_name=ALE/Pong-v5
+    python -m benchmarks.throughput --flagfile=configs/pong_fast.flags --rounds=5
 
-Runs `experiment.py` for `--seconds` after a warm-up, then measures its parts alone on the same
-machine: environments with random actions, a process on each core, the agent's step at the batch
-size seen in training, and the learner's step. Those two have all cores in two ways: one step at a
-time with a thread per core for each operation, the usual measure of a machine, and with the
-threads of training (`--intra_op_threads`), as many steps at a time as these leave cores for.
-The second wastes less of the cores, so it leaves more to `rest`.
+Other flags are those of training; without any, it is the paper's Atari with 64 actors. In turns in
+one run: `experiment.py` for `--seconds` after a warm-up; then the parts of that very configuration
+alone, each with all cores: its environment with random actions, a process on each core; the acting
+network's step at the batch size seen in training; and the learner's step, with its batch, loss,
+optimizer and uses of a batch. The last two run as many steps at a time as `--intra_op_threads`
+leaves cores for.
 
-Each part's share of the cores' time is its rate in training over its rate alone; `rest` is the
-remainder: hand-over, contention, idleness. `--rounds` repeats all of it in turn, because shared
-machines drift; medians are given. Training draws its first learning curve within the warm-up.
+Their rates give the limit, 1 / sum(1 / rate): the agent steps a second of cores that do nothing
+else and never wait. `efficiency` is training's rate over the limit. The table says where the rest
+goes, in microseconds of a core per agent step: a process may need more than its parts alone, or
+cores may have been idle. Shared machines drift: quote the medians of several `--rounds`.
 """
 
 import argparse
 import concurrent.futures
-import functools
+import dataclasses
 import json
 import os
 import shutil
@@ -33,102 +34,142 @@ from typing import Any
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
+import psutil
 import tabulate
 
-from benchmarks import machine, stages
-from impala.runs.tensorflow_start import starting_tensorflow
-
-with starting_tensorflow():
-    import tensorflow as tf
-
-from impala.config import LearnerConfig
-from impala.environments import EnvironmentConfig, create_environment
-from impala.learning.learner import Learner
-from impala.networks.agent import Agent, AgentConfig
-from impala.networks.build import has_fast_bfloat16
-from impala.trajectory import (
-    ActorOutput,
-    AgentOutput,
-    EnvironmentSpec,
-    StepOutput,
-    StepOutputInfo,
-)
+from benchmarks import learning, machine, stages
+from impala import suites
+from impala.config import Config
+from impala.environments import create_environment
+from impala.runs import flag_file, flags
+from impala.runs.files import read_metrics
+from impala.trajectory import ActorOutput, AgentOutput, StepOutput, StepOutputInfo
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CORES = len(os.sched_getaffinity(0))
 PARTS = ('environment', 'inference', 'learning')
-
-ENVIRONMENT_LOOP = """
-import sys, time
-import numpy as np
-from impala.environments import EnvironmentConfig, create_environment
-environment = create_environment(sys.argv[1], int(sys.argv[2]), EnvironmentConfig())
-actions = np.random.RandomState(0).randint(environment.spec.num_actions, size=1000).tolist()
-environment.reset()
-steps, started = 0, time.perf_counter()
-while time.perf_counter() - started < float(sys.argv[3]):
-    for action in actions:
-        environment.step(action)
-    steps += len(actions)
-print(steps / (time.perf_counter() - started))
-"""
+DEFAULT_FLAGS = [
+    '--flagfile=configs/atari_paper.flags',
+    '--num_actors=64',
+    '--envs_per_process=32',
+    '--inference_batch_size=32',
+    '--intra_op_threads=1',
+    '--compute_dtype=auto',
+]
+# Seconds between the lines of the log, which bound the precision of the rate.
+_SAMPLE_SECONDS = 0.5
 
 
-def training_rate(flags: list[str], warm_up: float, seconds: float) -> tuple[float, float]:
-    """Trains for real; returns agent steps per second and the mean size of inference batches."""
+def config_of(training_flags: list[str]) -> Config:
+    """Returns the config that flags of `experiment.py` make."""
+    return Config.of(**flags.parse_stored(flag_file.expand(training_flags)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What a run of `experiment.py` did after its warm-up.
+
+    Attributes:
+      rate: agent steps per second.
+      rows: mean size of an inference batch.
+      learner: seconds of a core per agent step, of the learner's process.
+      actors: seconds of a core per agent step, of all other processes of the run.
+    """
+
+    rate: float
+    rows: float
+    learner: float
+    actors: float
+
+
+def train(training_flags: list[str], warm_up: float, seconds: float) -> Training:
+    """Trains for real."""
     logdir = tempfile.mkdtemp(prefix='impala-benchmark-')
     errors_path = os.path.join(logdir, 'stderr')
     with open(errors_path, 'wb') as errors:
         process = subprocess.Popen(
-            [sys.executable, 'experiment.py', *flags, f'--logdir={logdir}', '--log_secs=1'],
+            [sys.executable, 'experiment.py', *training_flags, f'--logdir={logdir}']
+            + [f'--log_secs={_SAMPLE_SECONDS}'],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
     try:
-        path = os.path.join(logdir, 'metrics.jsonl')
-        while not os.path.exists(path) or os.path.getsize(path) == 0:
+
+        def line() -> dict[str, Any]:
             if process.poll() is not None:
                 with open(errors_path, encoding='utf-8') as file:
                     sys.exit(f'Training ended early:\n{file.read()}')
+            lines = read_metrics(logdir)
+            return lines[-1] if lines else {}
+
+        while not line():
             time.sleep(0.1)
-        time.sleep(warm_up + seconds)
+        time.sleep(warm_up)
+        begin, used_before = line(), _processor_seconds(process.pid)
+        started = time.monotonic()
+        time.sleep(seconds)
+        end, used = line(), _processor_seconds(process.pid)
+        elapsed = time.monotonic() - started
         process.send_signal(signal.SIGINT)
         process.wait()
-        with open(path, encoding='utf-8') as file:
-            lines = [json.loads(line) for line in file]
+        lines = read_metrics(logdir)
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
         shutil.rmtree(logdir)
-    # The last line may cover less than a second.
-    last = lines[-2]
-    first = next(
-        line for line in lines if line['wall_seconds'] > lines[0]['wall_seconds'] + warm_up
+    rate = (end['agent_steps'] - begin['agent_steps']) / (
+        end['wall_seconds'] - begin['wall_seconds']
     )
-    rate = (last['agent_steps'] - first['agent_steps']) / (
-        last['wall_seconds'] - first['wall_seconds']
+    learner, actors = (
+        (after - before) / (rate * elapsed) for before, after in zip(used_before, used, strict=True)
     )
-    return rate, statistics.fmean(line['inference_batch_size'] for line in lines)
+    return Training(
+        rate, statistics.fmean(line['inference_batch_size'] for line in lines), learner, actors
+    )
 
 
-def environment_rate(level_name: str, seconds: float) -> float:
+def _processor_seconds(pid: int) -> tuple[float, float]:
+    """Returns seconds of a core that a process has used, and that all below it have used."""
+
+    def of(process: psutil.Process) -> float:
+        times = process.cpu_times()
+        return times.user + times.system
+
+    process = psutil.Process(pid)
+    return of(process), sum(of(child) for child in process.children(recursive=True))
+
+
+def play(training_flags: list[str], seconds: float) -> None:
+    """Plays a configuration's first level with random actions; prints agent steps per second."""
+    config = config_of(training_flags)
+    level_name = suites.load(config.run.level_name).level_names[0]
+    environment = create_environment(level_name, os.getpid(), config.environment)
+    random = np.random.RandomState(os.getpid())
+    actions = [learning.random_action(environment.spec.action, random) for _ in range(1000)]
+    environment.reset()
+    steps, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for action in actions[:100]:
+            environment.step(action)
+        steps += 100
+        actions = actions[100:] + actions[:100]
+    print(steps / (time.perf_counter() - started))
+    environment.close()
+
+
+def environment_rate(training_flags: list[str], seconds: float) -> float:
     """Returns agent steps per second of one process per core with random actions."""
+    command = _command('environment', training_flags, seconds)
     processes = [
-        subprocess.Popen(
-            [sys.executable, '-c', ENVIRONMENT_LOOP, level_name, str(seed), str(seconds)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for seed in range(CORES)
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(CORES)
     ]
-    return sum(float(process.communicate()[0]) for process in processes)
+    return sum(float(process.communicate()[0].splitlines()[-1]) for process in processes)
 
 
 def concurrent_rate(
-    create: Callable[[], Callable[[], Any]], num_concurrent: int, rows: int, seconds: float
+    create: Callable[[], Callable[[], Any]], num_concurrent: int, rows: float, seconds: float
 ) -> float:
     """Returns rows per second of several functions together, each on its own thread.
 
@@ -159,148 +200,199 @@ def steps_at_a_time(intra_op_threads: int) -> int:
     return max(1, CORES // intra_op_threads) if intra_op_threads else 1
 
 
-def _step_output(spec: EnvironmentSpec, dims: list[int]) -> StepOutput:
-    random = np.random.RandomState(0)
-    zeros = tf.zeros(dims)
-    observation = {
-        name: tf.constant(random.randint(0, 256, [*dims, *array.shape]).astype(array.dtype))
-        for name, array in spec.observation.items()
-    }
-    info = StepOutputInfo(zeros, *2 * [tf.zeros(dims, tf.int32)])
-    return StepOutput(zeros, info, tf.zeros(dims, tf.bool), observation)
+def network_rates(training_flags: list[str], rows: int, seconds: float) -> dict[str, float]:
+    """Returns agent steps per second of acting and of learning, alone, in this process.
 
+    Args:
+      training_flags: of the configuration.
+      rows: of an inference batch.
+      seconds: of measurement, each.
+    """
+    from impala.runs.tensorflow_start import starting_tensorflow
 
-def inference(spec: EnvironmentSpec, config: AgentConfig, rows: int) -> Callable[[], Any]:
-    """Returns a function that computes a step of a new agent on this many rows."""
-    agent = Agent(config, spec)
-    output, state = _step_output(spec, [rows]), agent.initial_state(rows)
-    step = tf.function(lambda: agent.step(tf.zeros([rows], tf.int32), output, state)[0].action)
-    return lambda: step().numpy()
+    with starting_tensorflow():
+        import tensorflow as tf
 
+    from impala.learning.learner import Learner
+    from impala.networks.build import choose_network, create_agent, create_decoder
 
-def learning(
-    spec: EnvironmentSpec, config: AgentConfig, batch_size: int, length: int
-) -> Callable[[], Any]:
-    """Returns a function that makes a step of a new learner."""
-    agent = Agent(config, spec)
-    learner = Learner(agent, LearnerConfig.of(batch_size=batch_size, unroll_length=length))
-    dims = [length + 1, batch_size]
-    batch = ActorOutput(
-        tf.zeros([batch_size], tf.int32),
-        tf.zeros([batch_size], tf.int64),
-        agent.initial_state(batch_size),
-        _step_output(spec, dims),
-        AgentOutput(tf.zeros(dims, tf.int32), tf.zeros([*dims, spec.num_actions]), tf.zeros(dims)),
-    )
-    return lambda: learner.step(batch)['loss/total'].numpy()
-
-
-def network_rates(args: argparse.Namespace) -> dict[str, float]:
-    """Returns rows per second of the network's two parts, alone, in this process."""
-    tf.config.threading.set_intra_op_parallelism_threads(args.intra_op_threads)
-    environment = create_environment(args.level_name, 1, EnvironmentConfig())
+    config = config_of(training_flags)
+    tf.config.threading.set_intra_op_parallelism_threads(config.learner.intra_op_threads)
+    level_names = suites.load(config.run.level_name).level_names
+    environment = create_environment(level_names[0], 1, config.environment)
     spec = environment.spec
     environment.close()
-    acting = AgentConfig(torso=args.torso, core='none')
-    learner = AgentConfig(torso=args.torso, core='none', compute_dtype=args.compute_dtype)
-    at_a_time = steps_at_a_time(args.intra_op_threads)
+    network = choose_network(config, level_names, spec)
+    settings = config.learner
+    random = np.random.RandomState(0)
+
+    def step_output(dims: list[int]) -> StepOutput:
+        zeros = tf.zeros(dims)
+        observation = {}
+        for name, array in spec.observation.items():
+            shape = [*dims, *array.shape]
+            values = random.randint(0, 256, shape) if array.dtype == 'uint8' else np.ones(shape)
+            observation[name] = tf.constant(values.astype(array.dtype))
+        info = StepOutputInfo(zeros, *2 * [tf.zeros(dims, tf.int32)])
+        return StepOutput(zeros, info, tf.zeros(dims, tf.bool), observation)
+
+    def zeros_of(dims: list[int], array: Any) -> tf.Tensor:
+        return tf.zeros([*dims, *array.shape], array.dtype)
+
+    def inference() -> Callable[[], Any]:
+        agent = create_agent(dataclasses.replace(network, compute_dtype='float32'), spec)
+        output, state = step_output([rows]), agent.initial_state(rows)
+        last_action = zeros_of([rows], spec.action.array)
+        step = tf.function(lambda: agent.step(last_action, output, state)[0].action)
+        return lambda: step().numpy()
+
+    def learner() -> Callable[[], Any]:
+        agent = create_agent(network, spec)
+        target = create_agent(network, spec) if settings.loss.target_update_steps else None
+        learner = Learner(agent, settings, None, target, create_decoder(network, spec))
+        size, dims = settings.batch_size, [settings.unroll_length + 1, settings.batch_size]
+        batch = ActorOutput(
+            tf.zeros([size], tf.int32),
+            tf.zeros([size], tf.int64),
+            agent.initial_state(size),
+            step_output(dims),
+            AgentOutput(
+                zeros_of(dims, spec.action.array),
+                zeros_of(dims, spec.action.policy),
+                tf.zeros(dims),
+            ),
+        )
+        return lambda: learner.step(batch)['loss/total'].numpy()
+
+    at_a_time = steps_at_a_time(config.learner.intra_op_threads)
+    replay = settings.replay
+    new_steps = settings.batch_size * settings.unroll_length * (1 - replay.replay_fraction)
     return {
-        'inference': concurrent_rate(
-            functools.partial(inference, spec, acting, args.rows),
-            at_a_time,
-            args.rows,
-            args.part_seconds,
-        ),
-        'learning': concurrent_rate(
-            functools.partial(learning, spec, learner, args.batch_size, args.unroll_length),
-            at_a_time,
-            args.batch_size * args.unroll_length,
-            args.part_seconds,
-        ),
+        'inference': concurrent_rate(inference, at_a_time, rows, seconds),
+        'learning': concurrent_rate(learner, at_a_time, new_steps / replay.sample_reuse, seconds),
     }
+
+
+def _command(part: str, training_flags: list[str], seconds: float, rows: int = 0) -> list[str]:
+    """Returns the command that measures a part in a process of its own."""
+    command = [sys.executable, '-m', 'benchmarks.throughput', *training_flags]
+    return [*command, f'--part={part}', f'--part_seconds={seconds}', f'--rows={rows}']
 
 
 def network_rates_of_process(
-    flags: list[str], intra_op_threads: int, rows: float, args: argparse.Namespace
+    training_flags: list[str], rows: float, seconds: float
 ) -> dict[str, float]:
-    """Returns the same from a new process, since TensorFlow's threads are fixed at its start."""
-    command = [sys.executable, '-m', 'benchmarks.throughput', *flags]
-    command += [f'--intra_op_threads={intra_op_threads}', f'--rows={max(1, round(rows))}']
-    command.append(f'--part_seconds={args.part_seconds}')
+    """Returns `network_rates` of a new process: TensorFlow's threads are fixed at its start."""
+    command = _command('network', training_flags, seconds, max(1, round(rows)))
     output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """A measurement of training and of its parts, right after each other.
+
+    Attributes:
+      training: the whole.
+      rates: part -> agent steps per second alone, on all cores.
+    """
+
+    training: Training
+    rates: dict[str, float]
+
+    @property
+    def limit(self) -> float:
+        """Agent steps per second that the parts allow."""
+        return 1 / sum(1 / self.rates[part] for part in PARTS)
+
+    @property
+    def efficiency(self) -> float:
+        """Training's share of the limit."""
+        return self.training.rate / self.limit
+
+    def core_seconds(self) -> dict[str, float]:
+        """Returns where an agent step's time on the cores goes, in seconds of a core.
+
+        The sum is `CORES / training.rate`. What a process needs beyond its parts alone is named
+        after it, and so is what other programs on the machine took together with idle cores.
+        """
+        alone = {part: CORES / self.rates[part] for part in PARTS}
+        learner, actors = self.training.learner, self.training.actors
+        return alone | {
+            'learner process, beyond its parts': learner - alone['inference'] - alone['learning'],
+            'actor processes, beyond their part': actors - alone['environment'],
+            'idle, or other programs': CORES / self.training.rate - learner - actors,
+        }
+
+
+def measure(training_flags: list[str], args: argparse.Namespace) -> Round:
+    """Measures a round."""
+    stages.begin('training')
+    training = train(training_flags, args.warm_up, args.seconds)
+    stages.begin('the parts alone')
+    rates = {'environment': environment_rate(training_flags, args.part_seconds)}
+    rates |= network_rates_of_process(training_flags, training.rows, args.part_seconds)
+    return Round(training, rates)
+
+
 def main() -> None:
-    """Prints a table or two and a line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--level_name', default='ALE/Pong-v5')
-    parser.add_argument('--num_actors', type=int, default=64)
-    parser.add_argument('--envs_per_process', type=int, default=32)
-    parser.add_argument('--batch_size', type=int, default=32)
-    parser.add_argument('--unroll_length', type=int, default=20)
-    parser.add_argument('--torso', default='shallow')
-    parser.add_argument(
-        '--compute_dtype',
-        default='bfloat16' if has_fast_bfloat16() else 'float32',
-        help='float32 or bfloat16; default: the faster one on this processor',
+    """Prints a table and a line of JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog='All other flags are those of experiment.py.',
+        allow_abbrev=False,
     )
-    parser.add_argument('--inference_batch_size', type=int, default=32)
-    parser.add_argument('--intra_op_threads', type=int, default=1, help='0: one per core')
     parser.add_argument('--warm_up', type=float, default=15, help='seconds')
     parser.add_argument('--seconds', type=float, default=30)
     parser.add_argument('--rounds', type=int, default=1)
     parser.add_argument('--part_seconds', type=float, default=5, help='for each of the parts alone')
+    parser.add_argument('--part', help=argparse.SUPPRESS)
     parser.add_argument('--rows', type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.rows:
-        print(json.dumps(network_rates(args)))
+    args, training_flags = parser.parse_known_args()
+    training_flags = training_flags or DEFAULT_FLAGS
+    if args.part == 'environment':
+        play(training_flags, args.part_seconds)
         return
-    flags = [
-        f'--{name}={getattr(args, name)}'
-        for name in (
-            'level_name', 'num_actors', 'envs_per_process', 'batch_size', 'unroll_length', 'torso',
-            'compute_dtype', 'inference_batch_size', 'intra_op_threads',
-        )
-    ]  # fmt: skip
-    # Name of the measure -> threads per operation; 0: one per core.
-    ways = {'a thread per core': 0}
-    if args.intra_op_threads:
-        ways["training's threads"] = args.intra_op_threads
-    rounds: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    if args.part == 'network':
+        print(json.dumps(network_rates(training_flags, args.rows, args.part_seconds)))
+        return
+    rounds = []
     for number in range(args.rounds):
-        stages.begin(f'round {number + 1} of {args.rounds}: training')
-        training, rows = training_rate([*flags, '--core=none'], args.warm_up, args.seconds)
-        stages.begin('the parts alone')
-        shared = {
-            'training': training,
-            'environment': environment_rate(args.level_name, args.part_seconds),
-            'rows': rows,
-        }
-        for way, threads in ways.items():
-            rounds[way].append(shared | network_rates_of_process(flags, threads, rows, args))
+        stages.begin(f'round {number + 1} of {args.rounds}')
+        rounds.append(measure(training_flags, args))
+
+    def median(value: Callable[[Round], float]) -> float:
+        return statistics.median(map(value, rounds))
+
     print(machine.describe())
     print(f'`python -m benchmarks.throughput {" ".join(sys.argv[1:])}`')
-    result: dict[str, float] = {}
-    for way in ways:
-        median = {name: statistics.median(r[name] for r in rounds[way]) for name in rounds[way][0]}
-        shares = {
-            part: statistics.median(r['training'] / r[part] for r in rounds[way]) for part in PARTS
-        }
-        rest = statistics.median(
-            1 - sum(r['training'] / r[part] for part in PARTS) for r in rounds[way]
-        )
-        limit = statistics.median(1 / sum(1 / r[part] for part in PARTS) for r in rounds[way])
-        table = [[part, f'{median[part]:,.0f}', f'{shares[part]:.1%}'] for part in PARTS]
-        table += [['rest', '', f'{rest:.1%}'], ['training', f'{median["training"]:,.0f}', '100%']]
-        if not result:
-            print(f'Mean inference batch: {median["rows"]:.1f} of {args.num_actors} actors')
-            result['agent_steps_per_second'] = round(median['training'])
-        headers = ['part', f'agent steps/s alone, {way}', 'share of the cores']
-        print(tabulate.tabulate(table, headers, 'github'))
-        print(f'Limit, from the parts alone: {limit:,.0f} agent steps/s')
-        suffix = '' if way == 'a thread per core' else '_with_threads_of_training'
-        result |= {f'rest_share{suffix}': round(rest, 4), f'limit{suffix}': round(limit)}
+    rate = median(lambda r: r.training.rate)
+    table = []
+    for name in rounds[0].core_seconds():
+        seconds = [r.core_seconds()[name] for r in rounds]
+        shares = [s * r.training.rate / CORES for s, r in zip(seconds, rounds, strict=True)]
+        alone = ''
+        if name in PARTS:
+            alone = f'{statistics.median(r.rates[name] for r in rounds):,.0f}'
+        microseconds = f'{1e6 * statistics.median(seconds):,.0f}'
+        table.append([name, alone, microseconds, f'{statistics.median(shares):.1%}'])
+    table.append(['training', f'{rate:,.0f}', f'{1e6 * CORES / rate:,.0f}', '100%'])
+    headers = [
+        'part',
+        'agent steps/s alone',
+        'µs of a core per agent step',
+        "share of the cores' time",
+    ]
+    print(tabulate.tabulate(table, headers, 'github', disable_numparse=True))
+    efficiencies = [round(r.efficiency, 3) for r in rounds]
+    limit, rows = median(lambda r: r.limit), median(lambda r: r.training.rows)
+    print(f'Limit, from the parts alone: {limit:,.0f} agent steps/s. Inference batch: {rows:.1f}.')
+    print(f'Efficiency of each round: {", ".join(map(str, efficiencies))}')
+    result = {
+        'efficiency': statistics.median(efficiencies),
+        'agent_steps_per_second': round(rate),
+        'limit': round(limit),
+    }
     print(json.dumps(result))
 
 

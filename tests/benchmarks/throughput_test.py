@@ -39,9 +39,24 @@ def test_steps_fill_the_cores(monkeypatch, threads, at_a_time):
     assert throughput.steps_at_a_time(threads) == at_a_time
 
 
-def test_training_is_compared_with_its_parts(tmp_path):
-    flags = ['--num_actors=4', '--envs_per_process=2', '--batch_size=2']
-    flags += ['--inference_batch_size=2', '--seconds=2', '--warm_up=1', '--part_seconds=0.3']
+def test_core_seconds_add_up_to_the_time_of_a_step(monkeypatch):
+    monkeypatch.setattr(throughput, 'CORES', 2)
+    # 2 cores and 1,000 agent steps a second: 2 ms of a core for each.
+    training = throughput.Training(rate=1000, rows=8, learner=1.2e-3, actors=0.7e-3)
+    rates = {'environment': 4000, 'inference': 10_000, 'learning': 2500}
+    measured = throughput.Round(training, rates)
+    assert measured.limit == pytest.approx(1 / (0.25e-3 + 0.1e-3 + 0.4e-3))
+    assert measured.efficiency == pytest.approx(0.75)
+    assert list(measured.core_seconds().values()) == pytest.approx(
+        [0.5e-3, 0.2e-3, 0.8e-3, 0.2e-3, 0.2e-3, 0.1e-3]
+    )
+    assert sum(measured.core_seconds().values()) == pytest.approx(2e-3)
+
+
+def test_parts_are_those_of_the_flags(tmp_path):
+    flags = ['--level_name=ALE/Pong-v5', '--num_actors=4', '--envs_per_process=2']
+    flags += ['--batch_size=2', '--unroll_length=8', '--sample_reuse=3', '--reuse_buffer=3']
+    flags += ['--intra_op_threads=1', '--seconds=2', '--warm_up=1', '--part_seconds=0.3']
     outputs = tmp_path / 'stdout', tmp_path / 'stderr'
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     process = WarmProcess(ROOT / 'benchmarks' / 'throughput.py', flags, environment, ROOT, outputs)
@@ -49,9 +64,34 @@ def test_training_is_compared_with_its_parts(tmp_path):
         assert process.wait(120) == 0, outputs[1].read_text()
     finally:
         process.kill()
-    values = json.loads(outputs[0].read_text().splitlines()[-1])
-    # With a single round, the rest is what remains of the limit.
-    for suffix in ('', '_with_threads_of_training'):
-        used = values['agent_steps_per_second'] / values[f'limit{suffix}']
-        assert abs(1 - used - values[f'rest_share{suffix}']) < 0.01
-        assert used > 0
+    lines = outputs[0].read_text().splitlines()
+    values = json.loads(lines[-1])
+    used = values['agent_steps_per_second'] / values['limit']
+    assert values['efficiency'] == pytest.approx(used, abs=0.01) and used > 0
+    assert [line.split('|')[1].strip() for line in lines if line.startswith('| ')] == [
+        'part',
+        'environment',
+        'inference',
+        'learning',
+        'learner process, beyond its parts',
+        'actor processes, beyond their part',
+        'idle, or other programs',
+        'training',
+    ]
+
+
+def test_each_use_of_a_batch_counts(monkeypatch):
+    # The learner alone makes as many steps; with four uses of a batch they are worth a quarter.
+    rows = []
+
+    def record(create, num_concurrent, number, seconds):
+        rows.append(number)
+        return number
+
+    monkeypatch.setattr(throughput, 'concurrent_rate', record)
+    flags = ['--level_name=CartPole-v1', '--batch_size=4', '--unroll_length=10']
+    throughput.network_rates(flags, 7, 1)
+    throughput.network_rates([*flags, '--sample_reuse=4', '--reuse_buffer=4'], 7, 1)
+    replay = ['--replay_fraction=0.5', '--replay_capacity=100']
+    throughput.network_rates([*flags, *replay], 7, 1)
+    assert rows == [7, 40, 7, 10, 7, 20]
