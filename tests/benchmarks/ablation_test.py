@@ -114,7 +114,7 @@ PONG_AND_BREAKOUT = {
 }
 
 
-def tested(setting, level_name, score):
+def run_of(setting, level_name, score):
     row = {'level': level_name, 'tested': [score]}
     return ablation.FiledRun(setting, [], row, np.zeros([1, 3]))
 
@@ -122,10 +122,10 @@ def tested(setting, level_name, score):
 def test_scores_are_human_normalized_for_settings_with_runs_of_every_level():
     # Random and human scores of DQN Zoo's table: -20.7 and 14.6, 1.7 and 30.5.
     runs = [
-        tested('x', 'ALE/Pong-v5', 14.6),
-        tested('x', 'ALE/Breakout-v5', 1.7),
-        tested('x', 'ALE/Pong-v5', -20.7 + 35.3 / 2),
-        tested('y', 'ALE/Pong-v5', 0.0),
+        run_of('x', 'ALE/Pong-v5', 14.6),
+        run_of('x', 'ALE/Breakout-v5', 1.7),
+        run_of('x', 'ALE/Pong-v5', -20.7 + 35.3 / 2),
+        run_of('y', 'ALE/Pong-v5', 0.0),
     ]
     scores = ablation.normalized_scores(PONG_AND_BREAKOUT, ablation.Filed(runs))
     assert list(scores) == ['x']
