@@ -31,8 +31,7 @@ def test_the_interval_is_that_of_runs_drawn_within_each_level(statistic):
     value, interval = aggregates.with_interval(statistic, levels)
     # The same by a loop.
     resampled = [
-        statistic([random.choice(np.array(level), size=5) for level in levels])
-        for _ in range(4000)
+        statistic([random.choice(np.array(level), size=5) for level in levels]) for _ in range(4000)
     ]
     assert value == statistic([np.array(level) for level in levels])
     assert interval == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=1.5)
