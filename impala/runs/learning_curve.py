@@ -1,4 +1,4 @@
-"""The learning curve of a run: returns of its episodes over agent steps and over time, as a PNG."""
+"""The learning curves of a run: returns of its episodes, level by level, as a PNG."""
 
 import collections
 import contextlib
@@ -25,7 +25,7 @@ STYLE: Any = {
     'legend.frameon': False,
 }
 
-# Of tests, in the colour of their level or run.
+# Of tests, in the colour of their run.
 TEST_STYLE: Any = {
     'linestyle': (0, (1, 2)),
     'linewidth': 1.0,
@@ -35,7 +35,10 @@ TEST_STYLE: Any = {
     'zorder': 3,
 }
 
-_MAX_LEVELS_WITH_DOTS = 4
+# More levels have only panels over agent steps, without a dot per episode.
+_MAX_LEVELS_OVER_TIME = 4
+_COLUMNS = 5
+_COLOR = 'C0'
 
 # Level name -> agent steps, wall seconds and mean return of each of its tests.
 Tests = dict[str, list[tuple[float, float, float]]]
@@ -91,7 +94,9 @@ def draw(
     title: str = '',
     tests: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
 ) -> None:
-    """Draws the curves of all levels, on the left over agent steps, on the right over wall time.
+    """Draws the curve of each level in panels of its own, as returns differ in scale.
+
+    Up to four levels have one over agent steps and one over wall time, more have only the first.
 
     Args:
       path: of the PNG file; replaced as a whole.
@@ -138,76 +143,123 @@ def _figure(
     tests: Mapping[str, Sequence[tuple[float, float, float]]],
 ) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     drawn = {name: curve.points() for name, curve in curves.items() if curve.num_episodes}
-    longest = max((points[-1, 1] for points in drawn.values()), default=0.0)
-    seconds, unit = next(
-        u for u in ((3600, 'h'), (60, 'min'), (1, 's')) if longest >= 2 * u[0] or u[0] == 1
-    )
-    # About 100 characters of the legend fit side by side.
-    columns = max(1, min(4, len(drawn), 100 // (8 + max(map(len, drawn), default=0))))
-    height = 2.8 + 0.17 * math.ceil(len(drawn) / columns)
-    figure = Figure(figsize=(7.2, height), dpi=200, layout='constrained')
-    by_steps, by_time = figure.subplots(1, 2, sharey=True)
-    by_steps.set_xlabel('agent steps')
-    by_time.set_xlabel(f'wall time ({unit})')
-    by_steps.set_ylabel('episode return')
-    with_dots = len(drawn) <= _MAX_LEVELS_WITH_DOTS
-    lines = []
-    has_tests = any(tests.get(name) for name in drawn)
-    for (name, points), color in zip(drawn.items(), _colors(len(drawn)), strict=True):
-        for axes, x in ((by_steps, points[:, 0]), (by_time, points[:, 1] / seconds)):
-            if with_dots:
-                _draw_dots(axes, x, points[:, 2], color)
-            lines += axes.plot(x, points[:, 3], color=color, linewidth=1.6)
-        if tests.get(name):
-            tested = np.array(tests[name])
-            for axes, x in ((by_steps, tested[:, 0]), (by_time, tested[:, 1] / seconds)):
-                axes.plot(x, tested[:, 2], color=color, **TEST_STYLE)
-    for axes in (by_steps, by_time):
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    by_steps.xaxis.set_major_formatter(EngFormatter(sep=''))
-    if drawn:
-        figure.legend(
-            lines[::2],
-            drawn.keys(),
-            loc='outside lower center',
-            ncols=columns,
-            title=('dots: episodes, ' if with_dots else '')
-            + f'line: mean of the last {WINDOW} episodes'
-            + (', circles: tests' if has_tests else ''),
-            title_fontsize=8,
-            fontsize=8,
-        )
-    else:
+    figure: Any
+    if not drawn:
+        figure = Figure(figsize=(7.2, 2.8), dpi=200, layout='constrained')
         any_ended = any(curve.num_not_finite for curve in curves.values())
-        text = 'no return is finite' if any_ended else 'no episode has ended'
-        for axes in (by_steps, by_time):
-            axes.set(xticks=[], yticks=[])
-            axes.text(0.5, 0.5, text, ha='center')
+        axes = figure.subplots()
+        axes.set(xticks=[], yticks=[])
+        axes.text(
+            0.5, 0.5, 'no return is finite' if any_ended else 'no episode has ended', ha='center'
+        )
+    elif len(drawn) <= _MAX_LEVELS_OVER_TIME:
+        figure = _over_steps_and_time(drawn, tests)
+    else:
+        figure = _over_steps(drawn, tests)
+    if drawn:
+        figure.supylabel('episode return', fontsize=9)
+        handles = {
+            handle.get_label(): handle
+            for axes in figure.axes
+            for handle in axes.get_lines()
+            if not handle.get_label().startswith('_')
+        }
+        place = 'outside lower center' if figure.get_layout_engine() else 'lower center'
+        legend = figure.legend(handles=handles.values(), loc=place, ncols=3, fontsize=8)
+        for handle in legend.legend_handles:
+            # A single dot would be too pale.
+            handle.set_alpha(1.0)
     if title:
         figure.suptitle(title, fontsize=10)
     return figure
 
 
-def _colors(number: int) -> list[Any]:
-    """Returns colours that differ from each other as much as possible."""
-    import matplotlib
+def _over_steps_and_time(drawn: Mapping[str, np.ndarray], tests: Mapping[str, Any]) -> Any:
+    """Returns a figure with a row of two panels for each level; see `LearningCurve.points`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    palette = matplotlib.colormaps['tab10' if number <= 10 else 'turbo']
-    return [palette(i if number <= 10 else i / (number - 1)) for i in range(number)]
-
-
-def _draw_dots(axes: Any, x: np.ndarray, returns: np.ndarray, color: Any) -> None:
-    axes.plot(
-        x,
-        returns,
-        linestyle='none',
-        marker='o',
-        markersize=2.4,
-        markeredgewidth=0,
-        color=color,
-        alpha=0.25 if len(returns) < 2000 else 0.1,
+    longest = max(points[-1, 1] for points in drawn.values())
+    seconds, unit = next(
+        u for u in ((3600, 'h'), (60, 'min'), (1, 's')) if longest >= 2 * u[0] or u[0] == 1
     )
+    size = (7.2, 3.0 if len(drawn) == 1 else 0.6 + 1.8 * len(drawn))
+    figure = Figure(figsize=size, dpi=200, layout='constrained')
+    # The limits of one level must not be those of another.
+    grid = figure.subplots(len(drawn), 2, sharex='col', sharey='row', squeeze=False)
+    for (by_steps, by_time), (name, points) in zip(grid, drawn.items(), strict=True):
+        tested = np.array(tests.get(name, ())).reshape(-1, 3)
+        _draw_level(by_steps, points[:, 0], points, tested[:, [0, 2]])
+        _draw_level(by_time, points[:, 1] / seconds, points, tested[:, [1, 2]] / (seconds, 1))
+        by_steps.set_title(name, fontsize=9, loc='left')
+    for axes, label in zip(grid[-1], ('agent steps', f'wall time ({unit})'), strict=True):
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    grid[-1, 0].xaxis.set_major_formatter(EngFormatter(sep=''))
+    return figure
+
+
+def _over_steps(drawn: Mapping[str, np.ndarray], tests: Mapping[str, Any]) -> Any:
+    """Returns a figure with a small panel for each level; see `LearningCurve.points`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    rows = math.ceil(len(drawn) / _COLUMNS)
+    width, height = 2.1 * _COLUMNS, 1.0 + 1.3 * rows
+    # Without a layout engine, which would take seconds with that many panels.
+    figure = Figure(figsize=(width, height), dpi=150)
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - 0.1 / width, bottom=0.75 / height, top=1 - 0.3 / height,
+        wspace=0.3, hspace=0.35,
+    )  # fmt: skip
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False, sharex=True).ravel()
+    last = max(points[-1, 0] for points in drawn.values())
+    for axes, (name, points) in zip(grid, drawn.items(), strict=False):
+        tested = np.array(tests.get(name, ())).reshape(-1, 3)
+        _draw_level(axes, points[:, 0], points, tested[:, [0, 2]], with_dots=False)
+        axes.set_title(name, fontsize=6.5)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.tick_params(labelsize=7)
+    grid[0].set_xlim(0, 1.05 * last)
+    grid[0].xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    grid[0].xaxis.set_major_formatter(EngFormatter(sep=''))
+    for axes in grid[len(drawn) :]:
+        axes.set_visible(False)
+    for axes in grid[max(0, len(drawn) - _COLUMNS) : len(drawn)]:
+        axes.tick_params(labelbottom=True)
+        axes.set_xlabel('agent steps', fontsize=8)
+    return figure
+
+
+def _draw_level(
+    axes: Any, x: np.ndarray, points: np.ndarray, tested: np.ndarray, with_dots: bool = True
+) -> None:
+    """Draws a level.
+
+    Args:
+      axes: of Matplotlib.
+      x: of the points, f64 `[N]`.
+      points: see `LearningCurve.points`.
+      tested: x and mean return of its tests, f64 `[M, 2]`.
+      with_dots: whether to draw each episode.
+    """
+    if with_dots:
+        axes.plot(
+            x,
+            points[:, 2],
+            label='episodes',
+            linestyle='none',
+            marker='o',
+            markersize=2.4,
+            markeredgewidth=0,
+            color=_COLOR,
+            alpha=0.25 if len(points) < 2000 else 0.1,
+        )
+    axes.plot(
+        x, points[:, 3], label=f'mean of the last {WINDOW} episodes', color=_COLOR, linewidth=1.6
+    )
+    if len(tested):
+        axes.plot(tested[:, 0], tested[:, 1], label='means of tests', color=_COLOR, **TEST_STYLE)

@@ -2,7 +2,8 @@
 
 `dmlab30` and `atari57` are the CSV files next to this module. A user's own file has the same
 columns: `level`, `random`, `human` and optionally `test_level` (the level that test mode plays, if
-it is a different one). Each further column holds the scores of a published agent of that name.
+it is a different one). Each further column holds the scores of a published agent of that name;
+`published_name` says how it is called in pictures.
 
 Actor processes may import this module: it never imports TensorFlow.
 """
@@ -18,6 +19,14 @@ from impala.errors import LevelError
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _COLUMNS = ('level', 'test_level', 'random', 'human')
+# Columns of the packaged suites, as pictures name them.
+_PUBLISHED_NAMES = {
+    'impala_shallow': 'IMPALA, shallow network',
+    'impala_deep': 'IMPALA, deep network',
+    'impala_multitask': 'IMPALA, one for all games',
+    'impala_experts': 'IMPALA, one for each level',
+    'impala_deep_pbt': 'IMPALA, deep network, PBT',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +134,11 @@ def load(level_name: str) -> Suite:
             )
     _refuse_repetition(names, f'--level_name={level_name}')
     return Suite('', tuple(known_level(name) for name in names))
+
+
+def published_name(column: str) -> str:
+    """Returns a name to show for the published agent of a column."""
+    return f'{_PUBLISHED_NAMES.get(column) or column.replace("_", " ")} (published)'
 
 
 def known_level(name: str) -> Level:

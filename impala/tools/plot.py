@@ -36,6 +36,8 @@ _PUBLISHED_STYLE = (0, (8, 2, 1, 2))
 # A published score is left off the scale if its distance from the range of everything else exceeds
 # this multiple of that range.
 _KNOWN_REACH = 2.0
+# Inches of width of a panel, if there are several: without and with names of published agents.
+_PANEL_WIDTH, _NAMED_PANEL_WIDTH = 3.3, 5.0
 # Flags in which runs of one kind may differ.
 _OF_ONE_RUN = ('seed', 'learner_address', 'task')
 STYLE: Any = CURVE_STYLE | {'svg.fonttype': 'none'}
@@ -141,6 +143,11 @@ def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return named
 
 
+def readable(name: str) -> str:
+    """Returns the name of a folder, a setting or a stage as a picture shows it."""
+    return name.replace('_', ' ')
+
+
 def running_mean(values: np.ndarray, window: int = WINDOW) -> np.ndarray:
     """Returns the mean of the last `window` values, of fewer at the start, f64 `[N]`."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -185,11 +192,15 @@ def learning_curves(
     )
     columns = min(4, math.ceil(math.sqrt(max(1, len(levels)))))
     rows = max(1, math.ceil(len(levels) / columns))
-    size = (6.0, 3.6) if len(levels) <= 1 else (3.3 * columns, 2.3 * rows)
+    known_levels = _known_levels(kinds)
+    known = {name: known_levels.get(name) or suites.known_level(name) for name in levels}
+    any_published = any(level.published for level in known.values())
+    width = _NAMED_PANEL_WIDTH if any_published else _PANEL_WIDTH
+    # Each level has limits of its own, since returns differ in scale.
+    size = (6.5, 3.6) if len(levels) <= 1 else (width * columns, 2.3 * rows)
     figure: Any = Figure(figsize=(size[0], size[1] + 0.3), dpi=200, layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     label, scale = _horizontal_axis(kinds, over)
-    known_levels = _known_levels(kinds)
     has_tests = False
     for axes, name in zip(grid, levels, strict=False):
         for color, (kind, runs) in enumerate(kinds.items()):
@@ -199,12 +210,12 @@ def learning_curves(
                 for episodes in played
             ]
             if curves:
-                _draw_spread(axes, curves, f'C{color}', kind)
+                _draw_spread(axes, curves, f'C{color}', readable(kind))
             for tests in (run.tests[name] for run in runs if name in run.tests):
                 x = scale * tests[:, _column(over)]
                 axes.plot(x, tests[:, 3], color=f'C{color}', **TEST_STYLE)
                 has_tests = True
-        _draw_known_scores(axes, known_levels.get(name) or suites.known_level(name))
+        _draw_known_scores(axes, known[name])
         axes.set_title(name, fontsize=8)
         if over != 'wall_time':
             axes.xaxis.set_major_formatter(EngFormatter(sep=''))
@@ -219,7 +230,7 @@ def learning_curves(
         fontsize=9,
     )
     if levels:
-        _add_legend(figure, grid[: len(levels)], kinds)
+        _add_legend(figure, grid[: len(levels)], [readable(kind) for kind in kinds])
         figure.draw_without_rendering()
         for axes in grid[: len(levels)]:
             _name_known_scores(axes)
@@ -253,13 +264,13 @@ def _draw_spread(
         axes.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
 
 
-def _add_legend(figure: Any, grid: Iterable[Any], kinds: Collection[str]) -> None:
+def _add_legend(figure: Any, grid: Iterable[Any], names: Collection[str]) -> None:
     """Names the lines of runs below all axes; known scores are named where they are."""
     handles: dict[str, Any] = {}
     for axes in grid:
         drawn = axes.get_legend_handles_labels()
         drawn_runs = zip(drawn[1], drawn[0], strict=True)
-        handles |= {label: handle for label, handle in drawn_runs if label in kinds}
+        handles |= {label: handle for label, handle in drawn_runs if label in names}
     if not handles:
         return  # There are only tests.
     figure.legend(
@@ -301,11 +312,11 @@ def _draw_known_scores(axes: Any, level: suites.Level) -> None:
     # With a score far beyond all else on the scale, nothing else could be seen.
     for name, value in published:
         if low - reach <= value <= high + reach:
-            draw(f'paper: {name}', value, _PUBLISHED_STYLE)
+            draw(suites.published_name(name), value, _PUBLISHED_STYLE)
     limits = axes.get_ylim()
     for name, value in published:
         if not low - reach <= value <= high + reach:
-            draw(f'paper: {name}', value, _PUBLISHED_STYLE)
+            draw(suites.published_name(name), value, _PUBLISHED_STYLE)
     axes.set_ylim(limits)
 
 
@@ -393,36 +404,83 @@ def stage_times(kinds: Mapping[str, Sequence[Run]]) -> Any:
                         stage = name.partition('/')[2]
                         of_kind = totals.setdefault(kind, {})
                         of_kind[stage] = of_kind.get(stage, 0.0) + value
-    stages = list(dict.fromkeys(s for kind in totals.values() for s in kind))
-    clocks = list(dict.fromkeys(stage.partition('/')[0] + '/' for stage in stages))
+    found = dict.fromkeys(stage for seconds in totals.values() for stage in seconds)
+    clocks = list(dict.fromkeys(map(_clock, found)))
+    # Stable, so that each clock's stages stay in their order.
+    stages = sorted(found, key=lambda stage: clocks.index(_clock(stage)))
+    colors = _stage_colors(stages)
+    columns = min(4, max(1, len(clocks)))
     height = 0.9 + 0.32 * max(1, len(totals)) * max(1, len(clocks))
-    figure: Any = Figure(figsize=(6.5, height + 0.8), dpi=200, layout='constrained')
+    height += 0.17 * math.ceil(len(stages) / columns)
+    figure: Any = Figure(figsize=(7.2, height + 0.3), dpi=200, layout='constrained')
     axes = figure.subplots()
     labels = []
+    handles = {}
     for clock in clocks:
         for kind, seconds in totals.items():
-            total = sum(value for stage, value in seconds.items() if stage.startswith(clock))
+            of_clock = {s: seconds[s] for s in stages if s in seconds and _clock(s) == clock}
+            total = sum(of_clock.values())
             left = 0.0
-            labels.append(f'{kind}: {clock[:-1]}' if len(totals) > 1 else clock[:-1])
-            for stage, value in seconds.items():
-                if stage.startswith(clock) and total > 0:
-                    color = f'C{stages.index(stage) % 10}'
-                    hatch = '///' if stage.endswith('wait') else None
-                    axes.barh(
-                        len(labels) - 1, 100 * value / total, left=left, height=0.75, label=stage,
-                        color='0.85' if hatch else color, hatch=hatch, edgecolor='white',
-                    )  # fmt: skip
+            labels.append(f'{readable(kind)}: {clock}' if len(totals) > 1 else clock)
+            for stage, value in of_clock.items():
+                if total > 0:
+                    handles[stage] = axes.barh(
+                        len(labels) - 1,
+                        100 * value / total,
+                        left=left,
+                        height=0.75,
+                        label=_stage_name(stage),
+                        color=colors[stage],
+                        hatch='///' if _is_waiting(stage) else None,
+                        edgecolor='white',
+                    )
                     left += 100 * value / total
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
+    axes.set_xlim(0, 100)
     axes.set_xlabel('% of its time (hatched: waiting)')
-    drawn = axes.get_legend_handles_labels()
-    handles = dict(zip(drawn[1], drawn[0], strict=True))
     if handles:
         figure.legend(
-            handles.values(), handles.keys(), loc='outside lower center', ncols=4, fontsize=7
+            handles=[handles[stage] for stage in stages if stage in handles],
+            loc='outside lower center',
+            ncols=columns,
+            fontsize=7,
         )
     return figure
+
+
+def _clock(stage: str) -> str:
+    """Returns whose stage it is: of `'learner/train_step'`, `'learner'`."""
+    return stage.partition('/')[0]
+
+
+def _is_waiting(stage: str) -> bool:
+    return stage.endswith('/wait')
+
+
+def _stage_name(stage: str) -> str:
+    """Returns the name of a stage for a legend, which says whose stage it is."""
+    clock, _, name = stage.partition('/')
+    return f'{clock}: {"waiting" if _is_waiting(stage) else readable(name)}'
+
+
+def _stage_colors(stages: Sequence[str]) -> dict[str, Any]:
+    """Returns a colour for each stage, all different; stages that wait get the palest."""
+    import matplotlib
+
+    by_paleness = sorted(stages, key=_is_waiting)
+    if len(stages) <= 20:
+        # Ten strong colours, followed by their pale twins.
+        palette = matplotlib.colormaps['tab20']
+        strong, pale = ([palette(2 * i + k) for i in range(10)] for k in (0, 1))
+        first_pale = next((i for i, s in enumerate(by_paleness) if _is_waiting(s)), len(stages))
+        rest = [*strong, *pale]
+        waiting = rest[len(rest) - (len(stages) - first_pale) :]
+        colors = [*rest[:first_pale], *waiting]
+    else:
+        palette = matplotlib.colormaps['turbo']
+        colors = [palette(i / (len(stages) - 1)) for i in range(len(stages))]
+    return dict(zip(by_paleness, colors, strict=True))
 
 
 def policy_lag(kinds: Mapping[str, Sequence[Run]]) -> Any:
@@ -440,7 +498,7 @@ def policy_lag(kinds: Mapping[str, Sequence[Run]]) -> Any:
         for number, run in enumerate(runs):
             lines = [line for line in run.metrics if 'policy_lag_mean' in line]
             x = [line['agent_steps'] for line in lines]
-            label = {'label': kind} if number == 0 else {}
+            label = {'label': readable(kind)} if number == 0 else {}
             axes.plot(x, [line['policy_lag_mean'] for line in lines], f'C{color}', **label)
             highest = [line.get('policy_lag_max', math.nan) for line in lines]
             axes.plot(x, highest, f'C{color}', linewidth=0.6, alpha=0.6)

@@ -35,6 +35,14 @@ def test_dmlab30():
     assert (watermaze.random, watermaze.human) == (4.065, 54)
 
 
+def test_every_published_agent_has_a_readable_name():
+    for name in suites.packaged_suites():
+        for column in suites.load(name).levels[0].published:
+            assert re.fullmatch(r'IMPALA, [a-zA-Z ,]+ \(published\)', suites.published_name(column))
+    assert suites.published_name('impala_deep') == 'IMPALA, deep network (published)'
+    assert suites.published_name('our_own_agent') == 'our own agent (published)'
+
+
 def test_levels_by_name():
     suite = suites.load('ALE/Pong-v5, CartPole-v1,my_levels:easy')
     assert suite.name == ''

@@ -124,8 +124,12 @@ def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
                 for text in axes.texts
             }
             assert {*boxes} == {
-                'random', 'human', *(f'paper: impala_{n}' for n in ('multitask', 'shallow', 'deep'))
-            }  # fmt: skip
+                'random',
+                'human',
+                'IMPALA, one for all games (published)',
+                'IMPALA, shallow network (published)',
+                'IMPALA, deep network (published)',
+            }
             stacked = sorted(boxes.values(), key=lambda box: box.y0)
             for below, above in zip(stacked[:-1], stacked[1:], strict=True):
                 assert below.y1 <= above.y0
@@ -135,7 +139,7 @@ def test_lines_of_known_scores_are_named_where_they_end(tmp_path, num_levels):
                 assert not any(box.overlaps(other.bbox) for other in others)
     if num_levels > 1:
         # In Breakout the paper has 787.34, while the curve ends at 3 and humans score 30.
-        assert 'paper: impala_deep 787.34 \N{UPWARDS ARROW}' in [
+        assert 'IMPALA, deep network (published) 787.34 \N{UPWARDS ARROW}' in [
             text.get_text() for text in figure.axes[1].texts
         ]
         assert 30.5 < figure.axes[1].get_ylim()[1] < 100
@@ -163,7 +167,10 @@ def test_a_users_suite_has_its_lines(tmp_path, capsys):
             for axes in plot.learning_curves(kinds).axes
         ]
 
-    assert lines() == [{'random': 0.5, 'human': 7, 'paper: others': 6}, {'random': -1, 'human': 1}]
+    assert lines() == [
+        {'random': 0.5, 'human': 7, 'others (published)': 6},
+        {'random': -1, 'human': 1},
+    ]
     path.unlink()
     without, packaged = lines()
     assert without == {} and packaged['human'] == 14.6
@@ -184,7 +191,7 @@ def test_runs_that_differ_only_in_their_seeds_share_a_line(tmp_path):
     # Means of the last 100: 1, 1.5, 2 and 3, 3.5, 4.
     np.testing.assert_allclose(mean[[0, -1]], [[400, 2], [1200, 3]])
     assert lines['human'].get_ydata()[0] == 14.6 and lines['random'].get_ydata()[0] == -20.7
-    assert lines['paper: impala_shallow'].get_ydata()[0] == 20.4
+    assert lines['IMPALA, shallow network (published)'].get_ydata()[0] == 20.4
     axes = plot.learning_curves(kinds, 'wall_time').axes[0]
     minutes = axes.get_lines()[0].get_xdata()
     np.testing.assert_allclose([minutes[0], minutes[-1]], [0.6, 1.8])
@@ -197,6 +204,57 @@ def test_runs_that_differ_only_in_their_seeds_share_a_line(tmp_path):
     assert labels == [f'{kind}: {clock}' for clock in clocks for kind in kinds]
     lag = plot.policy_lag(kinds).axes[0].get_lines()[0]
     assert lag.get_ydata().tolist() == [2, 2, 2]
+
+
+def test_each_stage_has_a_colour_and_a_name_of_its_own(tmp_path):
+    stages = {
+        'actor': ('environment', 'wait'),
+        'batcher': ('wait', 'gather', 'inference', 'scatter'),
+        'queue': ('wait', 'copy'),
+        'learner': ('wait', 'intrinsic_reward', 'train_step', 'publish', 'log'),
+        'replay': ('sample', 'store', 'send', 'fetch'),
+    }
+    names = [f'{clock}/{stage}' for clock, of_clock in stages.items() for stage in of_clock]
+    assert len(names) == 17
+    line = {f'stage_seconds/{name}': 1.0 + i for i, name in enumerate(names)}
+    runs = [plot.Run('', {}, {}, [line]), plot.Run('', {}, {}, [line])]
+    figure = plot.stage_times({'a_run': runs[:1], 'another': runs[1:]})
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert len(set(labels)) == 17
+    assert {'actor: waiting', 'learner: waiting', 'learner: train step'} < set(labels)
+    colors = [handle.get_facecolor() for handle in legend.legend_handles]
+    assert len(set(colors)) == 17
+    (axes,) = figure.axes
+    ticks = [label.get_text() for label in axes.get_yticklabels()]
+    assert ticks[:3] == ['a run: actor', 'another: actor', 'a run: batcher']
+    # The bars of both runs have the colours that the legend says.
+    drawn = {bars.get_label(): bars.patches[0].get_facecolor() for bars in axes.containers}
+    assert [drawn[label] for label in labels] == colors
+    assert len(axes.containers) == 34
+
+
+def test_more_stages_than_a_palette_has_colours_differ_too():
+    line = {f'stage_seconds/own/stage_{i}': 1.0 for i in range(25)}
+    (legend,) = plot.stage_times({'a': [plot.Run('', {}, {}, [line])]}).legends
+    assert len({handle.get_facecolor() for handle in legend.legend_handles}) == 25
+
+
+def test_levels_of_different_scale_have_limits_of_their_own(tmp_path):
+    small = write_run(tmp_path / 'a', 1, [0.1, 0.2], 'small', flags=('--level_name=small',))
+    large = write_run(tmp_path / 'b', 1, [100, 200], 'large', flags=('--level_name=large',))
+    figure = plot.learning_curves(plot.group([plot.read_run(small), plot.read_run(large)]))
+    limits = {axes.get_title(): axes.get_ylim() for axes in figure.axes}
+    assert limits['small'][1] < 1 and limits['large'][0] > 90
+
+
+def test_names_of_folders_are_shown_without_underscores(tmp_path):
+    run = plot.read_run(write_run(tmp_path / 'pong_with_replay', 1, [1, 2]))
+    kinds = plot.group([run])
+    for figure in (plot.learning_curves(kinds), plot.policy_lag(kinds)):
+        legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes)]
+        texts = [text.get_text() for legend in legends if legend for text in legend.get_texts()]
+        assert texts == ['pong with replay']
 
 
 def test_long_runs_are_drawn_over_hours(tmp_path):

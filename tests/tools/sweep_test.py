@@ -401,6 +401,76 @@ class Sweep:
             time.sleep(0.05)
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """Four members of a random search: one failed, one is not finished; with their runs."""
+    config = sweep_config.read(write(tmp_path, RANDOM | {'members': 4}))
+    members = [
+        sweep_state.Member(f'{i:02}', config.sample(i), i != 2, 4000, None if i == 3 else i, 9)
+        for i in range(4)
+    ]
+    members[3].error = 'Loss or gradient was not finite'
+    rows = np.array([[4.0 * i, i, i / 60, i] for i in range(20)])
+    runs = {member.name: plot.Run('', {}, {'CartPole-v1': rows}, []) for member in members}
+    return config, members, runs
+
+
+def legend_of(figure):
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    return dict(zip(names, legend.legend_handles, strict=True))
+
+
+def test_the_picture_of_a_search_says_what_its_lines_are(finished):
+    config, members, runs = finished
+    state = sweep_state.State(config.identity, 0, members, {}, [])
+    figure = sweep_report.search_figure(state, config, runs)
+    legend = legend_of(figure)
+    assert [*legend] == ['the fittest', 'other members', 'failed', 'not finished']
+    drawn = [
+        sum(
+            (line.get_color(), line.get_linestyle()) == (look.get_color(), look.get_linestyle())
+            for line in figure.axes[0].get_lines()
+        )
+        for name, look in legend.items()
+        if name != 'other members'
+    ]
+    # The fittest is not finished either: its line is blue and dashed.
+    assert drawn == [0, 1, 0]
+    labels = [axes.get_xlabel() for axes in figure.axes if axes.get_visible()]
+    assert labels[2:] == ['entropy cost', 'learning rate', 'epsilon']
+
+    members[2].trained = True
+    del members[3]
+    figure = sweep_report.search_figure(state, config, runs)
+    assert [*legend_of(figure)] == ['the fittest', 'other members']
+    colors = [line.get_color() for line in figure.axes[0].get_lines()]
+    assert colors.count(legend_of(figure)['the fittest'].get_color()) == 1
+
+
+def test_the_picture_of_a_population_says_what_its_lines_are(finished):
+    config, members, _ = finished
+    history = [
+        {'round': number, 'member': member.name, 'frames': 2000 * (number + 1), 'error': '',
+         'fitness': index + number, 'values': member.values,
+         'copied_from': '03' if (number, index) == (0, 0) else None}
+        for number in range(2) for index, member in enumerate(members)
+    ]  # fmt: skip
+    figure = sweep_report.pbt_figure(sweep_state.State(config.identity, 1, members, {}, history))
+    legend = legend_of(figure)
+    assert [*legend] == ['the fittest and its ancestors', 'other members', 'copied from another']
+    fitness = figure.axes[0].get_lines()
+    for name, number in (('the fittest and its ancestors', 1), ('copied from another', 1)):
+        look = legend[name]
+        found = [
+            line for line in fitness
+            if (line.get_color(), line._unscaled_dash_pattern)
+            == (look.get_color(), look._unscaled_dash_pattern)
+        ]  # fmt: skip
+        assert len(found) == number
+    assert figure.axes[1].get_ylabel() == 'entropy cost'
+
+
 class ColdSweep(Sweep):
     """A sweep from its command line, which starts members as users get them."""
 

@@ -19,6 +19,12 @@ RESULTS_FILE = 'results.csv'
 HISTORY_FILE = 'history.csv'
 PICTURE_FILE = 'sweep.png'
 
+# Of the dots of members other than the fittest.
+_OTHERS = '0.4'
+_FAILED: Any = {'color': 'tab:red', 'linewidth': 1, 'linestyle': '--'}
+_UNFINISHED: Any = (0, (4, 2))
+_COPIED: Any = (0, (1, 1.5))
+
 
 def ranked(members: Sequence[Member]) -> list[Member]:
     """Returns members, the fittest first, those without fitness last."""
@@ -107,7 +113,7 @@ def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run
     """Returns a figure of a random search.
 
     It shows learning curves, if one level is played; the members by rank; and fitness over each
-    hyperparameter. Only the fittest member is in colour.
+    hyperparameter. The fittest member is blue; a curve of a failed one is red and dashed.
     """
     from matplotlib.ticker import EngFormatter
 
@@ -116,13 +122,22 @@ def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run
     played = [run for run in runs.values() if run is not None]
     one_level = len({name for run in played for name in run.episodes}) == 1
     figure, panels = _panels(one_level + 1 + len(config.space))
+    entries = {
+        'the fittest': {**_look(True), 'marker': 'o'},
+        'other members': {**_look(False), 'color': _OTHERS, 'marker': 'o'},
+    }
     if one_level:
         axes = panels.pop(0)
         for member in ranked(state.members)[::-1]:
             run = runs.get(member.name)
+            look = _look(best[:1] == [member])
+            if member.error:
+                look = entries['failed'] = _FAILED
+            elif not member.trained:
+                look['linestyle'] = _UNFINISHED
+                entries['not finished'] = {**_look(False), 'linestyle': _UNFINISHED}
             for rows in run.episodes.values() if run else ():
-                is_best = best[:1] == [member]
-                axes.plot(rows[:, 0], plot.running_mean(rows[:, 3]), **_look(is_best))
+                axes.plot(rows[:, 0], plot.running_mean(rows[:, 3]), **look)
         axes.set(xlabel='frames', ylabel=f'mean return of {plot.WINDOW} episodes')
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
@@ -143,7 +158,8 @@ def search_figure(state: State, config: SweepConfig, runs: Mapping[str, plot.Run
         if distribution.kind != 'choice':
             axes.set_xlim(*distribution.values)
         _dots(axes, values, best)
-        axes.set(xlabel=name, ylabel='fitness')
+        axes.set(xlabel=plot.readable(name), ylabel='fitness')
+    _add_legend(figure, entries)
     return figure
 
 
@@ -178,16 +194,30 @@ def pbt_figure(state: State) -> Any:
                     frames[number : number + 2],
                     [of(number, source or name), points[number + 1]],
                     **_look(False),
-                    linestyle=(0, (1, 1.5)) if source else '-',
+                    linestyle=_COPIED if source else '-',
                 )
         path = [of(number, name) for number, name in enumerate(lineage)]
         axes.plot(frames, path, **_look(True), marker='.')
         if value != 'fitness':
             axes.set_yscale('log')
-        axes.set(xlabel='frames', ylabel=value)
+        axes.set(xlabel='frames', ylabel=plot.readable(value))
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(EngFormatter(sep=''))
+    entries = {
+        'the fittest and its ancestors': {**_look(True), 'marker': '.'},
+        'other members': {**_look(False), 'marker': '.'},
+        'copied from another': {**_look(False), 'linestyle': _COPIED},
+    }
+    _add_legend(figure, entries)
     return figure
+
+
+def _add_legend(figure: Any, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Says below all panels what lines and dots mean; takes name -> look."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=name, **look) for name, look in entries.items()]
+    figure.legend(handles=handles, loc='outside lower center', ncols=len(handles), fontsize=8)
 
 
 def _panels(number: int) -> tuple[Any, list[Any]]:
@@ -195,7 +225,7 @@ def _panels(number: int) -> tuple[Any, list[Any]]:
 
     columns = min(3, number) if number != 4 else 2
     rows = math.ceil(number / columns)
-    figure: Any = Figure(figsize=(3.1 * columns, 2.4 * rows), dpi=200, layout='constrained')
+    figure: Any = Figure(figsize=(3.1 * columns, 2.4 * rows + 0.3), dpi=200, layout='constrained')
     grid = list(figure.subplots(rows, columns, squeeze=False).ravel())
     for axes in grid[number:]:
         axes.set_visible(False)
@@ -210,7 +240,7 @@ def _look(is_best: bool) -> dict[str, Any]:
 
 def _dots(axes: Any, x: Sequence[float], members: Sequence[Member]) -> None:
     """Draws members, the fittest first."""
-    for position, member, color in zip(x, members, ['C0', *['0.4'] * len(members)], strict=False):
+    for position, member, color in zip(x, members, ['C0', *[_OTHERS] * len(members)], strict=False):
         axes.plot(
             position,
             member.fitness,
