@@ -13,7 +13,7 @@ RUN apt-get update \
 WORKDIR /impala
 COPY . .
 RUN pip install --no-cache-dir 'setuptools>=77' wheel 'tensorflow[and-cuda]==2.21.*' \
-    && pip install --no-cache-dir --no-build-isolation -e '.[gpu,vizdoom,minigrid,mujoco,dev]' \
+    && pip install --no-cache-dir --no-build-isolation -e '.[gpu,vizdoom,minigrid,mujoco,video,dev]' \
     && if ls wheels/*.whl >/dev/null 2>&1; then pip install --no-cache-dir wheels/*.whl; fi
 
 RUN python -m pytest -n 3 --dist loadfile

@@ -38,7 +38,7 @@ $(INSTALLED): $(SOURCES)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check 'setuptools>=77' wheel \
 	  'tensorflow==2.21.*'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation \
-	  -e '.[dev,vizdoom,minigrid,mujoco]'
+	  -e '.[dev,vizdoom,minigrid,mujoco,video]'
 	touch $@
 
 clean:

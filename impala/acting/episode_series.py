@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from impala import environments
-from impala.errors import LevelError
+from impala.acting import video_file
 from impala.seeds import derived_seed
 from impala.trajectory import ACTION_NOISE, ActionSpec, ArraySpec, EnvironmentSpec, EpisodeEnd
 
@@ -405,11 +405,9 @@ class _Film:
         self._path = path
         self._environment = environment
         frames_per_second = environment.frames_per_second or _FRAMES_PER_SECOND
-        rate = frames_per_second / environment.spec.num_action_repeats
-        # Encoders accept only fractions of small integers.
-        self._rate = max(0.1, round(rate, 2))
+        self._rate = frames_per_second / environment.spec.num_action_repeats
         self._is_atari = environment.spec.suite == 'atari'
-        self._writers: dict[str, Any] = {}
+        self._files: dict[str, video_file.VideoFile] = {}
 
     def take(self, observation: environments.Observation) -> None:
         frame = observation['frame']
@@ -429,8 +427,8 @@ class _Film:
             self._write('person', picture)
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.release()
+        for file in self._files.values():
+            file.close()
 
     def _write(self, kind: str, rgb: np.ndarray) -> None:
         import cv2
@@ -439,14 +437,7 @@ class _Film:
         # Encoders require even sides, and players larger frames than the agent sees.
         scale = max(1, -(-_MIN_SIDE // min(height, width)))
         size = (width * scale // 2 * 2, height * scale // 2 * 2)
-        if kind not in self._writers:
-            self._writers[kind] = cv2.VideoWriter(
-                f'{self._path}_{kind}.mp4', cv2.VideoWriter.fourcc(*'mp4v'), self._rate, size
-            )
-            if not self._writers[kind].isOpened():
-                raise LevelError(
-                    f'--save_video: cannot write {self._path}_{kind}.mp4: the folder must be '
-                    'writable, and OpenCV able to encode mp4v.'
-                )
-        bgr = cv2.cvtColor(np.ascontiguousarray(rgb, np.uint8), cv2.COLOR_RGB2BGR)
-        self._writers[kind].write(cv2.resize(bgr, size, interpolation=cv2.INTER_NEAREST))
+        if kind not in self._files:
+            self._files[kind] = video_file.create(f'{self._path}_{kind}.mp4', self._rate, size)
+        picture = np.ascontiguousarray(rgb, np.uint8)
+        self._files[kind].write(cv2.resize(picture, size, interpolation=cv2.INTER_NEAREST))

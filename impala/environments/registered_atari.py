@@ -15,7 +15,7 @@ from impala.environments.atari import (
     load_ale,
     load_game,
 )
-from impala.environments.environment import Observation
+from impala.environments.environment import SUITE_FRAMES_PER_SECOND, Observation
 from impala.environments.gymnasium import GymnasiumEnvironment
 from impala.errors import LevelError
 from impala.trajectory import EpisodeEnd
@@ -186,6 +186,11 @@ class AlePyEnvironment(GymnasiumEnvironment):
         self._ale = env.unwrapped.ale
         # The environment repeats actions by itself.
         self._repeats = 1
+
+    @property
+    def frames_per_second(self) -> float | None:
+        # The metadata have 30, whatever the frames per step.
+        return SUITE_FRAMES_PER_SECOND
 
     def step(self, action: Any) -> tuple[float, EpisodeEnd, Observation]:
         self._first_frame = self._ale.getEpisodeFrameNumber()

@@ -206,6 +206,8 @@ def test_limits_and_frames_of_ale_pys_own_observations(register_atari, make):
     ram = {'game': 'pong', 'obs_type': 'ram', 'frameskip': 3, 'max_num_frames_per_episode': 100}
     environment = make(register_atari('EnvironmentsTest/Own-v0', kwargs=ram))
     rows = play(environment, [0] * 40)
+    # A game runs at 60 frames a second, whatever the metadata of ale_py say.
+    assert environment.frames_per_second == 60
     # The 34th action is cut short: 33 actions last 99 frames.
     assert [t for t, row in enumerate(rows) if row[1]] == [34]
     environment.reset()
