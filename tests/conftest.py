@@ -15,15 +15,19 @@ os.environ['CUDA_VISIBLE_DEVICES'] = '-1'
 # keep one process busy while the others have ended.
 LONGEST = (
     'experiment_test.py',
-    'loop_test.py',
-    'several_learners_jobs_test.py',
     'replay_jobs_test.py',
-    'jobs_test.py',
     'sweep_test.py',
-    'fuzz_test.py',
+    'several_learners_jobs_test.py',
+    'setting_pairs_test.py',
     'test_mode_test.py',
+    'jobs_test.py',
+    'loop_test.py',
+    'fuzz_test.py',
     'several_learners_test.py',
     'learner_test.py',
+    'network_test.py',
+    'environment_job_test.py',
+    'periodic_tests_test.py',
 )
 
 
