@@ -35,6 +35,7 @@ class Host:
     """A namespace with the loopback interface and one to the others.
 
     Attributes:
+      name: as `ip netns` has it.
       address: its IPv4 address.
       prefix: arguments that, put before a command, run it there.
     """
@@ -50,19 +51,19 @@ class Host:
           Unavailable: it cannot be made.
         """
         self.address = address
-        self._name = name
-        self.prefix = ['ip', 'netns', 'exec', self._name]
-        _run('ip', 'netns', 'add', self._name)
+        self.name = name
+        self.prefix = ['ip', 'netns', 'exec', self.name]
+        _run('ip', 'netns', 'add', self.name)
         try:
             self.tun = os.open('/dev/net/tun', os.O_RDWR | os.O_NONBLOCK)
             request = struct.pack('16sH22x', name.encode(), _IFF_TUN | _IFF_NO_PI)
             fcntl.ioctl(self.tun, _TUNSETIFF, request)
-            _run('ip', 'link', 'set', name, 'netns', self._name)
-            _run('ip', '-n', self._name, 'address', 'add', f'{address}/24', 'dev', name)
+            _run('ip', 'link', 'set', name, 'netns', self.name)
+            _run('ip', '-n', self.name, 'address', 'add', f'{address}/24', 'dev', name)
             for interface in ('lo', name):
-                _run('ip', '-n', self._name, 'link', 'set', interface, 'up')
+                _run('ip', '-n', self.name, 'link', 'set', interface, 'up')
         except (OSError, Unavailable) as error:
-            _run('ip', 'netns', 'delete', self._name)
+            _run('ip', 'netns', 'delete', self.name)
             raise Unavailable(f'a TUN device cannot be made: {error}') from error
 
     def run(self, *command: str) -> str:
@@ -79,7 +80,7 @@ class Host:
     def close(self) -> None:
         """Removes the namespace. Processes that still run there lose their network."""
         os.close(self.tun)
-        _run('ip', 'netns', 'delete', self._name)
+        _run('ip', 'netns', 'delete', self.name)
 
 
 class Network:

@@ -46,10 +46,20 @@ class Run:
     """A run of experiment.py in its own session, with its own folder for temporary files.
 
     A context manager: leaving it kills all processes of the run. `prefix` is a command that must
-    exec the run; `program` may be a script that runs experiment.py.
+    exec the run; `program` may be a script that runs experiment.py; `network` is the name of a
+    network namespace.
     """
 
-    def __init__(self, folder, *flags, pythonpath=(), file_bytes=None, prefix=(), program=PROGRAM):
+    def __init__(
+        self,
+        folder,
+        *flags,
+        pythonpath=(),
+        file_bytes=None,
+        prefix=(),
+        network=None,
+        program=PROGRAM,
+    ):
         self.temp_folder = folder / 'tmp'
         self.temp_folder.mkdir(parents=True)
         self.output_paths = folder / 'stdout', folder / 'stderr'
@@ -57,10 +67,13 @@ class Run:
             'TMPDIR': str(self.temp_folder),
             'PYTHONPATH': os.pathsep.join(map(str, [*pythonpath, TESTS])),
         }
-        self.process = self._start(program, flags, environment, folder, file_bytes, prefix)
+        self.process = self._start(program, flags, environment, folder, file_bytes, prefix, network)
         self.id = self.process.pid
 
-    def _start(self, program, flags, environment, folder, file_bytes, prefix):
+    def _start(self, program, flags, environment, folder, file_bytes, prefix, network):
+        if network is not None:
+            prefix = ('ip', 'netns', 'exec', network, *prefix)
+
         def prepare():
             if file_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
@@ -149,9 +162,11 @@ class Run:
 class WarmRun(Run):
     """A run with TensorFlow imported in advance, for tests of anything but the start of a run."""
 
-    def _start(self, program, flags, environment, folder, file_bytes, prefix):
+    def _start(self, program, flags, environment, folder, file_bytes, prefix, network):
         assert not prefix
-        return WarmProcess(program, flags, environment, folder, self.output_paths, file_bytes)
+        return WarmProcess(
+            program, flags, environment, folder, self.output_paths, file_bytes, network
+        )
 
 
 def metrics(logdir):

@@ -703,7 +703,7 @@ def test_intra_op_threads_are_set(tmp_path):
 def test_several_loaders_train_until_interrupted(tmp_path):
     logdir = tmp_path / 'run'
     flags = ('--loaders=4', '--loss=appo', '--sample_reuse=2', '--reuse_buffer=3', '--popart')
-    with Run(tmp_path, *CARTPOLE, *flags, f'--logdir={logdir}') as run:
+    with WarmRun(tmp_path, *CARTPOLE, *flags, f'--logdir={logdir}') as run:
         run.wait_until(lambda: frames(logdir))
         run.send(signal.SIGINT)
         assert run.wait() == 0, run.stderr

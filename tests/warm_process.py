@@ -5,6 +5,7 @@ TensorFlow starts its threads and devices on first use. Unlike with `python PROG
 imported for the first time, and functions registered with atexit are not called.
 """
 
+import ctypes
 import functools
 import multiprocessing
 import multiprocessing.forkserver
@@ -19,6 +20,9 @@ import unittest.mock
 
 TESTS = pathlib.Path(__file__).resolve().parent
 
+# Of <sched.h>.
+_CLONE_NEWNET = 0x40000000
+
 
 class WarmProcess:
     """A program in its own session, with the parts of `subprocess.Popen` that tests need.
@@ -29,7 +33,7 @@ class WarmProcess:
       pid: process id.
     """
 
-    def __init__(self, program, flags, environment, folder, outputs, file_bytes=None):
+    def __init__(self, program, flags, environment, folder, outputs, file_bytes=None, network=None):
         """Starts the program.
 
         Args:
@@ -39,6 +43,7 @@ class WarmProcess:
           folder: its working directory.
           outputs: paths of stdout and stderr.
           file_bytes: maximum size of a file that it writes.
+          network: name of its network namespace; by default that of this process.
         """
         for path in outputs:
             pathlib.Path(path).touch()
@@ -51,6 +56,7 @@ class WarmProcess:
                 str(folder),
                 list(map(str, outputs)),
                 file_bytes,
+                network,
             ),
             daemon=True,
         )
@@ -85,7 +91,7 @@ def context():
     return found
 
 
-def _run(program, flags, environment, folder, outputs, file_bytes):
+def _run(program, flags, environment, folder, outputs, file_bytes, network):
     # A failed preload is silent and would slow the tests down by minutes.
     assert 'warm_tensorflow' in sys.modules
     os.setsid()
@@ -99,7 +105,18 @@ def _run(program, flags, environment, folder, outputs, file_bytes):
         os.close(descriptor)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if network is not None:
+        _enter(network)
     sys.argv = [program, *flags]
     added = environment.get('PYTHONPATH', '').split(os.pathsep)
     sys.path[:0] = [os.path.dirname(program), *filter(None, added)]
     runpy.run_path(program, run_name='__main__')
+
+
+def _enter(network):
+    """Moves this process, which has one thread, to a network namespace."""
+    descriptor = os.open(f'/run/netns/{network}', os.O_RDONLY)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, _CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), f'cannot enter {network}')
+    os.close(descriptor)

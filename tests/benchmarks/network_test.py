@@ -15,7 +15,7 @@ import sys
 import time
 
 import pytest
-from command_line import CARTPOLE, PATIENCE_SECONDS, Run, episodes, frames, metrics
+from command_line import CARTPOLE, PACED, PATIENCE_SECONDS, WarmRun, episodes, frames, metrics
 
 from benchmarks import namespaces, numbered_level
 
@@ -71,7 +71,7 @@ def test_training_survives_a_bad_network_and_its_outage(tmp_path, make_network, 
         # Both have the level on the command line.
         level = '--level_name=benchmarks.numbered_level:cart_pole'
         learner = stack.enter_context(
-            Run(
+            WarmRun(
                 tmp_path / 'learner',
                 *CARTPOLE,
                 level,
@@ -79,19 +79,19 @@ def test_training_survives_a_bad_network_and_its_outage(tmp_path, make_network, 
                 f'--logdir={logdir}',
                 f'--learner_address=0.0.0.0:{LEARNER_PORT}',
                 ENDLESS,
-                prefix=learner_host.prefix,
+                network=learner_host.name,
             )  # fmt: skip
         )
         actors = [
             stack.enter_context(
-                Run(
+                WarmRun(
                     tmp_path / str(task),
                     '--job_name=actor',
                     f'--task={task}',
                     level,
                     '--envs_per_actor=4',
                     f'--learner_address={learner_host.address}:{LEARNER_PORT}',
-                    prefix=host.prefix,
+                    network=host.name,
                 )  # fmt: skip
             )
             for task, host in enumerate(actor_hosts)
@@ -133,10 +133,10 @@ def test_strangers_do_not_disturb_a_run(tmp_path, make_network):
     secret = f'--cluster_secret_file={tmp_path / "secret"}'
     address = f'--learner_address={learner_host.address}:{LEARNER_PORT}'
     with (
-        Run(tmp_path / 'learner', *CARTPOLE, '--task=0', f'--logdir={logdir}', ENDLESS, address,
-            secret, prefix=learner_host.prefix) as learner,
-        Run(tmp_path / 'actor', '--job_name=actor', '--task=0', '--envs_per_actor=4', address,
-            secret, prefix=actor_host.prefix) as actor,
+        WarmRun(tmp_path / 'learner', *CARTPOLE, PACED, '--task=0', f'--logdir={logdir}', ENDLESS,
+                address, secret, network=learner_host.name) as learner,
+        WarmRun(tmp_path / 'actor', '--job_name=actor', '--task=0', '--envs_per_actor=4',
+                '--envs_per_process=4', address, secret, network=actor_host.name) as actor,
     ):  # fmt: skip
         learner.wait_until(lambda: frames(logdir) > 1000)
         waited = actor.stderr.count('Waiting for it')
