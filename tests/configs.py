@@ -24,6 +24,7 @@ LEARNING = {
     'optimizer': 'adam',
     'entropy_cost': 0.0001,
     'sample_reuse': 2,
+    'log_secs': 0.5,
 }
 
 
@@ -33,6 +34,8 @@ def config(logdir, **changes):
         'logdir': str(logdir),
         'level_name': 'levels:short',
         'num_actors': 2,
+        # Each process takes a quarter of a second of processor time to start.
+        'envs_per_process': 2,
         'total_environment_frames': 100,
         'batch_size': 2,
         'unroll_length': 10,

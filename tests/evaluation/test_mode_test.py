@@ -91,7 +91,7 @@ def test_seeds_do_not_depend_on_the_number_of_actors(logdir):
     names = 'levels:seeded,levels:short'
     expected = [float(episode_seed(1, 'levels:seeded', number) % 1_000_000) for number in range(5)]
     assert len({*expected}) == 5
-    for num_actors, envs_per_process in ((1, 1), (6, 2), (20, 1)):
+    for num_actors, envs_per_process in ((1, 1), (6, 2), (20, 7)):
         run = lives_config(
             logdir, level_name=names, num_actors=num_actors, envs_per_process=envs_per_process
         )
@@ -255,7 +255,7 @@ def cartpole(tmp_path_factory):
         tmp_path_factory.mktemp('cartpole'), level_name='CartPole-v1', num_actors=8,
         envs_per_process=4, queue_capacity=8, total_environment_frames=20_000, batch_size=8,
         unroll_length=20, learning_rate=0.003, epsilon=0.01, entropy_cost=0.01,
-        gradient_clip_norm=40,
+        gradient_clip_norm=40, log_secs=0.5,
     )  # fmt: skip
     before = tf.train.load_checkpoint(training.train(learned))
     num_episodes = sum(1 for _ in run_files.read_episodes(learned.run.logdir))

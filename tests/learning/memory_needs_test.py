@@ -26,7 +26,9 @@ def network_of(run, spec):
 
 
 def test_unrolls_are_counted_as_the_batcher_allocates_them(tmp_path):
-    run = config(tmp_path, num_actors=3, queue_capacity=4, torso='deep', core='lstm')
+    run = config(
+        tmp_path, num_actors=3, envs_per_process=1, queue_capacity=4, torso='deep', core='lstm'
+    )
     network = network_of(run, IMAGE)
     unrolls, processes = memory_needs.of_actors(run, IMAGE, network)
     source = UnrollSource(IMAGE, Agent(network, IMAGE), [0, 0, 0], run.learner.unroll_length,

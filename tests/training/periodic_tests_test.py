@@ -37,9 +37,15 @@ class StopsWhen(training.Hook):
 
 
 def _run(logdir, **changes):
-    """A run that would last for hours."""
-    settings = {'level_name': 'levels:paced', 'total_environment_frames': 10_000_000}
-    return config(logdir, **{'test_every_secs': 0.1, **settings, **changes})
+    """A run that would last for hours; it has few updates, which leave the test the processor."""
+    settings = {
+        'level_name': 'levels:paced',
+        'total_environment_frames': 10_000_000,
+        'unroll_length': 100,
+        'log_secs': 0.1,
+        'test_every_secs': 0.1,
+    }
+    return config(logdir, **(settings | changes))
 
 
 def test_a_test_during_training_has_the_scores_of_test_mode(tmp_path):
@@ -90,7 +96,7 @@ def test_a_failing_test_is_one_warning(tmp_path):
 def test_a_test_ends_with_the_run(tmp_path, number):
     logdir = tmp_path / 'run'
     flags = (
-        PACED, f'--logdir={logdir}', '--num_actors=2', '--batch_size=2', '--unroll_length=10',
+        PACED, f'--logdir={logdir}', '--num_actors=2', '--batch_size=2', '--unroll_length=100',
         '--test_every_secs=0.01', '--test_num_episodes=100000',
     )  # fmt: skip
     with WarmRun(tmp_path, *flags) as run:
