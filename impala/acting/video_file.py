@@ -7,6 +7,7 @@ has no such encoder, OpenCV writes MPEG-4 Part 2, which few of them do.
 import contextlib
 import fractions
 import logging
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -81,26 +82,31 @@ class _H264File:
         self._append(av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb), format='rgb24'))
 
     def close(self) -> None:
-        import av
-
         self._append(None)
-        with contextlib.suppress(OSError, av.FFmpegError):
+        with self._warning():
+            # Most of a short video is written only now.
             self._file.close()
 
     def _append(self, frame: Any) -> None:
         """Encodes a frame, or what is left if it is None."""
-        import av
-
         if self._is_lost:
             return
-        try:
+        with self._warning():
             self._file.mux(self._stream.encode(frame))
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Warns once if writing fails: a full disk must not end a test."""
+        import av
+
+        try:
+            yield
         except (OSError, av.FFmpegError) as error:
-            # A full disk must not end a test, as it does not with OpenCV.
+            if not self._is_lost:
+                # Warnings of this logger reach the user from an actor process.
+                logger = logging.getLogger(environments.__name__)
+                logger.warning('%s is incomplete: %s.', self._path, error.strerror)
             self._is_lost = True
-            # Warnings of this logger reach the user from an actor process.
-            logger = logging.getLogger(environments.__name__)
-            logger.warning('%s is incomplete: %s.', self._path, error.strerror)
 
 
 class _Mpeg4File:

@@ -1,6 +1,7 @@
 """Videos are read back with OpenCV and PyAV."""
 
 import fractions
+import resource
 import sys
 
 import av
@@ -85,3 +86,19 @@ def test_a_full_disk_costs_the_video_only(caplog):
             file.write(np.random.default_rng(1).integers(0, 256, (48, 64, 3), np.uint8))
         file.close()
     assert [record.getMessage()[:23] for record in caplog.records] == ['video.mp4 is incomplete']
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_short_video_gives_a_warning(tmp_path, caplog):
+    """Most of such a video is written when it is closed; a limit of 200 bytes is the full disk."""
+    file = video_file.create(str(tmp_path / 'video.mp4'), 10, (64, 48))
+    for picture in PICTURES:
+        file.write(picture)
+    assert not caplog.records
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        file.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    (record,) = caplog.records
+    assert 'video.mp4 is incomplete: File too large' in record.getMessage()
