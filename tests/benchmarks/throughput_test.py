@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+import tensorflow as tf
 from warm_process import WarmProcess
 
 from benchmarks import throughput
@@ -89,6 +90,10 @@ def test_each_use_of_a_batch_counts(monkeypatch):
         return number
 
     monkeypatch.setattr(throughput, 'concurrent_rate', record)
+    # Earlier tests in this process may have started TensorFlow; then the threads are settled.
+    monkeypatch.setattr(
+        tf.config.threading, 'set_intra_op_parallelism_threads', lambda num_threads: None
+    )
     flags = ['--level_name=CartPole-v1', '--batch_size=4', '--unroll_length=10']
     throughput.network_rates(flags, 7, 1)
     throughput.network_rates([*flags, '--sample_reuse=4', '--reuse_buffer=4'], 7, 1)
