@@ -1,13 +1,19 @@
 """Tests of impala/training/periodic_tests.py, with real processes."""
 
+import contextlib
+import functools
 import json
 import os
 import pathlib
 import signal
+import subprocess
+import tempfile
 import time
+import types
 
 import pytest
 from command_line import PACED, PATIENCE_SECONDS, WarmRun, checkpoints
+from warm_process import WarmProcess
 
 from configs import config
 from impala import training
@@ -65,6 +71,32 @@ def test_a_test_during_training_has_the_scores_of_test_mode(tmp_path):
     assert checkpoints(tmp_path) == [1]
 
 
+class WarmTest(WarmProcess):
+    """Stands in for `subprocess.Popen` of a test: it starts at once, and has normal priority."""
+
+    def __init__(self, parent, command, stdin, stdout, stderr, start_new_session, env):
+        assert command[1:] == ['-m', 'impala.evaluation.test_process']
+        assert (stdin, stderr, start_new_session) == (subprocess.PIPE, stdout, True)
+        folder = pathlib.Path(tempfile.mkdtemp(dir=parent))
+        os.mkfifo(folder / 'stdin')
+        # This does not wait for the other end.
+        self.stdin = os.fdopen(os.open(folder / 'stdin', os.O_RDWR), 'wb')
+        program = folder / 'program.py'
+        program.write_text(
+            'import json, sys\n'
+            'sys.stdin = open(sys.argv[1])\n'
+            'from impala.evaluation import test_process\n'
+            'test_process.NICENESS = 0\n'
+            'sys.exit(test_process.main(json.loads(sys.stdin.readline())))\n'
+        )
+        outputs = [stdout.name, folder / 'stderr']
+        super().__init__(program, [folder / 'stdin'], env, folder, outputs)
+
+    def terminate(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
+
+
 def test_a_failing_test_is_one_warning(tmp_path):
     shown = []
 
@@ -82,6 +114,16 @@ def test_a_failing_test_is_one_warning(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(periodic_tests.PeriodicTests, '_start', note)
+        # Actor processes start as usual.
+        patch.setattr(
+            periodic_tests,
+            'subprocess',
+            types.SimpleNamespace(
+                Popen=functools.partial(WarmTest, tmp_path),
+                PIPE=subprocess.PIPE,
+                TimeoutExpired=subprocess.TimeoutExpired,
+            ),
+        )
         run = _run(tmp_path, level_name='levels:fails_in_tests', max_actor_restarts=0)
         # The second failure is the same as the first.
         path = training.train(run, hooks=[Listens(), StopsWhen(lambda update: len(started) == 3)])
