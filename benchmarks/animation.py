@@ -2,8 +2,9 @@
 
     python -m benchmarks.animation VIDEO docs/animations/pong.gif --start=5 --seconds=6
 
-The ending of the name says the format: `.gif`, or `.webp`, which is smaller if the picture has many
-colours. Both show on GitHub.
+Several videos play one after the other, each from `--start` for at most `--seconds`; `--speed=0.5`
+plays at half their speed. The ending of the name says the format: `.gif`, or `.webp`, which is
+smaller if the picture has many colours. Both show on GitHub.
 """
 
 import argparse
@@ -77,16 +78,21 @@ def write(path: str, pictures: list[np.ndarray], rate: float, height: int) -> No
 def main(argv: list[str]) -> int:
     """Makes the animation that the command line asks for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('video', help='MP4 file')
+    parser.add_argument('videos', nargs='+', metavar='video', help='MP4 file; several play in turn')
     parser.add_argument('output', help='file that ends in .gif or .webp')
     parser.add_argument('--start', type=float, default=0.0, help='seconds; negative: from the end')
     parser.add_argument('--seconds', type=float, default=6.0, help='length')
+    parser.add_argument('--speed', type=float, default=1.0, help="share of the videos' own speed")
     parser.add_argument('--height', type=int, default=210, help='pixels')
     args = parser.parse_args(argv)
     if not args.output.endswith(('.gif', '.webp')):
         parser.error('the output must end in .gif or .webp')
     try:
-        pictures, rate = read(args.video, args.start, args.seconds)
+        pictures: list[np.ndarray] = []
+        for video in args.videos:
+            part, rate = read(video, args.start, args.seconds)
+            pictures += part
+        rate *= args.speed
         write(args.output, pictures, rate, args.height)
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)

@@ -42,6 +42,15 @@ def test_an_animation_is_a_part_of_the_video_at_its_speed(tmp_path, video, endin
     assert length == pytest.approx(1250, abs=5)
 
 
+def test_several_videos_play_in_turn_and_slower(tmp_path, video):
+    path = str(tmp_path / 'both.gif')
+    command = [video, video, path, '--start=1', '--seconds=0.5', '--speed=0.5', '--height=24']
+    assert animation.main(command) == 0
+    greys, length = played(path)
+    np.testing.assert_allclose(greys, 2 * GREYS[8:12], atol=6)
+    assert length == pytest.approx(2000, abs=5)
+
+
 def test_mistakes_give_one_sentence(tmp_path, video, capsys):
     assert animation.main([video, str(tmp_path / 'a.gif'), '--start=9']) == 2
     assert capsys.readouterr().err == f'{video} lasts 3.0 s: nothing is at 9 s.\n'
