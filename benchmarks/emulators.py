@@ -55,8 +55,9 @@ _ENVPOOL = (
     _BEGIN
     + """
 import envpool
-envs = envpool.make(game.capitalize() + '-v5', env_type='gymnasium', num_envs=num_envs,
-                    batch_size=batch_size, num_threads=threads)
+name = ''.join(word.capitalize() for word in game.split('_'))
+envs = envpool.make(name + '-v5', env_type='gymnasium', num_envs=num_envs, batch_size=batch_size,
+                    num_threads=threads)
 envs.async_reset()
 ids = envs.recv()[-1]['env_id']
 num_actions, random = envs.action_space.n, np.random.RandomState(0)
@@ -78,16 +79,21 @@ def vector_rate(
     return float(output.splitlines()[-1])
 
 
+def camel_case(game: str) -> str:
+    """Returns the name of a game in the ids of Gymnasium: `space_invaders` is `SpaceInvaders`."""
+    return ''.join(word.capitalize() for word in game.split('_'))
+
+
 def main() -> None:
     """Prints one table and a line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--game', default='pong', help="as ale_py's vector environment names it")
+    parser.add_argument('--game', default='pong', help='for instance space_invaders')
     parser.add_argument('--num_envs', type=int, default=32)
     parser.add_argument('--seconds', type=float, default=5, help='of each measurement')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--envpool', metavar='PYTHON', help='a Python with EnvPool')
     args = parser.parse_args()
-    level = f'--level_name=ALE/{args.game.capitalize()}-v5'
+    level = f'--level_name=ALE/{camel_case(args.game)}-v5'
     half = args.num_envs // 2
     vector = {'ale_py, together': (sys.executable, _ALE, args.num_envs)}
     vector['ale_py, half at a time'] = (sys.executable, _ALE, half)
