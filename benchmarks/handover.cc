@@ -77,7 +77,8 @@ int main(int argc, char** argv) {
   for (uint32_t i = 0; i < actors; ++i) {
     const pid_t child = fork();
     if (child == 0) Act(shared, slots + i, rows + i * bytes, bytes, minimum);
-    if (child > 0) children.push_back(child);
+    if (child < 0) return 1;  // The others end with this process.
+    children.push_back(child);
   }
   std::vector<uint8_t> batch(actors * bytes);
   std::vector<uint32_t> waiting;

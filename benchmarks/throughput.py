@@ -56,6 +56,8 @@ DEFAULT_FLAGS = [
     '--intra_op_threads=1',
     '--compute_dtype=auto',
 ]
+# What an environment's process prints when it could begin.
+_READY = 'ready'
 # Seconds between the lines of the log, which bound the precision of the rate.
 _SAMPLE_SECONDS = 0.5
 
@@ -142,13 +144,18 @@ def _processor_seconds(pid: int) -> tuple[float, float]:
 
 
 def play(training_flags: list[str], seconds: float) -> None:
-    """Plays a configuration's first level with random actions; prints agent steps per second."""
+    """Plays a configuration's first level with random actions; prints agent steps per second.
+
+    Prints `ready` and waits for a line of input before it begins.
+    """
     config = config_of(training_flags)
     level_name = suites.load(config.run.level_name).level_names[0]
     environment = create_environment(level_name, os.getpid(), config.environment)
     random = np.random.RandomState(os.getpid())
     actions = [learning.random_action(environment.spec.action, random) for _ in range(1000)]
     environment.reset()
+    print(_READY, flush=True)
+    sys.stdin.readline()
     steps, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
         for action in actions[:100]:
@@ -163,8 +170,21 @@ def environment_rate(training_flags: list[str], seconds: float) -> float:
     """Returns agent steps per second of one process per core with random actions."""
     command = _command('environment', training_flags, seconds)
     processes = [
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(CORES)
+        subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(CORES)
     ]
+    # One that played before the others have started would have more than its share.
+    for process in processes:
+        assert process.stdout is not None
+        while (line := process.stdout.readline().strip()) != _READY:
+            if process.poll() is not None and not line:
+                sys.exit('An environment ended before it could be measured.')
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write('\n')
+        process.stdin.flush()
     return sum(float(process.communicate()[0].splitlines()[-1]) for process in processes)
 
 
