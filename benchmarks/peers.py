@@ -159,13 +159,15 @@ def require(python: str, flag: str, modules: Iterable[str]) -> None:
     """Exits with status 2 if a Python is missing or cannot find modules of these names."""
     code = (
         'import importlib.util, sys; '
-        'sys.exit(" ".join(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))'
+        'print(*(name for name in sys.argv[1:] if not importlib.util.find_spec(name)))'
     )
     problem = ''
     try:
         found = subprocess.run([python, '-c', code, *modules], capture_output=True, text=True)
         if found.returncode:
-            problem = f'lacks {found.stderr.strip().splitlines()[-1]}'
+            problem = 'is not a Python'
+        elif missing := found.stdout.strip():
+            problem = f'lacks {missing}'
     except OSError as error:
         problem = f'cannot be started ({error.strerror})'
     if problem:

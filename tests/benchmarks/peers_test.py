@@ -175,3 +175,7 @@ def test_sigterm_ends_the_program_under_way(fake, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_python_that_has_the_modules_is_taken():
+    peers.require(sys.executable, 'cleanrl', ['json', 'csv'])
