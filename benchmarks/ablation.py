@@ -220,11 +220,15 @@ def draw_profiles(scores: dict[str, list[list[float]]]) -> Any:
     """Returns a figure of the performance profiles of `normalized_scores`, with intervals."""
     figure = Figure(figsize=(6, 3.6), layout='constrained')
     axes = figure.subplots()
-    highest = max(max(max(level) for level in levels) for levels in scores.values())
-    thresholds = np.linspace(0, 1.05 * max(highest, 1.0), 200)
+    flat = [score for levels in scores.values() for level in levels for score in level]
+    # From where all runs are above it: a run may be worse than random actions.
+    margin = 0.05 * max(max(flat), 1.0)
+    thresholds = np.linspace(min(0.0, *flat) - margin, max(flat) + margin, 200)
     for setting_name, levels in scores.items():
         shares, intervals = aggregates.performance_profile(levels, thresholds)
-        (line,) = axes.plot(thresholds, shares, drawstyle='steps-post', label=setting_name)
+        (line,) = axes.plot(
+            thresholds, shares, drawstyle='steps-post', label=plot.readable(setting_name)
+        )
         low, high = intervals.T
         axes.fill_between(thresholds, low, high, step='post', alpha=0.2, color=line.get_color())
     axes.set(xlabel='human-normalized score, %', ylabel='share of runs above it', ylim=(0, 1))

@@ -133,9 +133,9 @@ def test_scores_are_human_normalized_for_settings_with_runs_of_every_level():
 
 
 def test_profiles_have_a_line_for_each_setting_that_falls_from_one():
-    scores = {'x': [[10.0, 30.0], [50.0, 60.0]], 'y': [[20.0], [5.0]]}
+    scores = {'x': [[-10.0, 30.0], [50.0, 60.0]], 'y_z': [[20.0], [5.0]]}
     (axes,) = ablation.draw_profiles(scores).axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['x', 'y']
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ['x', 'y z']
     for line in axes.lines:
         shares = line.get_ydata()
         assert shares[0] == 1 and (np.diff(shares) <= 0).all()
