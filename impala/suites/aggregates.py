@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import stats
 
-CONFIDENCE = 0.95
+from impala.suites.scores import CONFIDENCE
+
 _RESAMPLES = 2000
 
 # Scores of a level's runs, `[..., RUNS]` for each level, to `[...]`.
