@@ -600,6 +600,15 @@ class NetworkConfig(_Checked):
         on_resume='fixed',
         agreement='jobs',
     )
+    contrast_gain: float = setting(
+        0.0,
+        'Atari: times this, the network sees the differences of successive frames, and that of the '
+        'newest from the mean frame; 0: the frames.',
+        low=0,
+        high=1000,
+        on_resume='fixed',
+        agreement='jobs',
+    )
     compute_dtype: str = setting(
         'float32',
         "Data type of the learner's torso; auto: bfloat16 on CPUs with instructions for it.",

@@ -337,6 +337,12 @@ class EnvironmentSpec:
             object.__setattr__(self, 'action', ActionSpec.discrete(int(self.action)))
 
     @property
+    def stack(self) -> str | None:
+        """Name of the observation whose channels are the last frames; None if there is none."""
+        is_stack = self.suite == 'atari' and self.observation['frame'].shape[-1] > 1
+        return 'frame' if is_stack else None
+
+    @property
     def num_actions(self) -> int:
         """Size of a discrete action set."""
         (num_actions,) = self.action.categories

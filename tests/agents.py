@@ -40,6 +40,7 @@ class EmbeddingAgent(snt.Module):
     """Looks up logits and baseline by the last action; has one unused variable."""
 
     normalizer = None
+    frame_mean = None
     popart = None
     actions = ActionDistribution(ActionSpec.discrete(_NUM_ACTIONS))
 
@@ -88,9 +89,12 @@ _IMAGE_SPEC = EnvironmentSpec(
 )
 
 
-def encoder_agent(core='lstm'):
+def encoder_agent(core='lstm', contrast_gain=0.0):
     tf.random.set_seed(0)
-    return Agent(AgentConfig('autoencoder', core, core_size=8, latent_size=6), _IMAGE_SPEC)
+    config = AgentConfig(
+        'autoencoder', core, core_size=8, latent_size=6, contrast_gain=contrast_gain
+    )
+    return Agent(config, _IMAGE_SPEC)
 
 
 def image_decoder():

@@ -636,6 +636,7 @@ def test_an_autoencoder_on_atari(tmp_path):
         '--level_name=ALE/Pong-v5',
         '--torso=autoencoder',
         '--latent_size=16',
+        '--contrast_gain=5',
         '--autoencoder_cost=10',
         '--loss=appo',
         '--sample_reuse=2',
@@ -652,6 +653,14 @@ def test_an_autoencoder_on_atari(tmp_path):
     assert metrics(logdir)[-1]['updates_skipped'] == 0
     with open(logdir / 'reconstructions.png', 'rb') as file:
         assert file.read(8) == b'\x89PNG\r\n\x1a\n'
+    reader = tf.train.load_checkpoint(str(logdir / 'checkpoints'))
+    count, mean = (
+        reader.get_tensor(f'learner/agent/frame_mean/{name}/.ATTRIBUTES/VARIABLE_VALUE')
+        for name in ('count', 'mean')
+    )
+    assert count == metrics(logdir)[-1]['agent_steps']
+    # The field, which only ball and paddles cross.
+    assert np.median(mean) == pytest.approx(87, abs=1)
     with WarmRun(
         tmp_path / 'b', *common, '--level_name=ALE/Pong-v5', f'--logdir={logdir}'
     ) as other:

@@ -192,7 +192,7 @@ def agents():
         'appo': (without_core, APPO),
         INTRINSIC: (without_core, {'reward_clipping': 'abs_one'}),
         'autoencoder': (
-            lambda: encoder_agent('none'),
+            lambda: encoder_agent('none', contrast_gain=3.0),
             {'momentum': 0.5, 'autoencoder_cost': 10.0},
         ),
         'normalized': (lambda: without_core(normalizes=True), {'momentum': 0.5}),

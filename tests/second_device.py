@@ -58,7 +58,7 @@ LEARNERS = {
          'final_entropy_cost': 0.1},
     ),
     'appo': (
-        {'torso': 'autoencoder', 'core': 'gru'},
+        {'torso': 'autoencoder', 'core': 'gru', 'contrast_gain': 3.0},
         {'loss': 'appo', 'optimizer': 'adam', 'target_update_steps': 2, 'kl_cost': 0.1,
          'normalize_advantages': True, 'gae_advantages': True},
     ),

@@ -85,7 +85,7 @@ def run(start: Start) -> str:
                 address,
                 components,
                 weights,
-                stack=memory_needs.stack_of(spec),
+                stack=spec.stack,
                 compression=job.wire_compression,
                 bfloat16_weights=job.bfloat16_weights,
                 secret=start.secret,
@@ -385,6 +385,7 @@ def _network_of_learner(
         popart_levels=popart_levels(settings),
         latent_size=settings['latent_size'],
         normalize_observations=settings['normalize_observations'],
+        contrast_gain=settings['contrast_gain'],
     )
     own = network_settings(network, spec)
     for name in settings:

@@ -22,7 +22,6 @@ from impala.experience.batch import (
     compiled,
     unroll_components,
 )
-from impala.learning import memory_needs
 from impala.networks.agent import Agent
 from impala.runs.log import Log
 from impala.trajectory import EnvironmentSpec
@@ -94,7 +93,7 @@ class RemoteActors:
             config.actors.queue_capacity,
             components,
             'policy_version',
-            stack=memory_needs.stack_of(spec),
+            stack=spec.stack,
         )
         self._service = LearnerService(cluster.own_address, self._inbox, settings, secret, report)
         self._address, self.port = cluster.own_address, self._service.port

@@ -14,6 +14,7 @@ from impala.learning.optimizers.adam import Adam
 from impala.learning.optimizers.rmsprop import RMSProp, sum_duplicates
 from impala.networks.action_distribution import ActionDistribution
 from impala.networks.decoder import Decoder
+from impala.networks.frame_mean import FrameMean
 from impala.networks.normalizer import Normalizer
 from impala.networks.popart import PopArt
 from impala.trajectory import ActorOutput, AgentOutput, StepOutput
@@ -41,6 +42,10 @@ class TrainableAgent(Protocol):
     @property
     def normalizer(self) -> Normalizer | None:
         """Normalizes vector observations; None if they are not normalized."""
+
+    @property
+    def frame_mean(self) -> FrameMean | None:
+        """The mean of all frames; None if the agent does not use it."""
 
     @property
     def popart(self) -> PopArt | None:
@@ -194,9 +199,9 @@ class Learner(tf.Module):
         Several replicas do, up to rounding, what one does with all their unrolls in one batch:
         losses and gradients are summed before clipping, and a value that is not finite on one
         replica skips the update on all. PopArt's statistics are those of all unrolls and change
-        after the weights. So do the statistics of observations, by those of rows 0 to T-1 of all
-        unrolls that are used for the first time and not replayed, so each counts once. All learners
-        must call this equally often.
+        after the weights. So do the statistics of observations and the mean of frames, by rows 0 to
+        T-1 of all unrolls that are used for the first time and not replayed, so each counts once.
+        All learners must call this equally often.
 
         Args:
           batch: `ActorOutput` of T and B as configured, of this learner; it is divided among its
@@ -327,15 +332,26 @@ class Learner(tf.Module):
     ) -> dict[str, tf.Tensor]:
         """Returns the statistics of one replica's unrolls, for those that the agent keeps."""
         statistics = {}
-        popart, normalizer = self.agent.popart, self.agent.normalizer
+        popart, normalizer, frame_mean = (
+            self.agent.popart,
+            self.agent.normalizer,
+            self.agent.frame_mean,
+        )
+        is_fresh = tf.greater(new_steps, 0)
+        is_counted = tf.logical_not(is_replayed) & is_fresh
         if popart is not None:
             is_step = losses.steps(batch.env_outputs)
             statistics['popart'] = popart.moments(targets, batch.level_id, is_step)
         if normalizer is not None:
             # The last row is also the first one of the next unroll.
             rows = {name: array[:-1] for name, array in batch.env_outputs.observation.items()}
-            is_counted = tf.logical_not(is_replayed) & tf.greater(new_steps, 0)
             statistics['observations'] = normalizer.summary(rows, is_counted)[tf.newaxis]
+        if frame_mean is not None:
+            frames = batch.env_outputs.observation['frame'][:-1]
+            summary = tf.cond(
+                is_fresh, lambda: frame_mean.summary(frames, is_counted), frame_mean.no_summary
+            )
+            statistics['frames'] = summary[tf.newaxis]
         return statistics
 
     def _loss(
@@ -442,6 +458,8 @@ class Learner(tf.Module):
                 self.agent.popart.update(statistics['popart'])
             if self.agent.normalizer is not None:
                 self.agent.normalizer.update(statistics['observations'])
+            if self.agent.frame_mean is not None:
+                self.agent.frame_mean.update(statistics['frames'])
             _add(self.updates, tf.constant(1, tf.int64))
             return tf.constant(False)
 
@@ -558,8 +576,9 @@ def _join(
         # Apart from the others: tensors that are summed in one call must have one dtype.
         moments = context.all_reduce(tf.distribute.ReduceOp.SUM, statistics['popart'])
         statistics['popart'] = moments
-    if 'observations' in statistics:
-        statistics['observations'] = context.all_gather(statistics['observations'], axis=0)
+    for name in ('observations', 'frames'):
+        if name in statistics:
+            statistics[name] = context.all_gather(statistics[name], axis=0)
     return loss, parts, gradients, statistics
 
 

@@ -111,16 +111,10 @@ def of_learner(config: Config, spec: EnvironmentSpec, network: AgentConfig) -> l
         flags = {'core_size': network.core_size}
         needs.append(Need('weights of the core', nbytes, flags, nbytes / network.core_size))
     if learner.replay.replay_fraction and not config.cluster.replay_addresses:
-        packed = unroll_nbytes(components, stack_of(spec))
+        packed = unroll_nbytes(components, spec.stack)
         capacity = learner.replay.replay_capacity
         needs.append(Need('the replay', capacity * packed, {'replay_capacity': capacity}, packed))
     return needs
-
-
-def stack_of(spec: EnvironmentSpec) -> str | None:
-    """Returns the name of the observation that stacks the last frames, None if none does."""
-    is_stack = spec.suite == 'atari' and spec.observation['frame'].shape[-1] > 1
-    return 'frame' if is_stack else None
 
 
 def _of_weights(config: Config, network: AgentConfig, nbytes: int) -> Need:

@@ -18,6 +18,7 @@ from impala.networks.action_distribution import (
     ActionDistribution,
     bounded_log_stddev,
 )
+from impala.networks.frame_mean import FrameMean
 from impala.networks.lstm import LSTM
 from impala.networks.normalizer import Normalizer
 from impala.networks.popart import PopArt
@@ -53,6 +54,8 @@ class AgentConfig:
         separately; empty without PopArt.
       latent_size: number of features of the auto-encoder's encoder; other torsos have fixed ones.
       normalize_observations: whether vectors are normalized by their running mean and variance.
+      contrast_gain: of `impala.networks.torsos.Contrast`, for stacks of frames; 0: the torso sees
+        the frames.
     """
 
     torso: str = 'deep'
@@ -63,6 +66,7 @@ class AgentConfig:
     popart_levels: tuple[str, ...] = ()
     latent_size: int = torsos.LATENT_SIZE
     normalize_observations: bool = False
+    contrast_gain: float = 0.0
 
 
 class Agent(snt.Module):
@@ -73,6 +77,7 @@ class Agent(snt.Module):
     Attributes:
       actions: the distribution of actions, given a policy.
       normalizer: normalizes vector observations; None if they are not normalized.
+      frame_mean: the mean of all frames; None without a contrast gain.
       popart: the last layer of a baseline that is normalized per level; None without PopArt.
 
     Args:
@@ -93,11 +98,14 @@ class Agent(snt.Module):
         self.actions = ActionDistribution(spec.action)
         self._max_reward_input = config.max_reward_input
         self.normalizer = Normalizer(spec) if config.normalize_observations else None
+        frame = spec.observation['frame']
+        self.frame_mean = FrameMean(frame) if config.contrast_gain else None
         self._torso = torsos.create_torso(
             config.torso,
-            spec.observation['frame'],
+            frame,
             DTYPES[config.compute_dtype],
             config.latent_size,
+            self.frame_mean and torsos.Contrast(config.contrast_gain, self.frame_mean),
         )
         size = self._torso.output_size + 1 + self.actions.num_features
         # Other observations have encoders of their own.

@@ -8,6 +8,7 @@ from impala.config import Config, ConfigError, NetworkConfig
 from impala.networks.agent import DTYPES, Agent, AgentConfig
 from impala.networks.decoder import Decoder
 from impala.networks.normalizer import vectors_of
+from impala.networks.torsos import CONVOLUTIONAL
 from impala.trajectory import EnvironmentSpec
 
 
@@ -47,6 +48,18 @@ def choose_network(
             '--normalize_observations is for observations that are vectors of numbers, and there '
             f'are none in {", ".join(spec.observation)} of {level_names[0]!r}: leave it out.'
         )
+    if chosen.contrast_gain:
+        if spec.stack is None:
+            raise ConfigError(
+                f'--contrast_gain={chosen.contrast_gain:g} is for observations that stack '
+                f'two or more frames, which those of {level_names[0]!r} do not: leave it out, or '
+                'play Atari with --frame_stack=2 or more.'
+            )
+        if torso not in CONVOLUTIONAL:
+            raise ConfigError(
+                f'--contrast_gain={chosen.contrast_gain:g} belongs to the torsos '
+                f'{", ".join(CONVOLUTIONAL)}; this run has --torso={torso}: leave it out.'
+            )
     compute_dtype = chosen.compute_dtype
     if compute_dtype == 'auto':
         # This does not start TensorFlow, which several learners must prepare first.
@@ -60,6 +73,7 @@ def choose_network(
         popart_levels=tuple(level_names) if chosen.popart else (),
         latent_size=chosen.latent_size,
         normalize_observations=chosen.normalize_observations,
+        contrast_gain=float(chosen.contrast_gain),
     )
 
 

@@ -14,13 +14,14 @@ function and saves a pass over the frames, which are far larger than the weights
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import sonnet as snt
 import tensorflow as tf
 
 from impala.config import TORSOS, NetworkConfig
+from impala.networks.frame_mean import FrameMean
 from impala.networks.own_module import OwnModule
 from impala.trajectory import ArraySpec, Part
 from impala.user_code import is_own, place_of
@@ -29,6 +30,9 @@ LATENT_SIZE = NetworkConfig.latent_size
 
 # Channels, kernel and stride of the encoder's convolutions; the decoder mirrors them.
 ENCODER_LAYERS = ((16, 4, 4), (16, 4, 2), (32, 4, 2))
+
+# Torsos that begin with a convolution.
+CONVOLUTIONAL = ('shallow', 'deep', 'nature', 'autoencoder')
 
 # Of images: bytes, and floats from 0 to 1.
 PIXEL_DTYPES = ('uint8', 'float32')
@@ -96,7 +100,10 @@ class Convolution(snt.Module):
 
     def __call__(self, x: tf.Tensor, input_scale: float = 1.0) -> tf.Tensor:
         """Returns the convolution of `input_scale * x`, `[N, H', W', out_channels]`."""
-        w = _cast(self.w, x.dtype, input_scale)
+        y = self._convolve(x, _cast(self.w, x.dtype, input_scale))
+        return tf.nn.bias_add(y, _cast(self.b, x.dtype))
+
+    def _convolve(self, x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
         s = self._stride
         if s > 1 and self._padding == 'VALID':
             # `s` neighbouring pixels of a row are adjacent in memory. So they can be read as one
@@ -106,10 +113,61 @@ class Convolution(snt.Module):
             x = tf.reshape(x, [-1, height, width // s, s * channels])
             kernel, _, _, out_channels = w.shape
             w = tf.reshape(w, [kernel, kernel // s, s * channels, out_channels])
-            x = tf.nn.conv2d(x, w, [s, 1], 'VALID')
-        else:
-            x = tf.nn.conv2d(x, w, s, self._padding)
-        return tf.nn.bias_add(x, _cast(self.b, x.dtype))
+            return tf.nn.conv2d(x, w, [s, 1], 'VALID')
+        return tf.nn.conv2d(x, w, s, self._padding)
+
+
+class Contrast(NamedTuple):
+    """What a `ContrastConvolution` makes of stacked frames.
+
+    Attributes:
+      gain: g, positive.
+      frame_mean: the mean of all frames so far.
+    """
+
+    gain: float
+    frame_mean: FrameMean
+
+
+class ContrastConvolution(Convolution):
+    """A convolution of the motion and the contrast of stacked frames.
+
+    Of the frames x_1, ..., x_C, the newest last, and their mean m over all that was learned from,
+    it convolves g (x_2 - x_1), ..., g (x_C - x_{C-1}) and g (x_C - m). The background, and all else
+    that successive frames share, are most of a frame and tell the agent little. In a `Convolution`
+    of the frames, they are most of what the weights respond to at first, and of their gradients.
+
+    Differences are multiplied into the weights, and the mean is convolved apart. So the frames stay
+    as they are, and this costs next to nothing.
+
+    Args:
+      contrast: gain and mean.
+      *args: of `Convolution`, as are the keyword arguments.
+    """
+
+    def __init__(self, contrast: Contrast, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._gain = contrast.gain
+        self._frame_mean = contrast.frame_mean
+
+    def __call__(self, x: tf.Tensor, input_scale: float = 1.0) -> tf.Tensor:
+        """Returns the convolution of `input_scale * x`, `[N, H', W', out_channels]`."""
+        w = self._gain * input_scale * self.w
+        newest = w[:, :, -1:]
+        # Each frame but the first is in its difference from the one before, each but the last in
+        # that of the next one, negative.
+        differences = tf.pad(w[:, :, :-1], [[0, 0], [0, 0], [1, 0], [0, 0]])
+        of_frames = differences + tf.concat([-w[:, :, :-1], newest], 2)
+        _, height, width, _ = x.shape
+        mean = self._frame_mean.mean[tf.newaxis, :height, :width, tf.newaxis]
+        shift = self.b - tf.nn.conv2d(mean, newest, self._stride, self._padding)
+        return self._convolve(x, _cast(of_frames, x.dtype)) + _cast(shift, x.dtype)
+
+
+def _first_convolution(contrast: Contrast | None, *args: Any, **kwargs: Any) -> Convolution:
+    if contrast is None:
+        return Convolution(*args, **kwargs)
+    return ContrastConvolution(contrast, *args, **kwargs)
 
 
 class TransposedConvolution(snt.Module):
@@ -181,12 +239,19 @@ class UnpaddedTorso(snt.Module):
       name: `'shallow'` or `'nature'`.
       frame: uint8 or float32 `[H, W, C]`, at least 20x20 or 36x36.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
+      contrast: of the first convolution; None: it is a `Convolution`.
 
     Raises:
       ValueError: the frame is too small or is not an image.
     """
 
-    def __init__(self, name: str, frame: ArraySpec, compute_dtype: tf.DType):
+    def __init__(
+        self,
+        name: str,
+        frame: ArraySpec,
+        compute_dtype: tf.DType,
+        contrast: Contrast | None = None,
+    ):
         super().__init__(f'{name}_torso')
         *size, channels = _image_shape(frame, name)
         self._scale = _pixel_scale(frame)
@@ -201,9 +266,10 @@ class UnpaddedTorso(snt.Module):
         convolutions = []
         outputs = list(size)
         for layer, (out_channels, kernel, stride) in enumerate(layers, 1):
-            convolution = Convolution(
-                channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}'
+            convolution = _first_convolution(
+                contrast, channels, out_channels, kernel, stride, 'VALID', name=f'conv_{layer}'
             )
+            contrast = None
             # Checkpoints identify the layers by the names of these attributes.
             setattr(self, f'_conv_{layer}', convolution)
             convolutions.append(convolution)
@@ -240,19 +306,29 @@ class DeepTorso(snt.Module):
     Args:
       frame: uint8 `[H, W, C]`, or float32 from 0 to 1.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
+      contrast: of the first convolution; None: it is a `Convolution`.
 
     Raises:
       ValueError: the frame is not an image.
     """
 
-    def __init__(self, frame: ArraySpec, compute_dtype: tf.DType, name: str | None = None):
+    def __init__(
+        self,
+        frame: ArraySpec,
+        compute_dtype: tf.DType,
+        contrast: Contrast | None = None,
+        name: str | None = None,
+    ):
         super().__init__(name)
         height, width, channels = _image_shape(frame, 'deep')
         self._scale = _pixel_scale(frame)
         self._dtype = compute_dtype
         self._sections = []
         for section, out_channels in enumerate(_DEEP_SECTIONS):
-            downscale = Convolution(channels, out_channels, 3, name=f'section_{section}')
+            downscale = _first_convolution(
+                contrast, channels, out_channels, 3, name=f'section_{section}'
+            )
+            contrast = None
             blocks = [
                 [
                     Convolution(out_channels, out_channels, 3, name=f'block_{section}_{block}_{i}')
@@ -379,6 +455,7 @@ class EncoderTorso(snt.Module):
       frame: uint8 `[H, W, C]`.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
       latent_size: features.
+      contrast: of the first convolution; None: it is a `Convolution`.
 
     Raises:
       ValueError: the frame is not an image.
@@ -389,6 +466,7 @@ class EncoderTorso(snt.Module):
         frame: ArraySpec,
         compute_dtype: tf.DType,
         latent_size: int = LATENT_SIZE,
+        contrast: Contrast | None = None,
         name: str | None = None,
     ):
         super().__init__(name)
@@ -398,8 +476,11 @@ class EncoderTorso(snt.Module):
         self._convolutions = []
         for layer, (out_channels, kernel, stride) in enumerate(ENCODER_LAYERS):
             self._convolutions.append(
-                Convolution(channels, out_channels, kernel, stride, name=f'conv_{layer}')
+                _first_convolution(
+                    contrast, channels, out_channels, kernel, stride, name=f'conv_{layer}'
+                )
             )
+            contrast = None
             channels = out_channels
         height, width = encoded_sizes(height, width)[-1]
         self._flat_size = height * width * channels
@@ -478,7 +559,11 @@ def encoded_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def create_torso(
-    name: str, frame: ArraySpec, compute_dtype: tf.DType, latent_size: int = LATENT_SIZE
+    name: str,
+    frame: ArraySpec,
+    compute_dtype: tf.DType,
+    latent_size: int = LATENT_SIZE,
+    contrast: Contrast | None = None,
 ) -> snt.Module:
     """Returns the torso called `name`, one of `TORSOS`, for frames of that spec.
 
@@ -487,20 +572,22 @@ def create_torso(
       frame: `[H, W, C]`, or a vector.
       compute_dtype: `tf.float32` or `tf.bfloat16`.
       latent_size: number of features of the encoder; other torsos have fixed ones.
+      contrast: of the first convolution, for frames whose channels are a stack; None: it sees the
+        frames. Torsos of `CONVOLUTIONAL` use it.
 
     Raises:
       ValueError: there is no such torso, or it cannot serve such frames.
     """
     if name in _UNPADDED:
-        return UnpaddedTorso(name, frame, compute_dtype)
+        return UnpaddedTorso(name, frame, compute_dtype, contrast)
     if name == 'deep':
-        return DeepTorso(frame, compute_dtype)
+        return DeepTorso(frame, compute_dtype, contrast)
     if name == 'mlp':
         if num_encoders(frame) > 1:
             return PartsTorso(frame, compute_dtype)
         return MLPTorso(frame, compute_dtype)
     if name == 'autoencoder':
-        return EncoderTorso(frame, compute_dtype, latent_size)
+        return EncoderTorso(frame, compute_dtype, latent_size, contrast)
     if is_own(name):
         return OwnTorso(name, frame)
     raise _unknown(name)

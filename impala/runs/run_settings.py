@@ -32,6 +32,8 @@ _RESOLVED = frozenset(
         'popart',
     }
 )
+# Settings that earlier runs do not have in their files, with the value that they ran with.
+LATER_SETTINGS = {'contrast_gain': 0.0}
 # Settings that a run may change when it resumes, although its jobs must agree on them.
 _FREE = frozenset({'has_action_mask'})
 # Settings that are not set by the flag of the same name.
@@ -63,6 +65,7 @@ def network_settings(network: AgentConfig, spec: EnvironmentSpec) -> dict[str, A
         'popart_levels': list(network.popart_levels),
         'latent_size': network.latent_size,
         'normalize_observations': network.normalize_observations,
+        'contrast_gain': network.contrast_gain,
         'actions': spec.action.to_json(),
         'frame_shape': list(frame.shape),
         'frame_dtype': frame.dtype,
@@ -161,6 +164,7 @@ def check_same_network(logdir: str, settings: dict[str, Any]) -> None:
     stored = stored_settings(logdir) if checkpoint_paths(logdir) else None
     if stored is None:
         return
+    stored = {name: value for name, value in LATER_SETTINGS.items() if name in settings} | stored
     different = [
         f'{flags_of(name)} was {_shown(stored, name)} and is now {_shown(settings, name)}'
         for name in sorted({*stored, *settings} - _FREE)

@@ -46,7 +46,7 @@ from impala.networks.agent import Agent, AgentConfig
 from impala.networks.build import create_agent
 from impala.runs.checkpoint import Checkpointer, LogdirError
 from impala.runs.output import outlive_readers
-from impala.runs.run_settings import popart_levels, stored_settings
+from impala.runs.run_settings import LATER_SETTINGS, popart_levels, stored_settings
 from impala.trajectory import (
     ACTION_MASK,
     ActionSpec,
@@ -76,6 +76,7 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
     settings = stored_settings(logdir)
     if settings is None:
         raise LogdirError(f'{logdir} is not the folder of a training run: it has no network.json.')
+    settings = LATER_SETTINGS | settings
 
     def value(name: str, kind: type) -> Any:
         if name not in settings:
@@ -115,6 +116,7 @@ def spec_of_run(logdir: str) -> tuple[AgentConfig, EnvironmentSpec]:
         popart_levels=popart_levels(settings),
         latent_size=value('latent_size', int),
         normalize_observations=value('normalize_observations', bool),
+        contrast_gain=value('contrast_gain', float),
     )
     try:
         action = ActionSpec.from_json(settings.get('actions'))

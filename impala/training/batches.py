@@ -16,7 +16,7 @@ from impala.experience.loading import Loading, default_loaders, move
 from impala.experience.mixture import ReplayMixer
 from impala.experience.replay import Replay
 from impala.experience.sample_reuse import reused
-from impala.learning import devices, memory_needs
+from impala.learning import devices
 from impala.learning.learner import Learner
 from impala.networks.agent import Agent
 from impala.runs.log import Log
@@ -51,7 +51,7 @@ def create_replay(run: Run, agent: Agent, learner: Learner) -> ReplayMixer | Non
         len(run.suite.level_names),
         config.environment.bootstrap_truncated,
     )
-    stack = memory_needs.stack_of(run.spec)
+    stack = run.spec.stack
     task = config.cluster.task if config.cluster.has_several_learners else 0
     seed = (config.run.seed, task)
     if config.cluster.replay_addresses:

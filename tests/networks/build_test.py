@@ -1,9 +1,12 @@
+import dataclasses
+
 import pytest
 import tensorflow as tf
 
 from configs import IMAGE, STACK, VECTOR, config
 from impala.config import ConfigError
 from impala.networks import build
+from impala.trajectory import ArraySpec
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,18 @@ def test_a_size_without_a_core_is_refused():
     for spec in (STACK, VECTOR):
         with pytest.raises(ConfigError, match='--core_size=5 has no effect, since --core=auto'):
             build.choose_network(run, ('a',), spec)
+
+
+def test_contrast_gain_needs_a_stack_of_frames_and_convolutions():
+    run = config('/nowhere', contrast_gain=5)
+    assert build.choose_network(run, ('ALE/Pong-v5',), STACK).contrast_gain == 5.0
+    single = dataclasses.replace(STACK, observation={'frame': ArraySpec((84, 84, 1), 'uint8')})
+    for spec in (IMAGE, VECTOR, single):
+        with pytest.raises(ConfigError, match="--contrast_gain=5 .* those of 'a' do not: leave"):
+            build.choose_network(run, ('a',), spec)
+    for torso in ('mlp', 'my_module:MyTorso'):
+        with pytest.raises(ConfigError, match=f'--contrast_gain=5 belongs .* has --torso={torso}:'):
+            build.choose_network(run.replace(torso=torso), ('a',), STACK)
 
 
 @pytest.mark.parametrize(

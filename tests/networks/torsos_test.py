@@ -8,6 +8,7 @@ import sonnet as snt
 import tensorflow as tf
 
 from impala.networks import torsos
+from impala.networks.frame_mean import FrameMean
 from impala.trajectory import ArraySpec, Part
 
 
@@ -416,6 +417,59 @@ def test_the_smallest_side_is_what_a_torso_takes(name):
     frame = ArraySpec((side, side, 1), 'uint8')
     assert torsos.create_torso(name, frame, tf.float32)(random_frames(frame.shape)).shape[0] == 3
     assert side == {'shallow': 20, 'nature': 36}.get(name, 1)
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+@pytest.mark.parametrize('padding', ['VALID', 'SAME'])
+def test_a_contrast_convolution_sees_motion_and_contrast(channels, padding):
+    gain, shape = 5.0, (8, 12, channels)
+    frame_mean = FrameMean(ArraySpec(shape, 'uint8'))
+    mean = np.random.default_rng(1).random(shape[:2]).astype(np.float32)
+    frame_mean.mean.assign(mean)
+    contrast = torsos.Contrast(gain, frame_mean)
+    convolution = torsos.ContrastConvolution(contrast, channels, 3, 4, 2, padding)
+    convolution.b.assign([1.0, 2.0, 3.0])
+    frames = random_frames(shape).numpy().astype(np.float32) / 255
+    seen = gain * np.concatenate(
+        [np.diff(frames, axis=-1), frames[..., -1:] - mean[..., np.newaxis]], -1
+    )
+    plain = snt.Conv2D(3, 4, 2, padding=padding)
+    plain(seen)
+    plain.w.assign(convolution.w)
+    plain.b.assign(convolution.b)
+    np.testing.assert_allclose(convolution(frames), plain(seen), rtol=1e-4, atol=1e-4)
+    frame_mean.mean.assign(2 * mean)
+    np.testing.assert_allclose(convolution(2 * frames, 0.5), plain(seen), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', torsos.CONVOLUTIONAL)
+def test_contrast_is_that_of_the_first_convolution(name):
+    """The others see what they would see in a torso of what the first one convolves."""
+    frame = ArraySpec((52, 49, 4), 'uint8')
+    frame_mean = FrameMean(frame)
+    contrast = torsos.Contrast(3.0, frame_mean)
+    torso = torsos.create_torso(name, frame, tf.float32, contrast=contrast)
+    plain = torsos.create_torso(name, frame, tf.float32)
+    for ours, theirs in zip(torso.trainable_variables, plain.variables, strict=True):
+        theirs.assign(ours)
+    frames = random_frames(frame.shape).numpy().astype(np.float32)
+    mean = frames[..., -1:].mean(0, keepdims=True)
+    frame_mean.mean.assign(mean[0, ..., 0])
+    seen = 3 * np.concatenate([np.diff(frames, axis=-1), frames[..., -1:] - mean], -1)
+    with tf.GradientTape(persistent=True) as tape:
+        features, expected = torso(frames), plain(seen)
+        losses = tf.reduce_sum(tf.sin(features)), tf.reduce_sum(tf.sin(expected))
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-3)
+    for gradient, expected_gradient in zip(
+        tape.gradient(losses[0], torso.trainable_variables),
+        tape.gradient(losses[1], plain.trainable_variables),
+        strict=True,
+    ):
+        cosine = np.vdot(gradient, expected_gradient) / (
+            np.linalg.norm(gradient) * np.linalg.norm(expected_gradient)
+        )
+        # Close calls of max pools and ReLUs reroute single gradients.
+        assert cosine > 0.999
 
 
 def test_older_checkpoints_of_shallow_torsos_still_fit(tmp_path):

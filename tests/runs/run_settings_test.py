@@ -95,6 +95,19 @@ def test_a_run_may_resume_with_an_action_mask_but_jobs_must_agree(tmp_path):
     run_settings.check_same_network(str(tmp_path), now)
 
 
+def test_a_run_from_before_a_setting_resumes_with_its_default(tmp_path):
+    network = build.choose_network(config(tmp_path), ('a',), STACK)
+    settings = run_settings.network_settings(network, STACK)
+    before = {name: value for name, value in settings.items() if name != 'contrast_gain'}
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'network.json').write_text(json.dumps(before))
+    (tmp_path / 'checkpoints' / 'ckpt-1.index').touch()
+    run_settings.check_same_network(str(tmp_path), settings)
+    other = settings | {'contrast_gain': 5.0}
+    with pytest.raises(run_files.LogdirError, match='--contrast_gain was 0.0 and is now 5.0'):
+        run_settings.check_same_network(str(tmp_path), other)
+
+
 def test_another_type_of_frames_is_another_network(tmp_path):
     network = build.choose_network(config(tmp_path), ('a',), VECTOR)
     of_bytes = dataclasses.replace(VECTOR, observation={'frame': ArraySpec((4,), 'uint8')})

@@ -296,6 +296,7 @@ def test_failed_exports_give_one_sentence(tmp_path, capsys):
         ({'frame_shape': [2**31]}, 'frames cannot be (2147483648,).'),
         ({'popart_levels': 3}, 'is 3.'),
         ({'normalize_observations': 1}, "'normalize_observations' is 1."),
+        ({'contrast_gain': 'no'}, "'contrast_gain' is 'no'."),
         ({'parts': 3}, "'parts' is 3."),
         ({'parts': {'frame': 3}}, "'parts' is {'frame': 3}."),
         ({'parts': {'vector': []}}, "'parts' is {'vector': []}."),
