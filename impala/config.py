@@ -602,8 +602,8 @@ class NetworkConfig(_Checked):
     )
     contrast_gain: float = setting(
         0.0,
-        'Atari: times this, the network sees the differences of successive frames, and that of the '
-        'newest from the mean frame; 0: the frames.',
+        'Atari: multiplied by this, the network sees the differences between successive frames and '
+        'the newest frame minus the mean frame; 0: the frames themselves.',
         low=0,
         high=1000,
         on_resume='fixed',

@@ -325,6 +325,7 @@ class EnvironmentSpec:
       action: the action space; an integer n stands for `ActionSpec.discrete(n)`.
       num_action_repeats: frames of the emulator or engine per agent step.
       suite: `'atari'`, `'dmlab'`, or `''` for others; the paper has settings for the first two.
+        With `'atari'`, the channels of the frame are the last frames, the newest last.
     """
 
     observation: dict[str, ArraySpec]

@@ -34,7 +34,7 @@ UPDATES = 4
 # The update whose batch has a NaN reward in its last unroll.
 POISONED = 2
 # Agents that `pipelines` trains.
-PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'normalized', 'replay')
+PIPELINED = ('lstm', 'popart', 'appo', 'autoencoder', 'contrast', 'normalized', 'replay')
 # The agent whose learner gets intrinsic rewards.
 INTRINSIC = 'intrinsic'
 # Which unrolls of the joined batch are replayed; the number differs between its parts.
@@ -50,6 +50,10 @@ APPO = {
     'adam_epsilon': 0.01,
     'final_entropy_cost': 0.1,
 }
+
+
+# Replayed steps do not count, so half the total keeps the learning rate's schedule.
+_HALF = UPDATES * BATCH_SIZE // 2 * 5
 
 
 def config(batch_size, **changes):
@@ -192,14 +196,18 @@ def agents():
         'appo': (without_core, APPO),
         INTRINSIC: (without_core, {'reward_clipping': 'abs_one'}),
         'autoencoder': (
-            lambda: encoder_agent('none', contrast_gain=3.0),
+            lambda: encoder_agent('none'),
             {'momentum': 0.5, 'autoencoder_cost': 10.0},
         ),
+        # All unrolls of one of two learners are replayed.
+        'contrast': (
+            lambda: encoder_agent('none', contrast_gain=3.0),
+            {'autoencoder_cost': 10.0, 'replay_fraction': 0.5, 'total_agent_steps': _HALF},
+        ),
         'normalized': (lambda: without_core(normalizes=True), {'momentum': 0.5}),
-        # Replayed steps do not count, so half the total keeps the learning rate's schedule.
         'replay': (
             lambda: without_core(normalizes=True),
-            {'replay_fraction': 0.5, 'total_agent_steps': UPDATES * BATCH_SIZE // 2 * 5},
+            {'replay_fraction': 0.5, 'total_agent_steps': _HALF},
         ),
     }
 

@@ -15,7 +15,7 @@ from impala.runs.stop_signal import StopSignal
 from impala.seeds import derived_seed
 
 # Changes when a learner and an actor job of two versions could misunderstand each other.
-PROTOCOL = 12
+PROTOCOL = 13
 
 # Jobs ask this often whether training is complete; the learner waits twice as long before it exits.
 POLL_SECONDS = 3.0

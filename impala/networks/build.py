@@ -27,7 +27,8 @@ def choose_network(
 
     Raises:
       ConfigError: `core_size` is given, and the network for these environments has no core; or
-        vectors are to be normalized, and there are none.
+        vectors are to be normalized, and there are none; or a contrast gain is given, and there are
+        no stacked frames, or the torso does not begin with a convolution.
     """
     is_vector = len(spec.observation['frame'].shape) == 1
     is_atari = spec.suite == 'atari'
@@ -51,9 +52,9 @@ def choose_network(
     if chosen.contrast_gain:
         if spec.stack is None:
             raise ConfigError(
-                f'--contrast_gain={chosen.contrast_gain:g} is for observations that stack '
-                f'two or more frames, which those of {level_names[0]!r} do not: leave it out, or '
-                'play Atari with --frame_stack=2 or more.'
+                f'--contrast_gain={chosen.contrast_gain:g} needs stacked frames, and those of '
+                f'{level_names[0]!r} are single images or vectors: leave it out, or play Atari '
+                'with --frame_stack=2 or more.'
             )
         if torso not in CONVOLUTIONAL:
             raise ConfigError(

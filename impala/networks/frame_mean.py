@@ -17,7 +17,8 @@ class FrameMean(snt.Module):
 
     Attributes:
       count: f64 variable `[]`, frames that the mean is of.
-      mean: f32 variable `[H, W]`, in the unit of the pixels; 0 before the first update.
+      mean: f64 variable `[H, W]`, in the unit of the pixels; 0 before the first update. Both are
+        float64 because each update changes them less than the ones before.
 
     Args:
       frame: `[H, W, C]`, whose channels are the last frames, the newest last.
@@ -26,7 +27,7 @@ class FrameMean(snt.Module):
     def __init__(self, frame: ArraySpec, name: str = 'frame_mean'):
         super().__init__(name)
         self.count = tf.Variable(tf.zeros([], tf.float64), trainable=False, name='count')
-        self.mean = tf.Variable(tf.zeros(frame.shape[:2]), trainable=False, name='mean')
+        self.mean = tf.Variable(tf.zeros(frame.shape[:2], tf.float64), trainable=False, name='mean')
 
     def summary(self, frames: tf.Tensor, is_counted: tf.Tensor) -> tf.Tensor:
         """Returns the number of a batch's frames and their mean.
@@ -38,12 +39,13 @@ class FrameMean(snt.Module):
         Returns:
           f64 `[1 + H * W]`: number of frames, then the mean of each pixel.
         """
-        sums = tf.reduce_sum(tf.cast(frames[..., -1], tf.float32), 0)
-        total = tf.einsum('bhw,b->hw', sums, tf.cast(is_counted, tf.float32))
-        number = tf.shape(frames)[0] * tf.math.count_nonzero(is_counted, dtype=tf.int32)
-        mean = tf.math.divide_no_nan(total, tf.cast(number, tf.float32))
-        summary = tf.concat([tf.cast(number, tf.float32)[tf.newaxis], tf.reshape(mean, [-1])], 0)
-        return tf.cast(summary, tf.float64)
+        # Exact for bytes, up to 65,000 rows.
+        sums = tf.cast(tf.reduce_sum(tf.cast(frames[..., -1], tf.float32), 0), tf.float64)
+        total = tf.einsum('bhw,b->hw', sums, tf.cast(is_counted, tf.float64))
+        rows = tf.shape(frames)[0] * tf.math.count_nonzero(is_counted, dtype=tf.int32)
+        number = tf.cast(rows, tf.float64)
+        mean = tf.math.divide_no_nan(total, number)
+        return tf.concat([number[tf.newaxis], tf.reshape(mean, [-1])], 0)
 
     def no_summary(self) -> tf.Tensor:
         """Returns the `summary` of no frames."""
@@ -57,7 +59,7 @@ class FrameMean(snt.Module):
         """
         counts, means = summaries[:, 0], tf.reshape(summaries[:, 1:], [-1, *self.mean.shape])
         count = self.count.read_value() + tf.reduce_sum(counts)
-        mean = tf.cast(self.mean.read_value(), tf.float64)
+        mean = self.mean.read_value()
         shares = tf.math.divide_no_nan(counts, count)
         assign(self.mean, mean + tf.einsum('r,rhw->hw', shares, means - mean))
         assign(self.count, count)

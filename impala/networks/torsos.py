@@ -137,8 +137,8 @@ class ContrastConvolution(Convolution):
     that successive frames share, are most of a frame and tell the agent little. In a `Convolution`
     of the frames, they are most of what the weights respond to at first, and of their gradients.
 
-    Differences are multiplied into the weights, and the mean is convolved apart. So the frames stay
-    as they are, and this costs next to nothing.
+    Differences are folded into the weights, and the mean is convolved once per call. So the frames
+    stay as they are, and a batch takes little more time than in a `Convolution`.
 
     Args:
       contrast: gain and mean.
@@ -159,7 +159,8 @@ class ContrastConvolution(Convolution):
         differences = tf.pad(w[:, :, :-1], [[0, 0], [0, 0], [1, 0], [0, 0]])
         of_frames = differences + tf.concat([-w[:, :, :-1], newest], 2)
         _, height, width, _ = x.shape
-        mean = self._frame_mean.mean[tf.newaxis, :height, :width, tf.newaxis]
+        mean = tf.cast(self._frame_mean.mean, tf.float32)
+        mean = mean[tf.newaxis, :height, :width, tf.newaxis]
         shift = self.b - tf.nn.conv2d(mean, newest, self._stride, self._padding)
         return self._convolve(x, _cast(of_frames, x.dtype)) + _cast(shift, x.dtype)
 
@@ -576,8 +577,10 @@ def create_torso(
         frames. Torsos of `CONVOLUTIONAL` use it.
 
     Raises:
-      ValueError: there is no such torso, or it cannot serve such frames.
+      ValueError: there is no such torso, or it cannot serve such frames, or has no contrast.
     """
+    if contrast is not None and name not in CONVOLUTIONAL:
+        raise ValueError(f'The torso {name} has no contrast gain.')
     if name in _UNPADDED:
         return UnpaddedTorso(name, frame, compute_dtype, contrast)
     if name == 'deep':

@@ -30,6 +30,7 @@ _RESOLVED = frozenset(
         'core',
         'core_size',
         'popart',
+        'contrast_gain',
     }
 )
 # Settings that earlier runs do not have in their files, with the value that they ran with.

@@ -41,7 +41,7 @@ def test_contrast_gain_needs_a_stack_of_frames_and_convolutions():
     assert build.choose_network(run, ('ALE/Pong-v5',), STACK).contrast_gain == 5.0
     single = dataclasses.replace(STACK, observation={'frame': ArraySpec((84, 84, 1), 'uint8')})
     for spec in (IMAGE, VECTOR, single):
-        with pytest.raises(ConfigError, match="--contrast_gain=5 .* those of 'a' do not: leave"):
+        with pytest.raises(ConfigError, match="--contrast_gain=5 .* those of 'a' are single"):
             build.choose_network(run, ('a',), spec)
     for torso in ('mlp', 'my_module:MyTorso'):
         with pytest.raises(ConfigError, match=f'--contrast_gain=5 belongs .* has --torso={torso}:'):

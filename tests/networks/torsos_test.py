@@ -442,6 +442,30 @@ def test_a_contrast_convolution_sees_motion_and_contrast(channels, padding):
     np.testing.assert_allclose(convolution(2 * frames, 0.5), plain(seen), rtol=1e-4, atol=1e-4)
 
 
+def test_contrast_in_bfloat16_is_close_to_float32():
+    frame = ArraySpec((84, 84, 4), 'uint8')
+    frame_mean = FrameMean(frame)
+    frames = random_frames(frame.shape, rows=8)
+    frame_mean.mean.assign(tf.reduce_mean(tf.cast(frames[..., -1], tf.float64), 0))
+    contrast = torsos.Contrast(5.0, frame_mean)
+    torso, other = (
+        torsos.create_torso('shallow', frame, dtype, contrast=contrast)
+        for dtype in (tf.bfloat16, tf.float32)
+    )
+    for ours, theirs in zip(torso.trainable_variables, other.trainable_variables, strict=True):
+        theirs.assign(ours)
+    features, expected = torso(frames), other(frames)
+    assert 1e-5 < np.linalg.norm(features - expected) / np.linalg.norm(expected) < 0.03
+
+
+def test_torsos_without_convolutions_have_no_contrast():
+    frame = ArraySpec((84, 84, 4), 'uint8')
+    contrast = torsos.Contrast(5.0, FrameMean(frame))
+    for name in ('mlp', 'own_parts:Flat'):
+        with pytest.raises(ValueError, match=f'The torso {name} has no contrast gain'):
+            torsos.create_torso(name, frame, tf.float32, contrast=contrast)
+
+
 @pytest.mark.parametrize('name', torsos.CONVOLUTIONAL)
 def test_contrast_is_that_of_the_first_convolution(name):
     """The others see what they would see in a torso of what the first one convolves."""

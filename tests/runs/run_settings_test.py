@@ -108,6 +108,12 @@ def test_a_run_from_before_a_setting_resumes_with_its_default(tmp_path):
         run_settings.check_same_network(str(tmp_path), other)
 
 
+def test_numbers_are_stored_in_the_type_of_the_setting(tmp_path):
+    run = config(tmp_path, contrast_gain=5)
+    network = build.choose_network(run, ('a',), STACK)
+    assert repr(run_settings.checkpoint_settings(run, network, STACK)['contrast_gain']) == '5.0'
+
+
 def test_another_type_of_frames_is_another_network(tmp_path):
     network = build.choose_network(config(tmp_path), ('a',), VECTOR)
     of_bytes = dataclasses.replace(VECTOR, observation={'frame': ArraySpec((4,), 'uint8')})
