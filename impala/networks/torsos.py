@@ -137,8 +137,8 @@ class ContrastConvolution(Convolution):
     that successive frames share, are most of a frame and tell the agent little. In a `Convolution`
     of the frames, they are most of what the weights respond to at first, and of their gradients.
 
-    Differences are folded into the weights, and the mean is convolved once per call. So the frames
-    stay as they are, and a batch takes little more time than in a `Convolution`.
+    Differences are folded into the weights, and the mean is convolved once per call, so the frames
+    stay as they are.
 
     Args:
       contrast: gain and mean.
