@@ -332,11 +332,8 @@ class Learner(tf.Module):
     ) -> dict[str, tf.Tensor]:
         """Returns the statistics of one replica's unrolls, for those that the agent keeps."""
         statistics = {}
-        popart, normalizer, frame_mean = (
-            self.agent.popart,
-            self.agent.normalizer,
-            self.agent.frame_mean,
-        )
+        agent = self.agent
+        popart, normalizer, frame_mean = agent.popart, agent.normalizer, agent.frame_mean
         is_fresh = tf.greater(new_steps, 0)
         is_counted = tf.logical_not(is_replayed) & is_fresh
         if popart is not None:

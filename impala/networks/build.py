@@ -53,13 +53,13 @@ def choose_network(
         if spec.stack is None:
             raise ConfigError(
                 f'--contrast_gain={chosen.contrast_gain:g} needs stacked frames, and those of '
-                f'{level_names[0]!r} are single images or vectors: leave it out, or play Atari '
+                f'{level_names[0]!r} are single images or vectors: set it to 0, or play Atari '
                 'with --frame_stack=2 or more.'
             )
         if torso not in CONVOLUTIONAL:
             raise ConfigError(
                 f'--contrast_gain={chosen.contrast_gain:g} belongs to the torsos '
-                f'{", ".join(CONVOLUTIONAL)}; this run has --torso={torso}: leave it out.'
+                f'{", ".join(CONVOLUTIONAL)}; this run has --torso={torso}: set it to 0.'
             )
     compute_dtype = chosen.compute_dtype
     if compute_dtype == 'auto':
